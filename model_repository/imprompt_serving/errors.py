@@ -1,0 +1,31 @@
+"""Errors of a request, with the status they get on the wire."""
+
+from __future__ import annotations
+
+
+class RequestError(Exception):
+    """A request that ends without a picture; ``status`` names the gRPC status its caller sees."""
+
+    status = "INTERNAL"
+
+
+class InvalidRequest(RequestError):
+    """A parameter is wrong. The message starts with its name and says what is allowed."""
+
+    status = "INVALID_ARGUMENT"
+
+    def __init__(self, parameter: str, problem: str) -> None:
+        super().__init__(f"{parameter}: {problem}")
+        self.parameter = parameter
+
+
+class Overloaded(RequestError):
+    """No room for this request now."""
+
+    status = "UNAVAILABLE"
+
+
+class Cancelled(RequestError):
+    """The caller left, or its time is up."""
+
+    status = "CANCELLED"

@@ -1,0 +1,137 @@
+"""What a served bundle is: written by the exporter as ``bundle.json``, read by the models inside Triton."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+FILE_NAME = "bundle.json"
+
+AdapterKind = Literal["plain", "plus", "full_face", "faceid", "faceid_plus", "faceid_plusv2"]
+
+
+class Range(NamedTuple):
+    """Smallest, most usual and largest value of one dynamic axis."""
+
+    min: int
+    opt: int
+    max: int
+
+
+class Shapes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Limits of a request, and the profiles of engines that are built for ranges. Sizes in pixels."""
+
+    height: Range = Range(64, 512, 1024)
+    width: Range = Range(64, 512, 1024)
+    rows: Range = Range(1, 2, 16)
+    frames: Range = Range(1, 16, 32)
+    image_tokens: tuple[int, ...] = (4, 16, 64, 257, 1028)
+
+
+class ImageEncoder(msgspec.Struct, frozen=True, kw_only=True):
+    """A CLIP vision encoder and the preprocessing of its pictures (transformers' ``CLIPImageProcessor``)."""
+
+    name: str
+    shortest_edge: int | None
+    resize: tuple[int, int] | None
+    crop: tuple[int, int] | None
+    resample: int
+    rescale_factor: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: int
+    projection_dim: int
+    hidden_size: int
+    sequence_length: int
+
+
+class Adapter(msgspec.Struct, frozen=True, kw_only=True):
+    """One IP-Adapter: ``num_tokens`` image tokens per picture, made from features of its ``image_encoder``."""
+
+    name: str
+    kind: AdapterKind
+    num_tokens: int
+    image_encoder: str | None
+    embed_shape: tuple[int, ...]
+    """Shape of one picture's embedding, as in diffusers' ``ip_adapter_image_embeds`` after the first two axes."""
+
+    @property
+    def uses_hidden_states(self) -> bool:
+        """Whether the encoder's penultimate hidden states are its input, not the projected embedding."""
+        return self.kind in ("plus", "full_face", "faceid_plus", "faceid_plusv2")
+
+    @property
+    def uses_face(self) -> bool:
+        """Whether a face embedding is its input."""
+        return self.kind.startswith("faceid")
+
+
+class CrossAttention(msgspec.Struct, frozen=True, kw_only=True):
+    """A cross-attention layer of the UNet; ``level`` halves the latent size (rounding up) that many times."""
+
+    name: str
+    level: int
+
+
+class TextEncoder(msgspec.Struct, frozen=True, kw_only=True):
+    """A CLIP text encoder: engine name, tokenizer file and the fixed length of its input."""
+
+    engine: str
+    max_length: int
+    pad_token_id: int
+    hidden_size: int
+
+
+class Bundle(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything the pipeline and the denoiser know of one checkpoint set."""
+
+    name: str
+    family: Literal["sd15", "sdxl"]
+    latent_channels: int
+    unet_channels: int
+    vae_scale_factor: int
+    vae_scaling_factor: float
+    default_height: int
+    default_width: int
+    scheduler: str
+    scheduler_config: dict[str, Any]
+    text_encoders: tuple[TextEncoder, ...]
+    layers: tuple[CrossAttention, ...]
+    transformer_per_block: dict[str, int]
+    adapters: tuple[Adapter, ...] = ()
+    image_encoders: tuple[ImageEncoder, ...] = ()
+    shapes: Shapes = Shapes()
+    backend: str = "onnxruntime"
+    precision: str = "fp32"
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The attention resolutions, as numbers of halvings of the latent size."""
+        return tuple(sorted({layer.level for layer in self.layers}))
+
+    def adapter(self, name: str) -> Adapter:
+        return next(adapter for adapter in self.adapters if adapter.name == name)
+
+    def image_encoder(self, name: str) -> ImageEncoder:
+        return next(encoder for encoder in self.image_encoders if encoder.name == name)
+
+    def model(self, part: str) -> str:
+        """Name of the Triton model that serves ``part`` of this bundle."""
+        return f"{self.name}_{part}"
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FILE_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(self)) + b"\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Bundle:
+        return msgspec.json.decode((folder / FILE_NAME).read_bytes(), type=cls)
+
+
+def level_size(size: int, level: int) -> int:
+    """``size`` after ``level`` stride-2 convolutions with padding 1."""
+    for _ in range(level):
+        size = (size + 1) // 2
+    return size

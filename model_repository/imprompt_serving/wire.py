@@ -1,0 +1,79 @@
+"""The tensors of the pipeline models on the wire: the one table behind config.pbtxt, parsing and the protocol page."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from imprompt_serving.specs import Bundle
+
+
+class Tensor(NamedTuple):
+    """A tensor of a model: Triton data type without its prefix, shape (-1: any), and what it is."""
+
+    name: str
+    dtype: str
+    dims: tuple[int, ...]
+    doc: str = ""
+
+
+MANY = (-1,)
+ONE = (1,)
+
+REQUEST: tuple[Tensor, ...] = (
+    Tensor("prompt", "STRING", MANY, "one or several prompts; a picture (or more) each"),
+    Tensor("negative_prompt", "STRING", MANY, "what to stay away from: one for all prompts, or one each"),
+    Tensor("ip_adapter_image", "STRING", MANY, "image prompts as encoded bytes (PNG, JPEG, WebP)"),
+    Tensor("ip_adapter_image_adapter", "STRING", MANY, "name of the adapter of each `ip_adapter_image`"),
+    Tensor("ip_adapter_scale", "FP64", MANY, "strength of the image prompt: one for all adapters, or one each"),
+    Tensor("height", "INT32", ONE, "pixels, a multiple of 8"),
+    Tensor("width", "INT32", ONE, "pixels, a multiple of 8"),
+    Tensor("num_inference_steps", "INT32", ONE, "denoising steps (default 50)"),
+    Tensor("guidance_scale", "FP64", ONE, "classifier-free guidance; at most 1 switches it off"),
+    Tensor("guidance_rescale", "FP64", ONE, "rescaling of the guided noise (arXiv 2305.08891), 0 to 1"),
+    Tensor("eta", "FP64", ONE, "noise share of DDIM and TCD, 0 to 1"),
+    Tensor("clip_skip", "INT32", ONE, "layers of the text encoder to leave out"),
+    Tensor("num_images_per_prompt", "INT32", ONE, "pictures for each prompt (default 1)"),
+    Tensor("seed", "INT64", MANY, "one for all pictures together, or one each; random when absent"),
+    Tensor("scheduler", "STRING", ONE, "class name of a diffusers scheduler"),
+    Tensor("scheduler_config", "STRING", ONE, "JSON object: values that replace the scheduler's configuration"),
+    Tensor("output_type", "STRING", ONE, "`np` (pictures, default) or `latent`"),
+    Tensor("timeout", "FP64", ONE, "seconds after which the work on this request stops"),
+    Tensor("encode_image", "STRING", ONE, "adapter name: answer with the embeddings of `ip_adapter_image` only"),
+)
+
+STREAM_REQUEST: tuple[Tensor, ...] = (Tensor("progress_every", "INT32", ONE, "steps between two progress answers"),)
+
+RESPONSE: tuple[Tensor, ...] = (
+    Tensor("images", "UINT8", (-1, -1, -1, 3), "pictures [N, height, width, RGB]"),
+    Tensor("latents", "FP32", (-1, -1, -1, -1), "latents [N, channels, h, w] when `output_type` is `latent`"),
+    Tensor("seeds", "INT64", MANY, "the seed of each picture"),
+    Tensor("timings", "STRING", ONE, "JSON object: seconds by stage"),
+)
+
+STREAM_RESPONSE: tuple[Tensor, ...] = (
+    Tensor("step", "INT32", ONE, "steps done"),
+    Tensor("steps", "INT32", ONE, "steps in all"),
+)
+
+
+def request_tensors(bundle: Bundle, *, stream: bool) -> tuple[Tensor, ...]:
+    """Inputs of the pipeline of ``bundle``: the table above, and embeddings for each of its adapters."""
+    embeds = tuple(
+        Tensor(
+            f"ip_adapter_image_embeds_{adapter.name}",
+            "FP32",
+            (-1, -1, *adapter.embed_shape),
+            "embeddings in place of image prompts: [2 (negative, positive) or 1 (positive), pictures, ...]",
+        )
+        for adapter in bundle.adapters
+    )
+    return REQUEST + embeds + (STREAM_REQUEST if stream else ())
+
+
+def response_tensors(bundle: Bundle, *, stream: bool) -> tuple[Tensor, ...]:
+    """Outputs of the pipeline of ``bundle``."""
+    embeds = tuple(
+        Tensor(f"image_embeds_{adapter.name}", "FP32", (-1, -1, *adapter.embed_shape), "answer to `encode_image`")
+        for adapter in bundle.adapters
+    )
+    return RESPONSE + embeds + (STREAM_RESPONSE if stream else ())
