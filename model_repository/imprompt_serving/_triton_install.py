@@ -1,7 +1,7 @@
 """Finds a Triton: `tritonserver` on PATH (the NGC container), or the one inside the `nvidia-pytriton` package.
 
-A Python model runs in a *stub*, a process that embeds libpython. It must be the very library of the interpreter whose packages
-the models import; otherwise extension modules fail to load (`undefined symbol: _PyModule_Add` at `import ssl`).
+A Python model runs in a *stub*, a process that embeds libpython. It must be the very library of the interpreter whose
+packages the models import; otherwise extension modules fail to load (`undefined symbol: _PyModule_Add`).
 """
 
 from __future__ import annotations
@@ -115,14 +115,14 @@ def _libpython_folder() -> Path:
     """Where the shared library of this very interpreter is."""
     name = f"libpython{PYTHON}.so.1.0"
     libdir = Path(sysconfig.get_config_var("LIBDIR") or "/usr/lib")
-    multiarch = sysconfig.get_config_var("MULTIARCH")
-    candidates = [libdir, *([libdir / multiarch] if multiarch else []), Path(sys.base_prefix) / "lib"]
+    # As built; Debian's own; a relocated Python, whose LIBDIR is that of the machine it was built on.
+    candidates = [libdir, libdir / (sysconfig.get_config_var("MULTIARCH") or ""), Path(sys.base_prefix) / "lib"]
     for folder in candidates:
         if (folder / name).is_file():
             return folder
     raise LaunchError(
-        f"{sys.executable} has no shared {name} (looked in {', '.join(map(str, candidates))}), which Triton needs to host "
-        "Python models: use a Python that was built with --enable-shared"
+        f"{sys.executable} has no shared {name} (looked in {', '.join(map(str, candidates))}), "
+        "which Triton needs to host Python models: use a Python that was built with --enable-shared"
     )
 
 

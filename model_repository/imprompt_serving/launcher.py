@@ -1,12 +1,12 @@
 """Starts the Triton that is there, says when it is ready, drains it, and leaves nothing behind.
 
-`serve` is the foreground command (`imprompt serve REPO`); `Server` is the same as a context manager, for tests and the demo.
-Which Triton, and what it needs around it, is `_triton_install`; what "drain" means to a model is `drain`.
+`serve` is the foreground command (`imprompt serve REPO`); `Server` is the same as a context manager, for tests and the
+demo. Which Triton, and what it needs around it: `_triton_install`. What a drain means to the models: `drain`.
 """
 
 from __future__ import annotations
 
-import ctypes
+import http.client
 import os
 import re
 import secrets
@@ -17,11 +17,9 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -29,25 +27,30 @@ from typing import Self, TextIO
 
 import psutil
 
-from imprompt_serving._triton_install import LaunchError, TritonInstall, find_triton
+from imprompt_serving._triton_install import LaunchError, find_triton
 from imprompt_serving.drain import DRAIN_FILE_VARIABLE, IN_FLIGHT_METRIC, announce_drain
 
 __all__ = ["Addresses", "LaunchError", "Server", "serve"]
 
-# Triton's own wait for running requests after SIGTERM. Short: the drain has happened before, and in this phase Triton
-# refuses the BLS calls of whatever still runs, so that waiting longer saves nothing.
-EXIT_TIMEOUT_S = 3
 RESPONSE_CACHE_BYTES = 256 * 2**20
+# Triton's own wait for running requests after SIGTERM. The drain came before: this is for calls of single engines.
+EXIT_TIMEOUT_S = 5
+# After its exit timeout, Triton 2.51 prints "Exiting immediately" and hangs: it is killed this much later.
+KILL_AFTER_S = 2.0
+# From the end of the drain timeout until the models must have answered the requests that they break off.
+DRAIN_GRACE_S = 3.0
 POLL_S = 0.1
-LOG_TAIL_LINES = 400
-SHARED_MEMORY = Path("/dev/shm")
+LOG_TAIL_LINES = 200
 
-# Said by Triton at every start on a machine without a GPU; as warnings they would only teach people to ignore warnings.
-HARMLESS_WITHOUT_GPU = re.compile(
+# Lines of Triton that mean nothing on a machine without a GPU, or when it is told to stop.
+HARMLESS = re.compile(
     r"Unable to allocate pinned system memory|CudaDriverHelper has not been initialized|DCGM unable to start"
-    r"|Error: Failed to initialize NVML"
+    r"|Failed to initialize NVML|^Signal \(\d+\) received|^\s*$"
 )
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+# Waits until the launcher is gone, however it went (its end of the pipe closes), then clears up in its place.
+# $1: process group, $2: prefix of the shared memory, $3: scratch folder.
+REAPER = """read -r _; kill -s KILL -- "-$1"; rm -rf -- "/dev/shm/$2"* "$3" """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,11 +65,15 @@ class Addresses:
 class Server:
     """One Triton over one model repository: `with Server(repository) as server: Client(server.grpc_address)`.
 
-    A port 0 means any free one. Log lines of Triton and of the models go to `log` (default: stderr), warnings and errors
-    only unless `verbose`; before the server is ready they are kept back, and become part of the error if it fails.
+    A port 0 means any free one. What Triton and the models print goes to `log` (default: stderr): warnings, errors and
+    the models' own output, or all of it if `verbose`. Until the server is ready it is kept back; if it never gets
+    ready, it is in the error. Leaving the context stops without a drain. Not to be started twice.
 
-    The thread that starts the server must live as long as the server: Linux ends the child when that thread ends.
+    Raises `LaunchError` for a repository without models.
     """
+
+    addresses: Addresses
+    """Set by `start`."""
 
     def __init__(
         self,
@@ -80,24 +87,15 @@ class Server:
         verbose: bool = False,
         log: TextIO | None = None,
     ) -> None:
-        self.repository = _checked_repository(Path(repository))
-        self._ports = {"gRPC": grpc_port, "HTTP": http_port, "metrics": metrics_port}
+        self._repository = _checked_repository(Path(repository))
+        self._wanted_ports = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
         self._host = host
         self._start_timeout = start_timeout
         self._verbose = verbose
-        self._shm_prefix = f"imprompt_{os.getpid()}_{secrets.token_hex(3)}_"
-        self._log = _Log(log or sys.stderr)
+        self._log = _Log(log, verbose=verbose)
+        self._clean_up = ExitStack()
         self._process: subprocess.Popen[str] | None = None
-        self._stubs: list[psutil.Process] = []
-        self._stub_models: dict[int, str] = {}
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
-        self._addresses: Addresses | None = None
-
-    @property
-    def addresses(self) -> Addresses:
-        if self._addresses is None:
-            raise LaunchError("the server has not been started")
-        return self._addresses
+        self._stubs: dict[str, psutil.Process] = {}
 
     @property
     def grpc_address(self) -> str:
@@ -116,6 +114,11 @@ class Server:
         """The process id of `tritonserver`."""
         return self._running.pid
 
+    @property
+    def stub_pids(self) -> dict[str, int]:
+        """The process of each instance of a Python model, by Triton's name of the instance (`<model>_0_0`)."""
+        return {name: stub.pid for name, stub in self._stubs.items()}
+
     def __enter__(self) -> Self:
         self.start()
         return self
@@ -125,73 +128,62 @@ class Server:
     ) -> None:
         self.stop()
 
-    def start(self, *, cancelled: Callable[[], bool] = lambda: False) -> None:
-        """Returns when all models are ready. Raises `LaunchError`, with nothing left running, when that does not happen.
+    def start(self, *, give_up: Callable[[], bool] = lambda: False) -> bool:
+        """Starts Triton and waits until all models are ready; False, with nothing left, when `give_up` said yes before.
 
-        `cancelled` is asked while waiting; when it says yes, the start is given up and the server is not ready.
+        Raises `LaunchError`, with nothing left running, when it does not get ready.
         """
-        triton = find_triton()
-        ports = _free_ports(self._host, self._ports)
-        self._scratch = tempfile.TemporaryDirectory(prefix="imprompt-")
         try:
-            self._spawn(triton, Path(self._scratch.name), ports)
-            self._wait_until_ready(cancelled)
+            self._spawn()
+            ready = self._wait_until_ready(give_up)
         except BaseException:
             self.kill()
             raise
+        if not ready:
+            self.kill()
+        return ready
 
     def check(self) -> None:
         """Raises `LaunchError` when Triton has ended, or the process of a model has: Triton does not restart those."""
         status = self._running.poll()
         if status is not None:
-            raise LaunchError(f"Triton ended by itself ({_describe_status(status)})\n{self._log.relevant()}")
-        for stub in self._stubs:
+            raise LaunchError(f"Triton ended by itself ({_describe(status)})" + self._log.excerpt())
+        for instance, stub in self._stubs.items():
             if not _alive(stub):
-                model = self._stub_models[stub.pid]
                 raise LaunchError(
-                    f"the process of model {model!r} (pid {stub.pid}) has ended; Triton does not start it again, "
-                    f"and every call of this model would fail\n{self._log.relevant()}"
+                    f"the process of model instance {instance!r} (pid {stub.pid}) ended by itself; Triton does not "
+                    "start it again, and all its calls would fail" + self._log.excerpt()
                 )
 
     def drain(self, timeout: float, *, hurry: Callable[[], bool] = lambda: False) -> bool:
         """Tells the models to take no new requests, and waits for the running ones. True: none is left.
 
-        After `timeout` seconds the models end what still runs by themselves (see `drain`); that is given some more seconds.
+        After `timeout` seconds the models break off what still runs, each request with its answer. `hurry` ends the
+        wait. Raises as `check` does.
         """
         announce_drain(self._drain_file, deadline=time.time() + timeout)
-        until = time.monotonic() + timeout + EXIT_TIMEOUT_S
+        until = time.monotonic() + timeout + DRAIN_GRACE_S
         while time.monotonic() < until and not hurry():
             self.check()
-            if self._in_flight() == 0:
+            if _requests_in_flight(self.addresses.metrics) == 0:
                 return True
             time.sleep(POLL_S)
         return False
 
-    def stop(self) -> None:
-        """Ends Triton (SIGTERM, then by force) and removes what it left. Harmless when nothing runs."""
-        process = self._process
-        if process is not None and process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(timeout=EXIT_TIMEOUT_S + 10)
-            except subprocess.TimeoutExpired:
-                self._log.write(f"imprompt: Triton did not end within {EXIT_TIMEOUT_S + 10} s of SIGTERM; killing it\n")
+    def stop(self, *, hurry: Callable[[], bool] = lambda: False) -> None:
+        """Ends Triton with SIGTERM, by force when it takes too long or `hurry` says so. Harmless when nothing runs."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            until = time.monotonic() + EXIT_TIMEOUT_S + KILL_AFTER_S
+            while self._process.poll() is None and time.monotonic() < until and not hurry():
+                time.sleep(POLL_S)
         self.kill()
 
     def kill(self) -> None:
-        """Ends Triton and its children at once and removes what they left."""
-        if self._process is not None:
-            _kill_group(self._process.pid)
-            self._process.wait()
-            self._log.join()
-        for region in SHARED_MEMORY.glob(f"{self._shm_prefix}*"):
-            region.unlink(missing_ok=True)
-        if self._scratch is not None:
-            self._scratch.cleanup()
+        """Ends Triton and the processes of the models at once, and removes their shared memory and files."""
+        self._clean_up.close()
         self._process = None
-        self._scratch = None
-        self._addresses = None
-        self._stubs = []
+        self._stubs = {}
 
     @property
     def _running(self) -> subprocess.Popen[str]:
@@ -199,69 +191,64 @@ class Server:
             raise LaunchError("the server is not running")
         return self._process
 
-    @property
-    def _drain_file(self) -> Path:
-        assert self._scratch is not None
-        return Path(self._scratch.name) / "drain"
-
-    def _spawn(self, triton: TritonInstall, scratch: Path, ports: dict[str, int]) -> None:
-        arguments = [
-            str(triton.binary),
-            f"--model-repository={self.repository}",
-            "--model-control-mode=none",
-            "--disable-auto-complete-config",
-            f"--backend-directory={triton.prepare_backends(scratch)}",
-            f"--cache-directory={triton.caches}",
-            f"--cache-config=local,size={RESPONSE_CACHE_BYTES}",
-            f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
-            f"--grpc-address={self._host}",
-            f"--http-address={self._host}",
-            f"--metrics-address={self._host}",
-            f"--grpc-port={ports['gRPC']}",
-            f"--http-port={ports['HTTP']}",
-            f"--metrics-port={ports['metrics']}",
-            f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
-            f"--log-info={'true' if self._verbose else 'false'}",
-        ]
-        environment = triton.environment() | {DRAIN_FILE_VARIABLE: str(self._drain_file), "PYTHONUNBUFFERED": "1"}
+    def _spawn(self) -> None:
+        triton = find_triton()
+        listen, ports = _free_ports(self._host, self._wanted_ports)
+        reach = "127.0.0.1" if listen == "0.0.0.0" else listen
+        self.addresses = Addresses(**{name: f"{reach}:{port}" for name, port in ports.items()})
+        scratch = Path(self._clean_up.enter_context(tempfile.TemporaryDirectory(prefix="imprompt-")))
+        self._drain_file = scratch / "drain"
+        shared_memory = f"imprompt_{os.getpid()}_{secrets.token_hex(3)}_"
+        self._clean_up.callback(_remove_shared_memory, shared_memory)
         self._process = subprocess.Popen(
-            arguments,
-            env=environment,
+            [
+                str(triton.binary),
+                f"--model-repository={self._repository}",
+                "--model-control-mode=none",
+                "--disable-auto-complete-config",
+                f"--backend-directory={triton.prepare_backends(scratch)}",
+                f"--backend-config=python,shm-region-prefix-name={shared_memory}",
+                f"--cache-directory={triton.caches}",
+                f"--cache-config=local,size={RESPONSE_CACHE_BYTES}",
+                *(f"--{name}-address={listen}" for name in ports),
+                *(f"--{name}-port={port}" for name, port in ports.items()),
+                f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
+                f"--log-info={str(self._verbose).lower()}",
+            ],
+            env=triton.environment() | {DRAIN_FILE_VARIABLE: str(self._drain_file), "PYTHONUNBUFFERED": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            process_group=0,  # Ctrl-C in the terminal reaches the launcher only, which drains; and all stubs end as a group
-            preexec_fn=_end_with_parent,
+            process_group=0,  # Ctrl-C must reach the launcher only, which drains; and all stubs can be ended together
         )
-        self._log.follow(self._process, harmless=None if self._verbose else HARMLESS_WITHOUT_GPU)
-        reach = "127.0.0.1" if self._host == "0.0.0.0" else self._host
-        self._addresses = Addresses(
-            grpc=f"{reach}:{ports['gRPC']}", http=f"{reach}:{ports['HTTP']}", metrics=f"{reach}:{ports['metrics']}"
+        self._clean_up.callback(_end_group, self._process)
+        self._log.follow(self._process)
+        reaper = subprocess.Popen(
+            ["/bin/sh", "-c", REAPER, "imprompt-reaper", str(self._process.pid), shared_memory, str(scratch)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
+        # Ended before the clean-up that it would do, so that it never meets a process group that got the number anew.
+        self._clean_up.callback(_end_reaper, reaper)
 
-    def _wait_until_ready(self, cancelled: Callable[[], bool]) -> None:
+    def _wait_until_ready(self, give_up: Callable[[], bool]) -> bool:
         until = time.monotonic() + self._start_timeout
         while not _is_ready(self.addresses.http):
             status = self._running.poll()
             if status is not None:
-                self._log.join()
-                raise LaunchError(f"Triton did not start ({_describe_status(status)})\n{self._log.relevant()}")
+                raise LaunchError(f"Triton did not start ({_describe(status)})" + self._log.excerpt())
             if time.monotonic() > until:
-                raise LaunchError(f"Triton is not ready after {self._start_timeout:g} s\n{self._log.relevant()}")
-            if cancelled():
-                return
+                raise LaunchError(f"Triton was not ready after {self._start_timeout:g} s" + self._log.excerpt())
+            if give_up():
+                return False
             time.sleep(POLL_S)
-        self._stubs = psutil.Process(self._running.pid).children(recursive=True)
-        self._stub_models = {stub.pid: _model_of(stub) for stub in self._stubs}
+        self._stubs = _stubs_of(self._running.pid)
         self._log.release()
-
-    def _in_flight(self) -> int:
-        """Requests that the models say they are working on (the gauge of `drain`)."""
-        with urllib.request.urlopen(f"http://{self.addresses.metrics}/metrics", timeout=5) as answer:
-            lines = answer.read().decode().splitlines()
-        return sum(int(float(line.rsplit(" ", 1)[1])) for line in lines if line.startswith(IN_FLIGHT_METRIC))
+        return True
 
 
 def serve(
@@ -277,106 +264,137 @@ def serve(
 ) -> int:
     """Serves until SIGINT or SIGTERM, then drains; a second signal ends everything at once. Main thread only.
 
-    Returns the exit status: 0 when every request had ended, 1 when the drain timeout cut some off, 128 + the number of a
-    second signal. Raises `LaunchError` when Triton does not start, ends by itself, or loses the process of a model.
+    Returns the exit status: 0 when all requests had ended, 1 when some were broken off, 128 + the number of the signal
+    when one came before the server was ready, or a second one. Raises `LaunchError` when Triton does not start, ends by
+    itself, or loses the process of a model (a supervisor should start the whole server again).
     """
     server = Server(
         repository, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port, host=host, verbose=verbose
     )
     with _received_signals() as signals:
         try:
-            server.start(cancelled=lambda: bool(signals))
-            if not signals:
-                on_ready(server.addresses)
+            if not server.start(give_up=lambda: bool(signals)):
+                return 128 + signals[0]
+            on_ready(server.addresses)
             while not signals:
                 server.check()
                 time.sleep(POLL_S)
             drained = server.drain(drain_timeout, hurry=lambda: len(signals) > 1)
-            if len(signals) > 1:
-                server.kill()
-                return 128 + signals[1]
-            return 0 if drained else 1
+        except LaunchError:
+            server.kill()
+            raise
         finally:
-            server.stop()
+            server.stop(hurry=lambda: len(signals) > 1)
+        return 128 + signals[1] if len(signals) > 1 else int(not drained)
 
 
 class _Log:
-    """Triton's output: kept back until released, then passed on; the last lines are kept for error messages."""
+    """What Triton and the models print: kept back until released, then passed on. Error messages quote its end."""
 
-    def __init__(self, sink: TextIO) -> None:
+    def __init__(self, sink: TextIO | None, *, verbose: bool) -> None:
         self._sink = sink
+        self._verbose = verbose
+        self._pass_on = verbose
         self._lines: deque[str] = deque(maxlen=LOG_TAIL_LINES)
-        self._released = False
         self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
+        self._reader: threading.Thread | None = None
 
-    def follow(self, process: subprocess.Popen[str], *, harmless: re.Pattern[str] | None) -> None:
-        self._thread = threading.Thread(target=self._read, args=(process, harmless), daemon=True)
-        self._thread.start()
-
-    def _read(self, process: subprocess.Popen[str], harmless: re.Pattern[str] | None) -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if harmless is None or not harmless.search(line):
-                self.write(line)
-
-    def write(self, line: str) -> None:
-        with self._lock:
-            self._lines.append(line)
-            if self._released:
-                self._sink.write(line)
-                self._sink.flush()
+    def follow(self, process: subprocess.Popen[str]) -> None:
+        self._reader = threading.Thread(target=self._read, args=(process.stdout,), daemon=True)
+        self._reader.start()
 
     def release(self) -> None:
         with self._lock:
-            self._released = True
-            self._sink.writelines(self._lines)
-            self._sink.flush()
+            if not self._pass_on:
+                self._pass_on = True
+                self._write("".join(self._lines))
 
-    def relevant(self) -> str:
+    def excerpt(self) -> str:
+        """The end of the log as the rest of an error message; nothing if the reader has it on the screen already."""
+        if self._reader is not None:
+            self._reader.join(timeout=0.5)  # ends with the last process that writes; a moment for its last words
         with self._lock:
-            return "".join(self._lines).strip()
+            shown = [] if self._pass_on else self._lines
+            # Triton puts a traceback in one line, with its line ends escaped.
+            return "".join("\n" + line.rstrip().replace("\\n", "\n") for line in shown)
 
-    def join(self) -> None:
-        if self._thread is not None:
-            self._thread.join(timeout=2)
+    def _read(self, lines: TextIO) -> None:
+        with lines:
+            for line in lines:
+                if self._verbose or not HARMLESS.search(line):
+                    with self._lock:
+                        self._lines.append(line)
+                        if self._pass_on:
+                            self._write(line)
+
+    def _write(self, text: str) -> None:
+        sink = self._sink or sys.stderr
+        with suppress(OSError, ValueError):  # closed: the server goes on, and its output must go on being read
+            sink.write(text)
+            sink.flush()
 
 
 def _checked_repository(repository: Path) -> Path:
     if not repository.is_dir():
         raise LaunchError(f"no model repository at {repository}: there is no such folder")
     if not any(repository.glob("*/config.pbtxt")):
-        raise LaunchError(f"no models in {repository}: no folder in it holds a config.pbtxt")
+        raise LaunchError(f"no model in {repository}: no folder in it holds a config.pbtxt")
     return repository.resolve()
 
 
-def _free_ports(host: str, wanted: dict[str, int]) -> dict[str, int]:
-    """The ports, 0 replaced by a free one. Raises `LaunchError` for one that is taken."""
-    taken: list[socket.socket] = []
+def _free_ports(host: str, wanted: dict[str, int]) -> tuple[str, dict[str, int]]:
+    """The numeric address (Triton takes no names), and the ports with each 0 replaced by a free one."""
     ports: dict[str, int] = {}
-    try:
+    with ExitStack() as held:  # all at once, so that no port is given out twice
         for name, port in wanted.items():
-            probe = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-            taken.append(probe)
+            probe = held.enter_context(socket.socket())
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((host, port))
+                address = socket.gethostbyname(host)
+                probe.bind((address, port))
             except OSError as error:
-                raise LaunchError(f"cannot listen on {host}:{port} ({name} port): {error.strerror}") from error
+                raise LaunchError(f"cannot listen on {host}:{port} (the {name} port): {error.strerror}") from error
             ports[name] = probe.getsockname()[1]
+    return address, ports
+
+
+def _get(address: str, path: str) -> tuple[int, str]:
+    """Status and text of a plain HTTP GET. (Not urllib, which would ask a proxy named in the environment.)"""
+    connection = http.client.HTTPConnection(address, timeout=5)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
     finally:
-        for probe in taken:
-            probe.close()
-    return ports
+        connection.close()
 
 
 def _is_ready(http_address: str) -> bool:
-    """`/v2/health/ready`: the server answers and every model is ready (Triton's strict readiness, its default)."""
+    """The server answers and every model is ready (Triton's strict readiness, its default)."""
     try:
-        with urllib.request.urlopen(f"http://{http_address}/v2/health/ready", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
+        return _get(http_address, "/v2/health/ready")[0] == 200
+    except (OSError, http.client.HTTPException):
         return False
+
+
+def _requests_in_flight(metrics_address: str) -> int | None:
+    """What the models' gauges say, summed; None if Triton does not answer."""
+    try:
+        _, text = _get(metrics_address, "/metrics")
+    except (OSError, http.client.HTTPException):
+        return None
+    return sum(int(float(value)) for value in re.findall(rf"^{IN_FLIGHT_METRIC}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
+
+
+def _stubs_of(triton: int) -> dict[str, psutil.Process]:
+    """The processes that host Python models, by instance: their command line is `STUB MODEL ... INSTANCE RUNTIME`."""
+    stubs: dict[str, psutil.Process] = {}
+    for child in psutil.Process(triton).children():
+        with suppress(psutil.NoSuchProcess):
+            arguments = child.cmdline()
+            if arguments and arguments[0].endswith("triton_python_backend_stub"):
+                stubs[arguments[-2]] = child
+    return stubs
 
 
 def _alive(process: psutil.Process) -> bool:
@@ -386,32 +404,26 @@ def _alive(process: psutil.Process) -> bool:
         return False
 
 
-def _model_of(stub: psutil.Process) -> str:
-    """The model that a stub hosts, from its command line: `triton_python_backend_stub REPO/MODEL/VERSION/model.py ...`."""
-    try:
-        arguments: Sequence[str] = stub.cmdline()
-    except psutil.NoSuchProcess:
-        return "?"
-    return next((Path(a).parent.parent.name for a in arguments if a.endswith(".py")), "?")
-
-
-def _describe_status(status: int) -> str:
+def _describe(status: int) -> str:
     return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
 
 
-def _kill_group(leader: int) -> None:
-    try:
-        os.killpg(leader, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+def _end_group(process: subprocess.Popen[str]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
-_libc = ctypes.CDLL(None)
+def _end_reaper(reaper: subprocess.Popen[bytes]) -> None:
+    reaper.kill()
+    reaper.wait()
+    assert reaper.stdin is not None
+    reaper.stdin.close()
 
 
-def _end_with_parent() -> None:
-    """In the child, before exec: SIGTERM when the launcher dies, however it dies."""
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def _remove_shared_memory(prefix: str) -> None:
+    for region in Path("/dev/shm").glob(f"{prefix}*"):
+        region.unlink(missing_ok=True)
 
 
 @contextmanager
