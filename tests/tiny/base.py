@@ -1,0 +1,251 @@
+"""Complete diffusers pipeline folders with tiny random networks: Stable Diffusion 1.5 and XL."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+)
+
+from .tokenizer import VOCABULARY_SIZE, write_tokenizer
+from .weights import calibrate, generator, normal, private_rng, randomize
+
+SAMPLE_SIZE = 8  # latents; 64 pixels
+IMAGE_SIZE = 32  # of the CLIP vision encoders
+CROSS_ATTENTION_DIM = {"sd15": 48, "sdxl": 128}  # 768 and 2048 in the real ones
+LAYERS_PER_BLOCK = {"sd15": 1, "sdxl": 2}
+VISION = {  # hidden size, projection: (1280, 1024) and (1664, 1280) in the real ones
+    "vit_h": (80, 64),
+    "big_g": (104, 80),
+}
+
+
+def make_sd15(
+    folder: str | Path,
+    *,
+    in_channels: int = 4,
+    safety_checker: bool = False,
+    time_cond_proj_dim: int | None = None,
+    layers_per_block: int = LAYERS_PER_BLOCK["sd15"],
+    seed: int = 0,
+) -> Path:
+    """Writes a Stable Diffusion 1.5 folder. Its default picture is 64 x 64; the UNet has 10 cross-attention layers.
+
+    `in_channels=9` makes an inpainting checkpoint; `time_cond_proj_dim` a distilled one (LCM) that takes the guidance
+    scale as `timestep_cond`; `layers_per_block=2` the real layout with 16 cross-attention layers.
+    """
+    folder = Path(folder)
+    with private_rng():
+        vae = _vae(seed + 1, scaling_factor=0.18215)
+        changes = {"in_channels": in_channels, "time_cond_proj_dim": time_cond_proj_dim}
+        unet = _unet(unet_config("sd15", layers_per_block) | changes, seed + 2)
+        text_encoder = randomize(CLIPTextModel(_text_config(48, "quick_gelu")), seed + 3)
+        checker = _safety_checker(seed + 4, vae) if safety_checker else None
+        pipeline_class = StableDiffusionInpaintPipeline if in_channels == 9 else StableDiffusionPipeline
+        pipeline = pipeline_class(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=write_tokenizer(folder / "tokenizer"),
+            unet=unet,
+            scheduler=(PNDMScheduler if time_cond_proj_dim is None else LCMScheduler)(steps_offset=1),
+            safety_checker=checker,
+            feature_extractor=CLIPImageProcessor(size=IMAGE_SIZE, crop_size=IMAGE_SIZE),
+            requires_safety_checker=safety_checker,
+        )
+        pipeline.save_pretrained(folder)
+    write_tokenizer(folder / "tokenizer")
+    if time_cond_proj_dim is None:
+        config = {"_class_name": "PNDMScheduler", "set_alpha_to_one": False, "skip_prk_steps": True}
+    else:
+        config = {"_class_name": "LCMScheduler", "set_alpha_to_one": True, "original_inference_steps": 50}
+    # Written by hand: diffusers drops `clip_sample`, which PNDM does not know but schedulers made from it do.
+    _write_scheduler(folder, {**config, "clip_sample": False, "steps_offset": 1, "trained_betas": None})
+    return folder
+
+
+def make_sdxl(
+    folder: str | Path,
+    *,
+    in_channels: int = 4,
+    layers_per_block: int = LAYERS_PER_BLOCK["sdxl"],
+    seed: int = 0,
+) -> Path:
+    """Writes a Stable Diffusion XL folder. Its default picture is 64 x 64.
+
+    With two layers per block the per-block scales of the guide (InstantStyle) fit as they are written there.
+    """
+    folder = Path(folder)
+    with private_rng():
+        vae = _vae(seed + 1, scaling_factor=0.13025, force_upcast=True)
+        unet = _unet(unet_config("sdxl", layers_per_block) | {"in_channels": in_channels}, seed + 2)
+        pipeline_class = StableDiffusionXLInpaintPipeline if in_channels == 9 else StableDiffusionXLPipeline
+        pipeline = pipeline_class(
+            vae=vae,
+            text_encoder=randomize(CLIPTextModel(_text_config(48, "quick_gelu")), seed + 3),
+            text_encoder_2=randomize(CLIPTextModelWithProjection(_text_config(80, "gelu")), seed + 4),
+            tokenizer=write_tokenizer(folder / "tokenizer"),
+            tokenizer_2=write_tokenizer(folder / "tokenizer_2", pad_token="!"),
+            unet=unet,
+            scheduler=EulerDiscreteScheduler(steps_offset=1),
+            force_zeros_for_empty_prompt=True,
+            add_watermarker=False,
+        )
+        pipeline.save_pretrained(folder)
+    write_tokenizer(folder / "tokenizer")
+    write_tokenizer(folder / "tokenizer_2", pad_token="!")
+    config = {
+        "_class_name": "EulerDiscreteScheduler",
+        "clip_sample": False,
+        "interpolation_type": "linear",
+        "prediction_type": "epsilon",
+        "sample_max_value": 1.0,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
+        "trained_betas": None,
+        "use_karras_sigmas": False,
+    }
+    _write_scheduler(folder, config)
+    return folder
+
+
+def unet_config(family: str, layers_per_block: int | None = None) -> dict[str, Any]:
+    """Arguments of `UNet2DConditionModel`: the real block layout, narrow."""
+    common = {
+        "sample_size": SAMPLE_SIZE,
+        "layers_per_block": layers_per_block or LAYERS_PER_BLOCK[family],
+        "norm_num_groups": 8,
+        "cross_attention_dim": CROSS_ATTENTION_DIM[family],
+    }
+    if family == "sd15":
+        return common | {
+            "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+            "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+            "block_out_channels": (32, 64, 64, 64),
+            "attention_head_dim": 8,  # the number of heads, as in the real configuration
+        }
+    return common | {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (32, 64, 64),
+        "transformer_layers_per_block": (1, 1, 2),
+        "attention_head_dim": (2, 4, 8),  # numbers of heads, as in the real configuration
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 16,
+        "projection_class_embeddings_input_dim": 80 + 6 * 16,  # pooled text and six numbers
+    }
+
+
+def vision_config(kind: str) -> CLIPVisionConfig:
+    """The tiny relatives of OpenCLIP's ViT-H/14 (`vit_h`) and ViT-bigG/14 (`big_g`)."""
+    hidden_size, projection_dim = VISION[kind]
+    return CLIPVisionConfig(
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        projection_dim=projection_dim,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=IMAGE_SIZE,
+        patch_size=8,
+        hidden_act="gelu",
+    )
+
+
+def _text_config(hidden_size: int, hidden_act: str) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        projection_dim=hidden_size,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        hidden_act=hidden_act,
+        bos_token_id=0,
+        # 2, not the tokenizer's id, is what the public configurations say: the highest id is taken for the end then.
+        eos_token_id=2,
+        pad_token_id=1,
+    )
+
+
+@torch.no_grad()
+def _vae(seed: int, *, scaling_factor: float, force_upcast: bool = False) -> AutoencoderKL:
+    """A VAE whose latents have about unit variance once scaled, and whose pictures use most of 0..255."""
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 16, 32, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+        sample_size=8 * SAMPLE_SIZE,
+        scaling_factor=scaling_factor,
+        force_upcast=force_upcast,
+    )
+    randomize(vae, seed)
+    rng = generator(seed)
+    pixels, latents = normal(rng, 4, 3, 64, 64, std=0.5), normal(rng, 8, 4, SAMPLE_SIZE, SAMPLE_SIZE)
+    calibrate(vae.decoder.conv_out, lambda: vae.decode(latents / scaling_factor).sample, 0.45)
+    calibrate(vae.quant_conv, lambda: vae.encode(pixels).latent_dist.parameters, 1 / scaling_factor)
+    vae.quant_conv.weight[4:].mul_(0.1)
+    vae.quant_conv.bias[4:].fill_(-2)  # log variance: some noise, so that a sampled encoding differs from its mode
+    return vae
+
+
+@torch.no_grad()
+def _unet(config: dict[str, Any], seed: int) -> UNet2DConditionModel:
+    """A UNet whose predicted noise has unit variance, as that of a trained one."""
+    unet = UNet2DConditionModel(**config)
+    randomize(unet, seed)
+    rng = generator(seed)
+    sample = normal(rng, 4, unet.config.in_channels, SAMPLE_SIZE, SAMPLE_SIZE)
+    arguments: dict[str, Any] = {"encoder_hidden_states": normal(rng, 4, 77, unet.config.cross_attention_dim)}
+    if unet.config.addition_embed_type == "text_time":
+        width = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+        time_ids = torch.tensor([[64.0, 64, 0, 0, 64, 64]]).repeat(4, 1)
+        arguments["added_cond_kwargs"] = {"text_embeds": normal(rng, 4, width), "time_ids": time_ids}
+    calibrate(unet.conv_out, lambda: unet(sample, torch.tensor([900, 600, 300, 50]), **arguments).sample, 1.0)
+    return unet
+
+
+@torch.no_grad()
+def _safety_checker(seed: int, vae: AutoencoderKL) -> StableDiffusionSafetyChecker:
+    """A checker that flags about half of the pictures this VAE makes from noise, and is sure about each."""
+    vision = vision_config("vit_h")
+    config = CLIPConfig(text_config={}, vision_config=vision.to_dict(), projection_dim=vision.projection_dim)
+    checker = StableDiffusionSafetyChecker(config)
+    randomize(checker, seed)
+    return checker
+
+
+def _write_scheduler(folder: Path, config: dict[str, Any]) -> None:
+    config = {
+        "_diffusers_version": "0.6.0",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "num_train_timesteps": 1000,
+        **config,
+    }
+    (folder / "scheduler").mkdir(exist_ok=True)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(dict(sorted(config.items())), indent=2))

@@ -1,0 +1,83 @@
+"""diffusers as the oracle: a pipeline over tiny folders, and how far two pictures are apart."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from PIL import Image
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adapter:
+    """Where one IP-Adapter lies, in the words of `load_ip_adapter`."""
+
+    path: str | Path
+    weight_name: str
+    subfolder: str = "models"
+    image_encoder_folder: str | None = "image_encoder"
+
+
+def pipeline(
+    base_folder: str | Path,
+    adapters: Sequence[Adapter] = (),
+    cls: type[DiffusionPipeline] = StableDiffusionPipeline,
+    scheduler: str | None = None,
+    scheduler_config: Mapping[str, Any] | None = None,
+    *,
+    safety_checker: bool = False,
+    **components: Any,
+) -> Any:
+    """Loads the folder on the CPU in fp32, then the adapters with diffusers' own `load_ip_adapter`.
+
+    `scheduler` is a diffusers class name made from the folder's scheduler configuration, `scheduler_config` overrides
+    single values of it, `components` (`controlnet=...`, `motion_adapter=...`) go to `from_pretrained`.
+    """
+    if not safety_checker and "safety_checker" in cls._optional_components:
+        components |= {"safety_checker": None, "requires_safety_checker": False}
+    pipe = cls.from_pretrained(base_folder, dtype=torch.float32, local_files_only=True, **components)
+    if adapters:
+        # The first adapter with an encoder brings it; the others share it, as in diffusers.
+        encoders = [adapter.image_encoder_folder for adapter in adapters if adapter.image_encoder_folder]
+        pipe.load_ip_adapter(
+            [str(adapter.path) for adapter in adapters],
+            subfolder=[adapter.subfolder for adapter in adapters],
+            weight_name=[adapter.weight_name for adapter in adapters],
+            image_encoder_folder=encoders[0] if encoders else None,
+            local_files_only=True,
+        )
+    if scheduler or scheduler_config:
+        scheduler_class = getattr(diffusers, scheduler) if scheduler else type(pipe.scheduler)
+        pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config, **(scheduler_config or {}))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate(pipe: Any, *, seed: int | Sequence[int] = 0, **arguments: Any) -> np.ndarray:
+    """Runs the pipeline; uint8 pictures [N, H, W, 3] (frames [N, F, H, W, 3] for clips). Four steps by default."""
+    seeds = [seed] if isinstance(seed, int) else list(seed)
+    generators = [torch.Generator("cpu").manual_seed(one) for one in seeds]
+    arguments = {"prompt": "a photo of a cat", "num_inference_steps": 4, **arguments}
+    output = pipe(generator=generators if len(generators) > 1 else generators[0], **arguments)
+    pictures = output.frames if hasattr(output, "frames") else output.images
+    return np.stack([as_array(picture) for picture in pictures])
+
+
+def as_array(picture: Image.Image | Sequence[Image.Image] | np.ndarray) -> np.ndarray:
+    """A PIL image or a list of them as uint8."""
+    if isinstance(picture, Image.Image):
+        return np.asarray(picture.convert("RGB"))
+    return np.stack([np.asarray(one) for one in picture])
+
+
+def picture_distance(a: Any, b: Any) -> tuple[int, float]:
+    """Largest and mean difference in uint8 levels; refuses pictures of different shapes."""
+    first, second = (as_array(x) if not isinstance(x, np.ndarray) else x for x in (a, b))
+    if first.shape != second.shape or first.dtype != np.uint8 or second.dtype != np.uint8:
+        raise ValueError(f"not comparable: {first.shape} {first.dtype} and {second.shape} {second.dtype}")
+    difference = np.abs(first.astype(np.int16) - second.astype(np.int16))
+    return int(difference.max()), float(difference.mean())
