@@ -15,8 +15,6 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-import imprompt_serving
-
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
@@ -47,16 +45,15 @@ class TritonInstall:
         return linked
 
     def environment(self) -> dict[str, str]:
-        """The environment of the server: this interpreter's libpython, `python3` and packages first."""
+        """The environment of the server, with the libpython and the `python3` of this interpreter first.
+
+        From `python3` on PATH the stub finds the packages (of a virtual environment too). It ignores `PYTHONPATH` and
+        all other `PYTHON*` variables: the models import what is installed.
+        """
         environment = dict(os.environ)
         libraries = [str(_libpython_folder()), *([str(self.libraries)] if self.libraries else [])]
         _prepend(environment, "LD_LIBRARY_PATH", libraries)
         _prepend(environment, "PATH", [str(Path(sys.executable).parent)])
-        package_root = Path(imprompt_serving.__file__).parent.parent
-        if package_root != Path(
-            sysconfig.get_path("purelib")
-        ):  # a working copy that only sys.path of this process knows
-            _prepend(environment, "PYTHONPATH", [str(package_root)])
         return environment
 
 

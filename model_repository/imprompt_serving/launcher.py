@@ -33,20 +33,23 @@ from imprompt_serving.drain import DRAIN_FILE_VARIABLE, IN_FLIGHT_METRIC, announ
 __all__ = ["Addresses", "LaunchError", "Server", "serve"]
 
 RESPONSE_CACHE_BYTES = 256 * 2**20
-# Triton's own wait for running requests after SIGTERM. The drain came before: this is for calls of single engines.
-EXIT_TIMEOUT_S = 5
-# After its exit timeout, Triton 2.51 prints "Exiting immediately" and hangs: it is killed this much later.
-KILL_AFTER_S = 2.0
+# Triton's own wait for running requests after SIGTERM. Short, as the drain came before, and as a stream that a client
+# keeps open, even idle, keeps its model from being unloaded: Triton then waits for the whole of it.
+EXIT_TIMEOUT_S = 3
+# Then Triton 2.51 says "Exiting immediately", and hangs. So it is killed this much later.
+KILL_AFTER_S = 1.0
 # From the end of the drain timeout until the models must have answered the requests that they break off.
 DRAIN_GRACE_S = 3.0
 POLL_S = 0.1
 LOG_TAIL_LINES = 200
 
-# Lines of Triton that mean nothing on a machine without a GPU, or when it is told to stop.
+# Lines of Triton that say nothing on a machine without a GPU, or when it is told to stop (see `EXIT_TIMEOUT_S`).
 HARMLESS = re.compile(
     r"Unable to allocate pinned system memory|CudaDriverHelper has not been initialized|DCGM unable to start"
-    r"|Failed to initialize NVML|^Signal \(\d+\) received|^\s*$"
+    r"|Failed to initialize NVML|^Signal \(\d+\) received|Exit timeout expired|^\s*$"
 )
+# The first line of the reason; what follows (a traceback) has its line ends escaped.
+LOAD_FAILURE = re.compile(r"failed to load '(?P<model>[^']+)' version \d+: (?:Internal: )?(?P<reason>.+?)(?:\\n|\"?$)")
 
 # Waits until the launcher is gone, however it went (its end of the pipe closes), then clears up in its place.
 # $1: process group, $2: prefix of the shared memory, $3: scratch folder.
@@ -156,17 +159,17 @@ class Server:
                 )
 
     def drain(self, timeout: float, *, hurry: Callable[[], bool] = lambda: False) -> bool:
-        """Tells the models to take no new requests, and waits for the running ones. True: none is left.
+        """Tells the models to take no new requests, and waits for the running ones. True: all ended by themselves.
 
         After `timeout` seconds the models break off what still runs, each request with its answer. `hurry` ends the
         wait. Raises as `check` does.
         """
         announce_drain(self._drain_file, deadline=time.time() + timeout)
-        until = time.monotonic() + timeout + DRAIN_GRACE_S
-        while time.monotonic() < until and not hurry():
+        in_time = time.monotonic() + timeout
+        while time.monotonic() < in_time + DRAIN_GRACE_S and not hurry():
             self.check()
             if _requests_in_flight(self.addresses.metrics) == 0:
-                return True
+                return time.monotonic() < in_time
             time.sleep(POLL_S)
         return False
 
@@ -215,7 +218,8 @@ class Server:
                 f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
                 f"--log-info={str(self._verbose).lower()}",
             ],
-            env=triton.environment() | {DRAIN_FILE_VARIABLE: str(self._drain_file), "PYTHONUNBUFFERED": "1"},
+            env=triton.environment() | {DRAIN_FILE_VARIABLE: str(self._drain_file)},
+            cwd=scratch,  # it is first on the models' sys.path: a random.py where the user stands must not get in the way
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -240,7 +244,9 @@ class Server:
         while not _is_ready(self.addresses.http):
             status = self._running.poll()
             if status is not None:
-                raise LaunchError(f"Triton did not start ({_describe(status)})" + self._log.excerpt())
+                raise LaunchError(
+                    self._log.load_failures() + f"Triton did not start ({_describe(status)})" + self._log.excerpt()
+                )
             if time.monotonic() > until:
                 raise LaunchError(f"Triton was not ready after {self._start_timeout:g} s" + self._log.excerpt())
             if give_up():
@@ -311,12 +317,23 @@ class _Log:
 
     def excerpt(self) -> str:
         """The end of the log as the rest of an error message; nothing if the reader has it on the screen already."""
-        if self._reader is not None:
-            self._reader.join(timeout=0.5)  # ends with the last process that writes; a moment for its last words
+        self._join()
         with self._lock:
             shown = [] if self._pass_on else self._lines
             # Triton puts a traceback in one line, with its line ends escaped.
             return "".join("\n" + line.rstrip().replace("\\n", "\n") for line in shown)
+
+    def load_failures(self) -> str:
+        """A line for each model that failed to load: `model 'x' failed to load: ValueError: ...`."""
+        self._join()
+        with self._lock:
+            failures = [match for line in self._lines if (match := LOAD_FAILURE.search(line))]
+        return "".join(f"model {match['model']!r} failed to load: {match['reason']}\n" for match in failures)
+
+    def _join(self) -> None:
+        """The reader ends with the last process that writes; this gives it a moment for their last words."""
+        if self._reader is not None:
+            self._reader.join(timeout=0.5)
 
     def _read(self, lines: TextIO) -> None:
         with lines:

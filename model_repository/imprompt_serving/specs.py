@@ -98,6 +98,7 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     scheduler: str
     scheduler_config: dict[str, Any]
     text_encoders: tuple[TextEncoder, ...]
+    max_clip_skip: int
     layers: tuple[CrossAttention, ...]
     transformer_per_block: dict[str, int]
     adapters: tuple[Adapter, ...] = ()

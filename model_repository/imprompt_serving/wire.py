@@ -77,3 +77,29 @@ def response_tensors(bundle: Bundle, *, stream: bool) -> tuple[Tensor, ...]:
         for adapter in bundle.adapters
     )
     return RESPONSE + embeds + (STREAM_RESPONSE if stream else ())
+
+
+JOB_RESPONSE: tuple[Tensor, ...] = (
+    Tensor("latents", "FP32", (-1, -1, -1, -1)),
+    Tensor("step", "INT32", ONE),
+    Tensor("steps", "INT32", ONE),
+    Tensor("timings", "STRING", ONE),
+)
+
+
+def job_tensors(bundle: Bundle) -> tuple[Tensor, ...]:
+    """Inputs of the denoiser: ``job`` (JSON of ``job.JobRequest``) and its tensors, or the id of a job to ``cancel``."""
+    width = sum(encoder.hidden_size for encoder in bundle.text_encoders)
+    length = bundle.text_encoders[0].max_length
+    embeds = tuple(
+        Tensor(f"{prefix}image_embeds_{adapter.name}", "FP32", (-1, *adapter.embed_shape))
+        for adapter in bundle.adapters
+        for prefix in ("", "negative_")
+    )
+    return (
+        Tensor("job", "STRING", ONE),
+        Tensor("cancel", "STRING", ONE),
+        Tensor("prompt_embeds", "FP32", (-1, length, width)),
+        Tensor("negative_prompt_embeds", "FP32", (-1, length, width)),
+        *embeds,
+    )

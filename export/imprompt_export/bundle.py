@@ -1,0 +1,141 @@
+"""The bundle file: one checkpoint set under one name, as TOML. Parsed strictly and checked before anything is exported."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from imprompt_serving.specs import Shapes
+
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_RESERVED = {"down", "mid", "up", "stream", "denoiser"}
+
+
+class BundleError(ValueError):
+    """A bundle file that cannot be exported; the message names the key or file and what would be right."""
+
+
+class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class IPAdapterSection(_Section):
+    """An IP-Adapter, with the parameters of diffusers' ``load_ip_adapter``."""
+
+    name: str
+    path: str
+    weight_name: str
+    subfolder: str = ""
+    image_encoder_folder: str | Literal[False] = "image_encoder"
+
+
+class EngineSection(_Section):
+    """What the engines are compiled to, and who hosts the encoders and the VAE."""
+
+    backend: Literal["onnxruntime"] = "onnxruntime"
+    precision: Literal["fp32"] = "fp32"
+    host: Literal["python", "native"] = "python"
+
+
+class BundleFile(_Section):
+    """A parsed bundle file; relative paths in it are relative to ``folder``."""
+
+    name: str
+    base: str
+    ip_adapter: tuple[IPAdapterSection, ...] = ()
+    engine: EngineSection = EngineSection()
+    shapes: Shapes = Shapes()
+    folder: Path = Path()
+
+    @classmethod
+    def load(cls, path: str | Path) -> BundleFile:
+        """Read and check ``path``.
+
+        Raises:
+            BundleError: unknown key, wrong type, bad name, impossible range or missing file, by name.
+        """
+        path = Path(path)
+        try:
+            content = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise BundleError(f"cannot read bundle file {path}: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise BundleError(f"{path} is not TOML: {error}") from None
+        if "folder" in content:
+            raise BundleError("Object contains unknown field `folder`")
+        try:
+            bundle = msgspec.convert({**content, "folder": str(path.resolve().parent)}, cls, dec_hook=_decode_path)
+        except msgspec.ValidationError as error:
+            raise BundleError(f"{path}: {error}") from None
+        bundle._check()
+        return bundle
+
+    def _check(self) -> None:
+        for what, names in (("name", [self.name]), ("ip_adapter.name", [a.name for a in self.ip_adapter])):
+            for name in names:
+                if not _NAME.fullmatch(name) or name in _RESERVED:
+                    raise BundleError(f"{what}: {name!r} must match [a-z][a-z0-9_]* and be none of {sorted(_RESERVED)}")
+            if len(set(names)) < len(names):
+                raise BundleError(f"{what}: names must differ, got {names}")
+        for axis in ("height", "width", "rows", "frames"):
+            low, opt, high = getattr(self.shapes, axis)
+            if not 1 <= low <= opt <= high:
+                raise BundleError(f"shapes.{axis}: must be [min, opt, max] in ascending order, got {[low, opt, high]}")
+            if axis in ("height", "width") and (low % 8 or opt % 8 or high % 8):
+                raise BundleError(f"shapes.{axis}: sizes must be multiples of 8, got {[low, opt, high]}")
+        tokens = self.shapes.image_tokens
+        if not tokens or tokens[0] < 1 or list(tokens) != sorted(set(tokens)):
+            raise BundleError(f"shapes.image_tokens: must be ascending padding buckets, got {list(tokens)}")
+        for adapter in self.ip_adapter:
+            self.adapter_file(adapter)
+            self.image_encoder(adapter)
+
+    def locate(self, path: str) -> str:
+        """A path relative to the bundle file as absolute; anything that is not there is taken for a hub id."""
+        local = self.folder / path
+        if local.exists():
+            return str(local.resolve())
+        if local.is_absolute() or path.startswith(".") or path.count("/") != 1 or (local.parent.is_dir()):
+            raise BundleError(f"{path}: no such file or folder in {self.folder}")
+        return path
+
+    def adapter_file(self, adapter: IPAdapterSection) -> Path:
+        """The weight file of an adapter."""
+        root = self.locate(adapter.path)
+        if Path(root).is_dir():
+            file = Path(root, adapter.subfolder, adapter.weight_name)
+        else:
+            file = _download(root, "/".join(filter(None, (adapter.subfolder, adapter.weight_name))))
+        if not file.is_file():
+            raise BundleError(f"ip_adapter {adapter.name}: no file {file}")
+        return file
+
+    def image_encoder(self, adapter: IPAdapterSection) -> tuple[str, str] | None:
+        """Root and subfolder of an adapter's image encoder, found as diffusers does; None for those that need none."""
+        if adapter.image_encoder_folder is False:
+            return None
+        folder = adapter.image_encoder_folder
+        subfolder = folder if "/" in folder else (Path(adapter.subfolder) / folder).as_posix()
+        root = self.locate(adapter.path)
+        if Path(root).is_dir() and not Path(root, subfolder, "config.json").is_file():
+            raise BundleError(
+                f"ip_adapter {adapter.name}: no image encoder at {Path(root, subfolder)}; "
+                "set image_encoder_folder (false for FaceID adapters)"
+            )
+        return root, subfolder
+
+
+def _decode_path(kind: type, value: object) -> object:
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    raise NotImplementedError(kind)
+
+
+def _download(repository: str, file: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(repository, file))

@@ -1,0 +1,164 @@
+"""Bundle file -> Triton model repository."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
+
+from imprompt_export import graphs, image_prompt, report
+from imprompt_export.bundle import BundleFile
+from imprompt_export.checkpoints import Checkpoints, load
+from imprompt_export.graphs import Graph
+from imprompt_export.onnx_graph import export_onnx
+from imprompt_export.parity import check, compare
+from imprompt_export.repository import write_models
+from imprompt_serving import specs
+
+
+def export(bundle_path: str | Path, repository: str | Path, console: Console | None = None) -> list[report.Row]:
+    """Export the bundle at ``bundle_path`` into ``repository`` and compare each engine with PyTorch.
+
+    Models of other bundles in ``repository`` stay; those of a bundle of the same name are replaced, once everything
+    is exported and checked.
+
+    Raises:
+        BundleError: something in the bundle file or its checkpoints does not fit; nothing was written.
+        ParityError: an engine does not compute what PyTorch does; nothing was written.
+    """
+    console = console or Console(stderr=True)
+    bundle = BundleFile.load(bundle_path)
+    columns = (SpinnerColumn(), *Progress.get_default_columns()[:2], TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("loading checkpoints", total=None)
+        checkpoints = load(bundle)
+        spec = describe(bundle, checkpoints)
+        todo = bundle_graphs(bundle, checkpoints)
+        progress.update(task, total=len(todo))
+        rows = []
+        with tempfile.TemporaryDirectory(prefix=f".{bundle.name}-", dir=_made(repository)) as work:
+            files = {}
+            for graph in todo:
+                progress.update(task, description=f"exporting {graph.name}")
+                start = time.perf_counter()
+                files[graph.name] = Path(work, graph.name, "model.onnx")
+                export_onnx(graph, files[graph.name])
+                seconds = time.perf_counter() - start
+                compared = compare(graph, files[graph.name], bundle.engine.backend)
+                rows += [report.Row.of(row, export_seconds=seconds) for row in compared]
+                check(compared)
+                progress.advance(task)
+            models = Path(work, "models")
+            write_models(models, spec, bundle.engine.host, {graph.name: graph for graph in todo}, files, checkpoints)
+            report.save(rows, models / bundle.name, spec)
+            _replace(models, Path(repository), bundle.name)
+    return rows
+
+
+def bundle_graphs(bundle: BundleFile, checkpoints: Checkpoints) -> list[Graph]:
+    """Every graph of a bundle, the UNet last: tracing it replaces its attention processors."""
+    pipeline = checkpoints.pipeline
+    todo = [graphs.text_encoder("text_encoder", pipeline.text_encoder, penultimate=False)]
+    todo += [graphs.image_encoder(name, model) for name, model in checkpoints.image_encoders.items()]
+    todo += [graphs.image_projection(a.name, a.projection, a.embed_shape) for a in checkpoints.adapters]
+    todo += [graphs.vae_encoder(pipeline.vae, pipeline.vae_scale_factor), graphs.vae_decoder(pipeline.vae)]
+    todo.append(graphs.unet(pipeline.unet, [adapter.name for adapter in checkpoints.adapters]))
+    return todo
+
+
+def describe(bundle: BundleFile, checkpoints: Checkpoints) -> specs.Bundle:
+    """What the models inside Triton need to know of the checkpoints."""
+    pipeline = checkpoints.pipeline
+    unet, vae = pipeline.unet.config, pipeline.vae.config
+    sample = unet.sample_size if isinstance(unet.sample_size, list | tuple) else (unet.sample_size,) * 2
+    height, width = (size * pipeline.vae_scale_factor for size in sample)
+    scheduler = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
+    return specs.Bundle(
+        name=bundle.name,
+        family=checkpoints.family,  # type: ignore[arg-type]
+        latent_channels=vae.latent_channels,
+        unet_channels=unet.in_channels,
+        vae_scale_factor=pipeline.vae_scale_factor,
+        vae_scaling_factor=vae.scaling_factor,
+        default_height=height,
+        default_width=width,
+        scheduler=type(pipeline.scheduler).__name__,
+        scheduler_config=scheduler,
+        text_encoders=(_text_encoder("text_encoder", pipeline.text_encoder, pipeline.tokenizer),),
+        max_clip_skip=pipeline.text_encoder.config.num_hidden_layers - 1,
+        layers=tuple(image_prompt.cross_attention_layers(pipeline.unet)),
+        transformer_per_block={"down": unet.layers_per_block, "up": unet.layers_per_block + 1},
+        adapters=tuple(_adapter(adapter) for adapter in checkpoints.adapters),
+        image_encoders=tuple(
+            _image_encoder(name, model, checkpoints.feature_extractors[name])
+            for name, model in checkpoints.image_encoders.items()
+        ),
+        shapes=bundle.shapes,
+        backend=bundle.engine.backend,
+        precision=bundle.engine.precision,
+    )
+
+
+def _text_encoder(engine: str, model: Any, tokenizer: Any) -> specs.TextEncoder:
+    return specs.TextEncoder(
+        engine=engine,
+        max_length=tokenizer.model_max_length,
+        pad_token_id=tokenizer.pad_token_id,
+        hidden_size=model.config.hidden_size,
+    )
+
+
+def _adapter(adapter: Any) -> specs.Adapter:
+    import torch
+
+    with torch.no_grad():
+        tokens = adapter.projection(torch.zeros(1, *adapter.embed_shape))
+    return specs.Adapter(
+        name=adapter.name,
+        kind=adapter.kind,
+        num_tokens=tokens.shape[1],
+        image_encoder=adapter.image_encoder,
+        embed_shape=adapter.embed_shape,
+    )
+
+
+def _image_encoder(name: str, model: Any, processor: Any) -> specs.ImageEncoder:
+    size = dict(processor.size) if processor.do_resize else {}
+    crop = processor.crop_size if processor.do_center_crop else None
+    return specs.ImageEncoder(
+        name=name,
+        shortest_edge=size.get("shortest_edge"),
+        resize=(size["height"], size["width"]) if size.get("height") else None,
+        crop=(crop["height"], crop["width"]) if crop else None,
+        resample=int(processor.resample),
+        rescale_factor=processor.rescale_factor if processor.do_rescale else 1.0,
+        mean=tuple(processor.image_mean) if processor.do_normalize else (0.0,) * 3,
+        std=tuple(processor.image_std) if processor.do_normalize else (1.0,) * 3,
+        image_size=model.config.image_size,
+        projection_dim=model.config.projection_dim,
+        hidden_size=model.config.hidden_size,
+        sequence_length=(model.config.image_size // model.config.patch_size) ** 2 + 1,
+    )
+
+
+def _made(repository: str | Path) -> Path:
+    Path(repository).mkdir(parents=True, exist_ok=True)
+    return Path(repository)
+
+
+def _replace(models: Path, repository: Path, bundle: str) -> None:
+    """Put the new models in the place of those of the same bundle."""
+    for old in repository.iterdir():
+        owner = old / "1" / "owner"
+        if owner.is_file() and owner.read_text().strip() == bundle:
+            shutil.rmtree(old)
+    for model in models.iterdir():
+        target = repository / model.name
+        if target.exists():
+            shutil.rmtree(target)
+        model.rename(target)

@@ -1,0 +1,228 @@
+"""The graphs of a bundle: each declares its inputs, outputs, dynamic axes, check sizes and tolerance once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from imprompt_export import image_prompt
+from imprompt_serving.specs import level_size
+
+Axes = dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Input:
+    """An input tensor: named axes are dynamic. ``values`` says what example values look like."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    values: Literal["normal", "unit", "timestep", "index", "bias"] = "normal"
+    below: int = 0
+
+    def draw(self, axes: Axes, generator: torch.Generator) -> Tensor:
+        """Example values; ``index`` draws integers below ``below``."""
+        shape = [axes[size] if isinstance(size, str) else size for size in self.shape]
+        if self.values == "index":
+            return torch.randint(self.below, shape, generator=generator)
+        if self.values == "unit":
+            return torch.rand(shape, generator=generator)
+        if self.values == "timestep":
+            return torch.rand(shape, generator=generator) * 999
+        if self.values == "bias":  # the last place of every other row is padding
+            bias = torch.zeros(shape)
+            bias[::2, ..., 1:][..., -1:] = PADDING
+            return bias
+        return torch.randn(shape, generator=generator)
+
+
+PADDING = -1e4
+"""Bias of a padding token: its share of the softmax is exactly zero, in half precision too."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Graph:
+    """One engine: ``run`` maps named tensors to the outputs; ``checks`` are the axes at which it is compared."""
+
+    name: str
+    module: nn.Module
+    run: Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
+    inputs: tuple[Input, ...]
+    outputs: dict[str, tuple[int | str, ...]]
+    checks: tuple[Axes, ...]
+    tolerance: float = 2e-4
+    """Largest difference to PyTorch, as a share of the largest output value (levels of 255 for pictures)."""
+    output_dtypes: dict[str, str] = field(default_factory=dict)
+
+    def example(self, axes: Axes, seed: int = 0) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return {tensor.name: tensor.draw(axes, generator) for tensor in self.inputs}
+
+
+def text_encoder(name: str, model: nn.Module, *, penultimate: bool) -> Graph:
+    """CLIP text with ``clip_skip`` as an input.
+
+    As in diffusers' ``encode_prompt``: SD1.5 takes the layer before the skipped ones through the final norm; SDXL
+    (``penultimate``) starts one layer earlier and takes it as it is.
+    """
+    length = model.config.max_position_embeddings
+    layers = model.config.num_hidden_layers
+    pooled = hasattr(model, "text_projection")
+    final_layer_norm = getattr(model, "text_model", model).final_layer_norm
+
+    def run(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        answer = model(tensors["input_ids"], output_hidden_states=True)
+        states = torch.stack(answer.hidden_states, dim=1)
+        index = (layers - int(penultimate) - tensors["clip_skip"])[:, :, None, None]
+        chosen = states.gather(1, index.expand(-1, -1, *states.shape[2:])).squeeze(1)
+        if not penultimate:
+            chosen = final_layer_norm(chosen)
+        return (chosen, answer.text_embeds) if pooled else (chosen,)
+
+    outputs: dict[str, tuple[int | str, ...]] = {"hidden_states": ("batch", length, model.config.hidden_size)}
+    if pooled:
+        outputs["text_embeds"] = ("batch", model.config.projection_dim)
+    return Graph(
+        name=name,
+        module=model,
+        run=run,
+        inputs=(
+            Input(name="input_ids", shape=("batch", length), values="index", below=model.config.vocab_size),
+            Input(name="clip_skip", shape=("batch", 1), values="index", below=layers - int(penultimate)),
+        ),
+        outputs=outputs,
+        checks=({"batch": 1}, {"batch": 3}),
+    )
+
+
+def image_encoder(name: str, model: nn.Module) -> Graph:
+    """CLIP vision: the projected embedding and the penultimate hidden states."""
+    config = model.config
+    size, patches = config.image_size, (config.image_size // config.patch_size) ** 2
+
+    def run(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        answer = model(tensors["pixel_values"], output_hidden_states=True)
+        return answer.image_embeds, answer.hidden_states[-2]
+
+    return Graph(
+        name=f"image_encoder_{name}",
+        module=model,
+        run=run,
+        inputs=(Input(name="pixel_values", shape=("batch", 3, size, size)),),
+        outputs={
+            "image_embeds": ("batch", config.projection_dim),
+            "hidden_states": ("batch", patches + 1, config.hidden_size),
+        },
+        checks=({"batch": 1}, {"batch": 3}),
+    )
+
+
+def vae_encoder(vae: nn.Module, factor: int) -> Graph:
+    """Picture in -1..1 -> mean and log-variance of its latents (not scaled)."""
+    channels = vae.config.latent_channels
+
+    def run(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        distribution = vae.encode(tensors["sample"]).latent_dist
+        return (distribution.parameters,)
+
+    return Graph(
+        name="vae_encoder",
+        module=vae,
+        run=run,
+        inputs=(Input(name="sample", shape=("batch", 3, "height", "width")),),
+        outputs={"moments": ("batch", 2 * channels, "h", "w")},
+        checks=(
+            {"batch": 1, "height": 8 * factor, "width": 8 * factor},
+            {"batch": 2, "height": 8 * factor, "width": 12 * factor},
+        ),
+        tolerance=1e-3,
+    )
+
+
+def vae_decoder(vae: nn.Module) -> Graph:
+    """Scaled latents -> uint8 pictures [B, height, width, 3], rounded as diffusers' ``VaeImageProcessor`` does."""
+    config = vae.config
+
+    def run(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        picture = vae.decode(tensors["latents"] / config.scaling_factor).sample
+        levels = ((picture * 0.5 + 0.5).clamp(0, 1) * 255).round()
+        return (levels.permute(0, 2, 3, 1).to(torch.uint8),)
+
+    return Graph(
+        name="vae_decoder",
+        module=vae,
+        run=run,
+        inputs=(Input(name="latents", shape=("batch", config.latent_channels, "h", "w")),),
+        outputs={"images": ("batch", "height", "width", 3)},
+        output_dtypes={"images": "UINT8"},
+        checks=({"batch": 1, "h": 8, "w": 8}, {"batch": 2, "h": 8, "w": 12}),
+        tolerance=1.0,
+    )
+
+
+def image_projection(adapter: str, layer: nn.Module, embed_shape: tuple[int, ...]) -> Graph:
+    """Embedding of each picture -> its image tokens [n, T, D]."""
+
+    def run(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return (layer(tensors["image_embeds"]),)
+
+    return Graph(
+        name=f"image_projection_{adapter}",
+        module=layer,
+        run=run,
+        inputs=(Input(name="image_embeds", shape=("images", *embed_shape)),),
+        outputs={"tokens": ("images", "tokens", "features")},
+        checks=({"images": 1}, {"images": 3}),
+    )
+
+
+def unet(model: nn.Module, adapters: list[str]) -> Graph:
+    """The UNet of one denoising step, with image prompts as tensors (see ``image_prompt``)."""
+    config = model.config
+    prompts = image_prompt.install(model)
+    layers = image_prompt.cross_attention_layers(model)
+    levels = sorted({layer.level for layer in layers})
+    # More upsamplers than any size has factors of two: every upsampling then takes its size from the skip connection,
+    # which is what makes sizes that are not multiples of 64 pixels work in one graph (UNet2DConditionModel.forward).
+    model.num_upsamplers = 30
+
+    inputs = [
+        Input(name="sample", shape=("batch", config.in_channels, "h", "w")),
+        Input(name="timestep", shape=("batch",), values="timestep"),
+        Input(name="encoder_hidden_states", shape=("batch", "text", config.cross_attention_dim)),
+    ]
+    for name in adapters:
+        group = ("batch", f"groups_{name}")
+        inputs += [
+            Input(name=f"ip_tokens_{name}", shape=(*group, f"tokens_{name}", config.cross_attention_dim)),
+            Input(name=f"ip_bias_{name}", shape=(*group, f"tokens_{name}"), values="bias"),
+            Input(name=f"ip_scale_{name}", shape=(*group, len(layers)), values="unit"),
+            *(Input(name=f"ip_mask_{name}_{i}", shape=(*group, f"q{i}"), values="unit") for i in levels),
+        ]
+
+    def run(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        prompts.tokens = [tensors[f"ip_tokens_{name}"] for name in adapters]
+        prompts.bias = [tensors[f"ip_bias_{name}"] for name in adapters]
+        prompts.scale = [tensors[f"ip_scale_{name}"] for name in adapters]
+        prompts.masks = [{i: tensors[f"ip_mask_{name}_{i}"] for i in levels} for name in adapters]
+        sample, timestep, text = (tensors[name] for name in ("sample", "timestep", "encoder_hidden_states"))
+        return model(sample, timestep, text, return_dict=False)
+
+    def axes(batch: int, h: int, w: int, groups: int, tokens: int) -> Axes:
+        resolutions = {f"q{i}": level_size(h, i) * level_size(w, i) for i in levels}
+        counts = {f"groups_{name}": groups for name in adapters} | {f"tokens_{name}": tokens for name in adapters}
+        return {"batch": batch, "h": h, "w": w, "text": 77} | counts | resolutions
+
+    return Graph(
+        name="unet",
+        module=model,
+        run=run,
+        inputs=tuple(inputs),
+        outputs={"noise_pred": ("batch", config.out_channels, "h", "w")},
+        checks=(axes(2, 8, 8, 1, 4), axes(3, 9, 12, 2, 16)),
+        tolerance=1e-3,
+    )

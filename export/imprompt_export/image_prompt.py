@@ -1,0 +1,86 @@
+"""IP-Adapter cross-attention in which everything a request may vary is a tensor: tokens, padding, scales, masks.
+
+The paper is https://arxiv.org/abs/2308.06721; the arithmetic is that of diffusers' ``IPAdapterAttnProcessor2_0``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from imprompt_serving.specs import CrossAttention
+
+
+@dataclass(kw_only=True, slots=True)
+class ImagePrompts:
+    """What the cross-attention layers of one UNet call share; set by the graph before each call, one entry an adapter.
+
+    Shapes: ``tokens`` [B, G, T, D] (G groups with a softmax each), ``bias`` [B, G, T] (0, or large and negative for
+    padding), ``scale`` [B, G, L] (a value for each layer), ``masks`` by level [B, G, q].
+    """
+
+    tokens: list[Tensor] = field(default_factory=list)
+    bias: list[Tensor] = field(default_factory=list)
+    scale: list[Tensor] = field(default_factory=list)
+    masks: list[dict[int, Tensor]] = field(default_factory=list)
+
+
+class ImagePromptProcessor(nn.Module):
+    """Attention processor of one cross-attention layer: text attention plus that of every adapter."""
+
+    def __init__(self, prompts: ImagePrompts, layer: int, level: int, to_k_ip: nn.Module, to_v_ip: nn.Module) -> None:
+        super().__init__()
+        self.prompts, self.layer, self.level = prompts, layer, level
+        self.to_k_ip, self.to_v_ip = to_k_ip, to_v_ip
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None) -> Tensor:  # type: ignore[no-untyped-def]
+        def heads(states: Tensor) -> Tensor:
+            return states.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+        query = heads(attn.to_q(hidden_states))
+        key, value = heads(attn.to_k(encoder_hidden_states)), heads(attn.to_v(encoder_hidden_states))
+        attended = F.scaled_dot_product_attention(query, key, value)
+        for index, (to_k, to_v) in enumerate(zip(self.to_k_ip, self.to_v_ip, strict=True)):  # type: ignore[arg-type]
+            tokens = self.prompts.tokens[index]
+            groups = tokens.shape[1:3]
+            key, value = heads(to_k(tokens.flatten(1, 2))), heads(to_v(tokens.flatten(1, 2)))
+            scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+            scores = scores.unflatten(-1, groups) + self.prompts.bias[index][:, None, None]
+            weight = self.prompts.scale[index][:, :, self.layer, None] * self.prompts.masks[index][self.level]
+            shares = scores.softmax(-1) * weight.transpose(1, 2)[:, None, :, :, None]
+            attended = attended + shares.flatten(-2) @ value
+        return attn.to_out[0](attended.transpose(1, 2).flatten(2))
+
+
+def cross_attention_layers(unet: nn.Module) -> list[CrossAttention]:
+    """The layers that attend to the prompts, in the order of ``attn_processors``: down, up, mid."""
+    last = len(unet.config.block_out_channels) - 1
+    layers = []
+    for name in unet.attn_processors:
+        if not name.endswith("attn2.processor") or "motion_modules" in name:
+            continue
+        kind, index = name.split(".")[:2]
+        level = {"down_blocks": lambda i: int(i), "up_blocks": lambda i: last - int(i), "mid_block": lambda _: last}
+        layers.append(CrossAttention(name=name.removesuffix(".processor"), level=level[kind](index)))
+    return layers
+
+
+def install(unet: nn.Module) -> ImagePrompts:
+    """Replace the cross-attention processors of ``unet`` (adapters loaded by diffusers, or none) by those of this module.
+
+    The image projections must have been taken out before: they run once a request, not at each step.
+    """
+    prompts = ImagePrompts()
+    processors = dict(unet.attn_processors)
+    for index, layer in enumerate(cross_attention_layers(unet)):
+        key = f"{layer.name}.processor"
+        loaded = processors[key]
+        to_k, to_v = getattr(loaded, "to_k_ip", nn.ModuleList()), getattr(loaded, "to_v_ip", nn.ModuleList())
+        processors[key] = ImagePromptProcessor(prompts, index, layer.level, to_k, to_v)
+    unet.set_attn_processor(processors)
+    unet.encoder_hid_proj = None
+    unet.register_to_config(encoder_hid_dim_type=None)
+    return prompts

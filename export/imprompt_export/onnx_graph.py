@@ -1,0 +1,76 @@
+"""Graph -> ONNX file, through torch.export."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from imprompt_export.graphs import Graph
+
+OPSET = 18
+_EXTERNAL_DATA_FROM = 1 << 30
+"""Bytes of weights from which they get a file of their own (an ONNX file holds 2 GiB at most)."""
+
+
+class _Positional(nn.Module):
+    """A graph as a module of positional tensors, which is what ``torch.export`` takes."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        self.module = graph.module
+        self._graph = graph
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        names = (tensor.name for tensor in self._graph.inputs)
+        return self._graph.run(dict(zip(names, tensors, strict=True)))
+
+
+def trace_axes(graph: Graph) -> dict[str, int]:
+    """Example sizes for tracing: the last check, which has no axis of size 1 (``torch.export`` would freeze it)."""
+    return graph.checks[-1]
+
+
+def export_onnx(graph: Graph, path: Path) -> None:
+    """Trace ``graph`` and write it to ``path`` with its names for tensors and axes."""
+    example = graph.example(trace_axes(graph))
+    dynamic = tuple(
+        {axis: torch.export.Dim.AUTO for axis, size in enumerate(tensor.shape) if isinstance(size, str)}
+        for tensor in graph.inputs
+    )
+    module = _Positional(graph).eval()
+    with torch.no_grad(), _quiet():
+        program = torch.export.export(module, tuple(example.values()), dynamic_shapes={"tensors": dynamic}, strict=False)
+        onnx_program = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[tensor.name for tensor in graph.inputs],
+            output_names=list(graph.outputs),
+        )
+    model = onnx_program.model.graph
+    shapes = [tensor.shape for tensor in graph.inputs] + list(graph.outputs.values())
+    for value, shape in zip([*model.inputs, *model.outputs], shapes, strict=True):
+        for axis, size in enumerate(shape):
+            if isinstance(size, str):
+                value.shape[axis] = size
+    weights = sum(p.numel() * p.element_size() for p in graph.module.parameters())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx_program.save(path, external_data=weights > _EXTERNAL_DATA_FROM)
+
+
+@contextlib.contextmanager
+def _quiet():  # type: ignore[no-untyped-def]
+    """Keep the exporter's own progress and notes away from the table that the user sees."""
+    noisy = logging.getLogger("torch.onnx")
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+    noisy.setLevel(level)

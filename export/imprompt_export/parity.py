@@ -1,0 +1,60 @@
+"""Compare each engine with PyTorch after export, and keep the table."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+
+from imprompt_export.graphs import Graph
+from imprompt_serving.engines import load_engine
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One comparison: sizes, seconds of the engine's call, largest difference to PyTorch and what is allowed."""
+
+    engine: str
+    sizes: dict[str, int]
+    seconds: float
+    difference: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.difference <= self.allowed
+
+
+class ParityError(RuntimeError):
+    """An exported engine does not compute what PyTorch does."""
+
+
+def compare(graph: Graph, path: Path, backend: str) -> list[Row]:
+    """Run ``graph`` in PyTorch and ``path`` in its engine at every size of ``graph.checks``."""
+    engine = load_engine(path, backend)
+    rows = []
+    for seed, axes in enumerate(graph.checks):
+        example = graph.example(axes, seed)
+        with torch.no_grad():
+            expected = graph.run(example)
+        start = time.perf_counter()
+        answer = engine.run({name: tensor.numpy() for name, tensor in example.items()})
+        seconds = time.perf_counter() - start
+        difference, allowed = 0.0, 0.0
+        for name, value in zip(graph.outputs, expected, strict=True):
+            reference = value.numpy().astype(np.float64)
+            difference = max(difference, float(np.abs(reference - answer[name]).max()))
+            allowed = max(allowed, graph.tolerance * (1.0 if value.dtype == torch.uint8 else np.abs(reference).max()))
+        rows.append(Row(engine=graph.name, sizes=axes, seconds=seconds, difference=difference, allowed=float(allowed)))
+    return rows
+
+
+def check(rows: list[Row]) -> None:
+    """Raise for the first row whose difference is larger than its graph allows."""
+    for row in rows:
+        if not row.passed:
+            raise ParityError(
+                f"{row.engine} at {row.sizes} differs from PyTorch by {row.difference:.2g} (allowed {row.allowed:.2g})"
+            )

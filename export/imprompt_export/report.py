@@ -1,0 +1,50 @@
+"""The table of an export: kept in the repository as JSON, printed for the user."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+from rich.table import Table
+
+from imprompt_export import parity
+from imprompt_serving import specs
+
+FILE_NAME = "export.json"
+_VERSIONS = ("imprompt", "torch", "diffusers", "transformers", "onnx", "onnxruntime")
+
+
+class Row(parity.Row, frozen=True, kw_only=True):
+    """A comparison and the time that the export of its engine took, in seconds."""
+
+    export_seconds: float
+
+    @classmethod
+    def of(cls, row: parity.Row, *, export_seconds: float) -> Row:
+        return cls(**msgspec.structs.asdict(row), export_seconds=export_seconds)
+
+
+def save(rows: list[Row], folder: Path, spec: specs.Bundle) -> None:
+    """Write ``rows`` beside the pipeline model, with the versions that made the engines."""
+    content = {
+        "bundle": spec.name,
+        "backend": spec.backend,
+        "precision": spec.precision,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in _VERSIONS},
+        "engines": rows,
+    }
+    (folder / FILE_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(content)) + b"\n")
+
+
+def table(rows: list[Row]) -> Table:
+    """``rows`` for the terminal."""
+    made = Table("engine", "size", "export s", "call s", "max abs difference", "allowed")
+    for row in rows:
+        sizes = " ".join(f"{axis}={size}" for axis, size in row.sizes.items() if not axis.startswith("q"))
+        made.add_row(
+            row.engine, sizes, f"{row.export_seconds:.1f}", f"{row.seconds:.3f}", f"{row.difference:.1e}", f"{row.allowed:.1e}"
+        )
+    return made

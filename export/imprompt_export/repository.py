@@ -1,0 +1,94 @@
+"""Lay out a Triton model repository: a folder for each model with config.pbtxt, version 1 and what it needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from tritonclient.grpc import model_config_pb2 as pb
+
+from imprompt_export.checkpoints import Checkpoints
+from imprompt_export.graphs import Graph
+from imprompt_serving import config
+from imprompt_serving.capabilities import capabilities
+from imprompt_serving.specs import Bundle
+from imprompt_serving.wire import Tensor
+
+_SHIM = '"""The code is in the package, so that every repository runs the version that is installed."""\n\n' + (
+    "from imprompt_serving.triton.{module} import TritonPythonModel\n\n__all__ = [\"TritonPythonModel\"]\n"
+)
+_IN_DENOISER = ("unet", "image_projection_")
+_CACHED = ("text_encoder", "image_encoder_")
+_DTYPES = {"normal": "FP32", "unit": "FP32", "timestep": "FP32", "bias": "FP32", "index": "INT64"}
+
+
+def write_models(
+    root: Path,
+    bundle: Bundle,
+    host: str,
+    graphs: Mapping[str, Graph],
+    files: Mapping[str, Path],
+    checkpoints: Checkpoints,
+) -> None:
+    """Write every model of ``bundle`` under ``root``; ``files`` (an ONNX file for each graph) are moved there."""
+    described = json.dumps(capabilities(bundle))
+    for stream in (False, True):
+        model = config.pipeline(bundle, stream=stream, capabilities=described)
+        folder = _write(root, bundle, model, "pipeline")
+        _save_tokenizers(folder, bundle, checkpoints)
+        bundle.save(folder)
+    folder = _write(root, bundle, config.denoiser(bundle), "denoiser")
+    bundle.save(folder)
+    for name, graph in graphs.items():
+        if name.startswith(_IN_DENOISER):
+            _move(files[name], folder, f"{name}.onnx")
+        else:
+            model = _engine_config(bundle, host, graph)
+            _move(files[name], _write(root, bundle, model, "engine" if host == "python" else None), "model.onnx")
+
+
+def _write(root: Path, bundle: Bundle, model: pb.ModelConfig, module: str | None) -> Path:
+    """Write the configuration and the shim of one model; returns its version folder."""
+    folder = root / model.name / "1"
+    folder.mkdir(parents=True)
+    (root / model.name / "config.pbtxt").write_text(config.to_pbtxt(model))
+    (folder / "owner").write_text(f"{bundle.name}\n")
+    if module is not None:
+        (folder / "model.py").write_text(_SHIM.format(module=module))
+    return folder
+
+
+def _engine_config(bundle: Bundle, host: str, graph: Graph) -> pb.ModelConfig:
+    """All inputs and outputs of these graphs have the batch axis first, which Triton adds by itself."""
+    inputs = [Tensor(tensor.name, _DTYPES[tensor.values], _dims(tensor.shape)) for tensor in graph.inputs]
+    outputs = [
+        Tensor(name, graph.output_dtypes.get(name, "FP32"), _dims(shape)) for name, shape in graph.outputs.items()
+    ]
+    return config.engine(
+        bundle.model(graph.name),
+        inputs,
+        outputs,
+        backend=bundle.backend,
+        host=host,
+        max_batch_size=bundle.shapes.rows.max,
+        cache=graph.name.startswith(_CACHED),
+    )
+
+
+def _dims(shape: tuple[int | str, ...]) -> tuple[int, ...]:
+    return tuple(-1 if isinstance(size, str) else size for size in shape[1:])
+
+
+def _move(file: Path, folder: Path, name: str) -> None:
+    """Move an ONNX file and its external data, whose name is written into it and so stays."""
+    for extra in file.parent.iterdir():
+        if extra != file:
+            extra.rename(folder / extra.name)
+    file.rename(folder / name)
+
+
+def _save_tokenizers(folder: Path, bundle: Bundle, checkpoints: Checkpoints) -> None:
+    tokenizers = [checkpoints.pipeline.tokenizer, getattr(checkpoints.pipeline, "tokenizer_2", None)]
+    for encoder, tokenizer in zip(bundle.text_encoders, tokenizers, strict=False):
+        tokenizer.backend_tokenizer.save(str(folder / f"{encoder.engine}.tokenizer.json"))

@@ -1,0 +1,60 @@
+"""What a bundle can do, as its callers read it (``Client.describe``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from imprompt_serving.specs import Bundle
+
+SCHEDULERS: tuple[str, ...] = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+)
+"""diffusers schedulers that fit a Stable Diffusion UNet."""
+
+
+def capabilities(bundle: Bundle) -> dict[str, Any]:
+    """Adapters, schedulers, defaults and limits, as plain JSON values."""
+    shapes = bundle.shapes
+    return {
+        "name": bundle.name,
+        "family": bundle.family,
+        "backend": bundle.backend,
+        "precision": bundle.precision,
+        "ip_adapters": [
+            {
+                "name": adapter.name,
+                "kind": adapter.kind,
+                "image_tokens": adapter.num_tokens,
+                "image_embeds": list(adapter.embed_shape),
+                "takes_images": adapter.image_encoder is not None,
+            }
+            for adapter in bundle.adapters
+        ],
+        "schedulers": list(SCHEDULERS),
+        "defaults": {
+            "height": bundle.default_height,
+            "width": bundle.default_width,
+            "scheduler": bundle.scheduler,
+        },
+        "limits": {
+            "height": [shapes.height.min, shapes.height.max],
+            "width": [shapes.width.min, shapes.width.max],
+            "rows": shapes.rows.max,
+            "image_tokens": shapes.image_tokens[-1],
+        },
+    }

@@ -1,0 +1,72 @@
+"""``config.pbtxt`` of each model of a repository, built as protobuf ``ModelConfig``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as pb
+
+from imprompt_serving import wire
+from imprompt_serving.specs import Bundle
+from imprompt_serving.wire import Tensor
+
+
+def to_pbtxt(config: pb.ModelConfig) -> str:
+    return str(text_format.MessageToString(config))
+
+
+def pipeline(bundle: Bundle, *, stream: bool, capabilities: str) -> pb.ModelConfig:
+    """The pipeline model: unary, or decoupled for ``stream``. Its capabilities travel as a parameter."""
+    config = _python_model(bundle.model("stream") if stream else bundle.name, decoupled=stream)
+    _add(config, wire.request_tensors(bundle, stream=stream), wire.response_tensors(bundle, stream=stream))
+    for tensor, required in zip(config.input, wire.request_tensors(bundle, stream=stream), strict=True):
+        tensor.optional = required.name != "prompt"
+    config.parameters["capabilities"].string_value = capabilities
+    return config
+
+
+def denoiser(bundle: Bundle) -> pb.ModelConfig:
+    """The denoiser: a job as JSON with its tensors, answered by progress and latents."""
+    config = _python_model(bundle.model("denoiser"), decoupled=True)
+    _add(config, wire.job_tensors(bundle), wire.JOB_RESPONSE)
+    for tensor in config.input:
+        tensor.optional = True
+    return config
+
+
+def engine(
+    name: str,
+    inputs: Iterable[Tensor],
+    outputs: Iterable[Tensor],
+    *,
+    backend: str,
+    host: str,
+    max_batch_size: int,
+    cache: bool = False,
+) -> pb.ModelConfig:
+    """An engine with dynamic batching: hosted by a Python model, or by Triton's own backend (``host = "native"``)."""
+    if host == "native":
+        config = pb.ModelConfig(name=name, backend=backend)
+    else:
+        config = _python_model(name, decoupled=False)
+        config.parameters["engine_backend"].string_value = backend
+    config.max_batch_size = max_batch_size
+    config.dynamic_batching.SetInParent()
+    config.response_cache.enable = cache
+    _add(config, inputs, outputs)
+    return config
+
+
+def _python_model(name: str, *, decoupled: bool) -> pb.ModelConfig:
+    config = pb.ModelConfig(name=name, backend="python")
+    config.model_transaction_policy.decoupled = decoupled
+    config.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=1)
+    return config
+
+
+def _add(config: pb.ModelConfig, inputs: Iterable[Tensor], outputs: Iterable[Tensor]) -> None:
+    for tensor in inputs:
+        config.input.add(name=tensor.name, data_type=pb.DataType.Value(f"TYPE_{tensor.dtype}"), dims=tensor.dims)
+    for tensor in outputs:
+        config.output.add(name=tensor.name, data_type=pb.DataType.Value(f"TYPE_{tensor.dtype}"), dims=tensor.dims)

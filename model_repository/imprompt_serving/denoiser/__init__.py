@@ -1,0 +1,1 @@
+"""The UNet loop of all active requests: jobs, schedulers, batching of their steps."""

@@ -1,0 +1,66 @@
+"""Rows of several jobs as the inputs of one UNet call."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from imprompt_serving.denoiser.image_prompts import input_names, pad
+from imprompt_serving.denoiser.job import Job
+from imprompt_serving.specs import Bundle
+
+
+class Part(NamedTuple):
+    """Rows ``start`` to ``stop`` of a job."""
+
+    job: Job
+    start: int
+    stop: int
+
+
+class Batcher:
+    """Stacks rows; conditioning is stacked once for each composition of a batch, not at each step."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._buckets = bundle.shapes.image_tokens
+        self._adapters = {
+            name: adapter.name for adapter in bundle.adapters for name in input_names(adapter.name, bundle.levels)
+        }
+        self._composition: list[Part] = []
+        self._conditioning: dict[str, Tensor] = {}
+
+    def inputs(self, parts: list[Part]) -> dict[str, Tensor]:
+        """UNet inputs of ``parts``, one after the other."""
+        if parts != self._composition:
+            self._conditioning = self._stack(parts)
+            self._composition = list(parts)
+        latents, timesteps = zip(*(part.job.model_input() for part in parts), strict=True)
+        rows = [slice(part.start, part.stop) for part in parts]
+        return {
+            "sample": torch.cat([tensor[r] for tensor, r in zip(latents, rows, strict=True)]),
+            "timestep": torch.cat([tensor[r] for tensor, r in zip(timesteps, rows, strict=True)]),
+            **self._conditioning,
+        }
+
+    def forget(self) -> None:
+        """Let go of the last composition's tensors."""
+        self._composition, self._conditioning = [], {}
+
+    def _stack(self, parts: list[Part]) -> dict[str, Tensor]:
+        sizes = {adapter: self._widest(adapter, parts) for adapter in set(self._adapters.values())}
+        stacked = {}
+        for name in parts[0].job.conditioning:
+            rows = [part.job.conditioning[name][part.start : part.stop] for part in parts]
+            if name in self._adapters:
+                rows = [pad(tensor, name, *sizes[self._adapters[name]]) for tensor in rows]
+            stacked[name] = torch.cat(rows)
+        return stacked
+
+    def _widest(self, adapter: str, parts: list[Part]) -> tuple[int, int]:
+        shapes = [part.job.conditioning[f"ip_tokens_{adapter}"].shape for part in parts]
+        tokens = max(shape[2] for shape in shapes)
+        if tokens > 1:
+            tokens = next((bucket for bucket in self._buckets if bucket >= tokens), tokens)
+        return max(shape[1] for shape in shapes), tokens

@@ -1,0 +1,24 @@
+"""Prompts as token ids, without transformers: the exporter leaves a ``tokenizers`` file for each text encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from imprompt_serving.specs import TextEncoder
+
+
+class PromptTokenizer:
+    """Token ids of one prompt, cut and padded to the encoder's length (``CLIPTokenizer(padding="max_length")``)."""
+
+    def __init__(self, folder: Path, encoder: TextEncoder) -> None:
+        self._tokenizer = Tokenizer.from_file(str(folder / f"{encoder.engine}.tokenizer.json"))
+        pad = self._tokenizer.id_to_token(encoder.pad_token_id)
+        self._tokenizer.enable_truncation(encoder.max_length)
+        self._tokenizer.enable_padding(length=encoder.max_length, pad_id=encoder.pad_token_id, pad_token=pad)
+
+    def __call__(self, prompt: str) -> np.ndarray:
+        """Ids [1, length]."""
+        return np.array([self._tokenizer.encode(prompt).ids], dtype=np.int64)

@@ -1,0 +1,101 @@
+"""The pipeline as a Triton model: unary (async, one response) and streaming (decoupled) over the same code."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from imprompt_serving.errors import Cancelled, RequestError
+from imprompt_serving.pipeline.flow import Pipeline, Tensors
+from imprompt_serving.pipeline.request import parse
+from imprompt_serving.specs import Bundle
+from imprompt_serving.triton.tensors import arrays, failure, raise_for_error, response, to_tensors
+
+logger = logging.getLogger(__name__)
+_FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+_POLL = 0.02
+"""Seconds between two looks at whether the caller is still there."""
+_MAX_IN_FLIGHT = 256
+
+
+class TritonModels:
+    """The other models, by BLS. Streams are read in threads: their iterator blocks, and the event loop must not."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(_MAX_IN_FLIGHT, thread_name_prefix="stream")
+
+    async def call(self, model: str, tensors: Mapping[str, np.ndarray], outputs: list[str]) -> Tensors:
+        answer = await self._request(model, tensors, outputs).async_exec()
+        raise_for_error(answer)
+        return arrays(answer)
+
+    async def stream(
+        self, model: str, tensors: Mapping[str, np.ndarray], outputs: list[str]
+    ) -> AsyncIterator[Tensors]:
+        answers = await self._request(model, tensors, outputs).async_exec(decoupled=True)
+        loop = asyncio.get_running_loop()
+        while (answer := await loop.run_in_executor(self._threads, next, answers, None)) is not None:
+            raise_for_error(answer)
+            if answer.output_tensors():
+                yield arrays(answer)
+
+    @staticmethod
+    def _request(model: str, tensors: Mapping[str, np.ndarray], outputs: list[str]) -> Any:
+        return pb_utils.InferenceRequest(
+            model_name=model, requested_output_names=outputs, inputs=to_tensors(tensors)
+        )
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        folder = Path(args["model_repository"], args["model_version"])
+        self._bundle = Bundle.load(folder)
+        self._pipeline = Pipeline(self._bundle, folder, TritonModels())
+        policy = json.loads(args["model_config"]).get("model_transaction_policy", {})
+        self._streaming = bool(policy.get("decoupled", False))
+
+    async def execute(self, requests: list[Any]) -> None:
+        await asyncio.gather(*map(self._answer, requests))
+
+    async def _answer(self, request: Any) -> None:
+        """Exactly one final answer, whatever happens."""
+        sender = request.get_response_sender()
+        try:
+            answer = response(await self._serve(request, sender))
+        except RequestError as error:
+            answer = failure(error)
+        except Exception as error:
+            logger.exception("request %s failed", request.request_id())
+            answer = failure(RequestError(f"{type(error).__name__}: {error}"))
+        sender.send(answer, flags=_FINAL)
+
+    async def _serve(self, request: Any, sender: Any) -> Tensors:
+        loop = asyncio.get_running_loop()
+        # Decoding pictures takes long enough to be kept off the event loop, which serves all callers.
+        wanted = await loop.run_in_executor(None, parse, arrays(request), self._bundle)
+        job_id = f"{request.request_id() or 'request'}-{uuid.uuid4().hex}"
+
+        def progress(step: int, steps: int) -> None:
+            sender.send(response({"step": np.array([step], np.int32), "steps": np.array([steps], np.int32)}))
+
+        work = asyncio.ensure_future(
+            self._pipeline.generate(wanted, job_id, progress if self._streaming else None)
+        )
+        deadline = None if wanted.timeout is None else loop.time() + wanted.timeout
+        while not work.done():
+            await asyncio.wait({work}, timeout=_POLL)
+            late = deadline is not None and loop.time() > deadline
+            if not work.done() and (late or sender.is_cancelled()):
+                await self._pipeline.cancel(job_id)
+                work.cancel()
+                raise Cancelled(f"timeout: {wanted.timeout:g} seconds are over" if late else "cancelled by its caller")
+        return work.result()
