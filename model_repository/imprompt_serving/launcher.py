@@ -219,7 +219,7 @@ class Server:
                 f"--log-info={str(self._verbose).lower()}",
             ],
             env=triton.environment() | {DRAIN_FILE_VARIABLE: str(self._drain_file)},
-            cwd=scratch,  # it is first on the models' sys.path: a random.py where the user stands must not get in the way
+            cwd=scratch,  # first on the models' sys.path: a random.py where the user stands must not get in the way
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -429,6 +429,17 @@ def _end_group(process: subprocess.Popen[str]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    until = time.monotonic() + KILL_AFTER_S
+    while _group_alive(process.pid) and time.monotonic() < until:  # the stubs are not ours to wait for
+        time.sleep(0.01)
+
+
+def _group_alive(group: int) -> bool:
+    for process in psutil.process_iter(["status"]):
+        with suppress(ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 def _end_reaper(reaper: subprocess.Popen[bytes]) -> None:

@@ -1,0 +1,422 @@
+"""The launcher, with a real Triton and models of a few lines each."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import queue
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from imprompt_serving import _triton_install
+from imprompt_serving.launcher import Addresses, LaunchError, Server
+
+grpc = pytest.importorskip("tritonclient.grpc", reason="needs tritonclient[grpc]")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("pytriton") is None and shutil.which("tritonserver") is None,
+    reason="needs a Triton (the extra [server])",
+)
+
+CONFIG = """
+backend: "python"
+input [{ name: "x" data_type: TYPE_FP32 dims: [-1] }]
+output [{ name: "y" data_type: TYPE_FP32 dims: [-1] }]
+instance_group [{ kind: KIND_CPU }]
+"""
+
+ECHO = """
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def execute(self, requests):
+        inputs = [pb_utils.get_input_tensor_by_name(request, "x").as_numpy() for request in requests]
+        return [pb_utils.InferenceResponse([pb_utils.Tensor("y", x)]) for x in inputs]
+"""
+
+# A pipeline in small: as many steps as x says, each a call of `echo` and an answer.
+STEPS = """
+import asyncio
+import triton_python_backend_utils as pb_utils
+from imprompt_serving.drain import IN_FLIGHT_METRIC, admitted, check_drain_deadline
+from imprompt_serving.errors import RequestError
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self.family = pb_utils.MetricFamily(
+            name=IN_FLIGHT_METRIC, description="requests that are worked on", kind=pb_utils.MetricFamily.GAUGE
+        )
+        self.in_flight = self.family.Metric(labels={"model": args["model_name"]})
+
+    async def execute(self, requests):
+        await asyncio.gather(*map(self.answer, requests))
+
+    async def answer(self, request):
+        sender = request.get_response_sender()
+        final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        try:
+            with admitted(self.in_flight.increment):
+                await self.run(pb_utils.get_input_tensor_by_name(request, "x"), sender)
+                sender.send(flags=final)
+        except RequestError as error:
+            status = getattr(pb_utils.TritonError, error.status)
+            sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), status)), flags=final)
+
+    async def run(self, x, sender):
+        for step in range(int(x.as_numpy()[0])):
+            check_drain_deadline()
+            await asyncio.sleep(0.2)
+            call = pb_utils.InferenceRequest(model_name="echo", requested_output_names=["y"], inputs=[x])
+            answer = await call.async_exec()
+            if answer.has_error():
+                raise RequestError(answer.error().message())
+            sender.send(pb_utils.InferenceResponse(answer.output_tensors()))
+"""
+
+# Serves argv[1] with a drain timeout of argv[2] seconds, as the command does.
+FOREGROUND = """
+import sys
+from imprompt_serving.launcher import LaunchError, serve
+
+def ready(addresses):
+    print("ready", addresses.grpc, addresses.http, addresses.metrics, flush=True)
+
+try:
+    sys.exit(
+        serve(sys.argv[1], grpc_port=0, http_port=0, metrics_port=0, drain_timeout=float(sys.argv[2]), on_ready=ready)
+    )
+except LaunchError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(1)
+"""
+
+
+def write_model(repository: Path, name: str, code: str, *, decoupled: bool = False) -> None:
+    version = repository / name / "1"
+    version.mkdir(parents=True)
+    (version / "model.py").write_text(code)
+    policy = "model_transaction_policy { decoupled: true }" if decoupled else ""
+    (repository / name / "config.pbtxt").write_text(CONFIG + policy)
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    write_model(tmp_path / "repository", "echo", ECHO)
+    write_model(tmp_path / "repository", "steps", STEPS, decoupled=True)
+    return tmp_path / "repository"
+
+
+def tensor(*values: float) -> Any:
+    x = grpc.InferInput("x", [len(values)], "FP32")
+    x.set_data_from_numpy(np.array(values, np.float32))
+    return x
+
+
+def echo(address: str, *values: float) -> list[float]:
+    with grpc.InferenceServerClient(address) as client:
+        return list(client.infer("echo", [tensor(*values)]).as_numpy("y"))
+
+
+class Stream:
+    """One request to `steps`: its answers as they come."""
+
+    def __init__(self, address: str, steps: int) -> None:
+        self._answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
+        self._client = grpc.InferenceServerClient(address)
+        self._client.start_stream(lambda result, error: self._answers.put((result, error)))
+        self._client.async_stream_infer("steps", [tensor(steps)], enable_empty_final_response=True)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def next(self) -> str:
+        """ "step", "end", or the message of the error."""
+        result, error = self._answers.get(timeout=20)
+        if error is not None:
+            return str(error)
+        return "end" if result.get_response().parameters["triton_final_response"].bool_param else "step"
+
+    def rest(self) -> list[str]:
+        """All answers up to the last one; and none comes after it."""
+        answers = [self.next()]
+        while answers[-1] == "step":
+            answers.append(self.next())
+        time.sleep(0.5)
+        assert self._answers.empty()
+        return answers
+
+
+@dataclass
+class Foreground:
+    """`serve` in a process of its own, and all that belongs to it."""
+
+    process: subprocess.Popen[str]
+    errors: Path
+    scratch: Path
+    addresses: Addresses
+    family: list[psutil.Process]
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def wait(self) -> int:
+        return self.process.wait(timeout=20)
+
+    def stub(self, model: str) -> psutil.Process:
+        [stub] = [p for p in self.family if any(f"/{model}/1/model.py" in argument for argument in p.cmdline())]
+        return stub
+
+    def assert_nothing_left(self) -> None:
+        assert not [process for process in self.family if alive(process)]
+        assert not leftovers(self.process.pid)
+        assert not list(self.scratch.iterdir())
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def leftovers(launcher_pid: int) -> list[Path]:
+    """Shared memory of a launcher."""
+    return list(Path("/dev/shm").glob(f"imprompt_{launcher_pid}_*"))
+
+
+@contextmanager
+def foreground(repository: Path, *, drain_timeout: float = 20) -> Iterator[Foreground]:
+    errors = repository.parent / "errors.txt"
+    scratch = repository.parent / "scratch"
+    scratch.mkdir()
+    with errors.open("w") as sink:
+        process = subprocess.Popen(
+            [sys.executable, "-c", FOREGROUND, str(repository), str(drain_timeout)],
+            stdout=subprocess.PIPE,
+            stderr=sink,
+            env=os.environ | {"TMPDIR": str(scratch)},
+            text=True,
+        )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("ready "), errors.read_text()
+        grpc_address, http, metrics = line.split()[1:]
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert leftovers(process.pid)  # so that a test that finds none proves something
+        assert list(scratch.iterdir())
+        yield Foreground(process, errors, scratch, Addresses(grpc=grpc_address, http=http, metrics=metrics), family)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "did not happen in time"
+        time.sleep(0.05)
+
+
+@needs_triton
+def test_serves_on_free_loopback_ports_and_leaves_nothing(
+    repository: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "asyncio.py").write_text("raise ImportError('the folder where the user stands')")
+    monkeypatch.chdir(tmp_path)
+    with Server(repository) as server:
+        assert server.grpc_address.startswith("127.0.0.1:")
+        assert echo(server.grpc_address, 1, 2, 3) == [1, 2, 3]
+        stream = Stream(server.grpc_address, 2)
+        assert stream.rest() == ["step", "step", "end"]
+        assert set(server.stub_pids) == {"echo_0_0", "steps_0_0"}
+        server.check()
+        assert leftovers(os.getpid())
+        processes = [psutil.Process(pid) for pid in (server.pid, *server.stub_pids.values())]
+    assert not any(alive(process) for process in processes)
+    assert not leftovers(os.getpid())
+    output = capfd.readouterr()
+    assert output.out + output.err == ""
+
+
+@needs_triton
+def test_a_running_request_ends_as_usual_after_sigterm_and_a_new_one_is_refused(repository: Path) -> None:
+    with foreground(repository) as server:
+        running = Stream(server.addresses.grpc, 8)
+        assert running.next() == "step"
+        server.signal(signal.SIGTERM)
+        time.sleep(0.3)
+        before = time.monotonic()
+        [refusal] = Stream(server.addresses.grpc, 1).rest()
+        assert "takes no new requests" in refusal
+        assert time.monotonic() - before < 1
+        assert running.rest() == ["step"] * 7 + ["end"]
+        assert server.wait() == 0
+        server.assert_nothing_left()
+
+
+@needs_triton
+def test_what_the_drain_timeout_cuts_off_gets_one_error(repository: Path) -> None:
+    with foreground(repository, drain_timeout=0.5) as server:
+        running = Stream(server.addresses.grpc, 1000)
+        assert running.next() == "step"
+        server.signal(signal.SIGINT)
+        *steps, last = running.rest()
+        assert set(steps) == {"step"}
+        assert "did not end in the time that was left" in last
+        assert server.wait() == 1
+        server.assert_nothing_left()
+
+
+@needs_triton
+def test_a_second_signal_ends_everything_at_once(repository: Path) -> None:
+    with foreground(repository) as server:
+        running = Stream(server.addresses.grpc, 1000)
+        assert running.next() == "step"
+        server.signal(signal.SIGTERM)
+        time.sleep(0.3)
+        server.signal(signal.SIGINT)
+        before = time.monotonic()
+        assert server.wait() == 128 + signal.SIGINT
+        assert time.monotonic() - before < 1
+        server.assert_nothing_left()
+
+
+@needs_triton
+def test_a_dead_model_process_ends_the_server(repository: Path) -> None:
+    with foreground(repository) as server:
+        stub = server.stub("echo")
+        stub.kill()
+        assert server.wait() == 1
+        message = server.errors.read_text()
+        assert "echo_0_0" in message
+        assert str(stub.pid) in message
+        server.assert_nothing_left()
+
+
+@needs_triton
+def test_a_dead_triton_ends_the_server(repository: Path) -> None:
+    with foreground(repository) as server:
+        [triton] = [process for process in server.family if process.name() == "tritonserver"]
+        triton.kill()
+        assert server.wait() == 1
+        assert "Triton ended by itself (killed by SIGKILL)" in server.errors.read_text()
+        server.assert_nothing_left()
+
+
+@needs_triton
+def test_nothing_is_left_of_a_killed_launcher(repository: Path) -> None:
+    with foreground(repository) as server:
+        server.signal(signal.SIGKILL)
+        server.wait()
+        wait_for(lambda: not any(alive(process) for process in server.family))
+        server.assert_nothing_left()
+
+
+@needs_triton
+def test_a_signal_before_ready_gives_up(tmp_path: Path) -> None:
+    write_model(tmp_path / "repository", "slow", "import time\n\ntime.sleep(60)\n" + ECHO)
+    process = subprocess.Popen([sys.executable, "-c", FOREGROUND, str(tmp_path / "repository"), "1"])
+    wait_for(lambda: bool(leftovers(process.pid)))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=5) == 128 + signal.SIGTERM
+    assert not leftovers(process.pid)
+
+
+@needs_triton
+def test_a_model_that_does_not_load_is_named_with_its_traceback(repository: Path) -> None:
+    write_model(
+        repository, "broken", ECHO + "    def initialize(self, args):\n        raise ValueError('no such engine')\n"
+    )
+    with pytest.raises(LaunchError) as error, Server(repository):
+        pass
+    assert str(error.value).splitlines()[0] == "model 'broken' failed to load: ValueError: no such engine"
+    assert "broken/1/model.py(" in str(error.value)
+    assert not leftovers(os.getpid())
+
+
+@needs_triton
+def test_too_slow_a_start_is_an_error(tmp_path: Path) -> None:
+    write_model(tmp_path / "repository", "slow", "import time\n\ntime.sleep(60)\n" + ECHO)
+    with pytest.raises(LaunchError, match=r"not ready after 1 s"), Server(tmp_path / "repository", start_timeout=1):
+        pass
+    assert not leftovers(os.getpid())
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["grpc", "http", "metrics"])
+def test_a_port_in_use_is_named(repository: Path, name: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        ports: dict[str, Any] = {f"{name}_port": port}
+        with pytest.raises(LaunchError, match=rf"127\.0\.0\.1:{port} \(the {name} port\): Address already in use"):
+            Server(repository, **ports).start()
+
+
+def test_a_repository_that_is_not_there_or_empty(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match="no such folder"):
+        Server(tmp_path / "nowhere")
+    with pytest.raises(LaunchError, match=r"config\.pbtxt"):
+        Server(tmp_path)
+
+
+@pytest.fixture
+def no_triton_on_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+@pytest.mark.usefixtures("no_triton_on_path")
+def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LaunchError, match=r"imprompt\[server\]"):
+        _triton_install.find_triton()
+
+
+@needs_triton
+@pytest.mark.usefixtures("no_triton_on_path")
+def test_numpy_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "2.1.0")
+    with pytest.raises(LaunchError, match=r"numpy 2\.1\.0 .* needs numpy < 2"):
+        _triton_install.find_triton()
+
+
+@needs_triton
+@pytest.mark.usefixtures("no_triton_on_path")
+def test_a_python_without_stub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton_install, "PYTHON", "3.99")
+    with pytest.raises(LaunchError, match=r"no Python stub for Python 3\.99 \(it has 3\.8, .*3\.11"):
+        _triton_install.find_triton()
+
+
+@needs_triton
+@pytest.mark.usefixtures("no_triton_on_path")
+def test_a_python_without_shared_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sysconfig, "get_config_var", lambda name: str(tmp_path) if name == "LIBDIR" else "")
+    monkeypatch.setattr(sys, "base_prefix", str(tmp_path))
+    with pytest.raises(LaunchError, match="has no shared libpython"):
+        _triton_install.find_triton()
+
+
+def test_a_triton_on_path_built_for_another_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stub = tmp_path / "backends" / "python" / "triton_python_backend_stub"
+    stub.parent.mkdir(parents=True)
+    stub.write_bytes(b"... libpython3.4.so.1.0 ...")
+    binary = tmp_path / "bin" / "tritonserver"
+    binary.parent.mkdir()
+    binary.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(binary.parent))
+    with pytest.raises(LaunchError, match="no Python stub for Python 3"):
+        _triton_install.find_triton()
