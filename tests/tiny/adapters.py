@@ -59,7 +59,8 @@ def make_image_encoder(folder: str | Path, *, kind: Encoder = "vit_h", seed: int
     """
     with private_rng():
         encoder = CLIPVisionModelWithProjection(vision_config(kind))
-        randomize(encoder, seed).save_pretrained(folder)
+        randomize(encoder, seed)
+        encoder.save_pretrained(folder)
     return Path(folder)
 
 
@@ -151,7 +152,7 @@ def _attention_layers(rng: torch.Generator, family: Family, layers_per_block: in
                 weights[f"{index}.to_{part}_lora.up.weight"] = linear(rng, inner, LORA_RANK, 0.3)
         if index % 2:
             weights[f"{index}.to_k_ip.weight"] = linear(rng, inner, context, 1.4)
-            weights[f"{index}.to_v_ip.weight"] = linear(rng, inner, context, 1.5)
+            weights[f"{index}.to_v_ip.weight"] = linear(rng, inner, context, 2.0)
     return weights
 
 

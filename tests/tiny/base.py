@@ -16,6 +16,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import (
     CLIPConfig,
@@ -32,6 +33,7 @@ from .weights import calibrate, generator, normal, private_rng, randomize
 SAMPLE_SIZE = 8  # latents; 64 pixels
 IMAGE_SIZE = 32  # of the CLIP vision encoders
 CROSS_ATTENTION_DIM = {"sd15": 48, "sdxl": 128}  # 768 and 2048 in the real ones
+THROUGH, PREDICTED = 0.95, 0.2  # what of the predicted noise comes from the sample, and what from the network
 LAYERS_PER_BLOCK = {"sd15": 1, "sdxl": 2}
 VISION = {  # hidden size, projection: (1280, 1024) and (1664, 1280) in the real ones
     "vit_h": (80, 64),
@@ -59,7 +61,8 @@ def make_sd15(
         changes = {"in_channels": in_channels, "time_cond_proj_dim": time_cond_proj_dim}
         unet = _unet(unet_config("sd15", layers_per_block) | changes, seed + 2)
         text_encoder = randomize(CLIPTextModel(_text_config(48, "quick_gelu")), seed + 3)
-        checker = _safety_checker(seed + 4, vae) if safety_checker else None
+        extractor = CLIPImageProcessor(size=IMAGE_SIZE, crop_size=IMAGE_SIZE)
+        checker = _safety_checker(seed + 4, vae, extractor) if safety_checker else None
         pipeline_class = StableDiffusionInpaintPipeline if in_channels == 9 else StableDiffusionPipeline
         pipeline = pipeline_class(
             vae=vae,
@@ -68,7 +71,7 @@ def make_sd15(
             unet=unet,
             scheduler=(PNDMScheduler if time_cond_proj_dim is None else LCMScheduler)(steps_offset=1),
             safety_checker=checker,
-            feature_extractor=CLIPImageProcessor(size=IMAGE_SIZE, crop_size=IMAGE_SIZE),
+            feature_extractor=extractor,
             requires_safety_checker=safety_checker,
         )
         pipeline.save_pretrained(folder)
@@ -214,7 +217,7 @@ def _vae(seed: int, *, scaling_factor: float, force_upcast: bool = False) -> Aut
 
 @torch.no_grad()
 def _unet(config: dict[str, Any], seed: int) -> UNet2DConditionModel:
-    """A UNet whose predicted noise has unit variance, as that of a trained one."""
+    """A UNet whose prediction is noise of unit variance, partly the noise in the sample, as that of a trained one."""
     unet = UNet2DConditionModel(**config)
     randomize(unet, seed)
     rng = generator(seed)
@@ -224,17 +227,54 @@ def _unet(config: dict[str, Any], seed: int) -> UNet2DConditionModel:
         width = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
         time_ids = torch.tensor([[64.0, 64, 0, 0, 64, 64]]).repeat(4, 1)
         arguments["added_cond_kwargs"] = {"text_embeds": normal(rng, 4, width), "time_ids": time_ids}
-    calibrate(unet.conv_out, lambda: unet(sample, torch.tensor([900, 600, 300, 50]), **arguments).sample, 1.0)
+    calibrate(unet.conv_out, lambda: unet(sample, torch.tensor([900, 600, 300, 50]), **arguments).sample, PREDICTED)
+    _let_noise_through(unet)
     return unet
 
 
+def _let_noise_through(unet: UNet2DConditionModel) -> None:
+    """Adds a path from input to output, so that latents stay near unit variance while they are denoised.
+
+    Without it every prediction is alien to the sample: latents end at fifteen times the size of encoded pictures, and
+    what image-to-image and inpainting keep of a picture drowns. The path runs along the last skip connection in the
+    first eight channels, four times x and four times -x, because silu(x) - silu(-x) = x.
+    """
+    skip = unet.conv_in.out_channels
+    last = unet.up_blocks[-1]
+    shortcut, second = last.resnets[-1].conv_shortcut, last.resnets[-1].conv2
+    unet.conv_in.weight[:8] = 0
+    unet.conv_in.bias[:8] = 0
+    shortcut.weight[:8] = 0
+    shortcut.bias[:8] = 0
+    quiet = [second] + [attention.proj_out for attention in getattr(last, "attentions", [])[-1:]]
+    for layer in quiet:
+        layer.weight[:8] *= 0.3
+        layer.bias[:8] = 0
+    for channel in range(4):
+        for row, sign in ((channel, 1.0), (channel + 4, -1.0)):
+            unet.conv_in.weight[row, channel, 1, 1] = sign
+            shortcut.weight[row, row - skip, 0, 0] = 1.0
+            unet.conv_out.weight[channel, row, 1, 1] += sign * THROUGH
+
+
 @torch.no_grad()
-def _safety_checker(seed: int, vae: AutoencoderKL) -> StableDiffusionSafetyChecker:
-    """A checker that flags about half of the pictures this VAE makes from noise, and is sure about each."""
+def _safety_checker(seed: int, vae: AutoencoderKL, extractor: CLIPImageProcessor) -> StableDiffusionSafetyChecker:
+    """A checker that flags about half of the pictures: those whose embedding leans to one side of the average."""
     vision = vision_config("vit_h")
-    config = CLIPConfig(text_config={}, vision_config=vision.to_dict(), projection_dim=vision.projection_dim)
-    checker = StableDiffusionSafetyChecker(config)
+    checker = StableDiffusionSafetyChecker(
+        CLIPConfig(text_config={}, vision_config=vision.to_dict(), projection_dim=vision.projection_dim)
+    )
     randomize(checker, seed)
+    latents = normal(generator(seed), 32, 4, SAMPLE_SIZE, SAMPLE_SIZE) / vae.config.scaling_factor
+    pictures = VaeImageProcessor().postprocess(vae.decode(latents).sample)
+    pixels = extractor(images=pictures, return_tensors="pt").pixel_values
+    embeds = checker.visual_projection(checker.vision_model(pixels).pooler_output)
+    embeds = embeds / embeds.norm(dim=-1, keepdim=True)
+    concept = embeds[0] - embeds.mean(0)
+    checker.concept_embeds[0] = concept
+    checker.concept_embeds_weights.fill_(1.0)  # a cosine never exceeds it
+    checker.concept_embeds_weights[0] = (embeds @ concept / concept.norm()).median()
+    checker.special_care_embeds_weights.fill_(1.0)
     return checker
 
 

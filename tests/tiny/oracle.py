@@ -7,9 +7,12 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import numpy.typing as npt
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
+
+Pictures = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +60,7 @@ def pipeline(
     return pipe
 
 
-def generate(pipe: Any, *, seed: int | Sequence[int] = 0, **arguments: Any) -> np.ndarray:
+def generate(pipe: Any, *, seed: int | Sequence[int] = 0, **arguments: Any) -> Pictures:
     """Runs the pipeline; uint8 pictures [N, H, W, 3] (frames [N, F, H, W, 3] for clips). Four steps by default."""
     seeds = [seed] if isinstance(seed, int) else list(seed)
     generators = [torch.Generator("cpu").manual_seed(one) for one in seeds]
@@ -67,7 +70,7 @@ def generate(pipe: Any, *, seed: int | Sequence[int] = 0, **arguments: Any) -> n
     return np.stack([as_array(picture) for picture in pictures])
 
 
-def as_array(picture: Image.Image | Sequence[Image.Image] | np.ndarray) -> np.ndarray:
+def as_array(picture: Image.Image | Sequence[Image.Image] | Pictures) -> Pictures:
     """A PIL image or a list of them as uint8."""
     if isinstance(picture, Image.Image):
         return np.asarray(picture.convert("RGB"))

@@ -9,9 +9,12 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import nn
+
+Model = TypeVar("Model", bound=nn.Module)
 
 # First match wins. The gain is the standard deviation of the layer's output for an input of unit variance.
 GAINS: tuple[tuple[str, float], ...] = (
@@ -45,7 +48,7 @@ def linear(rng: torch.Generator, out_features: int, in_features: int, gain: floa
 
 
 @torch.no_grad()
-def randomize(model: nn.Module, seed: int, gains: tuple[tuple[str, float], ...] = ()) -> nn.Module:
+def randomize(model: Model, seed: int, gains: tuple[tuple[str, float], ...] = ()) -> Model:
     """Draws every parameter anew, in the order of their names. `gains` come before the common ones."""
     rng = generator(seed)
     norms = {name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm | nn.GroupNorm)}
@@ -63,9 +66,10 @@ def randomize(model: nn.Module, seed: int, gains: tuple[tuple[str, float], ...] 
 
 
 @torch.no_grad()
-def calibrate(layer: nn.Module, output: Callable[[], torch.Tensor], std: float) -> None:
+def calibrate(layer: nn.Conv2d, output: Callable[[], torch.Tensor], std: float) -> None:
     """Scales `layer`, the last one of a network, until `output()` [B, C, ...] has mean 0 and deviation `std`."""
     values = output().transpose(0, 1).flatten(1)
     factor = std / values.std()
     layer.weight.mul_(factor)
+    assert layer.bias is not None
     layer.bias.sub_(values.mean(1)).mul_(factor)
