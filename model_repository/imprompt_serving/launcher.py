@@ -404,13 +404,15 @@ def _requests_in_flight(metrics_address: str) -> int | None:
 
 
 def _stubs_of(triton: int) -> dict[str, psutil.Process]:
-    """The processes that host Python models, by instance: their command line is `STUB MODEL ... INSTANCE RUNTIME`."""
+    """The processes that host Python models, by instance; their command line is `STUB .../MODEL/1/model.py ...`."""
     stubs: dict[str, psutil.Process] = {}
     for child in psutil.Process(triton).children():
         with suppress(psutil.NoSuchProcess):
             arguments = child.cmdline()
             if arguments and arguments[0].endswith("triton_python_backend_stub"):
-                stubs[arguments[-2]] = child
+                model = Path(arguments[1]).parent.parent.name
+                # The place of the instance among the arguments is Triton's own business: it may change.
+                stubs[next((a for a in arguments if a.startswith(f"{model}_")), f"{model} {child.pid}")] = child
     return stubs
 
 
