@@ -60,7 +60,7 @@ def make_sd15(
         vae = _vae(seed + 1, scaling_factor=0.18215)
         changes = {"in_channels": in_channels, "time_cond_proj_dim": time_cond_proj_dim}
         unet = _unet(unet_config("sd15", layers_per_block) | changes, seed + 2)
-        text_encoder = randomize(CLIPTextModel(_text_config(48, "quick_gelu")), seed + 3)
+        text_encoder = randomize(CLIPTextModel(text_config(48, "quick_gelu")), seed + 3)
         extractor = CLIPImageProcessor(size=IMAGE_SIZE, crop_size=IMAGE_SIZE)
         checker = _safety_checker(seed + 4, vae, extractor) if safety_checker else None
         pipeline_class = StableDiffusionInpaintPipeline if in_channels == 9 else StableDiffusionPipeline
@@ -103,8 +103,8 @@ def make_sdxl(
         pipeline_class = StableDiffusionXLInpaintPipeline if in_channels == 9 else StableDiffusionXLPipeline
         pipeline = pipeline_class(
             vae=vae,
-            text_encoder=randomize(CLIPTextModel(_text_config(48, "quick_gelu")), seed + 3),
-            text_encoder_2=randomize(CLIPTextModelWithProjection(_text_config(80, "gelu")), seed + 4),
+            text_encoder=randomize(CLIPTextModel(text_config(48, "quick_gelu")), seed + 3),
+            text_encoder_2=randomize(CLIPTextModelWithProjection(text_config(80, "gelu")), seed + 4),
             tokenizer=write_tokenizer(folder / "tokenizer"),
             tokenizer_2=write_tokenizer(folder / "tokenizer_2", pad_token="!"),
             unet=unet,
@@ -175,7 +175,7 @@ def vision_config(kind: str) -> CLIPVisionConfig:
     )
 
 
-def _text_config(hidden_size: int, hidden_act: str) -> CLIPTextConfig:
+def text_config(hidden_size: int, hidden_act: str) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=VOCABULARY_SIZE,
         hidden_size=hidden_size,

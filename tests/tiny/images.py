@@ -63,6 +63,11 @@ def control_image(kind: str = "canny", seed: int = 0, size: tuple[int, int] = (6
     return picture
 
 
+def pixels(picture: Image.Image) -> torch.Tensor:
+    """[3, H, W] in 0..1, as ControlNets take it."""
+    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)
+
+
 def video(frames: int = 8, seed: int = 0, size: tuple[int, int] = (64, 64)) -> list[Image.Image]:
     """One photo, panned from left to right."""
     width, height = size
