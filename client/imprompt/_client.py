@@ -1,0 +1,196 @@
+"""The client for ordinary code; `_async_client` is its twin for asyncio."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import grpc
+import numpy as np
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from imprompt import _transport
+from imprompt._errors import ImpromptError, InvalidRequest, Overloaded, ServerError
+from imprompt._images import ImageInput
+from imprompt._model import Capabilities, ServedModel, is_bundle, model_name, no_bundle, read_model
+from imprompt._parameters import Parameters
+from imprompt._request import Request, build_encode_request, build_request
+from imprompt._result import Progress, Result, read_embeds, read_event, read_outputs, read_result
+from imprompt._retry import MAX_RETRIES, PROBE_TIMEOUT_S, QUESTION_TIMEOUT_S, Budget
+
+
+class Client:
+    """Asks a server for pictures. Threads may share one; use it as a context manager, or `close` it.
+
+    Args:
+        url: gRPC address of the server, `host:port`.
+        timeout: seconds for each request that does not say its own (default: no limit).
+        max_retries: how often a request that a full server refuses is sent again, with growing pauses.
+        credentials: for TLS, such as `grpc.ssl_channel_credentials()`.
+        metadata: sent with every call, such as `{"authorization": "Bearer ..."}`.
+
+    Every method raises `ConnectionFailed` when there is no server.
+    """
+
+    def __init__(
+        self,
+        url: str = "localhost:8001",
+        *,
+        timeout: float | None = None,
+        max_retries: int = MAX_RETRIES,
+        credentials: grpc.ChannelCredentials | None = None,
+        metadata: Mapping[str, str] | Sequence[tuple[str, str]] | None = None,
+    ) -> None:
+        self._address = _transport.check_url(url)
+        if credentials is None:
+            self._channel = grpc.insecure_channel(self._address, _transport.CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(self._address, credentials, _transport.CHANNEL_OPTIONS)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._metadata = _transport.as_metadata(metadata)
+        self._timeout, self._max_retries = timeout, max_retries
+        self._models: dict[tuple[str, bool], ServedModel] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; calls under way are cancelled."""
+        self._channel.close()
+
+    def generate(self, *, model: str, prompt: str | Sequence[str], **parameters: Unpack[Parameters]) -> Result:
+        """Ask for pictures (or a clip) and wait for them.
+
+        Args:
+            model: name of a bundle, one of `models()`.
+            prompt: what to show; a list makes one picture (or more) of each.
+            parameters: those of the diffusers pipelines, see `Parameters`.
+
+        Raises:
+            InvalidRequest: a parameter is wrong or unknown; the error names it.
+            Overloaded: the server is full, after `max_retries` retries.
+            DeadlineExceeded: `timeout` is over.
+            Cancelled: the server broke the request off.
+            ServerError: the server failed.
+        """
+        request = build_request(self._model(model), prompt, parameters, timeout=self._timeout)
+        return read_result(self._infer(request), request)
+
+    def stream(
+        self, *, model: str, prompt: str | Sequence[str], **parameters: Unpack[Parameters]
+    ) -> Generator[Progress | Result, None, None]:
+        """Like `generate`, but tells of the progress first: `Progress`, ..., then one `Result`.
+
+        The request is sent with the first `next`. Closing the generator, or leaving it by an exception, stops the work.
+        """
+        request = build_request(self._model(model, stream=True), prompt, parameters, timeout=self._timeout)
+        return self._events(request)
+
+    def encode_image(self, model: str, adapter: str, images: ImageInput | Sequence[ImageInput]) -> np.ndarray[Any, Any]:
+        """Embeddings of `images` by an adapter's encoder, to be passed as `ip_adapter_image_embeds` again and again.
+
+        Returns:
+            float32 [2 (negative, positive), pictures, ...], the layout of diffusers' `prepare_ip_adapter_image_embeds`.
+        """
+        request = build_encode_request(self._model(model), adapter, images, timeout=self._timeout)
+        return read_embeds(self._infer(request), adapter, request)
+
+    def describe(self, model: str) -> Capabilities:
+        """What a bundle can do: adapters, ControlNets, schedulers, defaults and limits."""
+        self._models.pop((model, False), None)
+        return self._model(model).capabilities
+
+    def models(self) -> list[str]:
+        """Names of the bundles that are served."""
+        index = self._ask(self._stub.RepositoryIndex, service_pb2.RepositoryIndexRequest(ready=True))
+        return sorted(entry.name for entry in index.models if is_bundle(self._config(entry.name)))
+
+    def is_ready(self) -> bool:
+        """Whether the server is there and all its models are ready."""
+        try:
+            return bool(self._ask(self._stub.ServerReady, service_pb2.ServerReadyRequest()).ready)
+        except ImpromptError:
+            return False
+
+    def _model(self, bundle: str, *, stream: bool = False) -> ServedModel:
+        """What a model takes; asked for once."""
+        key = (bundle, stream)
+        if key not in self._models:
+            try:
+                self._models[key] = read_model(self._config(model_name(bundle, stream=stream)), stream=stream)
+            except InvalidRequest:
+                raise no_bundle(bundle, self.models()) from None
+        return self._models[key]
+
+    def _config(self, name: str) -> Any:
+        return self._ask(self._stub.ModelConfig, service_pb2.ModelConfigRequest(name=name)).config
+
+    def _ask(self, method: Any, message: Any) -> Any:
+        """A small question, answered at once."""
+        try:
+            return method(message, timeout=self._timeout or QUESTION_TIMEOUT_S, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise self._failure(error) from error
+
+    def _infer(self, request: Request) -> dict[str, np.ndarray[Any, Any]]:
+        budget = Budget(self._max_retries, request.timeout)
+        while True:
+            call = self._stub.ModelInfer.future(
+                request.message(budget.remaining), timeout=budget.grpc_timeout, metadata=self._metadata
+            )
+            try:
+                return read_outputs(call.result())
+            except grpc.RpcError as error:
+                failure = self._failure(error, request, budget)
+                if not isinstance(failure, Overloaded):
+                    raise failure from error
+            finally:
+                call.cancel()  # does nothing to a call that is done; stops the work if an interrupt came
+            time.sleep(budget.pause(failure))
+
+    def _events(self, request: Request) -> Generator[Progress | Result, None, None]:
+        budget = Budget(self._max_retries, request.timeout)
+        answered = False
+        while True:
+            call = self._stub.ModelStreamInfer(
+                iter([request.message(budget.remaining)]),
+                timeout=budget.grpc_timeout,
+                metadata=self._metadata + _transport.STREAM_METADATA,
+            )
+            try:
+                finished = False
+                for answer in call:
+                    answered = True
+                    event = read_event(answer, request)
+                    finished = isinstance(event, Result)
+                    yield event
+                if not finished:
+                    raise ServerError("the answers ended without a result", request_id=request.id)
+                return
+            except grpc.RpcError as error:
+                failure = self._failure(error, request, budget)
+                if answered or not isinstance(failure, Overloaded):
+                    raise failure from error
+            finally:
+                call.cancel()
+            time.sleep(budget.pause(failure))
+
+    def _failure(self, error: Any, request: Request | None = None, budget: Budget | None = None) -> ImpromptError:
+        reachable = not _transport.may_be_unreachable(error) or self._is_live()
+        failure = _transport.failure(error, self._address, request, budget, reachable=reachable)
+        if request is not None and isinstance(failure, InvalidRequest):
+            self._models.clear()  # the server may serve other versions by now
+        return failure
+
+    def _is_live(self) -> bool:
+        try:
+            return bool(self._stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=PROBE_TIMEOUT_S).live)
+        except grpc.RpcError:
+            return False

@@ -1,0 +1,185 @@
+"""Answers on the wire -> what callers get. No I/O but `Result.save`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageSequence
+from tritonclient.utils import deserialize_bytes_tensor, triton_to_np_dtype
+
+from imprompt._errors import ServerError
+from imprompt._images import decode
+from imprompt._request import Request
+
+Array = np.ndarray[Any, Any]
+
+FPS = 8
+"""Frames per second of saved clips: what AnimateDiff's motion modules were trained for."""
+_ANIMATIONS = (".gif", ".webp")
+_VIDEOS = (".mp4", ".webm", ".mov", ".mkv")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """`step` of `steps` is done. `preview` is a small picture of where it goes, if it was asked for and is at hand."""
+
+    step: int
+    steps: int
+    preview: Image.Image | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The answer to a request: pictures, clips or latents."""
+
+    model: str
+    request_id: str
+    output_type: str
+    seeds: list[int]
+    """The seed of each picture, also when the server chose it."""
+    timings: dict[str, float]
+    """Seconds by stage on the server; stages may overlap. `total` is the whole time there."""
+    nsfw_content_detected: list[bool] | None = None
+    """For each picture whether the safety checker blacked it; None if the bundle has none."""
+    latents: Array | None = None
+    """float32 [pictures, channels, height / 8, width / 8], when `output_type` is `latent`."""
+    encoded: list[bytes] | None = None
+    """The pictures as the server encoded them, when `output_format` asked for that."""
+    _images: Array | None = field(default=None, repr=False)
+    _frames: Array | None = field(default=None, repr=False)
+
+    @cached_property
+    def images(self) -> list[Any]:
+        """The pictures: PIL images, or uint8 arrays [height, width, 3] when `output_type` is `np`. Empty for a clip."""
+        if self.encoded is not None:
+            pictures = [image for image in map(decode, self.encoded) if getattr(image, "n_frames", 1) == 1]
+            return [np.asarray(image.convert("RGB")) for image in pictures] if self.output_type == "np" else pictures
+        return [] if self._images is None else [self._picture(image) for image in self._images]
+
+    @cached_property
+    def frames(self) -> list[list[Any]] | None:
+        """The clips, each a list of frames like `images`; None for still pictures."""
+        if self.encoded is not None:
+            clips = [image for image in map(decode, self.encoded) if getattr(image, "n_frames", 1) > 1]
+            return [self._unpacked(clip) for clip in clips] or None
+        return None if self._frames is None else [[self._picture(frame) for frame in clip] for clip in self._frames]
+
+    def save(self, path: str | Path, *, fps: float = FPS) -> list[Path]:
+        """Write the pictures or clips, in the format of the file's ending; several get a number (`out-0.png`).
+
+        Clips go to `.gif` or `.webp` (pillow), or to `.mp4` (needs `pip install "imageio[ffmpeg]"`).
+
+        Returns:
+            The files written.
+
+        Raises:
+            ValueError: there are no pictures (latents were asked for), or the ending does not fit.
+        """
+        path = Path(path)
+        items: Sequence[Any] = self.frames if self.frames is not None else self.images
+        if not items:
+            raise ValueError(f"there are no pictures to save; output_type was {self.output_type!r}")
+        paths = [path] if len(items) == 1 else [path.with_stem(f"{path.stem}-{index}") for index in range(len(items))]
+        for item, target in zip(items, paths, strict=True):
+            if self.frames is not None:
+                _save_clip([_pil(frame) for frame in item], target, fps)
+            else:
+                _save_picture(_pil(item), target)
+        return paths
+
+    def _picture(self, image: Array) -> Any:
+        return image.copy() if self.output_type == "np" else Image.fromarray(image)
+
+    def _unpacked(self, clip: Image.Image) -> list[Any]:
+        frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(clip)]
+        return [np.asarray(frame) for frame in frames] if self.output_type == "np" else frames
+
+
+def read_outputs(response: Any) -> dict[str, Array]:
+    """The tensors of a `ModelInferResponse` by name; bytes as arrays of objects."""
+    outputs: dict[str, Array] = {}
+    for index, output in enumerate(response.outputs):
+        raw = response.raw_output_contents[index]
+        if output.datatype == "BYTES":
+            values = deserialize_bytes_tensor(raw)
+        else:
+            values = np.frombuffer(raw, dtype=triton_to_np_dtype(output.datatype))
+        outputs[output.name] = values.reshape(tuple(output.shape))
+    return outputs
+
+
+def read_event(answer: Any, request: Request) -> Progress | Result:
+    """One `ModelStreamInferResponse`.
+
+    Raises:
+        ServerError: it carries an error without a status, as proxies and old servers send it.
+    """
+    if answer.error_message:
+        raise ServerError(answer.error_message, request_id=request.id)
+    outputs = read_outputs(answer.infer_response)
+    if "step" in outputs and "seeds" not in outputs:
+        previews = outputs.get("preview")
+        preview = None if previews is None or not previews.size else decode(previews.ravel()[0])
+        return Progress(step=int(outputs["step"].item()), steps=int(outputs["steps"].item()), preview=preview)
+    return read_result(outputs, request)
+
+
+def read_result(outputs: Mapping[str, Array], request: Request) -> Result:
+    """The final answer.
+
+    Raises:
+        ServerError: it holds nothing that this client knows.
+    """
+    if not outputs.keys() & {"images", "frames", "latents", "encoded"}:
+        raise ServerError(f"an answer without pictures: {sorted(outputs)}", request_id=request.id)
+    encoded, flags = outputs.get("encoded"), outputs.get("nsfw_content_detected")
+    return Result(
+        model=request.model,
+        request_id=request.id,
+        output_type=request.output_type,
+        seeds=[int(seed) for seed in outputs["seeds"].ravel()] if "seeds" in outputs else [],
+        timings=json.loads(outputs["timings"].ravel()[0]) if "timings" in outputs else {},
+        nsfw_content_detected=None if flags is None else [bool(flag) for flag in flags.ravel()],
+        latents=outputs["latents"].copy() if "latents" in outputs else None,
+        encoded=None if encoded is None else [bytes(data) for data in encoded.ravel()],
+        _images=outputs.get("images"),
+        _frames=outputs.get("frames"),
+    )
+
+
+def read_embeds(outputs: Mapping[str, Array], adapter: str, request: Request) -> Array:
+    """The answer to `encode_image`."""
+    name = f"image_embeds_{adapter}"
+    if name not in outputs:
+        raise ServerError(f"an answer without {name}: {sorted(outputs)}", request_id=request.id)
+    return outputs[name].copy()
+
+
+def _pil(image: Any) -> Image.Image:
+    return image if isinstance(image, Image.Image) else Image.fromarray(image)
+
+
+def _save_picture(image: Image.Image, path: Path) -> None:
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{path.name}: pictures are saved as .png, .jpg or .webp")
+    image.save(path)
+
+
+def _save_clip(frames: list[Image.Image], path: Path, fps: float) -> None:
+    if path.suffix.lower() in _ANIMATIONS:
+        first, *rest = frames
+        first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+    elif path.suffix.lower() in _VIDEOS:
+        try:
+            from imageio import v3 as imageio
+        except ImportError:
+            raise ValueError(f'{path.suffix} needs: pip install "imageio[ffmpeg]"; .gif and .webp do not') from None
+        imageio.imwrite(path, np.stack([np.asarray(frame) for frame in frames]), fps=fps, codec="libx264")
+    else:
+        raise ValueError(f"{path.name}: clips are saved as {', '.join((*_ANIMATIONS, *_VIDEOS))}")

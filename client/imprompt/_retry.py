@@ -1,0 +1,62 @@
+"""How often and how long a call is tried: the time its caller gave, and retries when the server is full."""
+
+from __future__ import annotations
+
+import random
+import time
+
+from imprompt._errors import Overloaded
+
+MAX_RETRIES = 4
+FIRST_DELAY_S = 0.5
+"""Doubles with every retry; the server's own hint is used when it is longer."""
+MAX_DELAY_S = 30.0
+"""A server that asks for more is not waited for: its caller decides."""
+JITTER = 0.25
+"""Up to this share is added, so that callers that were refused together do not come back together."""
+GRACE_S = 2.0
+"""gRPC's deadline comes this much after the caller's: the server's own answer should come first."""
+QUESTION_TIMEOUT_S = 30.0
+"""For what a server answers without work, when the caller has no limit of its own."""
+PROBE_TIMEOUT_S = 2.0
+"""For the question whether somebody is there at all."""
+
+
+class Budget:
+    """The attempts and the time that one call has."""
+
+    def __init__(self, max_retries: int, timeout: float | None) -> None:
+        self._retries_left, self._delay = max_retries, FIRST_DELAY_S
+        self.timeout = timeout
+        self._end = None if timeout is None else time.monotonic() + timeout
+
+    @property
+    def remaining(self) -> float | None:
+        """Seconds that are left; None without a limit."""
+        return None if self._end is None else max(self._end - time.monotonic(), 1e-3)
+
+    @property
+    def grpc_timeout(self) -> float | None:
+        """Deadline of the call itself, in seconds from now."""
+        return None if self.remaining is None else self.remaining + GRACE_S
+
+    @property
+    def late(self) -> bool:
+        """Whether the caller's time is over."""
+        return self._end is not None and time.monotonic() >= self._end
+
+    def pause(self, error: Overloaded) -> float:
+        """Seconds to wait after `error` before the next attempt.
+
+        Raises:
+            Overloaded: `error`, when no attempt or not enough time is left, or the server asks for too long a wait.
+        """
+        hint = error.retry_after or 0.0
+        if not self._retries_left or hint > MAX_DELAY_S:
+            raise error
+        pause = min(max(hint, self._delay) * (1 + JITTER * random.random()), MAX_DELAY_S)
+        if self.remaining is not None and pause >= self.remaining:
+            raise error
+        self._retries_left -= 1
+        self._delay *= 2
+        return pause
