@@ -33,6 +33,15 @@ class IPAdapterSection(_Section):
     image_encoder_folder: str | Literal[False] = "image_encoder"
 
 
+class LoraSection(_Section):
+    """A LoRA that is fused into the base, with the parameters of diffusers' ``load_lora_weights``."""
+
+    path: str
+    weight_name: str | None = None
+    subfolder: str | None = None
+    scale: float = 1.0
+
+
 class EngineSection(_Section):
     """What the engines are compiled to, and who hosts the encoders and the VAE."""
 
@@ -47,6 +56,7 @@ class BundleFile(_Section):
     name: str
     base: str
     ip_adapter: tuple[IPAdapterSection, ...] = ()
+    lora: tuple[LoraSection, ...] = ()
     engine: EngineSection = EngineSection()
     shapes: Shapes = Shapes()
     folder: Path = Path()
@@ -90,6 +100,10 @@ class BundleFile(_Section):
         tokens = self.shapes.image_tokens
         if not tokens or tokens[0] < 1 or list(tokens) != sorted(set(tokens)):
             raise BundleError(f"shapes.image_tokens: must be ascending padding buckets, got {list(tokens)}")
+        for lora in self.lora:
+            root = Path(self.locate(lora.path))
+            if root.is_dir() and lora.weight_name and not (root / (lora.subfolder or "") / lora.weight_name).is_file():
+                raise BundleError(f"lora: no file {root / (lora.subfolder or '') / lora.weight_name}")
         for adapter in self.ip_adapter:
             self.adapter_file(adapter)
             self.image_encoder(adapter)

@@ -8,12 +8,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
 from imprompt_export import graphs, image_prompt, report
 from imprompt_export.bundle import BundleFile
-from imprompt_export.checkpoints import Checkpoints, load
+from imprompt_export.checkpoints import Checkpoints, LoadedAdapter, load
 from imprompt_export.graphs import Graph
 from imprompt_export.onnx_graph import export_onnx
 from imprompt_export.parity import check, compare
@@ -63,10 +64,15 @@ def export(bundle_path: str | Path, repository: str | Path, console: Console | N
 def bundle_graphs(bundle: BundleFile, checkpoints: Checkpoints) -> list[Graph]:
     """Every graph of a bundle, the UNet last: tracing it replaces its attention processors."""
     pipeline = checkpoints.pipeline
-    todo = [graphs.text_encoder("text_encoder", pipeline.text_encoder, penultimate=False)]
+    xl = checkpoints.family == "sdxl"
+    todo = [graphs.text_encoder("text_encoder", pipeline.text_encoder, penultimate=xl)]
+    if xl:
+        todo.append(graphs.text_encoder("text_encoder_2", pipeline.text_encoder_2, penultimate=True))
     todo += [graphs.image_encoder(name, model) for name, model in checkpoints.image_encoders.items()]
-    todo += [graphs.image_projection(a.name, a.projection, a.embed_shape) for a in checkpoints.adapters]
+    todo += [graphs.image_projection(a.name, a.projection, a.embeds) for a in checkpoints.adapters]
     todo += [graphs.vae_encoder(pipeline.vae, pipeline.vae_scale_factor), graphs.vae_decoder(pipeline.vae)]
+    if getattr(pipeline, "safety_checker", None) is not None:
+        todo.append(graphs.safety_checker(pipeline.safety_checker))
     todo.append(graphs.unet(pipeline.unet, [adapter.name for adapter in checkpoints.adapters]))
     return todo
 
@@ -78,6 +84,10 @@ def describe(bundle: BundleFile, checkpoints: Checkpoints) -> specs.Bundle:
     sample = unet.sample_size if isinstance(unet.sample_size, list | tuple) else (unet.sample_size,) * 2
     height, width = (size * pipeline.vae_scale_factor for size in sample)
     scheduler = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
+    xl = checkpoints.family == "sdxl"
+    parts = [("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")][: 1 + xl]
+    configs = [getattr(pipeline, model).config for model, _ in parts]
+    text_encoders = tuple(_text_encoder(model, getattr(pipeline, model), getattr(pipeline, t)) for model, t in parts)
     return specs.Bundle(
         name=bundle.name,
         family=checkpoints.family,  # type: ignore[arg-type]
@@ -89,15 +99,19 @@ def describe(bundle: BundleFile, checkpoints: Checkpoints) -> specs.Bundle:
         default_width=width,
         scheduler=type(pipeline.scheduler).__name__,
         scheduler_config=scheduler,
-        text_encoders=(_text_encoder("text_encoder", pipeline.text_encoder, pipeline.tokenizer),),
-        max_clip_skip=pipeline.text_encoder.config.num_hidden_layers - 1,
+        text_encoders=text_encoders,
+        max_clip_skip=min(encoder.num_hidden_layers for encoder in configs) - (2 if xl else 1),
+        pooled_size=pipeline.text_encoder_2.config.projection_dim if xl else None,
+        force_zeros_for_empty_prompt=bool(pipeline.config.get("force_zeros_for_empty_prompt", False)),
+        time_cond_proj_dim=unet.time_cond_proj_dim,
         layers=tuple(image_prompt.cross_attention_layers(pipeline.unet)),
         transformer_per_block={"down": unet.layers_per_block, "up": unet.layers_per_block + 1},
         adapters=tuple(_adapter(adapter) for adapter in checkpoints.adapters),
         image_encoders=tuple(
-            _image_encoder(name, model, checkpoints.feature_extractors[name])
+            _image_encoder(name, model.config.image_size, checkpoints.feature_extractors[name])
             for name, model in checkpoints.image_encoders.items()
         ),
+        safety_checker=_safety_checker(pipeline),
         shapes=bundle.shapes,
         backend=bundle.engine.backend,
         precision=bundle.engine.precision,
@@ -113,21 +127,21 @@ def _text_encoder(engine: str, model: Any, tokenizer: Any) -> specs.TextEncoder:
     )
 
 
-def _adapter(adapter: Any) -> specs.Adapter:
-    import torch
-
+def _adapter(adapter: LoadedAdapter) -> specs.Adapter:
+    example = {name: torch.zeros(1, *shape) for name, shape in adapter.embeds.items()}
     with torch.no_grad():
-        tokens = adapter.projection(torch.zeros(1, *adapter.embed_shape))
+        tokens = graphs.image_projection(adapter.name, adapter.projection, adapter.embeds).run(example)[0]
     return specs.Adapter(
         name=adapter.name,
         kind=adapter.kind,
         num_tokens=tokens.shape[1],
         image_encoder=adapter.image_encoder,
-        embed_shape=adapter.embed_shape,
+        embed_shape=adapter.embeds["image_embeds"],
+        clip_shape=adapter.embeds.get("clip_embeds"),
     )
 
 
-def _image_encoder(name: str, model: Any, processor: Any) -> specs.ImageEncoder:
+def _image_encoder(name: str, image_size: int, processor: Any) -> specs.ImageEncoder:
     size = dict(processor.size) if processor.do_resize else {}
     crop = processor.crop_size if processor.do_center_crop else None
     return specs.ImageEncoder(
@@ -139,11 +153,15 @@ def _image_encoder(name: str, model: Any, processor: Any) -> specs.ImageEncoder:
         rescale_factor=processor.rescale_factor if processor.do_rescale else 1.0,
         mean=tuple(processor.image_mean) if processor.do_normalize else (0.0,) * 3,
         std=tuple(processor.image_std) if processor.do_normalize else (1.0,) * 3,
-        image_size=model.config.image_size,
-        projection_dim=model.config.projection_dim,
-        hidden_size=model.config.hidden_size,
-        sequence_length=(model.config.image_size // model.config.patch_size) ** 2 + 1,
+        image_size=image_size,
     )
+
+
+def _safety_checker(pipeline: Any) -> specs.ImageEncoder | None:
+    checker = getattr(pipeline, "safety_checker", None)
+    if checker is None:
+        return None
+    return _image_encoder("safety_checker", checker.config.vision_config.image_size, pipeline.feature_extractor)
 
 
 def _made(repository: str | Path) -> Path:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from imprompt_export import image_prompt
 from imprompt_serving.specs import level_size
 
-Axes = dict[str, int]
+Axes = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,12 +21,14 @@ class Input:
 
     name: str
     shape: tuple[int | str, ...]
-    values: Literal["normal", "unit", "timestep", "index", "bias"] = "normal"
+    values: Literal["normal", "unit", "scale", "timestep", "index", "bias"] = "normal"
     below: int = 0
 
     def draw(self, axes: Axes, generator: torch.Generator) -> Tensor:
-        """Example values; ``index`` draws integers below ``below``."""
-        shape = [axes[size] if isinstance(size, str) else size for size in self.shape]
+        """Example values; ``index`` draws integers below ``below``, ``scale`` is 1 or less times ``axes["scale"]``."""
+        shape = [int(axes[size]) if isinstance(size, str) else size for size in self.shape]
+        if self.values == "scale":
+            return axes["scale"] * torch.rand(shape, generator=generator)
         if self.values == "index":
             return torch.randint(self.below, shape, generator=generator)
         if self.values == "unit":
@@ -146,9 +148,15 @@ def vae_encoder(vae: nn.Module, factor: int) -> Graph:
 def vae_decoder(vae: nn.Module) -> Graph:
     """Scaled latents -> uint8 pictures [B, height, width, 3], rounded as diffusers' ``VaeImageProcessor`` does."""
     config = vae.config
+    # SDXL pipelines take VAEs whose latents have a mean and a deviation of their own.
+    mean, std = (
+        torch.tensor(value).view(1, -1, 1, 1) if value is not None else default
+        for value, default in ((config.get("latents_mean"), 0.0), (config.get("latents_std"), 1.0))
+    )
 
     def run(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        picture = vae.decode(tensors["latents"] / config.scaling_factor).sample
+        latents = tensors["latents"] * std / config.scaling_factor + mean
+        picture = vae.decode(latents).sample
         levels = ((picture * 0.5 + 0.5).clamp(0, 1) * 255).round()
         return (levels.permute(0, 2, 3, 1).to(torch.uint8),)
 
@@ -164,19 +172,50 @@ def vae_decoder(vae: nn.Module) -> Graph:
     )
 
 
-def image_projection(adapter: str, layer: nn.Module, embed_shape: tuple[int, ...]) -> Graph:
-    """Embedding of each picture -> its image tokens [n, T, D]."""
+def image_projection(adapter: str, layer: nn.Module, embeds: dict[str, tuple[int, ...]]) -> Graph:
+    """Embeddings of each picture -> its image tokens [n, T, D].
+
+    FaceID plus takes two: the face embedding, and the CLIP hidden states, which diffusers keeps as an attribute.
+    """
 
     def run(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        if "clip_embeds" in tensors:
+            layer.clip_embeds = tensors["clip_embeds"][:, None]
         return (layer(tensors["image_embeds"]),)
 
     return Graph(
         name=f"image_projection_{adapter}",
         module=layer,
         run=run,
-        inputs=(Input(name="image_embeds", shape=("images", *embed_shape)),),
+        inputs=tuple(Input(name=name, shape=("images", *shape)) for name, shape in embeds.items()),
         outputs={"tokens": ("images", "tokens", "features")},
         checks=({"images": 1}, {"images": 3}),
+    )
+
+
+def safety_checker(model: nn.Module) -> Graph:
+    """Whether pictures show something unsafe (``StableDiffusionSafetyChecker.forward``, its rounding included)."""
+
+    def above(embeds: Tensor, concepts: Tensor, thresholds: Tensor, adjustment: Tensor | float) -> Tensor:
+        cosine = nn.functional.normalize(embeds) @ nn.functional.normalize(concepts).t()
+        return ((cosine - thresholds + adjustment) * 1000).round() > 0
+
+    def run(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        embeds = model.visual_projection(model.vision_model(tensors["pixel_values"])[1])
+        special = above(embeds, model.special_care_embeds, model.special_care_embeds_weights, 0.0)
+        adjustment = special.any(dim=1, keepdim=True) * 0.01
+        unsafe = above(embeds, model.concept_embeds, model.concept_embeds_weights, adjustment)
+        return (unsafe.any(dim=1, keepdim=True),)
+
+    size = model.config.vision_config.image_size
+    return Graph(
+        name="safety_checker",
+        module=model,
+        run=run,
+        inputs=(Input(name="pixel_values", shape=("batch", 3, size, size)),),
+        outputs={"nsfw": ("batch", 1)},
+        output_dtypes={"nsfw": "BOOL"},
+        checks=({"batch": 1}, {"batch": 3}),
     )
 
 
@@ -195,12 +234,20 @@ def unet(model: nn.Module, adapters: list[str]) -> Graph:
         Input(name="timestep", shape=("batch",), values="timestep"),
         Input(name="encoder_hidden_states", shape=("batch", "text", config.cross_attention_dim)),
     ]
+    added: dict[str, int] = {}
+    if config.addition_embed_type == "text_time":
+        time_ids = 6  # original size, crop, target size
+        text = model.add_embedding.linear_1.in_features - time_ids * config.addition_time_embed_dim
+        added = {"text_embeds": text, "time_ids": time_ids}
+        inputs += [Input(name=name, shape=("batch", size)) for name, size in added.items()]
+    if config.time_cond_proj_dim is not None:
+        inputs.append(Input(name="timestep_cond", shape=("batch", config.time_cond_proj_dim)))
     for name in adapters:
         group = ("batch", f"groups_{name}")
         inputs += [
             Input(name=f"ip_tokens_{name}", shape=(*group, f"tokens_{name}", config.cross_attention_dim)),
             Input(name=f"ip_bias_{name}", shape=(*group, f"tokens_{name}"), values="bias"),
-            Input(name=f"ip_scale_{name}", shape=(*group, len(layers)), values="unit"),
+            Input(name=f"ip_scale_{name}", shape=(*group, len(layers)), values="scale"),
             *(Input(name=f"ip_mask_{name}_{i}", shape=(*group, f"q{i}"), values="unit") for i in levels),
         ]
 
@@ -210,12 +257,19 @@ def unet(model: nn.Module, adapters: list[str]) -> Graph:
         prompts.scale = [tensors[f"ip_scale_{name}"] for name in adapters]
         prompts.masks = [{i: tensors[f"ip_mask_{name}_{i}"] for i in levels} for name in adapters]
         sample, timestep, text = (tensors[name] for name in ("sample", "timestep", "encoder_hidden_states"))
-        return model(sample, timestep, text, return_dict=False)
+        return model(
+            sample,
+            timestep,
+            text,
+            timestep_cond=tensors.get("timestep_cond"),
+            added_cond_kwargs={name: tensors[name] for name in added},
+            return_dict=False,
+        )
 
-    def axes(batch: int, h: int, w: int, groups: int, tokens: int) -> Axes:
+    def axes(batch: int, h: int, w: int, groups: int, tokens: int, scale: float) -> Axes:
         resolutions = {f"q{i}": level_size(h, i) * level_size(w, i) for i in levels}
         counts = {f"groups_{name}": groups for name in adapters} | {f"tokens_{name}": tokens for name in adapters}
-        return {"batch": batch, "h": h, "w": w, "text": 77} | counts | resolutions
+        return {"batch": batch, "h": h, "w": w, "text": 77, "scale": scale} | counts | resolutions
 
     return Graph(
         name="unet",
@@ -223,6 +277,6 @@ def unet(model: nn.Module, adapters: list[str]) -> Graph:
         run=run,
         inputs=tuple(inputs),
         outputs={"noise_pred": ("batch", config.out_channels, "h", "w")},
-        checks=(axes(2, 8, 8, 1, 4), axes(3, 9, 12, 2, 16)),
+        checks=(axes(2, 8, 8, 1, 4, scale=0.0), axes(3, 9, 12, 2, 16, scale=0.8)),
         tolerance=1e-3,
     )

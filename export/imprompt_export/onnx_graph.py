@@ -45,7 +45,9 @@ def export_onnx(graph: Graph, path: Path) -> None:
     )
     module = _Positional(graph).eval()
     with torch.no_grad(), _quiet():
-        program = torch.export.export(module, tuple(example.values()), dynamic_shapes={"tensors": dynamic}, strict=False)
+        program = torch.export.export(
+            module, tuple(example.values()), dynamic_shapes={"tensors": dynamic}, strict=False
+        )
         onnx_program = torch.onnx.export(
             program,
             dynamo=True,

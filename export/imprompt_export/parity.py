@@ -17,7 +17,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """One comparison: sizes, seconds of the engine's call, largest difference to PyTorch and what is allowed."""
 
     engine: str
-    sizes: dict[str, int]
+    sizes: dict[str, float]
     seconds: float
     difference: float
     allowed: float
@@ -45,8 +45,8 @@ def compare(graph: Graph, path: Path, backend: str) -> list[Row]:
         difference, allowed = 0.0, 0.0
         for name, value in zip(graph.outputs, expected, strict=True):
             reference = value.numpy().astype(np.float64)
-            difference = max(difference, float(np.abs(reference - answer[name]).max()))
-            allowed = max(allowed, graph.tolerance * (1.0 if value.dtype == torch.uint8 else np.abs(reference).max()))
+            difference = max(difference, float(np.abs(reference - answer[name].astype(np.float64)).max()))
+            allowed = max(allowed, graph.tolerance * (np.abs(reference).max() if value.is_floating_point() else 1.0))
         rows.append(Row(engine=graph.name, sizes=axes, seconds=seconds, difference=difference, allowed=float(allowed)))
     return rows
 

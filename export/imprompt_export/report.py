@@ -45,6 +45,11 @@ def table(rows: list[Row]) -> Table:
     for row in rows:
         sizes = " ".join(f"{axis}={size}" for axis, size in row.sizes.items() if not axis.startswith("q"))
         made.add_row(
-            row.engine, sizes, f"{row.export_seconds:.1f}", f"{row.seconds:.3f}", f"{row.difference:.1e}", f"{row.allowed:.1e}"
+            row.engine,
+            sizes,
+            f"{row.export_seconds:.1f}",
+            f"{row.seconds:.3f}",
+            f"{row.difference:.1e}",
+            f"{row.allowed:.1e}",
         )
     return made

@@ -29,3 +29,11 @@ class Cancelled(RequestError):
     """The caller left, or its time is up."""
 
     status = "CANCELLED"
+
+
+def from_status(status: str, message: str) -> RequestError:
+    """The error that another model of the bundle reported."""
+    if status == InvalidRequest.status:
+        parameter, _, problem = message.partition(": ")
+        return InvalidRequest(parameter, problem)
+    return {Overloaded.status: Overloaded, Cancelled.status: Cancelled}.get(status, RequestError)(message)

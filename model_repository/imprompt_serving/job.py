@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 Scale = float | dict[str, Any] | list[float]
+Task = Literal["text-to-image", "image-to-image", "inpainting"]
 
 
 class AdapterUse(msgspec.Struct, frozen=True, kw_only=True):
-    """An adapter in one request; its embeddings travel as tensors."""
+    """An adapter in one request; its embeddings and masks travel as tensors.
+
+    ``scale`` is a number, diffusers' scales by block, or a number for each masked image; it is multiplied by the
+    spread of ``weight_type`` over the layers, and is 0 outside of ``start`` to ``end`` (shares of the steps).
+    """
 
     name: str
     scale: Scale = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    weight_type: str = "linear"
+
+
+class SizeConditions(msgspec.Struct, frozen=True, kw_only=True):
+    """SDXL's micro-conditioning, each (height, width) or (top, left); None takes diffusers' default."""
+
+    original_size: tuple[int, int] | None = None
+    crops_coords_top_left: tuple[int, int] = (0, 0)
+    target_size: tuple[int, int] | None = None
+    negative_original_size: tuple[int, int] | None = None
+    negative_crops_coords_top_left: tuple[int, int] = (0, 0)
+    negative_target_size: tuple[int, int] | None = None
 
 
 class JobRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One denoising job. ``seeds`` has one entry for all pictures together, or one for each."""
 
     id: str
+    task: Task
     height: int
     width: int
     num_inference_steps: int
@@ -27,10 +47,12 @@ class JobRequest(msgspec.Struct, frozen=True, kw_only=True):
     guidance_scale: float
     guidance_rescale: float
     eta: float
+    strength: float
     seeds: tuple[int, ...]
     scheduler: str | None = None
     scheduler_config: dict[str, Any] = {}
     adapters: tuple[AdapterUse, ...] = ()
+    sizes: SizeConditions = SizeConditions()
     timeout: float | None = None
     """Seconds from arrival in the denoiser."""
     progress_every: int = 0

@@ -42,9 +42,6 @@ class ImageEncoder(msgspec.Struct, frozen=True, kw_only=True):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     image_size: int
-    projection_dim: int
-    hidden_size: int
-    sequence_length: int
 
 
 class Adapter(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,11 +53,13 @@ class Adapter(msgspec.Struct, frozen=True, kw_only=True):
     image_encoder: str | None
     embed_shape: tuple[int, ...]
     """Shape of one picture's embedding, as in diffusers' ``ip_adapter_image_embeds`` after the first two axes."""
+    clip_shape: tuple[int, ...] | None = None
+    """FaceID plus: shape of the CLIP hidden states that it takes beside the face embedding."""
 
     @property
     def uses_hidden_states(self) -> bool:
         """Whether the encoder's penultimate hidden states are its input, not the projected embedding."""
-        return self.kind in ("plus", "full_face", "faceid_plus", "faceid_plusv2")
+        return self.kind != "plain"
 
     @property
     def uses_face(self) -> bool:
@@ -99,10 +98,14 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     scheduler_config: dict[str, Any]
     text_encoders: tuple[TextEncoder, ...]
     max_clip_skip: int
+    pooled_size: int | None = None
+    force_zeros_for_empty_prompt: bool = False
+    time_cond_proj_dim: int | None = None
     layers: tuple[CrossAttention, ...]
     transformer_per_block: dict[str, int]
     adapters: tuple[Adapter, ...] = ()
     image_encoders: tuple[ImageEncoder, ...] = ()
+    safety_checker: ImageEncoder | None = None
     shapes: Shapes = Shapes()
     backend: str = "onnxruntime"
     precision: str = "fp32"
@@ -111,6 +114,10 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     def levels(self) -> tuple[int, ...]:
         """The attention resolutions, as numbers of halvings of the latent size."""
         return tuple(sorted({layer.level for layer in self.layers}))
+
+    def guided(self, guidance_scale: float) -> bool:
+        """Whether a request runs an unconditional branch too; distilled UNets take the guidance as an input instead."""
+        return guidance_scale > 1 and self.time_cond_proj_dim is None
 
     def adapter(self, name: str) -> Adapter:
         return next(adapter for adapter in self.adapters if adapter.name == name)

@@ -24,7 +24,27 @@ REQUEST: tuple[Tensor, ...] = (
     Tensor("negative_prompt", "STRING", MANY, "what to stay away from: one for all prompts, or one each"),
     Tensor("ip_adapter_image", "STRING", MANY, "image prompts as encoded bytes (PNG, JPEG, WebP)"),
     Tensor("ip_adapter_image_adapter", "STRING", MANY, "name of the adapter of each `ip_adapter_image`"),
+    Tensor("negative_ip_adapter_image", "STRING", MANY, "image prompts of the unconditional branch"),
+    Tensor("negative_ip_adapter_image_adapter", "STRING", MANY, "name of the adapter of each of these"),
     Tensor("ip_adapter_scale", "FP64", MANY, "strength of the image prompt: one for all adapters, or one each"),
+    Tensor(
+        "ip_adapter_scale_config",
+        "STRING",
+        ONE,
+        "JSON in place of `ip_adapter_scale`: for each adapter a number, an object of scales by block (as diffusers' "
+        "`set_ip_adapter_scale`), or a list with a number for each masked image",
+    ),
+    Tensor(
+        "ip_adapter_masks", "STRING", MANY, "a mask for each image prompt, as encoded pictures; white is where it acts"
+    ),
+    Tensor("ip_adapter_masks_adapter", "STRING", MANY, "name of the adapter of each mask"),
+    Tensor("ip_adapter_start", "FP64", MANY, "share of the steps before an adapter acts: one, or one each (default 0)"),
+    Tensor("ip_adapter_end", "FP64", MANY, "share of the steps after which it stops: one, or one each (default 1)"),
+    Tensor("ip_adapter_weight_type", "STRING", MANY, "how the scale is spread over the layers: one, or one each"),
+    Tensor("image", "STRING", MANY, "start pictures: image-to-image, or inpainting with `mask_image`"),
+    Tensor("mask_image", "STRING", MANY, "what to repaint (white): one, or one for each `image`"),
+    Tensor("strength", "FP64", ONE, "how much of `image` is replaced, above 0 to 1"),
+    Tensor("padding_mask_crop", "INT32", ONE, "inpaint a crop around the mask with this margin in pixels"),
     Tensor("height", "INT32", ONE, "pixels, a multiple of 8"),
     Tensor("width", "INT32", ONE, "pixels, a multiple of 8"),
     Tensor("num_inference_steps", "INT32", ONE, "denoising steps (default 50)"),
@@ -41,12 +61,28 @@ REQUEST: tuple[Tensor, ...] = (
     Tensor("encode_image", "STRING", ONE, "adapter name: answer with the embeddings of `ip_adapter_image` only"),
 )
 
+SDXL_REQUEST: tuple[Tensor, ...] = (
+    Tensor("prompt_2", "STRING", MANY, "prompts for the second text encoder (default: `prompt`)"),
+    Tensor("negative_prompt_2", "STRING", MANY, "negative prompts for it (default: `negative_prompt`)"),
+    *(
+        Tensor(f"{prefix}{name}", "INT32", (2,), doc)
+        for prefix in ("", "negative_")
+        for name, doc in (
+            ("original_size", "height and width the picture is to look as if it had had"),
+            ("crops_coords_top_left", "top and left of the crop it is to look as if taken from"),
+            ("target_size", "height and width it is meant for"),
+        )
+    ),
+)
+"""Only bundles of the SDXL family have these."""
+
 STREAM_REQUEST: tuple[Tensor, ...] = (Tensor("progress_every", "INT32", ONE, "steps between two progress answers"),)
 
 RESPONSE: tuple[Tensor, ...] = (
     Tensor("images", "UINT8", (-1, -1, -1, 3), "pictures [N, height, width, RGB]"),
     Tensor("latents", "FP32", (-1, -1, -1, -1), "latents [N, channels, h, w] when `output_type` is `latent`"),
     Tensor("seeds", "INT64", MANY, "the seed of each picture"),
+    Tensor("nsfw_content_detected", "BOOL", MANY, "pictures that the safety checker blacked, when the base has one"),
     Tensor("timings", "STRING", ONE, "JSON object: seconds by stage"),
 )
 
@@ -67,7 +103,8 @@ def request_tensors(bundle: Bundle, *, stream: bool) -> tuple[Tensor, ...]:
         )
         for adapter in bundle.adapters
     )
-    return REQUEST + embeds + (STREAM_REQUEST if stream else ())
+    family = SDXL_REQUEST if bundle.family == "sdxl" else ()
+    return REQUEST + family + embeds + (STREAM_REQUEST if stream else ())
 
 
 def response_tensors(bundle: Bundle, *, stream: bool) -> tuple[Tensor, ...]:
@@ -84,6 +121,7 @@ JOB_RESPONSE: tuple[Tensor, ...] = (
     Tensor("step", "INT32", ONE),
     Tensor("steps", "INT32", ONE),
     Tensor("timings", "STRING", ONE),
+    Tensor("error", "STRING", (2,), "status and message"),
 )
 
 
@@ -91,15 +129,23 @@ def job_tensors(bundle: Bundle) -> tuple[Tensor, ...]:
     """Inputs of the denoiser: ``job`` (JSON of ``job.JobRequest``) and its tensors, or the id of a job to ``cancel``."""
     width = sum(encoder.hidden_size for encoder in bundle.text_encoders)
     length = bundle.text_encoders[0].max_length
-    embeds = tuple(
-        Tensor(f"{prefix}image_embeds_{adapter.name}", "FP32", (-1, *adapter.embed_shape))
-        for adapter in bundle.adapters
-        for prefix in ("", "negative_")
-    )
+    embeds = []
+    for prefix in ("", "negative_"):
+        embeds.append(Tensor(f"{prefix}prompt_embeds", "FP32", (-1, length, width)))
+        if bundle.pooled_size:
+            embeds.append(Tensor(f"{prefix}pooled_prompt_embeds", "FP32", (-1, bundle.pooled_size)))
+        for adapter in bundle.adapters:
+            embeds.append(Tensor(f"{prefix}image_embeds_{adapter.name}", "FP32", (-1, *adapter.embed_shape)))
+            if adapter.clip_shape:
+                embeds.append(Tensor(f"{prefix}clip_embeds_{adapter.name}", "FP32", (-1, *adapter.clip_shape)))
+    masks = (Tensor(f"ip_adapter_masks_{a.name}", "FP32", (-1, -1, -1)) for a in bundle.adapters)
+    moments = (-1, 2 * bundle.latent_channels, -1, -1)
     return (
         Tensor("job", "STRING", ONE),
         Tensor("cancel", "STRING", ONE),
-        Tensor("prompt_embeds", "FP32", (-1, length, width)),
-        Tensor("negative_prompt_embeds", "FP32", (-1, length, width)),
         *embeds,
+        *masks,
+        Tensor("image_moments", "FP32", moments),
+        Tensor("masked_image_moments", "FP32", moments),
+        Tensor("mask", "FP32", (-1, 1, -1, -1)),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -28,14 +29,16 @@ class Batcher:
         self._adapters = {
             name: adapter.name for adapter in bundle.adapters for name in input_names(adapter.name, bundle.levels)
         }
-        self._composition: list[Part] = []
+        self._composition: list[tuple[Part, int]] = []
         self._conditioning: dict[str, Tensor] = {}
 
     def inputs(self, parts: list[Part]) -> dict[str, Tensor]:
         """UNet inputs of ``parts``, one after the other."""
-        if parts != self._composition:
-            self._conditioning = self._stack(parts)
-            self._composition = list(parts)
+        sources = [part.job.conditioning() for part in parts]
+        composition = [(part, id(source)) for part, source in zip(parts, sources, strict=True)]
+        if composition != self._composition:
+            self._conditioning = self._stack(parts, sources)
+            self._composition = composition
         latents, timesteps = zip(*(part.job.model_input() for part in parts), strict=True)
         rows = [slice(part.start, part.stop) for part in parts]
         return {
@@ -48,18 +51,19 @@ class Batcher:
         """Let go of the last composition's tensors."""
         self._composition, self._conditioning = [], {}
 
-    def _stack(self, parts: list[Part]) -> dict[str, Tensor]:
-        sizes = {adapter: self._widest(adapter, parts) for adapter in set(self._adapters.values())}
+    def _stack(self, parts: list[Part], sources: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        sizes = {adapter: self._widest(adapter, sources) for adapter in set(self._adapters.values())}
         stacked = {}
-        for name in parts[0].job.conditioning:
-            rows = [part.job.conditioning[name][part.start : part.stop] for part in parts]
+        for name in sources[0]:
+            rows = [source[name][part.start : part.stop] for part, source in zip(parts, sources, strict=True)]
             if name in self._adapters:
                 rows = [pad(tensor, name, *sizes[self._adapters[name]]) for tensor in rows]
             stacked[name] = torch.cat(rows)
         return stacked
 
-    def _widest(self, adapter: str, parts: list[Part]) -> tuple[int, int]:
-        shapes = [part.job.conditioning[f"ip_tokens_{adapter}"].shape for part in parts]
+    def _widest(self, adapter: str, sources: list[Mapping[str, Tensor]]) -> tuple[int, int]:
+        """Groups, and tokens up to the next padding bucket."""
+        shapes = [source[f"ip_tokens_{adapter}"].shape for source in sources]
         tokens = max(shape[2] for shape in shapes)
         if tokens > 1:
             tokens = next((bucket for bucket in self._buckets if bucket >= tokens), tokens)

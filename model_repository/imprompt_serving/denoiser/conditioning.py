@@ -1,17 +1,37 @@
-"""Request -> UNet conditioning of a job, with a row for each row of the job."""
+"""Request -> what the UNet takes beside latents and timestep, with a row for each row of the job."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from imprompt_serving.denoiser.image_prompts import absent_inputs, adapter_inputs, layer_scales
+from imprompt_serving.denoiser.image_prompts import absent_inputs, adapter_inputs, group_scales
 from imprompt_serving.engines import Engine
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.job import JobRequest
-from imprompt_serving.specs import Bundle
+from imprompt_serving.specs import Adapter, Bundle
+
+
+class Conditioning:
+    """The conditioning of one job. Adapters with a start or an end have no effect outside of it."""
+
+    def __init__(self, request: JobRequest, inputs: dict[str, Tensor], pictures: int) -> None:
+        self.pictures = pictures
+        self._inputs = inputs
+        self._windows = {f"ip_scale_{u.name}": (u.start, u.end) for u in request.adapters if (u.start, u.end) != (0, 1)}
+        self._variants: dict[tuple[bool, ...], dict[str, Tensor]] = {}
+
+    def at(self, index: int, count: int) -> Mapping[str, Tensor]:
+        """UNet inputs of call ``index`` of ``count``; equal conditioning is the same object."""
+        active = tuple(s <= index / count and (index + 1) / count <= e for s, e in self._windows.values())
+        if active not in self._variants:
+            switched = zip(self._windows, active, strict=True)
+            silent = {name: torch.zeros_like(self._inputs[name]) for name, on in switched if not on}
+            self._variants[active] = {**self._inputs, **silent}
+        return self._variants[active]
 
 
 class Conditioner:
@@ -20,39 +40,77 @@ class Conditioner:
     def __init__(self, bundle: Bundle, projections: Mapping[str, Engine]) -> None:
         self._bundle, self._projections = bundle, projections
 
-    def __call__(self, request: JobRequest, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
-        """UNet inputs with one row for each latent sample and guidance branch, and the number of pictures."""
-        guided = request.guidance_scale > 1
-        prompts = tensors["prompt_embeds"]
-        pictures = len(prompts) * request.num_images_per_prompt
-        texts = [tensors["negative_prompt_embeds"], prompts] if guided else [prompts]
-        text = torch.cat([t.repeat_interleave(request.num_images_per_prompt, dim=0) for t in texts])
-        branches = self._image_prompts(request, tensors, guided)
-        rows = {name: tensor.repeat_interleave(pictures, dim=0) for name, tensor in branches.items()}
-        return {"encoder_hidden_states": text, **rows}, pictures
-
-    def _image_prompts(self, request: JobRequest, tensors: Mapping[str, Tensor], guided: bool) -> dict[str, Tensor]:
+    def __call__(self, request: JobRequest, tensors: Mapping[str, Tensor]) -> Conditioning:
+        """The conditioning of ``request``, from its text and image embeddings."""
         bundle = self._bundle
-        height, width = (size // bundle.vae_scale_factor for size in (request.height, request.width))
+        prefixes = ("negative_", "") if bundle.guided(request.guidance_scale) else ("",)
+        pictures = len(tensors["prompt_embeds"]) * request.num_images_per_prompt
+
+        def by_picture(name: str) -> Tensor:
+            branches = [tensors[f"{prefix}{name}"] for prefix in prefixes]
+            return torch.cat([b.repeat_interleave(request.num_images_per_prompt, dim=0) for b in branches])
+
+        inputs = {"encoder_hidden_states": by_picture("prompt_embeds")}
+        branches = self._image_prompts(request, tensors, prefixes)
+        if bundle.family == "sdxl":
+            inputs["text_embeds"] = by_picture("pooled_prompt_embeds")
+            branches["time_ids"] = _time_ids(request)[-len(prefixes) :]
+        if bundle.time_cond_proj_dim is not None:
+            branches["timestep_cond"] = guidance_embedding(request.guidance_scale, bundle.time_cond_proj_dim)
+        inputs |= {name: tensor.repeat_interleave(pictures, dim=0) for name, tensor in branches.items()}
+        return Conditioning(request, inputs, pictures)
+
+    def _image_prompts(
+        self, request: JobRequest, tensors: Mapping[str, Tensor], prefixes: tuple[str, ...]
+    ) -> dict[str, Tensor]:
+        bundle = self._bundle
+        size = (request.height // bundle.vae_scale_factor, request.width // bundle.vae_scale_factor)
         used = {use.name: use for use in request.adapters}
         inputs: dict[str, Tensor] = {}
         for adapter in bundle.adapters:
-            if adapter.name not in used:
-                features = tensors["prompt_embeds"].shape[-1]
-                inputs |= absent_inputs(bundle, adapter.name, 1 + guided, features, height, width)
+            name = adapter.name
+            if name not in used:
+                inputs |= absent_inputs(bundle, name, len(prefixes), tensors["prompt_embeds"].shape[-1], size)
                 continue
-            prefixes = ("negative_", "") if guided else ("",)
-            tokens = [self._tokens(adapter.name, tensors[f"{prefix}image_embeds_{adapter.name}"]) for prefix in prefixes]
-            count = tokens[-1].shape[0] * tokens[-1].shape[1]
-            if count > bundle.shapes.image_tokens[-1]:
-                raise InvalidRequest(
-                    "ip_adapter_image",
-                    f"{len(tokens[-1])} pictures for {adapter.name} make {count} image tokens; "
-                    f"at most {bundle.shapes.image_tokens[-1]} are served",
-                )
-            scale = layer_scales(bundle, used[adapter.name].scale)[None]
-            inputs |= adapter_inputs(bundle, adapter.name, tokens, scale, height, width)
+            tokens = [self._tokens(adapter, tensors, prefix) for prefix in prefixes]
+            masks = tensors.get(f"ip_adapter_masks_{name}")
+            self._check_count(adapter, tokens[-1], masked=masks is not None)
+            scale = group_scales(bundle, used[name], 1 if masks is None else len(masks))
+            inputs |= adapter_inputs(bundle, name, tokens, scale, size, masks)
         return inputs
 
-    def _tokens(self, adapter: str, embeds: Tensor) -> Tensor:
-        return torch.from_numpy(self._projections[adapter].run({"image_embeds": embeds.numpy()})["tokens"])
+    def _tokens(self, adapter: Adapter, tensors: Mapping[str, Tensor], prefix: str) -> Tensor:
+        embeds = {"image_embeds": tensors[f"{prefix}image_embeds_{adapter.name}"].numpy()}
+        if adapter.clip_shape is not None:
+            embeds["clip_embeds"] = tensors[f"{prefix}clip_embeds_{adapter.name}"].numpy()
+        return torch.from_numpy(self._projections[adapter.name].run(embeds)["tokens"])
+
+    def _check_count(self, adapter: Adapter, tokens: Tensor, *, masked: bool) -> None:
+        count, limit = tokens.shape[1] * (1 if masked else len(tokens)), self._bundle.shapes.image_tokens[-1]
+        if count > limit:
+            raise InvalidRequest(
+                "ip_adapter_image",
+                f"{len(tokens)} pictures for {adapter.name} make {count} image tokens; at most {limit} are served",
+            )
+
+
+def _time_ids(request: JobRequest) -> Tensor:
+    """SDXL's size conditions [2, 6]: of the unconditional branch, then of the other (``_get_add_time_ids``).
+
+    The negative ones count only when both of their sizes are given, as in diffusers' text-to-image pipeline.
+    """
+    sizes, own = request.sizes, (request.height, request.width)
+    positive = (*(sizes.original_size or own), *sizes.crops_coords_top_left, *(sizes.target_size or own))
+    negative = positive
+    if sizes.negative_original_size is not None and sizes.negative_target_size is not None:
+        negative = (*sizes.negative_original_size, *sizes.negative_crops_coords_top_left, *sizes.negative_target_size)
+    return torch.tensor([negative, positive], dtype=torch.float32)
+
+
+def guidance_embedding(guidance_scale: float, size: int) -> Tensor:
+    """Guidance as an input of distilled UNets [1, size] (diffusers' ``get_guidance_scale_embedding``)."""
+    half = size // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000.0) / (half - 1)))
+    angles = torch.tensor([[guidance_scale - 1]], dtype=torch.float32) * 1000.0 * frequencies[None]
+    embedding = torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
+    return torch.nn.functional.pad(embedding, (0, size % 2))

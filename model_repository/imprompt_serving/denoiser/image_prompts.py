@@ -1,16 +1,19 @@
-"""Image prompts of one job as the UNet takes them: tokens, padding bias, scales and masks (docs/graphs.md)."""
+"""Image prompts of one job as the UNet takes them: tokens, padding bias, scales and masks."""
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales_for_one_adapter
 from torch import Tensor
 
+from imprompt_serving.weight_types import layer_weights
 from imprompt_serving.errors import InvalidRequest
-from imprompt_serving.job import Scale
+from imprompt_serving.job import AdapterUse
 from imprompt_serving.specs import Bundle, level_size
 
 PADDING = -1e4
@@ -22,61 +25,87 @@ def input_names(adapter: str, levels: tuple[int, ...]) -> list[str]:
     return [f"ip_{kind}_{adapter}" for kind in ("tokens", "bias", "scale")] + [f"ip_mask_{adapter}_{i}" for i in levels]
 
 
-def layer_scales(bundle: Bundle, scale: Scale) -> Tensor:
-    """The scale of one adapter for each cross-attention layer [L], by diffusers' own expansion of per-block values."""
-    if not isinstance(scale, dict):
-        return torch.full((len(bundle.layers),), float(scale))  # type: ignore[arg-type]
+def group_scales(bundle: Bundle, use: AdapterUse, groups: int) -> Tensor:
+    """The scale of one adapter for each group of image tokens and each cross-attention layer [G, L].
+
+    Scales by block are expanded by diffusers' own function; a list is one number for each group.
+    """
+    by_layer = [_layer_value(bundle, use, layer.name, scale) for layer, scale in _expanded(bundle, use)]
+    columns = [value if isinstance(value, list) else [value] * groups for value in by_layer]
+    if any(len(column) != groups for column in columns):
+        raise InvalidRequest("ip_adapter_scale", f"{use.name}: a list needs masks, and a number for each masked image")
+    return torch.tensor(columns, dtype=torch.float32).T * torch.tensor(layer_weights(bundle, use.weight_type))
+
+
+def _expanded(bundle: Bundle, use: AdapterUse) -> list[tuple[Any, Any]]:
+    if not isinstance(use.scale, dict):
+        return [(layer, use.scale) for layer in bundle.layers]
     names = [layer.name for layer in bundle.layers]
     blocks: dict[str, Any] = {
         part: sorted({int(name.split(".")[1]) for name in names if name.startswith(f"{part}_blocks")})
         for part in ("down", "up")
     }
-    model = SimpleNamespace(state_dict=lambda: dict.fromkeys(names))
+    model: Any = SimpleNamespace(state_dict=lambda: dict.fromkeys(names))
     try:
         expanded = _maybe_expand_lora_scales_for_one_adapter(
-            scale, blocks, bundle.transformer_per_block, model=model, default_scale=0.0
+            use.scale, blocks, bundle.transformer_per_block, model=model, default_scale=0.0
         )
-        values = [next((float(v) for k, v in expanded.items() if name.startswith(k)), 1.0) for name in names]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InvalidRequest("ip_adapter_scale", f"{scale} does not fit the blocks of {bundle.name}: {error}") from error
-    return torch.tensor(values)
+        message = f"{use.scale} does not fit the blocks of {bundle.name}: {error}"
+        raise InvalidRequest("ip_adapter_scale", message) from error
+    return [
+        (layer, next((scale for block, scale in expanded.items() if layer.name.startswith(block)), 1.0))
+        for layer in bundle.layers
+    ]
+
+
+def _layer_value(bundle: Bundle, use: AdapterUse, layer: str, scale: Any) -> float | list[float]:
+    values = scale if isinstance(scale, list) else [scale]
+    if not all(isinstance(value, int | float) and value == value and abs(value) < 1e6 for value in values):
+        raise InvalidRequest("ip_adapter_scale", f"{use.name}: {scale!r} at {layer} is not a finite number")
+    return [float(value) for value in values] if isinstance(scale, list) else float(scale)
 
 
 def adapter_inputs(
-    bundle: Bundle, name: str, branches: list[Tensor], scale: Tensor, height: int, width: int
+    bundle: Bundle, name: str, branches: list[Tensor], scale: Tensor, size: tuple[int, int], masks: Tensor | None
 ) -> dict[str, Tensor]:
     """UNet inputs of adapter ``name`` with a row for each guidance branch.
 
     Args:
-        branches: image tokens [images, T, D] of each branch; all images form one group, as in diffusers.
+        branches: image tokens [images, T, D] of each branch. Without ``masks`` all images form one group, with masks
+            each image is a group of its own, as in diffusers.
         scale: [G, L].
-        height, width: of the latents.
+        size: height and width of the latents.
+        masks: one for each image [images, H, W], 0 or 1.
     """
-    tokens = torch.stack([branch.flatten(0, 1)[None] for branch in branches])
-    return _inputs(bundle, name, tokens, torch.zeros(tokens.shape[:3]), scale, height, width)
-
-
-def absent_inputs(bundle: Bundle, name: str, branches: int, width_: int, height: int, width: int) -> dict[str, Tensor]:
-    """UNet inputs of an adapter that a job does not use: one token, scale 0."""
-    tokens = torch.zeros(branches, 1, 1, width_)
-    scale = torch.zeros(1, len(bundle.layers))
-    return _inputs(bundle, name, tokens, torch.zeros(branches, 1, 1), scale, height, width)
-
-
-def _inputs(
-    bundle: Bundle, name: str, tokens: Tensor, bias: Tensor, scale: Tensor, height: int, width: int
-) -> dict[str, Tensor]:
+    if masks is None:
+        tokens = torch.stack([branch.flatten(0, 1)[None] for branch in branches])
+    else:
+        tokens = torch.stack(branches)
     rows, groups = tokens.shape[:2]
-    masks = {
-        f"ip_mask_{name}_{i}": torch.ones(rows, groups, level_size(height, i) * level_size(width, i))
-        for i in bundle.levels
-    }
-    return {
+    inputs = {
         f"ip_tokens_{name}": tokens,
-        f"ip_bias_{name}": bias,
+        f"ip_bias_{name}": torch.zeros(tokens.shape[:3]),
         f"ip_scale_{name}": scale.expand(rows, *scale.shape),
-        **masks,
     }
+    for level in bundle.levels:
+        queries = level_size(size[0], level) * level_size(size[1], level)
+        mask = torch.ones(groups, queries) if masks is None else _downsample(masks, queries)
+        inputs[f"ip_mask_{name}_{level}"] = mask.expand(rows, groups, queries)
+    return inputs
+
+
+def absent_inputs(bundle: Bundle, name: str, branches: int, features: int, size: tuple[int, int]) -> dict[str, Tensor]:
+    """UNet inputs of an adapter that a job does not use: one token, scale 0."""
+    tokens = [torch.zeros(1, 1, features)] * branches
+    return adapter_inputs(bundle, name, tokens, torch.zeros(1, len(bundle.layers)), size, None)
+
+
+def _downsample(masks: Tensor, queries: int) -> Tensor:
+    """Masks at the resolution of one attention level [images, q], by diffusers' own function."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about the aspect ratio, for the author of the request only
+        return torch.cat([IPAdapterMaskProcessor.downsample(mask[None], 1, queries, 1)[:, :, 0] for mask in masks])
 
 
 def pad(tensor: Tensor, name: str, groups: int, tokens: int) -> Tensor:

@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from imprompt_serving.denoiser.conditioning import Conditioning
 from imprompt_serving.denoiser.schedulers import make_scheduler, set_timesteps, step_arguments
+from imprompt_serving.denoiser.start import generators, start
 from imprompt_serving.job import JobRequest
 from imprompt_serving.specs import Bundle
 
 
 class Job:
-    """A row is one latent sample in one guidance branch: the unconditional rows of all pictures, then the others.
+    """A row is one latent sample in one guidance branch: the unconditional rows of all pictures, then the others."""
 
-    Args:
-        request: what was asked.
-        bundle: the checkpoint set.
-        conditioning: UNet inputs by name, with one row for each guidance branch and prompt: see ``Conditioning``.
-    """
-
-    def __init__(self, request: JobRequest, bundle: Bundle, conditioning: dict[str, Tensor], pictures: int) -> None:
+    def __init__(
+        self, request: JobRequest, bundle: Bundle, conditioning: Conditioning, tensors: Mapping[str, Tensor]
+    ) -> None:
         self.request = request
         self.id = request.id
-        self.pictures = pictures
-        self.branches = 2 if request.guidance_scale > 1 else 1
-        self.rows = pictures * self.branches
-        self.conditioning = conditioning
+        self.pictures = conditioning.pictures
+        self.branches = 2 if bundle.guided(request.guidance_scale) else 1
+        self.rows = self.pictures * self.branches
         self.arrived = time.monotonic()
         self.deadline = None if request.timeout is None else self.arrived + request.timeout
         self.started: float | None = None
@@ -40,18 +35,18 @@ class Job:
         self._scheduler = make_scheduler(
             bundle.scheduler, bundle.scheduler_config, request.scheduler, request.scheduler_config, request.seeds[0]
         )
-        self._timesteps = set_timesteps(self._scheduler, request.num_inference_steps)
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
-        generator: Any = generators if len(generators) > 1 else generators[0]
+        set_timesteps(self._scheduler, request.num_inference_steps)
+        generator = generators(request.seeds)
         self._step_arguments = step_arguments(self._scheduler, eta=request.eta, generator=generator)
-        size = (request.height // bundle.vae_scale_factor, request.width // bundle.vae_scale_factor)
-        shape = (pictures, bundle.latent_channels, *size)
-        self.latents = randn_tensor(shape, generator=generator) * self._scheduler.init_noise_sigma
-        self.key = ("unet", *size)
+        self._start = start(request, bundle, tensors, self._scheduler, generator, self.pictures)
+        self.latents = self._start.latents
+        self._timesteps = self._start.timesteps
+        self._conditioning = conditioning
+        self.key = ("unet", *self.latents.shape[-2:])
         """Jobs with equal keys can share a call."""
 
         self._index = 0
-        self._noise_pred = torch.empty(self.rows, *shape[1:])
+        self._noise_pred = torch.empty(self.rows, *self.latents.shape[1:])
         self._filled = 0
         self._model_input: Tensor | None = None
 
@@ -65,19 +60,31 @@ class Job:
         return self._index == len(self._timesteps)
 
     @property
+    def steps(self) -> int:
+        """Denoising steps in all; fewer than asked for where ``strength`` skips some."""
+        return self._start.steps
+
+    @property
     def step(self) -> int:
         """Denoising steps done, counted as diffusers' progress bar does (a scheduler may call the UNet more often)."""
-        order, steps = self._scheduler.order, self.request.num_inference_steps
         if self.done:
-            return steps
-        return min(max(self._index - (len(self._timesteps) - steps * order), 0) // order, steps)
+            return self.steps
+        order = self._scheduler.order
+        return min(max(self._index - (len(self._timesteps) - self.steps * order), 0) // order, self.steps)
+
+    def conditioning(self) -> Mapping[str, Tensor]:
+        """UNet inputs of the current step beside latents and timestep, a row each; the same object while they stay."""
+        return self._conditioning.at(self._index, len(self._timesteps))
 
     def model_input(self) -> tuple[Tensor, Tensor]:
         """Latents [rows, C, h, w] and timesteps [rows] of the current step, for all rows."""
+        timestep = self._timesteps[self._index]
         if self._model_input is None:
-            scaled = self._scheduler.scale_model_input(self.latents, self._timesteps[self._index])
+            scaled = self._scheduler.scale_model_input(self.latents, timestep)
+            if self._start.channels is not None:
+                scaled = torch.cat([scaled, self._start.channels], dim=1)
             self._model_input = torch.cat([scaled] * self.branches)
-        return self._model_input, self._timesteps[self._index].to(torch.float32).expand(self.rows)
+        return self._model_input, timestep.to(torch.float32).expand(self.rows)
 
     def fill(self, noise_pred: Tensor) -> None:
         """Take the UNet's output for the next ``len(noise_pred)`` pending rows; steps when it was the last."""
@@ -92,10 +99,28 @@ class Job:
             unconditional, conditional = noise_pred.chunk(2)
             noise_pred = unconditional + self.request.guidance_scale * (conditional - unconditional)
             if self.request.guidance_rescale > 0:
-                noise_pred = rescale_noise_cfg(noise_pred, conditional, self.request.guidance_rescale)
+                noise_pred = rescale_guided(noise_pred, conditional, self.request.guidance_rescale)
         timestep = self._timesteps[self._index]
         arguments = self._step_arguments
         self.latents = self._scheduler.step(noise_pred, timestep, self.latents, **arguments, return_dict=False)[0]
         self._index += 1
         self._filled = 0
         self._model_input = None
+        if self._start.blend is not None:
+            self._keep_unmasked(*self._start.blend)
+
+    def _keep_unmasked(self, noise: Tensor, image: Tensor, mask: Tensor) -> None:
+        """Outside of the mask: the original picture, at the noise level of the next step."""
+        if not self.done:
+            image = self._scheduler.add_noise(image, noise, self._timesteps[self._index : self._index + 1])
+        self.latents = (1 - mask) * image + mask * self.latents
+
+
+def rescale_guided(noise_pred: Tensor, conditional: Tensor, share: float) -> Tensor:
+    """Bring the guided noise back to the standard deviation of the conditional one (https://arxiv.org/abs/2305.08891).
+
+    diffusers' ``rescale_noise_cfg``, whose module would load the whole pipeline with its text models.
+    """
+    axes = tuple(range(1, noise_pred.ndim))
+    rescaled = noise_pred * (conditional.std(dim=axes, keepdim=True) / noise_pred.std(dim=axes, keepdim=True))
+    return share * rescaled + (1 - share) * noise_pred

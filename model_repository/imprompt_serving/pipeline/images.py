@@ -74,3 +74,21 @@ def _center_crop(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     pixels = np.pad(pixels, (*border, (0, 0)))
     top, left = ((have - want) // 2 for want, have in zip((height, width), pixels.shape[:2], strict=True))
     return pixels[top : top + height, left : left + width]
+
+
+def vae_pixels(images: list[Image.Image], height: int, width: int) -> np.ndarray:
+    """Input of the VAE encoder [N, 3, height, width] in -1..1 (diffusers' ``VaeImageProcessor.preprocess``)."""
+    resized = [image.resize((width, height), Image.Resampling.LANCZOS).convert("RGB") for image in images]
+    return 2.0 * _planes(resized) - 1.0
+
+
+def mask_pixels(masks: list[Image.Image], height: int, width: int) -> np.ndarray:
+    """Masks [N, 1, height, width] of 0 and 1 (``VaeImageProcessor`` and ``IPAdapterMaskProcessor``, which agree)."""
+    resized = [mask.resize((width, height), Image.Resampling.LANCZOS).convert("L") for mask in masks]
+    return (_planes(resized) >= 0.5).astype(np.float32)
+
+
+def _planes(images: list[Image.Image]) -> np.ndarray:
+    """Pictures of one size as float planes [N, C, H, W] in 0..1."""
+    pixels = np.stack([np.asarray(image) for image in images]).astype(np.float32) / 255.0
+    return pixels[:, None] if pixels.ndim == 3 else np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))

@@ -11,7 +11,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-import triton_python_backend_utils as pb_utils
 
 from imprompt_serving.denoiser.batch import Batcher
 from imprompt_serving.denoiser.conditioning import Conditioner
@@ -21,10 +20,9 @@ from imprompt_serving.engines import load_engine
 from imprompt_serving.errors import RequestError
 from imprompt_serving.job import JobRequest
 from imprompt_serving.specs import Bundle
-from imprompt_serving.triton.tensors import arrays, failure, response, text
+from imprompt_serving.triton.tensors import arrays, response, send_final, texts
 
 logger = logging.getLogger(__name__)
-_FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
 class TritonPythonModel:
@@ -47,23 +45,23 @@ class TritonPythonModel:
                 with torch.no_grad():
                     self._accept(arrays(request), sender)
             except RequestError as error:
-                sender.send(failure(error), flags=_FINAL)
+                _refuse(sender, error)
             except Exception as error:
                 logger.exception("a job was not accepted")
-                sender.send(failure(RequestError(f"{type(error).__name__}: {error}")), flags=_FINAL)
+                _refuse(sender, RequestError(f"{type(error).__name__}: {error}"))
 
     def _accept(self, tensors: dict[str, np.ndarray], sender: Any) -> None:
         if "cancel" in tensors:
             self._denoiser.cancel(tensors["cancel"][0].decode())
-            sender.send(flags=_FINAL)
+            send_final(sender)
             return
         request = msgspec.json.decode(tensors.pop("job")[0], type=JobRequest)
-        conditioning, pictures = self._conditioner(request, {k: torch.from_numpy(v) for k, v in tensors.items()})
-        job = Job(request, self._bundle, conditioning, pictures)
+        given = {name: torch.from_numpy(value) for name, value in tensors.items()}
+        job = Job(request, self._bundle, self._conditioner(request, given), given)
         listener = Listener(
             progress=lambda job: sender.send(response(_steps(job))),
-            finish=lambda job: sender.send(response(_result(job)), flags=_FINAL),
-            fail=lambda error: sender.send(failure(error), flags=_FINAL),
+            finish=lambda job: send_final(sender, response(_result(job))),
+            fail=lambda error: _refuse(sender, error),
         )
         self._denoiser.submit(job, listener)
 
@@ -71,12 +69,17 @@ class TritonPythonModel:
         self._denoiser.stop()
 
 
+def _refuse(sender: Any, error: RequestError) -> None:
+    """End a job with an error, as a tensor: between two models Triton makes every error an INTERNAL one."""
+    send_final(sender, response({"error": texts(error.status, str(error))}))
+
+
 def _steps(job: Job) -> dict[str, np.ndarray]:
-    counts = {"step": job.step, "steps": job.request.num_inference_steps}
+    counts = {"step": job.step, "steps": job.steps}
     return {name: np.array([count], np.int32) for name, count in counts.items()}
 
 
 def _result(job: Job) -> dict[str, np.ndarray]:
     started = job.started or job.arrived
     timings = {"queue": started - job.arrived, "denoise": time.monotonic() - started}
-    return {"latents": job.latents.numpy(), "timings": text(json.dumps(timings)), **_steps(job)}
+    return {"latents": job.latents.numpy(), "timings": texts(json.dumps(timings)), **_steps(job)}

@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from imprompt_serving.drain import IN_FLIGHT_METRIC, admitted, check_drain_deadline
 from imprompt_serving.errors import Cancelled, RequestError
-from imprompt_serving.pipeline.flow import Pipeline, Tensors
+from imprompt_serving.pipeline.flow import Pipeline
+from imprompt_serving.pipeline.models import Tensors
 from imprompt_serving.pipeline.request import parse
 from imprompt_serving.specs import Bundle
-from imprompt_serving.triton.tensors import arrays, failure, raise_for_error, response, to_tensors
+from imprompt_serving.triton.tensors import arrays, failure, raise_for_error, response, send_final, to_tensors
 
 logger = logging.getLogger(__name__)
-_FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 _POLL = 0.02
 """Seconds between two looks at whether the caller is still there."""
 _MAX_IN_FLIGHT = 256
@@ -33,26 +34,22 @@ class TritonModels:
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_MAX_IN_FLIGHT, thread_name_prefix="stream")
 
-    async def call(self, model: str, tensors: Mapping[str, np.ndarray], outputs: list[str]) -> Tensors:
-        answer = await self._request(model, tensors, outputs).async_exec()
+    async def call(self, model: str, tensors: Mapping[str, np.ndarray], output: str) -> np.ndarray:
+        answer = await _request(model, tensors, [output]).async_exec()
         raise_for_error(answer)
-        return arrays(answer)
+        return arrays(answer)[output]
 
-    async def stream(
-        self, model: str, tensors: Mapping[str, np.ndarray], outputs: list[str]
-    ) -> AsyncIterator[Tensors]:
-        answers = await self._request(model, tensors, outputs).async_exec(decoupled=True)
+    async def stream(self, model: str, tensors: Mapping[str, np.ndarray]) -> AsyncIterator[Tensors]:
+        answers = await _request(model, tensors, []).async_exec(decoupled=True)
         loop = asyncio.get_running_loop()
         while (answer := await loop.run_in_executor(self._threads, next, answers, None)) is not None:
             raise_for_error(answer)
             if answer.output_tensors():
                 yield arrays(answer)
 
-    @staticmethod
-    def _request(model: str, tensors: Mapping[str, np.ndarray], outputs: list[str]) -> Any:
-        return pb_utils.InferenceRequest(
-            model_name=model, requested_output_names=outputs, inputs=to_tensors(tensors)
-        )
+
+def _request(model: str, tensors: Mapping[str, np.ndarray], outputs: list[str]) -> Any:
+    return pb_utils.InferenceRequest(model_name=model, requested_output_names=outputs, inputs=to_tensors(tensors))
 
 
 class TritonPythonModel:
@@ -60,6 +57,10 @@ class TritonPythonModel:
         folder = Path(args["model_repository"], args["model_version"])
         self._bundle = Bundle.load(folder)
         self._pipeline = Pipeline(self._bundle, folder, TritonModels())
+        self._family = pb_utils.MetricFamily(
+            name=IN_FLIGHT_METRIC, description="Requests being served", kind=pb_utils.MetricFamily.GAUGE
+        )
+        self._in_flight = self._family.Metric(labels={"model": args["model_name"]})
         policy = json.loads(args["model_config"]).get("model_transaction_policy", {})
         self._streaming = bool(policy.get("decoupled", False))
 
@@ -70,13 +71,14 @@ class TritonPythonModel:
         """Exactly one final answer, whatever happens."""
         sender = request.get_response_sender()
         try:
-            answer = response(await self._serve(request, sender))
+            with admitted(self._in_flight.increment):
+                answer = response(await self._serve(request, sender))
         except RequestError as error:
             answer = failure(error)
         except Exception as error:
             logger.exception("request %s failed", request.request_id())
             answer = failure(RequestError(f"{type(error).__name__}: {error}"))
-        sender.send(answer, flags=_FINAL)
+        send_final(sender, answer)
 
     async def _serve(self, request: Any, sender: Any) -> Tensors:
         loop = asyncio.get_running_loop()
@@ -87,15 +89,19 @@ class TritonPythonModel:
         def progress(step: int, steps: int) -> None:
             sender.send(response({"step": np.array([step], np.int32), "steps": np.array([steps], np.int32)}))
 
-        work = asyncio.ensure_future(
-            self._pipeline.generate(wanted, job_id, progress if self._streaming else None)
-        )
+        work = asyncio.ensure_future(self._pipeline.generate(wanted, job_id, progress if self._streaming else None))
         deadline = None if wanted.timeout is None else loop.time() + wanted.timeout
         while not work.done():
             await asyncio.wait({work}, timeout=_POLL)
-            late = deadline is not None and loop.time() > deadline
-            if not work.done() and (late or sender.is_cancelled()):
-                await self._pipeline.cancel(job_id)
-                work.cancel()
-                raise Cancelled(f"timeout: {wanted.timeout:g} seconds are over" if late else "cancelled by its caller")
+            try:
+                check_drain_deadline()
+                if deadline is not None and loop.time() > deadline:
+                    raise Cancelled(f"timeout: {wanted.timeout:g} seconds are over")
+                if sender.is_cancelled():
+                    raise Cancelled("cancelled by its caller")
+            except RequestError:
+                if not work.done():
+                    await self._pipeline.cancel(job_id)
+                    work.cancel()
+                    raise
         return work.result()

@@ -8,17 +8,14 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from imprompt_serving.errors import Cancelled, InvalidRequest, Overloaded, RequestError
+from imprompt_serving.errors import RequestError
 
+# The server adds its classes to the module only after it has imported the model, hence names here, not values.
 _CODES = {
-    "INVALID_ARGUMENT": pb_utils.TritonError.INVALID_ARG,
-    "UNAVAILABLE": pb_utils.TritonError.UNAVAILABLE,
-    "CANCELLED": pb_utils.TritonError.CANCELLED,
-    "INTERNAL": pb_utils.TritonError.INTERNAL,
-}
-_ERRORS: dict[Any, type[RequestError]] = {
-    pb_utils.TritonError.UNAVAILABLE: Overloaded,
-    pb_utils.TritonError.CANCELLED: Cancelled,
+    "INVALID_ARGUMENT": "INVALID_ARG",
+    "UNAVAILABLE": "UNAVAILABLE",
+    "CANCELLED": "CANCELLED",
+    "INTERNAL": "INTERNAL",
 }
 
 
@@ -37,20 +34,22 @@ def response(values: Mapping[str, np.ndarray]) -> Any:
 
 
 def failure(error: RequestError) -> Any:
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), _CODES[error.status]))
+    code = getattr(pb_utils.TritonError, _CODES[error.status])
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
+
+
+def send_final(sender: Any, answer: Any = None) -> None:
+    """The last answer of a request, or just its end."""
+    flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+    sender.send(flags=flags) if answer is None else sender.send(answer, flags=flags)
 
 
 def raise_for_error(answer: Any) -> None:
-    """Raise the error that an answer of another model carries, with its status kept."""
-    if not answer.has_error():
-        return
-    error = answer.error()
-    if error.code() == pb_utils.TritonError.INVALID_ARG:
-        parameter, _, problem = error.message().partition(": ")
-        raise InvalidRequest(parameter, problem)
-    raise _ERRORS.get(error.code(), RequestError)(error.message())
+    """Raise the error that an answer of another model carries."""
+    if answer.has_error():
+        raise RequestError(answer.error().message())
 
 
-def text(value: str | bytes) -> np.ndarray:
-    """A string tensor of one element."""
-    return np.array([value.encode() if isinstance(value, str) else value], dtype=object)
+def texts(*values: str) -> np.ndarray:
+    """A string tensor."""
+    return np.array([value.encode() for value in values], dtype=object)

@@ -1,0 +1,135 @@
+"""Where denoising starts: noise, a noised picture, or a masked one.
+
+Random numbers are drawn in the order in which diffusers' pipelines draw them, so that a seed means the same picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from imprompt_serving.errors import InvalidRequest
+from imprompt_serving.job import JobRequest
+from imprompt_serving.specs import Bundle
+
+Generators = torch.Generator | list[torch.Generator]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Start:
+    """First latents [N, C, h, w] and the timesteps to go; what inpainting keeps for later steps.
+
+    ``blend``: noise, clean latents and mask [N, 1, h, w], for UNets without mask input: outside of the mask the picture
+    is put back after each step. ``channels`` [N, 1 + C, h, w]: mask and masked picture, for UNets that take them.
+    """
+
+    latents: Tensor
+    timesteps: Tensor
+    steps: int
+    blend: tuple[Tensor, Tensor, Tensor] | None = None
+    channels: Tensor | None = None
+
+
+def generators(seeds: tuple[int, ...]) -> Generators:
+    """One generator for all pictures, or one for each."""
+    made = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    return made if len(made) > 1 else made[0]
+
+
+def start(
+    request: JobRequest,
+    bundle: Bundle,
+    tensors: Mapping[str, Tensor],
+    scheduler: Any,
+    generator: Generators,
+    pictures: int,
+) -> Start:
+    """First latents of ``request``; ``scheduler`` has its timesteps set."""
+    if request.task == "text-to-image":
+        noise = randn_tensor(_shape(request, bundle, pictures), generator=generator)
+        latents = noise * scheduler.init_noise_sigma
+        return Start(latents=latents, timesteps=scheduler.timesteps, steps=request.num_inference_steps)
+    if request.task == "image-to-image":
+        timesteps, steps = _remaining(request, scheduler)
+        latents = _encode(tensors["image_moments"], bundle, generator, pictures)
+        noise = randn_tensor(latents.shape, generator=generator)
+        return Start(
+            latents=scheduler.add_noise(latents, noise, timesteps[:1].repeat(pictures)),
+            timesteps=timesteps,
+            steps=steps,
+        )
+    return _inpaint(request, bundle, tensors, scheduler, generator, pictures)
+
+
+def _inpaint(
+    request: JobRequest,
+    bundle: Bundle,
+    tensors: Mapping[str, Tensor],
+    scheduler: Any,
+    generator: Generators,
+    pictures: int,
+) -> Start:
+    timesteps, steps = _remaining(request, scheduler)
+    takes_mask = bundle.unet_channels != bundle.latent_channels
+    pure_noise = request.strength == 1.0
+    image = None
+    if not takes_mask or not pure_noise:
+        image = _repeat(_sample(tensors["image_moments"], generator) * bundle.vae_scaling_factor, pictures)
+    noise = randn_tensor(_shape(request, bundle, pictures), generator=generator)
+    if pure_noise:
+        latents = noise * scheduler.init_noise_sigma
+    else:
+        latents = scheduler.add_noise(image, noise, timesteps[:1].repeat(pictures))
+    # Drawn for every UNet, as in diffusers: schedulers with noise of their own take theirs from the same generator.
+    masked = _sample(tensors["masked_image_moments"], generator) * bundle.vae_scaling_factor
+    mask = _repeat(tensors["mask"], pictures)
+    if takes_mask:
+        channels = torch.cat([mask, _repeat(masked, pictures)], dim=1)
+        return Start(latents=latents, timesteps=timesteps, steps=steps, channels=channels)
+    assert image is not None
+    return Start(latents=latents, timesteps=timesteps, steps=steps, blend=(noise, image, mask))
+
+
+def _shape(request: JobRequest, bundle: Bundle, pictures: int) -> tuple[int, int, int, int]:
+    factor = bundle.vae_scale_factor
+    return pictures, bundle.latent_channels, request.height // factor, request.width // factor
+
+
+def _remaining(request: JobRequest, scheduler: Any) -> tuple[Tensor, int]:
+    """The last ``strength`` of the timesteps, and the number of steps (``get_timesteps`` of diffusers' image-to-image pipelines)."""
+    steps = request.num_inference_steps
+    skipped = steps - min(int(steps * request.strength), steps)
+    if skipped == steps:
+        raise InvalidRequest(
+            "strength", f"{request.strength:g} of {steps} steps is less than one step; raise either of them"
+        )
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(skipped * scheduler.order)
+    return scheduler.timesteps[skipped * scheduler.order :], steps - skipped
+
+
+def _encode(moments: Tensor, bundle: Bundle, generator: Generators, pictures: int) -> Tensor:
+    if isinstance(generator, list):
+        moments = _repeat(moments, pictures)
+    return _repeat(_sample(moments, generator) * bundle.vae_scaling_factor, pictures)
+
+
+def _sample(moments: Tensor, generator: Generators) -> Tensor:
+    """Draw from the VAE encoder's Gaussian (diffusers' ``DiagonalGaussianDistribution.sample``)."""
+    mean, log_variance = moments.chunk(2, dim=1)
+    if isinstance(generator, list):
+        noise = torch.cat([randn_tensor((1, *mean.shape[1:]), generator=g) for g in generator[: len(mean)]])
+    else:
+        noise = randn_tensor(mean.shape, generator=generator)
+    return mean + torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)) * noise
+
+
+def _repeat(tensor: Tensor, pictures: int) -> Tensor:
+    if pictures % len(tensor):
+        raise InvalidRequest("image", f"{len(tensor)} pictures cannot be spread over {pictures} results")
+    return tensor.repeat(pictures // len(tensor), *(1,) * (tensor.ndim - 1))

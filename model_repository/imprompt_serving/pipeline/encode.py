@@ -1,0 +1,157 @@
+"""What goes before denoising: text, image prompts and start pictures as embeddings and latents."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from imprompt_serving.errors import InvalidRequest
+from imprompt_serving.pipeline.image_prompts import ImagePrompt
+from imprompt_serving.pipeline.images import clip_pixels, mask_pixels, vae_pixels
+from imprompt_serving.pipeline.mask_crop import crop_region, fit_filled
+from imprompt_serving.pipeline.models import Models, Tensors
+from imprompt_serving.pipeline.request import Request
+from imprompt_serving.pipeline.stages import Stages
+from imprompt_serving.pipeline.text import PromptTokenizer
+from imprompt_serving.specs import Adapter, Bundle, TextEncoder
+
+
+class TextPromptEncoder:
+    """Prompts -> ``prompt_embeds`` and, for SDXL, ``pooled_prompt_embeds`` (diffusers' ``encode_prompt``)."""
+
+    def __init__(self, bundle: Bundle, folder: Path, models: Models) -> None:
+        self._bundle, self._models = bundle, models
+        self._tokenizers = [PromptTokenizer(folder, encoder) for encoder in bundle.text_encoders]
+
+    async def encode(self, request: Request, stages: Stages) -> Tensors:
+        with stages.measure("text_encoder"):
+            positive = await self._embeds(request.prompts, request.clip_skip, "")
+            if not self._bundle.guided(request.guidance_scale):
+                return positive
+            if request.negative_prompts is None and self._bundle.force_zeros_for_empty_prompt:
+                return positive | {f"negative_{name}": np.zeros_like(value) for name, value in positive.items()}
+            empty = (("",) * len(request.prompts[0]),) * len(request.prompts)
+            return positive | await self._embeds(request.negative_prompts or empty, request.clip_skip, "negative_")
+
+    async def _embeds(self, prompts: tuple[tuple[str, ...], ...], clip_skip: int, prefix: str) -> Tensors:
+        """Embeddings of one branch; those of several text encoders stand side by side."""
+        pairs = list(zip(self._bundle.text_encoders, self._tokenizers, prompts, strict=True))
+        states = await asyncio.gather(
+            *(self._by_prompt(e, t, texts, clip_skip, "hidden_states") for e, t, texts in pairs)
+        )
+        embeds = {f"{prefix}prompt_embeds": np.concatenate(states, axis=-1)}
+        if self._bundle.pooled_size:
+            pooled = await self._by_prompt(*pairs[-1], clip_skip, "text_embeds")
+            embeds[f"{prefix}pooled_prompt_embeds"] = pooled
+        return embeds
+
+    async def _by_prompt(
+        self, encoder: TextEncoder, tokenizer: PromptTokenizer, prompts: Sequence[str], clip_skip: int, output: str
+    ) -> np.ndarray:
+        """A call for each different prompt: equal ones are then answered by Triton's response cache."""
+
+        async def encode(prompt: str) -> np.ndarray:
+            tensors = {"input_ids": tokenizer(prompt), "clip_skip": np.array([[clip_skip]], np.int64)}
+            return await self._models.call(self._bundle.model(encoder.engine), tensors, output)
+
+        different = list(dict.fromkeys(prompts))
+        found = dict(zip(different, await asyncio.gather(*map(encode, different)), strict=True))
+        return np.concatenate([found[prompt] for prompt in prompts])
+
+
+class ImagePromptEncoder:
+    """Image prompts -> the embeddings that the adapters project to tokens (diffusers' ``encode_image``)."""
+
+    def __init__(self, bundle: Bundle, models: Models) -> None:
+        self._bundle, self._models = bundle, models
+        self._unconditional: dict[str, np.ndarray] = {}
+
+    async def encode(self, request: Request, stages: Stages) -> Tensors:
+        """Tensors of all adapters in use; masks included."""
+        guided = self._bundle.guided(request.guidance_scale)
+        parts = await asyncio.gather(*(self._prompt(p, guided, stages) for p in request.image_prompts))
+        tensors = {name: tensor for part in parts for name, tensor in part.items()}
+        for prompt in request.image_prompts:
+            if prompt.masks:
+                masks = mask_pixels(list(prompt.masks), request.height, request.width)
+                tensors[f"ip_adapter_masks_{prompt.adapter.name}"] = masks[:, 0]
+        return tensors
+
+    async def _prompt(self, prompt: ImagePrompt, guided: bool, stages: Stages) -> Tensors:
+        name = prompt.adapter.name
+        pairs: dict[str, tuple[np.ndarray | None, np.ndarray]] = {}
+        if prompt.embeds is not None:
+            pairs[f"image_embeds_{name}"] = _given(prompt.embeds, guided)
+        if prompt.images:
+            features = await self.features(prompt, guided, stages)
+            pairs[f"clip_embeds_{name}" if prompt.adapter.clip_shape else f"image_embeds_{name}"] = features
+        tensors = {key: positive for key, (_, positive) in pairs.items()}
+        return tensors | {f"negative_{key}": neg for key, (neg, _) in pairs.items() if neg is not None}
+
+    async def features(self, prompt: ImagePrompt, guided: bool, stages: Stages) -> tuple[np.ndarray | None, np.ndarray]:
+        """Features of a prompt's pictures: negative (when ``guided``) and positive, each [pictures, ...]."""
+        positive = await self._pictures(prompt.adapter, prompt.images, stages)
+        if not guided:
+            return None, positive
+        if prompt.negative_images:
+            return await self._pictures(prompt.adapter, prompt.negative_images, stages), positive
+        return await self._default_negative(prompt.adapter, positive), positive
+
+    async def _pictures(self, adapter: Adapter, images: Sequence[Image.Image], stages: Stages) -> np.ndarray:
+        encoder = self._bundle.image_encoder(adapter.image_encoder or "")
+        with stages.measure("preprocess"):
+            pixels = [clip_pixels(image, encoder) for image in images]
+        with stages.measure("image_encoder"):
+            return np.stack(await asyncio.gather(*(self._picture(adapter, p) for p in pixels)))
+
+    async def _default_negative(self, adapter: Adapter, positive: np.ndarray) -> np.ndarray:
+        """Zeros for the plain adapter, the encoding of a zero image for the others."""
+        if not adapter.uses_hidden_states:
+            return np.zeros_like(positive)
+        if adapter.name not in self._unconditional:
+            size = self._bundle.image_encoder(adapter.image_encoder or "").image_size
+            self._unconditional[adapter.name] = await self._picture(adapter, np.zeros((3, size, size), np.float32))
+        return np.broadcast_to(self._unconditional[adapter.name], positive.shape)
+
+    async def _picture(self, adapter: Adapter, pixels: np.ndarray) -> np.ndarray:
+        """One picture's features. A call each: equal pictures are then answered by Triton's response cache."""
+        output = "hidden_states" if adapter.uses_hidden_states else "image_embeds"
+        model = self._bundle.model(f"image_encoder_{adapter.image_encoder}")
+        return (await self._models.call(model, {"pixel_values": pixels[None]}, output))[0]
+
+
+def _given(embeds: np.ndarray, guided: bool) -> tuple[np.ndarray | None, np.ndarray]:
+    """Negative and positive halves of a caller's embeddings."""
+    if guided and len(embeds) == 1:
+        raise InvalidRequest(
+            "ip_adapter_image_embeds", "with guidance the first axis holds the negative and the positive embeddings"
+        )
+    return (embeds[0] if guided else None), embeds[-1]
+
+
+async def encode_start(request: Request, bundle: Bundle, models: Models, stages: Stages) -> Tensors:
+    """Start pictures as moments of the VAE's Gaussian, and the mask at the resolution of the latents."""
+    if request.task == "text-to-image":
+        return {}
+    height, width = request.height, request.width
+    images, masks = list(request.start.images), list(request.start.masks)
+    if request.start.mask_crop is not None:
+        box = crop_region(masks[0], width, height, request.start.mask_crop)
+        images, masks = ([fit_filled(i.crop(box), width, height) for i in group] for group in (images, masks))
+
+    async def encode(pixels: np.ndarray) -> np.ndarray:
+        parts = (models.call(bundle.model("vae_encoder"), {"sample": picture[None]}, "moments") for picture in pixels)
+        return np.concatenate(await asyncio.gather(*parts))
+
+    with stages.measure("vae_encoder"):
+        pixels = vae_pixels(images, height, width)
+        if request.task == "image-to-image":
+            return {"image_moments": await encode(pixels)}
+        mask = mask_pixels(masks, height, width)
+        whole, masked = await asyncio.gather(encode(pixels), encode(pixels * (mask < 0.5)))
+    factor = bundle.vae_scale_factor
+    return {"image_moments": whole, "masked_image_moments": masked, "mask": mask[:, :, ::factor, ::factor]}

@@ -1,0 +1,58 @@
+"""What comes after denoising: latents as pictures, checked, put back where they belong."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+from PIL import Image
+
+from imprompt_serving.pipeline.images import clip_pixels
+from imprompt_serving.pipeline.mask_crop import crop_region, overlay
+from imprompt_serving.pipeline.models import Models, Tensors
+from imprompt_serving.pipeline.request import Request
+from imprompt_serving.pipeline.stages import Stages
+from imprompt_serving.specs import Bundle
+
+
+class Finisher:
+    """Latents -> the answer's tensors."""
+
+    def __init__(self, bundle: Bundle, models: Models) -> None:
+        self._bundle, self._models = bundle, models
+
+    async def __call__(self, request: Request, latents: np.ndarray, stages: Stages) -> Tensors:
+        if request.output_type == "latent":
+            return {"latents": latents}
+        with stages.measure("vae_decoder"):
+            pictures = await self._decode(latents)
+        answer = {}
+        if self._bundle.safety_checker is not None:
+            with stages.measure("safety_checker"):
+                unsafe = await self._unsafe(pictures)
+            pictures = np.where(unsafe[:, None, None, None], np.uint8(0), pictures)
+            answer["nsfw_content_detected"] = unsafe
+        if request.start.mask_crop is not None:
+            with stages.measure("postprocess"):
+                pictures = _put_back(request, pictures)
+        return answer | {"images": pictures}
+
+    async def _decode(self, latents: np.ndarray) -> np.ndarray:
+        """Latents -> uint8 pictures, a picture a call, so that memory stays bounded and other requests get a turn."""
+        model = self._bundle.model("vae_decoder")
+        parts = (self._models.call(model, {"latents": sample[None]}, "images") for sample in latents)
+        return np.concatenate(await asyncio.gather(*parts))
+
+    async def _unsafe(self, pictures: np.ndarray) -> np.ndarray:
+        """Whether each picture is unsafe [N]."""
+        encoder, model = self._bundle.safety_checker, self._bundle.model("safety_checker")
+        assert encoder is not None
+        pixels = [clip_pixels(Image.fromarray(picture), encoder) for picture in pictures]
+        parts = (self._models.call(model, {"pixel_values": p[None]}, "nsfw") for p in pixels)
+        return np.concatenate(await asyncio.gather(*parts))[:, 0]
+
+
+def _put_back(request: Request, pictures: np.ndarray) -> np.ndarray:
+    image, mask = request.start.images[0], request.start.masks[0]
+    box = crop_region(mask, request.width, request.height, request.start.mask_crop or 0)
+    return np.stack([np.asarray(overlay(mask, image, Image.fromarray(picture), box)) for picture in pictures])
