@@ -1,0 +1,11 @@
+"""A small picture world, the scripts that train a family of tiny diffusion models on it, and the trained bundle.
+
+`imprompt_demo.world` makes pictures, `imprompt_demo.metrics` measures them, `bundle_path()` is the checkpoint set.
+"""
+
+from pathlib import Path
+
+
+def bundle_path() -> Path:
+    """The folder that holds `bundle.toml` and `checkpoints/`."""
+    return Path(__file__).parent / "bundle"

@@ -1,0 +1,104 @@
+"""Measurements on pictures: palette, texture, sharp edges, which thing is shown.
+
+Pictures are uint8 arrays [H, W, 3]. All distances are 0 for equal pictures and grow with difference.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+from . import bundle_path
+from .world import THINGS
+
+Pixels = NDArray[np.uint8]
+_LEVELS = 6
+
+
+def palette(pixels: Pixels) -> NDArray[np.float64]:
+    """Share of each colour: a histogram [6, 6, 6] over RGB, blurred by one bin so that near colours count as near."""
+    bins = pixels.reshape(-1, 3).astype(np.float64) * (_LEVELS - 1) / 255
+    low = np.minimum(np.floor(bins).astype(int), _LEVELS - 2)
+    part = bins - low
+    histogram = np.zeros((_LEVELS,) * 3)
+    for corner in np.ndindex(2, 2, 2):
+        weight = np.prod(np.where(np.array(corner), part, 1 - part), axis=1)
+        np.add.at(histogram, tuple((low + corner).T), weight)
+    return histogram / len(bins)
+
+
+def palette_distance(a: Pixels, b: Pixels) -> float:
+    """Half the absolute difference of the colour histograms: 0 for the same shares of colours, 1 for none in common."""
+    return float(np.abs(palette(a) - palette(b)).sum() / 2)
+
+
+def texture(pixels: Pixels) -> NDArray[np.float64]:
+    """Amplitude of the brightness spectrum at each scale and direction, [3 scales, 4 directions]."""
+    grey = pixels.astype(np.float64).mean(-1)
+    grey = (grey - grey.mean()) * np.outer(np.hanning(grey.shape[0]), np.hanning(grey.shape[1]))
+    power = np.abs(np.fft.fftshift(np.fft.fft2(grey))) ** 2
+    y, x = np.mgrid[0 : grey.shape[0], 0 : grey.shape[1]]
+    y, x = y - grey.shape[0] // 2, x - grey.shape[1] // 2
+    radius, angle = np.hypot(x, y), np.mod(np.arctan2(y, x), np.pi)
+    sector = np.mod(np.round(angle / (np.pi / 4)).astype(int), 4)
+    rings = ((1.5, 3), (3, 6), (6, 14))
+    cells = [[power[(radius >= a) & (radius < b) & (sector == s)].sum() for s in range(4)] for a, b in rings]
+    return np.sqrt(np.array(cells)) / grey.size
+
+
+def texture_distance(a: Pixels, b: Pixels) -> float:
+    """Distance of the two textures relative to their strength: 0 to 1."""
+    one, two = texture(a), texture(b)
+    return float(np.linalg.norm(one - two) / (np.linalg.norm(one) + np.linalg.norm(two) + 1e-9))
+
+
+def sharpness(pixels: Pixels) -> NDArray[np.float64]:
+    """Length of the brightness and colour gradient, [H, W]."""
+    planes = np.pad(pixels.astype(np.float64), ((1, 1), (1, 1), (0, 0)), mode="edge")
+    dx, dy = planes[1:-1, 2:] - planes[1:-1, :-2], planes[2:, 1:-1] - planes[:-2, 1:-1]
+    return np.sqrt((dx**2 + dy**2).sum(-1)) / 2
+
+
+def edge_agreement(pixels: Pixels, edges: Pixels) -> float:
+    """How much stronger gradients are on the asked lines [H, W] than elsewhere: 1 is no relation."""
+    gradient, lines = sharpness(pixels), edges > 127
+    return float(gradient[lines].mean() / (gradient[~lines].mean() + 1e-9))
+
+
+def outside_change(a: Pixels, b: Pixels, mask: NDArray[np.bool_]) -> float:
+    """Mean absolute difference, in levels of 255, of the pixels outside a mask [H, W]."""
+    return float(np.abs(a.astype(int) - b.astype(int))[~mask].mean())
+
+
+def smoothness(frames: Pixels) -> float:
+    """Mean change from frame to frame over that between any two frames, [F, H, W, 3]; small is smooth, 1 is noise."""
+    stack = frames.astype(np.float64)
+    steps = np.abs(np.diff(stack, axis=0)).mean()
+    pairs = [np.abs(stack[i] - stack[j]).mean() for i in range(len(stack)) for j in range(i)]
+    return float(steps / (np.mean(pairs) + 1e-9))
+
+
+class ThingClassifier:
+    """Tells which thing a picture shows, zero-shot, with the CLIP of the bundle."""
+
+    def __init__(self, bundle: Path | None = None) -> None:
+        checkpoints = (bundle or bundle_path()) / "checkpoints"
+        folder = checkpoints / "ip-adapter" / "models" / "image_encoder"
+        self._encoder = CLIPVisionModelWithProjection.from_pretrained(folder).float().eval()
+        self._processor = CLIPImageProcessor.from_pretrained(folder)
+        self._things = load_file(checkpoints / "things.safetensors")["thing_embeds"].float()
+
+    @torch.no_grad()
+    def embeds(self, pictures: list[Pixels]) -> torch.Tensor:
+        """Unit image embeddings, [B, 128]."""
+        pixels = self._processor(images=list(pictures), return_tensors="pt").pixel_values
+        return F.normalize(self._encoder(pixels).image_embeds, dim=-1)
+
+    def __call__(self, pictures: list[Pixels]) -> list[str]:
+        """The most likely thing in each picture."""
+        names = list(THINGS)
+        return [names[i] for i in (self.embeds(pictures) @ self._things.T).argmax(1).tolist()]

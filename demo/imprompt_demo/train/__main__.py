@@ -1,0 +1,36 @@
+"""`python -m imprompt_demo.train --out DIR [--stage vae,clip,...]`: train stage after stage, continuing what is there.
+
+Under `torchrun --nproc-per-node 2 -m imprompt_demo.train ... --threads 1` two processes share each stage.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from .family import Family
+
+STAGES = ("vae", "clip", "unet", "plain", "plus", "controlnet", "lcm", "motion", "publish")
+
+
+def main() -> None:
+    """Parse the command line and run the stages."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for progress and weights")
+    parser.add_argument("--stage", default=",".join(STAGES), help="comma separated, in order")
+    parser.add_argument("--steps", type=int, help="instead of the planned number of steps")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo")
+    family = Family(args.out)
+    for stage in args.stage.split(","):
+        family.train(stage, args.steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The edge ControlNet: a copy of the UNet's encoder that reads white lines on black (https://arxiv.org/abs/2302.05543)."""
+
+from pathlib import Path
+
+import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
+from torch import Tensor
+
+from . import diffusion
+from .data import Pictures
+from .loop import Plan, fit
+from .text import Captions
+
+PLAN = Plan(steps=800, batch=32, rate=6e-4, average=0.995)
+_SHORT_FULL_EMPTY = (0.5, 0.2, 0.3)
+
+
+def build(unet: UNet2DConditionModel) -> ControlNetModel:
+    """Starts as the UNet's encoder; two strided convolutions bring 64 x 64 lines to 16 x 16."""
+    torch.manual_seed(6)
+    return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32, 64)).to(
+        memory_format=torch.channels_last
+    )
+
+
+def train(
+    folder: Path,
+    unet: UNet2DConditionModel,
+    data: Pictures,
+    latents: Tensor,
+    captions: Captions,
+    plan: Plan = PLAN,
+) -> ControlNetModel:
+    """Many captions are empty, so that the lines alone say what is drawn where."""
+    model = build(unet).requires_grad_(True)
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        rows = torch.randint(len(latents), (plan.batch,), generator=generator)
+        text, _ = captions.draw(rows, _SHORT_FULL_EMPTY, generator)
+        noise, timestep = diffusion.draw(plan.batch, (4, 16, 16), generator)
+        clean = latents[rows]
+        noisy = diffusion.noised(clean, noise, timestep).contiguous(memory_format=torch.channels_last)
+        down, middle = model(noisy, timestep, text, controlnet_cond=data.edge_batch(rows), return_dict=False)
+        prediction = unet(
+            noisy, timestep, text, down_block_additional_residuals=down, mid_block_additional_residual=middle
+        ).sample
+        return diffusion.loss_v(prediction, clean, noise, timestep)
+
+    fit("controlnet", folder, model, plan, loss, seed=6)
+    return model

@@ -1,0 +1,53 @@
+"""The noise schedule of the family: 1,000 steps, linear betas, v-prediction (https://arxiv.org/abs/2202.00512).
+
+The last step is nearly pure noise, so flat bright and dark grounds come out as they should.
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "clip_sample": False,
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+}
+
+
+def scheduler() -> DDIMScheduler:
+    """The bundle's default scheduler."""
+    return DDIMScheduler(**SCHEDULE)
+
+
+def noised(clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    """The noisy latents of each row at its own timestep."""
+    alpha, sigma = levels(timestep, clean.dim())
+    return alpha * clean + sigma * noise
+
+
+def loss_v(prediction: Tensor, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    """Mean squared error of the velocity."""
+    alpha, sigma = levels(timestep, clean.dim())
+    return F.mse_loss(prediction.float(), alpha * noise - sigma * clean)
+
+
+_ALPHAS = DDIMScheduler(**SCHEDULE).alphas_cumprod
+
+
+def levels(timestep: Tensor, dims: int) -> tuple[Tensor, Tensor]:
+    """Signal and noise level of each row, shaped to multiply a tensor with `dims` axes."""
+    alphas = _ALPHAS[timestep].view(-1, *[1] * (dims - 1))
+    return alphas.sqrt(), (1 - alphas).sqrt()
+
+
+def draw(rows: int, shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Noise [rows, *shape] and stratified timesteps [rows]."""
+    places = (torch.arange(rows) + torch.rand(rows, generator=generator)) / rows
+    return torch.randn(rows, *shape, generator=generator), (places * 1000).long().clamp(0, 999)

@@ -1,0 +1,109 @@
+"""Who needs what: loads or trains the members of the family in one run folder."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
+
+from . import adapter, clip, controlnet, lcm, motion, publish, text, unet, vae
+from .data import Pictures, pictures
+from .loop import Plan, load_mean
+
+
+class Family:
+    """One training run. Trained members are read from the folder; `train(stage)` makes one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def train(self, stage: str, steps: int | None = None) -> None:
+        """Run one stage, or continue it."""
+
+        def plan(default: Plan) -> dict[str, Any]:
+            return {"folder": self.folder, "plan": replace(default, steps=steps) if steps else default}
+
+        match stage:
+            case "vae":
+                vae.train(data=self.data, **plan(vae.PLAN))
+            case "clip":
+                clip.train(data=self.data, **plan(clip.PLAN))
+            case "unet":
+                unet.train(latents=self.latents, captions=self.captions, **plan(unet.PLAN))
+            case "plain" | "plus":
+                features = self.features[stage]
+                adapter.train(
+                    stage,
+                    unet=self.unet,
+                    latents=self.latents,
+                    captions=self.captions,
+                    features=features,
+                    **plan(adapter.PLAN),
+                )
+            case "controlnet":
+                controlnet.train(
+                    unet=self.unet,
+                    data=self.data,
+                    latents=self.latents,
+                    captions=self.captions,
+                    **plan(controlnet.PLAN),
+                )
+            case "lcm":
+                lcm.train(unet=self.unet, latents=self.latents, captions=self.captions, **plan(lcm.PLAN))
+            case "motion":
+                material = motion.clips(self.vae, self.towers)
+                motion.train(unet=self.unet, material=material, **plan(motion.PLAN))
+            case "publish":
+                publish.publish(self.folder, self.folder / "bundle")
+            case _:
+                raise SystemExit(f"unknown stage {stage!r}")
+
+    @cached_property
+    def data(self) -> Pictures:
+        """All training pictures."""
+        return pictures(self.folder)
+
+    @cached_property
+    def vae(self) -> AutoencoderKL:
+        """The trained autoencoder, standardised."""
+        return vae.standardise(load_mean("vae", self.folder, vae.build()), self.data).requires_grad_(False)
+
+    @cached_property
+    def towers(self) -> clip.Towers:
+        """The trained CLIP towers."""
+        return load_mean("clip", self.folder, clip.build(self.folder)).requires_grad_(False)
+
+    @cached_property
+    def latents(self) -> Tensor:
+        """Latents of all pictures, [N, 4, 16, 16]."""
+        return self._kept("latents", lambda: vae.encode_all(self.vae, self.data))
+
+    @cached_property
+    def captions(self) -> text.Captions:
+        """Encoded captions of all pictures."""
+        return text.Captions(**self._kept("captions", lambda: text.captions(self.towers, self.data)))
+
+    @cached_property
+    def unet(self) -> UNet2DConditionModel:
+        """The trained UNet, frozen."""
+        return load_mean("unet", self.folder, unet.build()).requires_grad_(False)
+
+    @cached_property
+    def features(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """For each adapter kind: image features of all pictures, and those that stand for no image."""
+        embeds, hidden = self._kept("features", lambda: clip.image_features(self.towers, self.data))
+        with torch.no_grad():
+            grey = self.towers.vision(torch.zeros(1, 3, 64, 64), output_hidden_states=True).hidden_states[-2]
+        return {"plain": (embeds, torch.zeros_like(embeds[:1])), "plus": (hidden, grey)}
+
+    def _kept(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made once and kept in the run folder."""
+        file = self.folder / f"{name}.cache"
+        if not file.exists():
+            torch.save(make(), file.with_suffix(".part"))
+            file.with_suffix(".part").replace(file)
+        return torch.load(file, weights_only=True)

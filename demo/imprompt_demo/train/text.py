@@ -1,0 +1,52 @@
+"""Encoded captions of all training pictures: made once with the trained text tower, then only looked up."""
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .clip import Towers
+from .data import Pictures
+from .words import empty_caption, full_caption, short_caption
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Captions:
+    """`states` [M, 32, 128] of the M different captions; `short` and `full` [N] and `empty` [E] point into it."""
+
+    states: Tensor
+    short: Tensor
+    full: Tensor
+    empty: Tensor
+
+    def draw(
+        self, rows: Tensor, share: tuple[float, float, float], generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """States [B, 32, 128] of a short, full or empty caption for each row, and which of the three it was, [B]."""
+        kind = torch.multinomial(torch.tensor(share), len(rows), replacement=True, generator=generator)
+        empty = self.empty[torch.randint(len(self.empty), (len(rows),), generator=generator)]
+        chosen = torch.stack([self.short[rows], self.full[rows], empty]).gather(0, kind[None])[0]
+        return self.states[chosen].float(), kind
+
+    def blank(self, count: int) -> Tensor:
+        """States of the empty prompt, [count, 32, 128]."""
+        return self.states[self.empty[:1]].float().expand(count, -1, -1)
+
+
+@torch.no_grad()
+def captions(towers: Towers, data: Pictures) -> dict[str, Tensor]:
+    """The fields of `Captions`: one short and one full caption for each picture, and the empty ones."""
+    rng = random.Random(5)
+    numbers: dict[str, int] = {}
+
+    def number(caption: str) -> int:
+        return numbers.setdefault(caption, len(numbers))
+
+    short = torch.tensor([number(short_caption(layout, rng)) for layout in data.layouts])
+    pairs = zip(data.looks, data.layouts, strict=True)
+    full = torch.tensor([number(full_caption(look, layout, rng)) for look, layout in pairs])
+    empty = torch.tensor([number("")] * 12 + [number(empty_caption(rng)) for _ in range(20)])
+    texts = list(numbers)
+    parts = [towers.text(towers.tokens(texts[i : i + 500])).last_hidden_state.half() for i in range(0, len(texts), 500)]
+    return {"states": torch.cat(parts), "short": short, "full": full, "empty": empty}
