@@ -55,9 +55,10 @@ class Input:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServedModel:
-    """A pipeline model, as Triton serves it."""
+    """A pipeline model, as Triton serves it: `name` is its own, and longer than `bundle` for the streaming twin."""
 
     name: str
+    bundle: str
     inputs: Mapping[str, Input]
     capabilities: Capabilities
 
@@ -87,6 +88,7 @@ def read_model(config: Any, *, stream: bool) -> ServedModel:
         raise invalid("model", f"{config.name} is not a bundle")
     return ServedModel(
         name=config.name,
+        bundle=config.name.removesuffix(_STREAM_SUFFIX) if stream else config.name,
         inputs={
             tensor.name: Input(name=tensor.name, dtype=_dtype(tensor.data_type), dims=tuple(tensor.dims))
             for tensor in config.input

@@ -7,9 +7,10 @@ import json
 import math
 import numbers
 import os
+import reprlib
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,12 @@ OUTPUT_TYPES = ("pil", "np", "latent")
 
 _PICTURES = ("image", "mask_image", "control_image", "video")
 _BY_ADAPTER = ("ip_adapter_image", "negative_ip_adapter_image", "ip_adapter_masks")
+_VALUE_BY_ADAPTER = ("ip_adapter_start", "ip_adapter_end", "ip_adapter_weight_type")
 _EMBEDS = "ip_adapter_image_embeds"
 _SCALE = "ip_adapter_scale"
 _SCALE_CONFIG = "ip_adapter_scale_config"
 _ENCODE = "encode_image"
+_IMAGE_PROMPTS = (*_BY_ADAPTER, *_VALUE_BY_ADAPTER, _EMBEDS, _SCALE)
 _ELSEWHERE = {
     "generator": "give `seed` what torch.Generator('cpu').manual_seed takes",
     "cross_attention_kwargs": "`ip_adapter_masks` is a parameter of its own",
@@ -54,6 +57,8 @@ class Request:
     """A request, ready to be sent (again)."""
 
     model: str
+    """Name of the Triton model."""
+    bundle: str
     id: str
     tensors: tuple[Tensor, ...]
     output_type: str
@@ -87,14 +92,15 @@ def build_request(
     if output_type not in OUTPUT_TYPES:
         raise invalid("output_type", f"one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}")
     if output_type == "latent":
-        given["_output_type"] = output_type
+        if "output_type" not in model.inputs:
+            raise invalid("output_type", f"{model.bundle} gives no latents")
+        given["output_type"] = output_type  # the other two are made from the same answer
     tensors = [_encode_input(model.inputs["prompt"], prompt)]
     tensors += _image_prompts(model, given)
-    for name, value in given.items():
-        if name not in (*_BY_ADAPTER, _EMBEDS, _SCALE):
-            tensors.append(_encode_input(model.inputs[name.removeprefix("_")], value))
+    tensors += [_encode_input(model.inputs[name], value) for name, value in given.items() if name not in _IMAGE_PROMPTS]
     return Request(
         model=model.name,
+        bundle=model.bundle,
         id=uuid.uuid4().hex,
         tensors=tuple(tensors),
         output_type=str(output_type),
@@ -106,18 +112,11 @@ def build_request(
 def build_encode_request(model: ServedModel, adapter: str, images: object, *, timeout: float | None = None) -> Request:
     """A request for the embeddings of `images` by `adapter`."""
     if _ENCODE not in model.inputs:
-        raise invalid("model", f"{model.name} does not encode images")
+        raise invalid("model", f"{model.bundle} does not encode images")
     _known_adapter("adapter", adapter, model.adapters)
     request = build_request(model, "", {"ip_adapter_image": {adapter: images}}, timeout=timeout)
     tensor = _encode_input(model.inputs[_ENCODE], adapter)
-    return Request(
-        model=request.model,
-        id=request.id,
-        tensors=(*request.tensors, tensor),
-        output_type="np",
-        timeout=request.timeout,
-        timeout_input=request.timeout_input,
-    )
+    return replace(request, tensors=(*request.tensors, tensor))
 
 
 def _keywords(model: ServedModel) -> list[str]:
@@ -136,7 +135,7 @@ def _refuse_unknown(model: ServedModel, given: Mapping[str, object]) -> None:
             continue
         close = difflib.get_close_matches(name, known)
         hint = _ELSEWHERE.get(name) or (f"did you mean {' or '.join(close)}?" if close else "see `describe`")
-        raise invalid(name, f"{model.name} has no such parameter; {hint}")
+        raise invalid(name, f"{model.bundle} has no such parameter; {hint}")
 
 
 def _timeout(value: object) -> float | None:
@@ -164,8 +163,12 @@ def _image_prompts(model: ServedModel, given: Mapping[str, object]) -> list[Tens
         embeds = _by_adapter(_EMBEDS, given[_EMBEDS], model, _listed_embeds)
         tensors += [_embeds(model, adapter, values) for adapter, values in embeds.items()]
         used |= embeds.keys()
+    adapters = [name for name in model.adapters if name in used or not used]
     if _SCALE in given:
-        tensors.append(_scale(model, given[_SCALE], [name for name in model.adapters if name in used]))
+        tensors.append(_scale(model, given[_SCALE], adapters))
+    for name in _VALUE_BY_ADAPTER:
+        if name in given:
+            tensors.append(_encode_input(model.inputs[name], _in_order(name, given[name], model, adapters)))
     return tensors
 
 
@@ -175,7 +178,7 @@ def _by_adapter(
     """The pictures (masks, embeddings) of each adapter that has some, in the order of the bundle."""
     adapters = model.adapters
     if not adapters:
-        raise invalid(parameter, f"{model.name} has no IP-Adapter")
+        raise invalid(parameter, f"{model.bundle} has no IP-Adapter")
     if isinstance(value, Mapping):
         for name in value:
             _known_adapter(parameter, name, adapters)
@@ -225,9 +228,21 @@ def _embeds(model: ServedModel, adapter: str, values: list[object]) -> Tensor:
     return _numeric(wanted, values[0], parameter=_EMBEDS, label=f"{adapter}: ")
 
 
-def _scale(model: ServedModel, value: object, used: list[str]) -> Tensor:
+def _in_order(parameter: str, value: object, model: ServedModel, adapters: list[str]) -> object:
+    """A dict by adapter name as a list, in the order of the adapters in use; anything else as it is."""
+    if not isinstance(value, Mapping):
+        return value
+    for name in (*value, *adapters):
+        _known_adapter(parameter, name, model.adapters)
+    if missing := [name for name in adapters if name not in value]:
+        raise invalid(parameter, f"none given for {', '.join(missing)}")
+    return [value[name] for name in adapters]
+
+
+def _scale(model: ServedModel, value: object, adapters: list[str]) -> Tensor:
     """Plain numbers as they are; all else as a JSON list with an entry for each adapter in use."""
-    adapters = used or list(model.adapters)
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
     if isinstance(value, Mapping) and value and all(name in model.adapters for name in value):
         entries = [value.get(name, 1.0) for name in adapters]
     elif _is_list(value):
@@ -241,7 +256,7 @@ def _scale(model: ServedModel, value: object, used: list[str]) -> Tensor:
     if all(_is_number(entry) for entry in entries):
         return _numeric(model.inputs[_SCALE], entries)
     if _SCALE_CONFIG not in model.inputs:
-        raise invalid(_SCALE, f"{model.name} takes numbers only")
+        raise invalid(_SCALE, f"{model.bundle} takes numbers only")
     if len(entries) != len(adapters):
         raise invalid(_SCALE, f"one, or one for each of the {len(adapters)} adapters in use; got {len(entries)}")
     return _bytes_tensor(model.inputs[_SCALE_CONFIG], [_json([_plain_scale(entry) for entry in entries], _SCALE)])
@@ -320,14 +335,14 @@ def _numeric(wanted: Input, value: object, *, parameter: str | None = None, labe
     try:
         array = to_numpy(value)
     except (TypeError, ValueError):
-        raise invalid(parameter, f"{label}takes {what}, got {value!r}") from None
+        raise invalid(parameter, f"{label}takes {what}, got {reprlib.repr(value)}") from None
     if array.dtype.kind not in kinds and array.size:
-        shown = f"an array of {array.dtype}" if array.ndim > 1 else repr(value)
+        shown = f"an array of {array.dtype}" if array.ndim > 1 else reprlib.repr(value)
         raise invalid(parameter, f"{label}takes {what}, got {shown}")
     if target.kind in "iu" and array.size:
         limits = np.iinfo(target)
         if int(array.min()) < limits.min or int(array.max()) > limits.max:
-            raise invalid(parameter, f"{label}takes {limits.min} to {limits.max}, got {value!r}")
+            raise invalid(parameter, f"{label}takes {limits.min} to {limits.max}, got {reprlib.repr(value)}")
     shape = _shape(wanted, array.shape or (1,), parameter=parameter, label=label)
     data = np.ascontiguousarray(array, dtype=target).tobytes()
     return Tensor(name=wanted.name, dtype=wanted.dtype, shape=shape, data=data)
@@ -356,9 +371,11 @@ def _signed(seed: object) -> object:
     """`manual_seed` takes 64 bits, signed or not; the wire has them signed."""
     if _is_list(seed):
         return [_signed(entry) for entry in seed]  # type: ignore[attr-defined]
-    if isinstance(seed, numbers.Integral) and not isinstance(seed, bool) and 2**63 <= int(seed) < 2**64:
-        return int(seed) - 2**64
-    return seed
+    if not isinstance(seed, numbers.Integral) or isinstance(seed, bool):
+        return seed
+    if not -(2**63) <= int(seed) < 2**64:
+        raise invalid("seed", f"takes -2**63 to 2**64 - 1, got {seed}")
+    return int(seed) - 2**64 if int(seed) >= 2**63 else int(seed)
 
 
 def _json(value: object, parameter: str) -> bytes:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +40,7 @@ class Result:
     """The answer to a request: pictures, clips or latents."""
 
     model: str
+    """Name of the bundle."""
     request_id: str
     output_type: str
     seeds: list[int]
@@ -82,15 +84,20 @@ class Result:
             ValueError: there are no pictures (latents were asked for), or the ending does not fit.
         """
         path = Path(path)
+        if self.encoded is not None and all(_container(data) == _format_of(path) for data in self.encoded):
+            return self._write(path, self.encoded, lambda data, target: target.write_bytes(data))
         items: Sequence[Any] = self.frames if self.frames is not None else self.images
         if not items:
             raise ValueError(f"there are no pictures to save; output_type was {self.output_type!r}")
+        if self.frames is None:
+            return self._write(path, items, _save_picture)
+        return self._write(path, items, lambda clip, target: _save_clip(clip, target, fps))
+
+    @staticmethod
+    def _write(path: Path, items: Sequence[Any], save: Callable[[Any, Path], Any]) -> list[Path]:
         paths = [path] if len(items) == 1 else [path.with_stem(f"{path.stem}-{index}") for index in range(len(items))]
         for item, target in zip(items, paths, strict=True):
-            if self.frames is not None:
-                _save_clip([_pil(frame) for frame in item], target, fps)
-            else:
-                _save_picture(_pil(item), target)
+            save(item, target)
         return paths
 
     def _picture(self, image: Array) -> Any:
@@ -140,7 +147,7 @@ def read_result(outputs: Mapping[str, Array], request: Request) -> Result:
         raise ServerError(f"an answer without pictures: {sorted(outputs)}", request_id=request.id)
     encoded, flags = outputs.get("encoded"), outputs.get("nsfw_content_detected")
     return Result(
-        model=request.model,
+        model=request.bundle,
         request_id=request.id,
         output_type=request.output_type,
         seeds=[int(seed) for seed in outputs["seeds"].ravel()] if "seeds" in outputs else [],
@@ -165,13 +172,34 @@ def _pil(image: Any) -> Image.Image:
     return image if isinstance(image, Image.Image) else Image.fromarray(image)
 
 
-def _save_picture(image: Image.Image, path: Path) -> None:
-    if path.suffix.lower() not in Image.registered_extensions():
+def check_ending(path: Path) -> None:
+    """Refuse a file that no picture or clip can be saved to.
+
+    Raises:
+        ValueError: the ending stands for no known format.
+    """
+    if _format_of(path) is None and path.suffix.lower() not in _VIDEOS:
+        raise ValueError(f"{path.name}: pictures are saved as .png, .jpg or .webp, clips as .gif, .webp or .mp4")
+
+
+def _format_of(path: Path) -> str | None:
+    """The format that a file's ending stands for, as pillow names it."""
+    return Image.registered_extensions().get(path.suffix.lower(), "MP4" if path.suffix.lower() == ".mp4" else None)
+
+
+def _container(data: bytes) -> str | None:
+    """The format of encoded pictures or clips."""
+    return "MP4" if data[4:8] == b"ftyp" else Image.open(io.BytesIO(data)).format
+
+
+def _save_picture(image: Any, path: Path) -> None:
+    if _format_of(path) in (None, "MP4"):
         raise ValueError(f"{path.name}: pictures are saved as .png, .jpg or .webp")
-    image.save(path)
+    _pil(image).save(path)
 
 
-def _save_clip(frames: list[Image.Image], path: Path, fps: float) -> None:
+def _save_clip(clip: Sequence[Any], path: Path, fps: float) -> None:
+    frames = [_pil(frame) for frame in clip]
     if path.suffix.lower() in _ANIMATIONS:
         first, *rest = frames
         first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)

@@ -63,4 +63,4 @@ def failure(
 
 
 _TIME_IS_UP = (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
-"""What a call may end with when its caller's time is over: gRPC says the first, a server that stops the work the other."""
+"""What a call may end with when its caller's time is over: gRPC says the one, a server that stops work the other."""

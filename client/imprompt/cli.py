@@ -1,0 +1,297 @@
+"""The `imprompt` command. `export`, `serve`, `demo` and `bench` live in other packages, loaded when asked for.
+
+Exit status: 0 when all went well, 1 when the request or the work failed (the reason is on stderr), 2 for a wrong
+command line. Results go to stdout, progress and errors to stderr.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
+from rich.table import Table
+
+from imprompt import Capabilities, Client, ImpromptError, Parameters, Result, __version__
+from imprompt._result import FPS, check_ending
+
+app = typer.Typer(
+    name="imprompt",
+    help="Stable Diffusion with image prompts, served by Triton.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out, err = Console(), Console(stderr=True)
+
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+_ADAPTER_FILE = re.compile(r"(?P<adapter>[a-z][a-z0-9_-]*)=(?P<file>.+)")
+
+Url = Annotated[str, typer.Option(envvar="IMPROMPT_URL", help="gRPC address of the server, host:port.")]
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise typer.BadParameter(f"not JSON: {error}") from None
+
+
+def _parameter(text: str) -> tuple[str, Any]:
+    """`NAME=JSON`; what is no JSON is text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise typer.BadParameter(f"NAME=JSON, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def _json_option(help: str) -> Any:
+    return typer.Option(parser=_json, metavar="JSON", help=help)
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.command(rich_help_panel="Server")
+def export(
+    bundle: Annotated[Path, typer.Argument(help="Bundle file (TOML).")],
+    repository: Annotated[Path, typer.Option("--output", "-o", help="Model repository to write to.")],
+) -> None:
+    """Turn a checkpoint set into models of a Triton repository, and check each against PyTorch."""
+    package, report = _load("imprompt_export", "export"), _load("imprompt_export.report", "export")
+    parity = _load("imprompt_export.parity", "export")
+    try:
+        rows = package.export(bundle, repository)
+    except (package.BundleError, parity.ParityError, OSError) as error:
+        _fail(str(error))
+    out.print(report.table(rows))
+
+
+@app.command(rich_help_panel="Server")
+def serve(
+    repository: Annotated[Path, typer.Argument(help="Model repository, as `imprompt export` writes it.")],
+    grpc_port: Annotated[int, typer.Option(help="0: any free port.")] = 8001,
+    http_port: Annotated[int, typer.Option(help="0: any free port.")] = 8000,
+    metrics_port: Annotated[int, typer.Option(help="0: any free port.")] = 8002,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    drain_timeout: Annotated[float, typer.Option(help="Seconds that running requests get on shutdown.")] = 30.0,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show everything that Triton prints.")] = False,
+) -> None:
+    """Start Triton in the foreground; prints a line that starts with `ready` when all models are. Ctrl-C drains."""
+    launcher = _load("imprompt_serving.launcher", "server")
+
+    def ready(addresses: Any) -> None:
+        print(f"ready grpc={addresses.grpc} http={addresses.http} metrics={addresses.metrics}", flush=True)
+
+    try:
+        status = launcher.serve(
+            repository,
+            grpc_port=grpc_port,
+            http_port=http_port,
+            metrics_port=metrics_port,
+            host=host,
+            on_ready=ready,
+            drain_timeout=drain_timeout,
+            verbose=verbose,
+        )
+    except launcher.LaunchError as error:
+        _fail(str(error))
+    raise typer.Exit(status)
+
+
+@app.command(rich_help_panel="Client")
+def generate(
+    context: typer.Context,
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to show; several make a picture each.")],
+    model: Annotated[str | None, typer.Option(help="Bundle (default: the only one that is served).")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File to write; several pictures get a number.")
+    ] = Path("out.png"),
+    url: Url = "localhost:8001",
+    negative_prompt: Annotated[list[str] | None, typer.Option(help="What to stay away from.")] = None,
+    ip_adapter_image: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]FILE", help="Image prompt, of the adapter NAME; may be repeated."),
+    ] = None,
+    negative_ip_adapter_image: Annotated[
+        list[str] | None, typer.Option(metavar="[NAME=]FILE", help="Picture to stay away from.")
+    ] = None,
+    ip_adapter_scale: Annotated[
+        Any, _json_option("A number, a dict by block, a list with one for each adapter, or a dict by adapter name.")
+    ] = None,
+    ip_adapter_masks: Annotated[
+        list[str] | None,
+        typer.Option("--ip-adapter-mask", metavar="[NAME=]FILE", help="Region of each image prompt, in their order."),
+    ] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="Picture to start from.")] = None,
+    mask_image: Annotated[list[Path] | None, typer.Option(help="White is repainted.")] = None,
+    strength: Annotated[float | None, typer.Option(help="Share of noise on the start, 0 to 1.")] = None,
+    control_image: Annotated[list[Path] | None, typer.Option(help="One for each --controlnet.")] = None,
+    controlnet: Annotated[list[str] | None, typer.Option(help="ControlNet of the bundle.")] = None,
+    controlnet_conditioning_scale: Annotated[list[float] | None, typer.Option(help="One, or one each.")] = None,
+    control_guidance_start: Annotated[list[float] | None, typer.Option(help="Share of the steps, 0 to 1.")] = None,
+    control_guidance_end: Annotated[list[float] | None, typer.Option(help="Share of the steps, 0 to 1.")] = None,
+    guess_mode: Annotated[bool | None, typer.Option("--guess-mode", help="Control without a prompt.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Frames of a clip.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="Frame to start from; once for each frame.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
+    num_inference_steps: Annotated[int | None, typer.Option("--num-inference-steps", "--steps", help="Steps.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="At most 1 switches guidance off.")] = None,
+    guidance_rescale: Annotated[float | None, typer.Option(help="0 to 1.")] = None,
+    eta: Annotated[float | None, typer.Option(help="Noise of each step of DDIM and TCD, 0 to 1.")] = None,
+    clip_skip: Annotated[int | None, typer.Option(help="Layers of the text encoder to leave out.")] = None,
+    num_images_per_prompt: Annotated[int | None, typer.Option(help="Pictures for each prompt.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="One, or one for each picture.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="diffusers class name.")] = None,
+    scheduler_config: Annotated[Any, _json_option("Values of the scheduler's configuration.")] = None,
+    param: Annotated[
+        list[Any] | None, typer.Option(parser=_parameter, metavar="NAME=JSON", help="Any other parameter.")
+    ] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds to wait at most.")] = None,
+    preview: Annotated[Path | None, typer.Option(help="Keep this file up to date with a preview.")] = None,
+    fps: Annotated[float, typer.Option(help="Frames per second of a saved clip.")] = FPS,
+) -> None:
+    """Make pictures, or a clip, and save them."""
+    # The options carry the names of the parameters: what is one goes on as it is.
+    parameters: dict[str, Any] = {
+        name: context.params[name]
+        for name in Parameters.__annotations__.keys() & context.params.keys()
+        if context.params[name] not in (None, [], ())
+    }
+    for name in ("ip_adapter_image", "negative_ip_adapter_image", "ip_adapter_masks"):
+        if name in parameters:
+            parameters[name] = _by_adapter(name, parameters[name])
+    if preview is not None:
+        parameters["preview"] = True
+    parameters |= dict(param or ())
+    with _reported_errors(), Client(url) as client:
+        check_ending(output)
+        if not output.absolute().parent.is_dir():
+            _fail(f"--output: no such folder: {output.parent}")
+        result = _follow(client, model or _only_bundle(client), prompt, parameters, preview)
+        for path in result.save(output, fps=fps):
+            out.print(str(path), soft_wrap=True, highlight=False, markup=False)
+
+
+@app.command(rich_help_panel="Client")
+def models(
+    url: Url = "localhost:8001", as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False
+) -> None:
+    """What is served: adapters, ControlNets, schedulers, sizes and limits of each bundle."""
+    with _reported_errors(), Client(url) as client:
+        described = {name: client.describe(name) for name in client.models()}
+    if as_json:
+        print(json.dumps(described, indent=2))
+        return
+    for name, capabilities in described.items():
+        out.print(_table(name, capabilities))
+    if not described:
+        out.print("no bundles")
+
+
+@app.command(context_settings=_PASS_ON, rich_help_panel="More")
+def demo(context: typer.Context) -> None:
+    """The whole round on the embedded bundle."""
+    raise typer.Exit(_load("imprompt_demo", "export,server").main(context.args))
+
+
+@app.command(context_settings=_PASS_ON, rich_help_panel="More")
+def bench(context: typer.Context) -> None:
+    """Measure latency and throughput of a server."""
+    raise typer.Exit(_load("imprompt_bench.cli", "bench").main(context.args))
+
+
+def _follow(client: Client, model: str, prompt: list[str], parameters: dict[str, Any], preview: Path | None) -> Result:
+    """Send the request and show its progress."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    )  # fmt: skip
+    with ProgressBar(*columns, console=err, transient=True) as bar:
+        task = bar.add_task("waiting", total=None)
+        for event in client.stream(model=model, prompt=prompt, **parameters):
+            if isinstance(event, Result):
+                return event
+            bar.update(task, description="denoising", completed=event.step, total=event.steps)
+            if preview is not None and event.preview is not None:
+                event.preview.save(preview)
+    raise AssertionError("a stream ends with a result or an error")
+
+
+def _only_bundle(client: Client) -> str:
+    served = client.models()
+    if len(served) != 1:
+        _fail(f"--model: which one? Served: {', '.join(served) or 'none'}", status=2)
+    return served[0]
+
+
+def _by_adapter(parameter: str, values: list[str]) -> list[str] | dict[str, list[str]]:
+    """`NAME=FILE` options as a dict by adapter name, `FILE` ones as a list."""
+    named = [None if Path(value).exists() else _ADAPTER_FILE.fullmatch(value) for value in values]
+    if not any(named):
+        return values
+    files: dict[str, list[str]] = {}
+    for match in named:
+        if match is None:
+            option = parameter.replace("_", "-").removesuffix("s")
+            _fail(f"--{option}: either all as NAME=FILE, or none", status=2)
+        files.setdefault(match["adapter"], []).append(match["file"])
+    return files
+
+
+def _table(name: str, capabilities: Capabilities) -> Table:
+    table = Table(title=name, title_justify="left", show_header=False)
+    for key, value in capabilities.items():
+        if key == "ip_adapters":
+            value = [f"{a['name']} ({a['kind']}, {a['image_tokens']} tokens)" for a in capabilities["ip_adapters"]]
+        if isinstance(value, dict):
+            value = [f"{entry} {_short(limits)}" for entry, limits in value.items()]
+        if key != "name":
+            table.add_row(key.replace("_", " "), escape(_short(value)))
+    return table
+
+
+def _short(value: object) -> str:
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(entry, int) for entry in value):
+        return f"{value[0]} to {value[1]}"
+    if isinstance(value, list):
+        return ", ".join(map(_short, value)) or "none"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _load(module: str, extra: str) -> Any:
+    """Another package of the project, or a hint at what to install for it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        _fail(f'{error}. This command needs more packages: pip install "imprompt[{extra}]"')
+
+
+@contextmanager
+def _reported_errors() -> Iterator[None]:
+    """Errors that the user can do something about, as one line."""
+    try:
+        yield
+    except (ImpromptError, ValueError, OSError) as error:
+        _fail(str(error))
+
+
+def _fail(message: str, *, status: int = 1) -> NoReturn:
+    err.print(f"[red]error:[/red] {escape(message)}", soft_wrap=True, highlight=False)
+    raise typer.Exit(status)
