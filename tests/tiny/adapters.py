@@ -6,7 +6,7 @@ tencent-ailab/IP-Adapter.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -15,14 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
-from .base import CROSS_ATTENTION_DIM, VISION, unet_config, vision_config
+from .base import CROSS_ATTENTION_DIM, VISION, Encoder, Family, unet_config, vision_config
 from .weights import generator, linear, normal, private_rng, randomize
 
 Kind = Literal[
     "plain", "light", "plus", "plus_face", "full_face", "faceid", "faceid_portrait", "faceid_plus", "faceid_plusv2"
 ]
-Family = Literal["sd15", "sdxl"]
-Encoder = Literal["vit_h", "big_g"]
 Weights = dict[str, Tensor]
 
 DIM_HEAD = 64  # fixed in diffusers' resampler, and so are its four layers
@@ -87,7 +85,7 @@ def make_adapter(
         subfolder = "" if kind.startswith("faceid") else {"sd15": "models", "sdxl": "sdxl_models"}[family]
     path = Path(folder) / subfolder / weight_name
     path.parent.mkdir(parents=True, exist_ok=True)
-    rng = generator(seed + 10)
+    rng = generator(10 + get_args(Kind).index(kind) + 100 * seed)  # light is not plain, plus-face is not plus
     state = {
         "image_proj": _image_projection(rng, kind, family, encoder),
         "ip_adapter": _attention_layers(rng, family, layers_per_block, lora=kind in LORA_KINDS),

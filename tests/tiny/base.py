@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import (
@@ -29,6 +29,9 @@ from transformers import (
 
 from .tokenizer import VOCABULARY_SIZE, write_tokenizer
 from .weights import calibrate, generator, normal, private_rng, randomize
+
+Family = Literal["sd15", "sdxl"]
+Encoder = Literal["vit_h", "big_g"]
 
 SAMPLE_SIZE = 8  # latents; 64 pixels
 IMAGE_SIZE = 32  # of the CLIP vision encoders
@@ -132,7 +135,7 @@ def make_sdxl(
     return folder
 
 
-def unet_config(family: str, layers_per_block: int | None = None) -> dict[str, Any]:
+def unet_config(family: Family, layers_per_block: int | None = None) -> dict[str, Any]:
     """Arguments of `UNet2DConditionModel`: the real block layout, narrow."""
     common = {
         "sample_size": SAMPLE_SIZE,
@@ -160,7 +163,7 @@ def unet_config(family: str, layers_per_block: int | None = None) -> dict[str, A
     }
 
 
-def vision_config(kind: str) -> CLIPVisionConfig:
+def vision_config(kind: Encoder) -> CLIPVisionConfig:
     """The tiny relatives of OpenCLIP's ViT-H/14 (`vit_h`) and ViT-bigG/14 (`big_g`)."""
     hidden_size, projection_dim = VISION[kind]
     return CLIPVisionConfig(

@@ -12,11 +12,10 @@ from diffusers import ControlNetModel, MotionAdapter, T2IAdapter, UNet2DConditio
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .base import text_config, unet_config
+from .base import Family, text_config, unet_config
 from .images import control_image, pixels
 from .weights import calibrate, generator, normal, private_rng, randomize
 
-Family = Literal["sd15", "sdxl"]
 LoraFormat = Literal["kohya", "peft", "diffusers"]
 CONTROL_ONLY = ("up_block_types", "sample_size")  # what a UNet has and a ControlNet has not
 

@@ -17,11 +17,11 @@ Pictures = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Adapter:
-    """Where one IP-Adapter lies, in the words of `load_ip_adapter`."""
+    """Where one IP-Adapter lies, in the words of `load_ip_adapter` (FaceID: `subfolder=None`, no encoder folder)."""
 
     path: str | Path
     weight_name: str
-    subfolder: str = "models"
+    subfolder: str | None = "models"
     image_encoder_folder: str | None = "image_encoder"
 
 
@@ -58,6 +58,19 @@ def pipeline(
         pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config, **(scheduler_config or {}))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def show_face(
+    pipe: Any, pictures: list[Image.Image], *, adapter: int = 0, shortcut: bool, guidance: bool = True
+) -> None:
+    """Hands the cropped faces to a FaceID-plus adapter, as the guide does; `shortcut` is true for v2 only.
+
+    They stay in the projection layer until the next call, and serve one picture per prompt.
+    """
+    hidden_states, unconditional = pipe.encode_image(pictures, "cpu", 1, True)
+    projection = pipe.unet.encoder_hid_proj.image_projection_layers[adapter]
+    projection.clip_embeds = torch.stack([unconditional, hidden_states] if guidance else [hidden_states])
+    projection.shortcut = shortcut
 
 
 def generate(pipe: Any, *, seed: int | Sequence[int] = 0, **arguments: Any) -> Pictures:
