@@ -161,18 +161,18 @@ def test_adapter_loads_and_matters(root: Path, family: Family, kind: Any, encode
     has_lora = any("lora_A" in name for name in pipe.unet.state_dict())
     assert has_lora == (kind in ("faceid", "faceid_plus", "faceid_plusv2"))
 
-    def draw(seed: int = 0, scale: float = 0.6, photo: int = 0) -> Pictures:
+    def draw(seed: int = 0, scale: float = 0.8, photo: int = 0) -> Pictures:
         pipe.set_ip_adapter_scale(scale)
         if not faces:
-            return generate(pipe, ip_adapter_image=images.photo(seed))
+            return generate(pipe, ip_adapter_image=images.photo(seed), num_inference_steps=2)
         if "plus" in kind:
             show_face(pipe, [images.photo(photo)], shortcut=kind.endswith("v2"))
-        return generate(pipe, ip_adapter_image_embeds=[images.face_embeds(seed=seed)])
+        return generate(pipe, ip_adapter_image_embeds=[images.face_embeds(seed=seed)], num_inference_steps=2)
 
     reference = draw()
     assert differ(reference, draw(seed=1))
     assert differ(reference, draw(scale=0.7))
-    assert differ(draw(scale=0.0), draw(scale=0.8), at_least=15)
+    assert differ(reference, draw(scale=0.0), at_least=15)
     if faces and "plus" in kind:
         assert differ(reference, draw(photo=1))
 
@@ -250,6 +250,15 @@ def test_layers_per_block_reach_the_whole_set(tmp_path: Path) -> None:
     pipe = pipeline(base, [Adapter(path=tmp_path / "adapters", weight_name=path.name)])
     assert sum("attn2" in name for name in pipe.unet.attn_processors) == 16
     assert generate(pipe, ip_adapter_image=images.photo(), num_inference_steps=1).shape == (1, 64, 64, 3)
+
+
+def test_files_have_their_public_names(root: Path) -> None:
+    with safe_open(root / "sd15/text_encoder/model.safetensors", framework="pt") as file:
+        assert "text_model.embeddings.token_embedding.weight" in file.keys()  # noqa: SIM118
+    index = json.loads((root / "sd15/model_index.json").read_text())
+    assert index["feature_extractor"] == ["transformers", "CLIPImageProcessor"]
+    text_encoder = pipeline(root / "sd15").text_encoder
+    assert text_encoder.get_input_embeddings().weight.std() > 0.9  # loaded, not made anew (0.02)
 
 
 def test_scheduler_configurations_are_those_of_the_public_folders(root: Path) -> None:

@@ -1,6 +1,5 @@
 """Complete diffusers pipeline folders with tiny random networks: Stable Diffusion 1.5 and XL."""
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +26,7 @@ from transformers import (
     CLIPVisionConfig,
 )
 
+from .layout import as_published, write_scheduler
 from .tokenizer import VOCABULARY_SIZE, write_tokenizer
 from .weights import calibrate, generator, normal, private_rng, randomize
 
@@ -83,8 +83,8 @@ def make_sd15(
         config = {"_class_name": "PNDMScheduler", "set_alpha_to_one": False, "skip_prk_steps": True}
     else:
         config = {"_class_name": "LCMScheduler", "set_alpha_to_one": True, "original_inference_steps": 50}
-    # Written by hand: diffusers drops `clip_sample`, which PNDM does not know but schedulers made from it do.
-    _write_scheduler(folder, {**config, "clip_sample": False, "steps_offset": 1, "trained_betas": None})
+    write_scheduler(folder, config)
+    as_published(folder)
     return folder
 
 
@@ -120,18 +120,16 @@ def make_sdxl(
     write_tokenizer(folder / "tokenizer_2", pad_token="!")
     config = {
         "_class_name": "EulerDiscreteScheduler",
-        "clip_sample": False,
         "interpolation_type": "linear",
         "prediction_type": "epsilon",
         "sample_max_value": 1.0,
         "set_alpha_to_one": False,
         "skip_prk_steps": True,
-        "steps_offset": 1,
         "timestep_spacing": "leading",
-        "trained_betas": None,
         "use_karras_sigmas": False,
     }
-    _write_scheduler(folder, config)
+    write_scheduler(folder, config)
+    as_published(folder)
     return folder
 
 
@@ -279,16 +277,3 @@ def _safety_checker(seed: int, vae: AutoencoderKL, extractor: CLIPImageProcessor
     checker.concept_embeds_weights[0] = (embeds @ concept / concept.norm()).median()
     checker.special_care_embeds_weights.fill_(1.0)
     return checker
-
-
-def _write_scheduler(folder: Path, config: dict[str, Any]) -> None:
-    config = {
-        "_diffusers_version": "0.6.0",
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "num_train_timesteps": 1000,
-        **config,
-    }
-    (folder / "scheduler").mkdir(exist_ok=True)
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(dict(sorted(config.items())), indent=2))
