@@ -253,13 +253,14 @@ def _scale(model: ServedModel, value: object, adapters: list[str]) -> Tensor:
         entries = [value] * max(len(adapters), 1)
     else:
         entries = [value]
-    if all(_is_number(entry) for entry in entries):
+    entries = [_plain_scale(entry) for entry in entries]
+    if all(isinstance(entry, float) for entry in entries):
         return _numeric(model.inputs[_SCALE], entries)
     if _SCALE_CONFIG not in model.inputs:
         raise invalid(_SCALE, f"{model.bundle} takes numbers only")
     if len(entries) != len(adapters):
         raise invalid(_SCALE, f"one, or one for each of the {len(adapters)} adapters in use; got {len(entries)}")
-    return _bytes_tensor(model.inputs[_SCALE_CONFIG], [_json([_plain_scale(entry) for entry in entries], _SCALE)])
+    return _bytes_tensor(model.inputs[_SCALE_CONFIG], [_json(entries, _SCALE)])
 
 
 def _plain_scale(value: object) -> object:

@@ -172,8 +172,8 @@ def generate(
     # The options carry the names of the parameters: what is one goes on as it is.
     parameters: dict[str, Any] = {
         name: context.params[name]
-        for name in Parameters.__annotations__.keys() & context.params.keys()
-        if context.params[name] not in (None, [], ())
+        for name in Parameters.__annotations__
+        if context.params.get(name) not in (None, [], ())
     }
     for name in ("ip_adapter_image", "negative_ip_adapter_image", "ip_adapter_masks"):
         if name in parameters:

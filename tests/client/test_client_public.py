@@ -1,0 +1,59 @@
+"""What callers can rely on."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import imprompt
+import pytest
+from imprompt import AsyncClient, Client, Parameters
+from imprompt_serving import wire
+
+
+def test_the_public_names_are_these() -> None:
+    assert imprompt.__all__ == [
+        "AsyncClient",
+        "Cancelled",
+        "Capabilities",
+        "Client",
+        "ConnectionFailed",
+        "DeadlineExceeded",
+        "ImageInput",
+        "ImpromptError",
+        "InvalidRequest",
+        "Overloaded",
+        "Parameters",
+        "Progress",
+        "Result",
+        "ServerError",
+        "__version__",
+    ]
+    assert all(hasattr(imprompt, name) for name in imprompt.__all__)
+
+
+def test_it_is_typed() -> None:
+    assert Path(imprompt.__file__).with_name("py.typed").exists()
+
+
+def test_both_clients_have_the_same_methods() -> None:
+    def methods(kind: type) -> dict[str, list[str]]:
+        found = inspect.getmembers(kind, inspect.isfunction)
+        return {name: list(inspect.signature(m).parameters) for name, m in found if not name.startswith("_")}
+
+    assert methods(Client) == methods(AsyncClient)
+
+
+@pytest.mark.parametrize("name", [tensor.name for tensor in (*wire.REQUEST, *wire.STREAM_REQUEST)])
+def test_every_input_of_the_server_has_a_documented_keyword(name: str) -> None:
+    filled_in_by_the_client = ("prompt", "encode_image", "ip_adapter_scale_config")
+    assert name in Parameters.__annotations__ or name in filled_in_by_the_client or name.endswith("_adapter")
+
+
+def test_the_client_needs_nothing_of_the_other_packages() -> None:
+    heavy = ("torch", "diffusers", "onnx", "imprompt_serving", "imprompt_export", "matplotlib")
+    script = f"import sys, imprompt, imprompt.cli; print([m for m in {heavy} if m in sys.modules])"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == "[]"

@@ -1,0 +1,170 @@
+"""What callers get from answers, and what lands in files."""
+
+from __future__ import annotations
+
+import builtins
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_triton import Call, FakeTriton, clips, encoded, picture, texts
+from imprompt import Client, InvalidRequest, Overloaded, Progress, Result, ServerError
+from imprompt._result import read_event
+from PIL import Image
+from tritonclient.grpc import service_pb2
+
+
+@pytest.fixture
+def answered(client: Client, triton: FakeTriton) -> Any:
+    """The result of a request that is answered by these tensors."""
+
+    def ask(outputs: dict[str, np.ndarray], **parameters: Any) -> Result:
+        triton.answer = lambda call: iter([outputs])
+        return client.generate(model="one", prompt="a", **parameters)
+
+    return ask
+
+
+def test_pictures_as_pil_and_as_arrays(answered: Any) -> None:
+    as_pil, as_np = answered(picture(2)), answered(picture(2), output_type="np")
+    assert [image.size for image in as_pil.images] == [(16, 8), (16, 8)]
+    assert all(isinstance(image, Image.Image) for image in as_pil.images)
+    assert np.array_equal(np.stack(as_np.images), picture(2)["images"])
+    as_np.images[0][:] = 0  # the caller's own
+    assert as_pil.frames is None
+    assert as_pil.latents is None
+    assert as_pil.nsfw_content_detected is None
+
+
+def test_latents(answered: Any) -> None:
+    latents = np.random.default_rng(0).normal(size=(2, 4, 1, 2)).astype(np.float32)
+    result = answered({"latents": latents, "seeds": np.array([5, 6])}, output_type="latent")
+    assert np.array_equal(result.latents, latents)
+    assert (result.images, result.seeds, result.timings) == ([], [5, 6], {})
+    with pytest.raises(ValueError, match="output_type was 'latent'"):
+        result.save("out.png")
+
+
+def test_flagged_pictures(answered: Any) -> None:
+    result = answered({**picture(2), "nsfw_content_detected": np.array([False, True])})
+    assert result.nsfw_content_detected == [False, True]
+
+
+def test_clips(answered: Any) -> None:
+    result = answered(clips(2))
+    assert [[frame.getpixel((0, 0))[0] for frame in clip] for clip in result.frames] == [[0, 100, 200]] * 2
+    assert result.images == []
+    as_np = answered(clips(), output_type="np")
+    assert [frame.shape for frame in as_np.frames[0]] == [(8, 16, 3)] * 3
+
+
+def test_encoded_pictures(answered: Any) -> None:
+    result = answered({"encoded": texts(encoded("PNG", "red"), encoded("PNG", "blue"))})
+    assert [image.getpixel((0, 0)) for image in result.images] == [(255, 0, 0), (0, 0, 255)]
+    assert result.frames is None
+    as_np = answered({"encoded": texts(encoded("PNG", "red"))}, output_type="np")
+    assert as_np.images[0].shape == (8, 16, 3)
+
+
+def test_encoded_clips(answered: Any) -> None:
+    result = answered({"encoded": texts(encoded("GIF", "red", "blue"))})
+    assert [frame.getpixel((0, 0)) for frame in result.frames[0]] == [(255, 0, 0), (0, 0, 255)]
+    assert result.images == []
+
+
+def test_previews(client: Client, triton: FakeTriton) -> None:
+    def answer(call: Call) -> Any:
+        step = {"step": np.array([1], np.int32), "steps": np.array([1], np.int32)}
+        yield {**step, "preview": texts(encoded("JPEG", "red"))}
+        yield picture()
+
+    triton.answer = answer
+    progress, _ = client.stream(model="one", prompt="a", preview=True)
+    assert isinstance(progress, Progress)
+    assert progress.preview is not None
+    assert progress.preview.size == (16, 8)
+
+
+def test_an_error_without_a_status_is_the_servers() -> None:
+    answer = service_pb2.ModelStreamInferResponse(error_message="broken")
+    request = type("Request", (), {"id": "7"})
+    with pytest.raises(ServerError, match="broken") as caught:
+        read_event(answer, request)  # type: ignore[arg-type]
+    assert caught.value.request_id == "7"
+
+
+# Files
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+def test_a_picture_is_saved_by_its_ending(answered: Any, tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"out.{ending}"
+    assert answered(picture()).save(path) == [path]
+    assert Image.open(path).size == (16, 8)
+
+
+def test_several_pictures_get_a_number(answered: Any, tmp_path: Path) -> None:
+    paths = answered(picture(2), output_type="np").save(str(tmp_path / "out.png"))
+    assert [path.name for path in paths] == ["out-0.png", "out-1.png"]
+    assert np.array_equal(np.asarray(Image.open(paths[1])), picture(2)["images"][1])
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp"])
+@pytest.mark.parametrize("output_type", ["pil", "np"])
+def test_a_clip_is_saved_as_an_animation(answered: Any, tmp_path: Path, ending: str, output_type: str) -> None:
+    (path,) = answered(clips(), output_type=output_type).save(tmp_path / f"out.{ending}", fps=4)
+    saved: Any = Image.open(path)
+    assert saved.n_frames == 3
+    saved.load()
+    assert saved.info["duration"] == 250
+
+
+def test_a_clip_is_saved_as_video(answered: Any, tmp_path: Path) -> None:
+    imageio = pytest.importorskip("imageio.v3")
+    pytest.importorskip("imageio_ffmpeg")
+    (path,) = answered(clips()).save(tmp_path / "out.mp4")
+    frames = imageio.imread(path)
+    assert frames.shape[0] == 3
+    assert abs(int(frames[2].mean()) - 200) < 20
+
+
+def test_video_without_imageio_says_what_to_install(
+    answered: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = builtins.__import__
+
+    def without_imageio(name: str, *arguments: Any) -> Any:
+        if name.startswith("imageio"):
+            raise ImportError(name)
+        return original(name, *arguments)
+
+    monkeypatch.setattr(builtins, "__import__", without_imageio)
+    with pytest.raises(ValueError, match=r'pip install "imageio\[ffmpeg\]"'):
+        answered(clips()).save(tmp_path / "out.mp4")
+
+
+@pytest.mark.parametrize(("outputs", "ending"), [(clips(), "png"), (picture(), "mp4"), (picture(), "txt")])
+def test_an_ending_that_does_not_fit(answered: Any, tmp_path: Path, outputs: Any, ending: str) -> None:
+    with pytest.raises(ValueError, match="are saved as"):
+        answered(outputs).save(tmp_path / f"out.{ending}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("data", [encoded("JPEG", "red"), encoded("GIF", "red", "blue"), b"....ftypisom..."])
+def test_encoded_answers_are_written_as_they_are(answered: Any, tmp_path: Path, data: bytes) -> None:
+    ending = "mp4" if b"ftyp" in data else "gif" if data.startswith(b"GIF") else "jpg"
+    (path,) = answered({"encoded": texts(data)}).save(tmp_path / f"out.{ending}")
+    assert path.read_bytes() == data
+
+
+def test_encoded_answers_are_converted_when_another_format_is_wanted(answered: Any, tmp_path: Path) -> None:
+    (path,) = answered({"encoded": texts(encoded("JPEG", "red"))}).save(tmp_path / "out.png")
+    assert Image.open(path).format == "PNG"
+
+
+def test_errors_can_cross_processes() -> None:
+    for error in (InvalidRequest("a: b", parameter="a", request_id="7"), Overloaded("full", retry_after=2.0)):
+        copy = pickle.loads(pickle.dumps(error))
+        assert (type(copy), str(copy), vars(copy)) == (type(error), str(error), vars(error))
