@@ -76,21 +76,7 @@ class Call:
     context: grpc.ServicerContext
     cancelled: threading.Event = field(default_factory=threading.Event)
 
-    def encoded(format: str, *colors: str) -> bytes:
-    first, *rest = [Image.new("RGB", (16, 8), color) for color in colors]
-    buffer = io.BytesIO()
-    more: dict[str, Any] = {"save_all": True, "append_images": rest} if rest else {}
-    first.save(buffer, format, **more)
-    return buffer.getvalue()
-
-
-def clips(count: int = 1, frames: int = 3) -> dict[str, np.ndarray]:
-    pixels = np.zeros((count, frames, 8, 16, 3), np.uint8)
-    pixels[:] = np.arange(frames, dtype=np.uint8)[None, :, None, None, None] * 100
-    return {"frames": pixels, "seeds": np.zeros(count, np.int64)}
-
-
-def texts(self, name: str) -> list[str]:
+    def texts(self, name: str) -> list[str]:
         return [value.decode() for value in self.inputs[name]]
 
 
@@ -111,6 +97,20 @@ def picture(count: int = 1) -> dict[str, np.ndarray]:
         "seeds": np.arange(count, dtype=np.int64),
         "timings": texts(json.dumps({"total": 0.5})),
     }
+
+
+def encoded(format: str, *colors: str) -> bytes:
+    first, *rest = [Image.new("RGB", (16, 8), color) for color in colors]
+    buffer = io.BytesIO()
+    more: dict[str, Any] = {"save_all": True, "append_images": rest} if rest else {}
+    first.save(buffer, format, **more)
+    return buffer.getvalue()
+
+
+def clips(count: int = 1, frames: int = 3) -> dict[str, np.ndarray]:
+    pixels = np.zeros((count, frames, 8, 16, 3), np.uint8)
+    pixels[:] = np.arange(frames, dtype=np.uint8)[None, :, None, None, None] * 100
+    return {"frames": pixels, "seeds": np.zeros(count, np.int64)}
 
 
 def texts(*values: str | bytes) -> np.ndarray:

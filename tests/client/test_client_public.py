@@ -46,7 +46,7 @@ def test_both_clients_have_the_same_methods() -> None:
     assert methods(Client) == methods(AsyncClient)
 
 
-@pytest.mark.parametrize("name", [tensor.name for tensor in (*wire.REQUEST, *wire.STREAM_REQUEST)])
+@pytest.mark.parametrize("name", [tensor.name for tensor in (*wire.REQUEST, *wire.SDXL_REQUEST, *wire.STREAM_REQUEST)])
 def test_every_input_of_the_server_has_a_documented_keyword(name: str) -> None:
     filled_in_by_the_client = ("prompt", "encode_image", "ip_adapter_scale_config")
     assert name in Parameters.__annotations__ or name in filled_in_by_the_client or name.endswith("_adapter")
