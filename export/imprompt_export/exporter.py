@@ -83,7 +83,9 @@ def describe(bundle: BundleFile, checkpoints: Checkpoints) -> specs.Bundle:
     unet, vae = pipeline.unet.config, pipeline.vae.config
     sample = unet.sample_size if isinstance(unet.sample_size, list | tuple) else (unet.sample_size,) * 2
     height, width = (size * pipeline.vae_scale_factor for size in sample)
-    scheduler = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
+    # "_use_default_values" stays: from_config of another class then takes its own default for those keys.
+    dropped = ("_class_name", "_diffusers_version", "_name_or_path")
+    scheduler = {key: value for key, value in pipeline.scheduler.config.items() if key not in dropped}
     xl = checkpoints.family == "sdxl"
     parts = [("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")][: 1 + xl]
     configs = [getattr(pipeline, model).config for model, _ in parts]

@@ -1,0 +1,160 @@
+"""The bundles that tests are served from: tiny checkpoints, exported once a session."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from rich.console import Console
+
+from imprompt_export import export
+from tiny import adapters, base, control, oracle
+
+ROOT = Path(__file__).parents[1]
+SHAPES = """
+[shapes]
+height = [32, 64, 256]
+width = [32, 64, 256]
+rows = [1, 2, 8]
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """An exported bundle: its Triton repository, its checkpoints, and the oracle over the same checkpoints."""
+
+    name: str
+    repository: Path
+    checkpoints: Path
+    adapters: tuple[oracle.Adapter, ...]
+
+    def oracle(self, cls: type[DiffusionPipeline] = StableDiffusionPipeline, **arguments: Any) -> Any:
+        """diffusers' pipeline over the checkpoints, adapters loaded."""
+        return oracle.pipeline(self.checkpoints / "base", self.adapters, cls, **arguments)
+
+
+def adapter(name: str, file: Path, root: Path, encoder: str | None) -> str:
+    """An ``[[ip_adapter]]`` section; ``encoder`` is relative to ``root``."""
+    folder = f'"{encoder}"' if encoder else "false"
+    return f"""
+[[ip_adapter]]
+name = "{name}"
+path = "{root.name}"
+subfolder = "{file.parent.relative_to(root).as_posix()}"
+weight_name = "{file.name}"
+image_encoder_folder = {folder}
+"""
+
+
+def _sd15(folder: Path) -> list[str]:
+    """Plain (.bin), plus (.safetensors) and full-face on the SD1.5 layout."""
+    base.make_sd15(folder / "base")
+    root = folder / "ip"
+    adapters.make_image_encoder(root / "models/image_encoder")
+    plain = adapters.make_adapter(root, "plain", weight_name="ip-adapter_sd15.bin")
+    plus, face = (adapters.make_adapter(root, kind) for kind in ("plus", "full_face"))
+    encoder = "models/image_encoder"
+    return [
+        adapter("plain", plain, root, encoder),
+        adapter("plus", plus, root, encoder),
+        adapter("full_face", face, root, encoder),
+    ]
+
+
+def _sd15_face(folder: Path) -> list[str]:
+    """FaceID plus v2, whose LoRA is fused, and the portrait kind."""
+    base.make_sd15(folder / "base")
+    root = folder / "ip"
+    adapters.make_image_encoder(root / "models/image_encoder")
+    portrait = adapters.make_adapter(root, "faceid_portrait")
+    plus = adapters.make_adapter(root, "faceid_plusv2")
+    return [
+        adapter("portrait", portrait, root, None),
+        adapter("plus_face", plus, root, "models/image_encoder"),
+    ]
+
+
+def _sdxl(folder: Path) -> list[str]:
+    """Plain with the bigG encoder."""
+    base.make_sdxl(folder / "base")
+    root = folder / "ip"
+    adapters.make_image_encoder(root / "sdxl_models/image_encoder", kind="big_g")
+    plain = adapters.make_adapter(root, "plain", family="sdxl")
+    return [adapter("plain", plain, root, "sdxl_models/image_encoder")]
+
+
+def _inpaint(folder: Path) -> list[str]:
+    """A UNet of nine input channels."""
+    base.make_sd15(folder / "base", in_channels=9)
+    root = folder / "ip"
+    adapters.make_image_encoder(root / "models/image_encoder")
+    return [adapter("plain", adapters.make_adapter(root, "plain"), root, "models/image_encoder")]
+
+
+def _lcm(folder: Path) -> list[str]:
+    """An LCM-LoRA fused into a base with a safety checker."""
+    base.make_sd15(folder / "base", safety_checker=True)
+    root = folder / "ip"
+    adapters.make_image_encoder(root / "models/image_encoder")
+    lora = control.make_lora(folder / "lora")
+    section = f"""
+[[lora]]
+path = "lora"
+weight_name = "{lora.name}"
+"""
+    return [section, adapter("plain", adapters.make_adapter(root, "plain"), root, "models/image_encoder")]
+
+
+MAKERS: dict[str, Callable[[Path], list[str]]] = {
+    "sd15": _sd15,
+    "sd15_face": _sd15_face,
+    "sdxl": _sdxl,
+    "inpaint": _inpaint,
+    "lcm": _lcm,
+}
+
+
+def make(name: str, cache: Path) -> Made:
+    """Make and export bundle ``name``. Kept in ``cache`` as long as the sources that make it stay the same."""
+    folder = cache / f"{name}-{_sources()}"
+    done = folder / "done"
+    if not done.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        sections = "".join(MAKERS[name](folder))
+        (folder / "bundle.toml").write_text(f'name = "{name}"\nbase = "base"\n{sections}{SHAPES}')
+        export(folder / "bundle.toml", folder / "repository", Console(file=open(os.devnull, "w")))  # noqa: SIM115
+        done.touch()
+    repository, loaded = folder / "repository", tuple(_read_adapters(folder))
+    return Made(name=name, repository=repository, checkpoints=folder, adapters=loaded)
+
+
+def _read_adapters(folder: Path) -> list[oracle.Adapter]:
+    sections = tomllib.loads((folder / "bundle.toml").read_text())["ip_adapter"]
+    return [
+        oracle.Adapter(
+            path=folder / section["path"],
+            weight_name=section["weight_name"],
+            subfolder=section["subfolder"],
+            image_encoder_folder=section["image_encoder_folder"] or None,
+        )
+        for section in sections
+    ]
+
+
+def _sources() -> str:
+    """A short hash of every source file that decides what an exported bundle is."""
+    digest = hashlib.sha256()
+    serving = ROOT / "model_repository/imprompt_serving"
+    files = [*(ROOT / "export").rglob("*.py"), *(ROOT / "tests/tiny").glob("*.py"), Path(__file__)]
+    files += [serving / f"{name}.py" for name in ("capabilities", "config", "specs", "wire")]
+    for file in sorted(files):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
