@@ -115,6 +115,7 @@ def describe(bundle: BundleFile, checkpoints: Checkpoints) -> specs.Bundle:
         ),
         safety_checker=_safety_checker(pipeline),
         shapes=bundle.shapes,
+        limits=bundle.limits,
         backend=bundle.engine.backend,
         precision=bundle.engine.precision,
     )

@@ -53,6 +53,9 @@ class Reader:
             raise InvalidRequest(name, f"must be {low} to {high}, got {value}")
         return value
 
+    def flag(self, name: str) -> bool:
+        return bool(_single(name, tuple(self._tensors[name].ravel()))) if name in self else False
+
     def pair(self, name: str) -> tuple[int, int] | None:
         if name not in self:
             return None
