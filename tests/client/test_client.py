@@ -307,6 +307,13 @@ def test_a_server_that_stops_at_the_deadline_has_the_same_error(client: Any, tri
         list(getattr(client, method)(model="one", prompt="a", timeout=0.2))
 
 
+def test_timeout_counts_from_the_first_question(client: Any, triton: FakeTriton) -> None:
+    triton.config_delay = 0.5
+    with pytest.raises(DeadlineExceeded, match=r"timeout: 0\.2 seconds are over"):
+        client.generate(model="one", prompt="a", timeout=0.2)
+    assert not triton.calls
+
+
 def test_a_request_without_timeout_has_no_deadline(client: Any, triton: FakeTriton) -> None:
     client.generate(model="one", prompt="a")
     (call,) = triton.calls
