@@ -13,6 +13,7 @@ import grpc
 import numpy as np
 import pytest
 from fake_triton import Call, FakeTriton, Refusal, in_turn, picture, picture_answer, refuse, texts, until_cancelled
+
 from imprompt import (
     AsyncClient,
     Cancelled,
