@@ -1,4 +1,4 @@
-"""The bundle file: one checkpoint set under one name, as TOML. Parsed strictly and checked before anything is exported."""
+"""The bundle file: one checkpoint set under one name, as TOML; parsed strictly, checked before any export."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     pass
 
 
-class IPAdapterSection(_Section):
+class IPAdapterSection(_Section, frozen=True):
     """An IP-Adapter, with the parameters of diffusers' ``load_ip_adapter``."""
 
     name: str
@@ -33,7 +33,7 @@ class IPAdapterSection(_Section):
     image_encoder_folder: str | Literal[False] = "image_encoder"
 
 
-class LoraSection(_Section):
+class LoraSection(_Section, frozen=True):
     """A LoRA that is fused into the base, with the parameters of diffusers' ``load_lora_weights``."""
 
     path: str
@@ -42,7 +42,7 @@ class LoraSection(_Section):
     scale: float = 1.0
 
 
-class EngineSection(_Section):
+class EngineSection(_Section, frozen=True):
     """What the engines are compiled to, and who hosts the encoders and the VAE."""
 
     backend: Literal["onnxruntime"] = "onnxruntime"
@@ -50,7 +50,7 @@ class EngineSection(_Section):
     host: Literal["python", "native"] = "python"
 
 
-class BundleFile(_Section):
+class BundleFile(_Section, frozen=True):
     """A parsed bundle file; relative paths in it are relative to ``folder``."""
 
     name: str

@@ -132,9 +132,9 @@ JOB_RESPONSE: tuple[Tensor, ...] = (
 
 
 def job_tensors(bundle: Bundle) -> tuple[Tensor, ...]:
-    """Inputs of the denoiser: ``job`` (JSON of ``job.JobRequest``) and its tensors.
+    """Inputs of the denoiser: ``job`` (a ``job.JobRequest``) and its tensors.
 
-    Or ``admit`` alone (JSON of ``job.Admission``), or the id of a job to ``cancel``.
+    Or ``admit`` alone (a ``job.Admission``), or the id of a job to ``cancel``.
     """
     width = sum(encoder.hidden_size for encoder in bundle.text_encoders)
     length = bundle.text_encoders[0].max_length

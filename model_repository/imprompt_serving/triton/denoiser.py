@@ -92,4 +92,8 @@ def _progress(step: int, steps: int, predicted: torch.Tensor | None, family: str
 def _result(job: Job) -> dict[str, np.ndarray]:
     started = job.started or job.arrived
     timings = {"queue": started - job.arrived, "denoise": time.monotonic() - started}
-    return {"latents": job.latents.numpy(), "timings": texts(json.dumps(timings)), **_progress(job.steps, job.steps, None, "")}
+    return {
+        "latents": job.latents.numpy(),
+        "timings": texts(json.dumps(timings)),
+        **_progress(job.steps, job.steps, None, ""),
+    }
