@@ -33,7 +33,7 @@ class Shapes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How long the waiting line of the denoiser may get; beyond it requests are refused at once.
 
-    A row is one picture in one guidance branch. The seconds are estimated from what a call of the UNet has taken lately.
+    A row is one picture in one guidance branch. The seconds are estimated from the latest calls of the UNet.
     """
 
     waiting_rows: int = 128

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import pytest
+
 from imprompt_serving.denoiser.policy import (
     DEFAULT_PRIORITY,
     FIRST_PRIORITY,

@@ -14,7 +14,6 @@ from imprompt_serving.pipeline.request import Request
 from imprompt_serving.pipeline.stages import Stages
 from imprompt_serving.specs import Bundle
 
-
 _DECODED_TOGETHER = 2
 """Pictures of one request that are decoded at the same time."""
 
