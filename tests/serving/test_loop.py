@@ -250,16 +250,18 @@ def test_a_listener_that_fails_ends_its_job_only(room: Room) -> None:
     assert other.final == "finished"
 
 
-def test_exactly_one_final_answer(room: Room) -> None:
+def test_exactly_one_final_answer() -> None:
     """Finishing, cancelling and the deadline at the same time, again and again."""
-    answers = []
+    room = Room(Limits(waiting_rows=1000, waiting_seconds=1000.0))
     room.gate.open(None)
+    answers = []
     for index in range(200):
         answers.append(room.submit(FakeJob(f"{index}", steps=2, timeout=0.002 if index % 3 else None)))
         if index % 2:
             room.denoiser.cancel(f"{index}")
     for answer in answers:
         assert answer.final is not None
+    room.denoiser.stop()
     assert [len(answer.finals) for answer in answers] == [1] * 200
     assert len(room.meter.outcomes) == 200
 
