@@ -139,7 +139,7 @@ def test_the_http_call_of_the_protocol_page(sd15: Served) -> None:
 
 @pytest.mark.parametrize(
     ("name", "datatype", "value", "status"),
-    [("strength", "FP64", 0.5, 400), ("timeout", "FP64", 0.001, 500)],
+    [("strength", "FP64", 0.5, 400), ("timeout", "FP64", 0.001, 400)],
 )
 def test_http_status_of_errors(sd15: Served, name: str, datatype: str, value: float, status: int) -> None:
     inputs = [
