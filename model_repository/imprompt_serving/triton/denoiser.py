@@ -12,16 +12,19 @@ import msgspec
 import numpy as np
 import torch
 
+from imprompt_serving import metrics
 from imprompt_serving.denoiser.batch import Batcher
 from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.line import Load
 from imprompt_serving.denoiser.loop import Denoiser, Listener
 from imprompt_serving.denoiser.preview import previews
+from imprompt_serving.denoiser.warm_up import warm_up
 from imprompt_serving.engines import load_engine
 from imprompt_serving.errors import RequestError
 from imprompt_serving.job import Admission, JobRequest
 from imprompt_serving.specs import Bundle
+from imprompt_serving.triton.metrics import DenoiserMeter, Metrics
 from imprompt_serving.triton.tensors import arrays, response, send_final, texts
 
 logger = logging.getLogger(__name__)
@@ -38,7 +41,11 @@ class TritonPythonModel:
 
         projections = {adapter.name: engine(f"image_projection_{adapter.name}") for adapter in bundle.adapters}
         self._conditioner = Conditioner(bundle, projections)
-        self._denoiser = Denoiser(engine("unet"), Batcher(bundle), bundle.shapes.rows.max, bundle.limits)
+        self._metrics = Metrics(metrics.DENOISER, args["model_name"])
+        meter = DenoiserMeter(self._metrics)
+        self._denoiser = Denoiser(engine("unet"), Batcher(bundle), bundle.shapes.rows.max, bundle.limits, meter)
+        with torch.no_grad():
+            warm_up(bundle, self._conditioner, self._denoiser)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -75,6 +82,7 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         self._denoiser.stop()
+        self._metrics.close()
 
 
 def _refuse(sender: Any, error: RequestError) -> None:
