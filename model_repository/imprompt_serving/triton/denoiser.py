@@ -41,11 +41,12 @@ class TritonPythonModel:
 
         projections = {adapter.name: engine(f"image_projection_{adapter.name}") for adapter in bundle.adapters}
         self._conditioner = Conditioner(bundle, projections)
+        unet = engine("unet")
+        with torch.no_grad():
+            warm_up(bundle, self._conditioner, unet)
         self._metrics = Metrics(metrics.DENOISER, args["model_name"])
         meter = DenoiserMeter(self._metrics)
-        self._denoiser = Denoiser(engine("unet"), Batcher(bundle), bundle.shapes.rows.max, bundle.limits, meter)
-        with torch.no_grad():
-            warm_up(bundle, self._conditioner, self._denoiser)
+        self._denoiser = Denoiser(unet, Batcher(bundle), bundle.shapes.rows.max, bundle.limits, meter)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
