@@ -23,7 +23,7 @@ Array = np.ndarray[Any, Any]
 FPS = 8
 """Frames per second of saved clips: what AnimateDiff's motion modules were trained for."""
 _ANIMATIONS = (".gif", ".webp")
-_VIDEOS = (".mp4", ".webm", ".mov", ".mkv")
+_VIDEO = ".mp4"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +75,7 @@ class Result:
     def save(self, path: str | Path, *, fps: float = FPS) -> list[Path]:
         """Write the pictures or clips, in the format of the file's ending; several get a number (`out-0.png`).
 
-        Clips go to `.gif` or `.webp` (pillow), or to `.mp4` (needs `pip install "imageio[ffmpeg]"`).
+        Clips go to `.gif` or `.webp` (pillow), or to `.mp4` (needs `pip install "imageio[pyav]"`).
 
         Returns:
             The files written.
@@ -178,13 +178,13 @@ def check_ending(path: Path) -> None:
     Raises:
         ValueError: the ending stands for no known format.
     """
-    if _format_of(path) is None and path.suffix.lower() not in _VIDEOS:
+    if _format_of(path) is None and path.suffix.lower() != _VIDEO:
         raise ValueError(f"{path.name}: pictures are saved as .png, .jpg or .webp, clips as .gif, .webp or .mp4")
 
 
 def _format_of(path: Path) -> str | None:
     """The format that a file's ending stands for, as pillow names it."""
-    return Image.registered_extensions().get(path.suffix.lower(), "MP4" if path.suffix.lower() == ".mp4" else None)
+    return Image.registered_extensions().get(path.suffix.lower(), "MP4" if path.suffix.lower() == _VIDEO else None)
 
 
 def _container(data: bytes) -> str | None:
@@ -203,11 +203,14 @@ def _save_clip(clip: Sequence[Any], path: Path, fps: float) -> None:
     if path.suffix.lower() in _ANIMATIONS:
         first, *rest = frames
         first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
-    elif path.suffix.lower() in _VIDEOS:
+    elif path.suffix.lower() == _VIDEO:
+        pixels = np.stack([np.asarray(frame) for frame in frames])
         try:
             from imageio import v3 as imageio
+
+            # In this process: a program of its own (ffmpeg) would be forked from one that gRPC's threads run in.
+            imageio.imwrite(path, pixels, fps=fps, plugin="pyav", codec="libx264")
         except ImportError:
-            raise ValueError(f'{path.suffix} needs: pip install "imageio[ffmpeg]"; .gif and .webp do not') from None
-        imageio.imwrite(path, np.stack([np.asarray(frame) for frame in frames]), fps=fps, codec="libx264")
+            raise ValueError(f'{path.suffix} needs: pip install "imageio[pyav]"; .gif and .webp do not') from None
     else:
-        raise ValueError(f"{path.name}: clips are saved as {', '.join((*_ANIMATIONS, *_VIDEOS))}")
+        raise ValueError(f"{path.name}: clips are saved as {', '.join((*_ANIMATIONS, *_VIDEO))}")

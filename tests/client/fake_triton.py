@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -111,6 +112,11 @@ def clips(count: int = 1, frames: int = 3) -> dict[str, np.ndarray]:
     pixels = np.zeros((count, frames, 8, 16, 3), np.uint8)
     pixels[:] = np.arange(frames, dtype=np.uint8)[None, :, None, None, None] * 100
     return {"frames": pixels, "seeds": np.zeros(count, np.int64)}
+
+
+def opened(path: Path) -> Any:
+    """A picture file, read."""
+    return Image.open(io.BytesIO(path.read_bytes()))
 
 
 def texts(*values: str | bytes) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from fake_triton import Call, FakeTriton, clips, encoded, picture, refuse, texts
+from fake_triton import Call, FakeTriton, clips, encoded, opened, picture, refuse, texts
 from imprompt import __version__, cli
 from PIL import Image
 from typer.testing import CliRunner
@@ -46,7 +46,7 @@ def generate(run: Any, url: str) -> Any:
 def test_a_picture_is_saved_and_named(generate: Any, folder: Path) -> None:
     outcome = generate("-o", "cat.png")
     assert (outcome.exit_code, outcome.stdout) == (0, "cat.png\n"), outcome.output
-    assert Image.open(folder / "cat.png").size == (16, 8)
+    assert opened(folder / "cat.png").size == (16, 8)
 
 
 def test_several_pictures_get_a_number(generate: Any, triton: FakeTriton, folder: Path) -> None:
@@ -116,13 +116,13 @@ def test_a_preview_is_kept_up_to_date(generate: Any, triton: FakeTriton, folder:
     triton.answer = answer
     assert generate("--preview", "now.png").exit_code == 0
     assert triton.calls[0].inputs["preview"].tolist() == [True]
-    assert Image.open(folder / "now.png").size == (16, 8)
+    assert opened(folder / "now.png").size == (16, 8)
 
 
 def test_a_clip_is_saved(generate: Any, triton: FakeTriton, folder: Path) -> None:
     triton.answer = lambda call: iter([clips()])
     assert generate("-o", "out.gif").exit_code == 0
-    saved: Any = Image.open(folder / "out.gif")
+    saved = opened(folder / "out.gif")
     assert saved.n_frames == 3
 
 

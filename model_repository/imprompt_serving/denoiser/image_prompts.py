@@ -45,6 +45,7 @@ def _expanded(bundle: Bundle, use: AdapterUse) -> list[tuple[Any, Any]]:
         part: sorted({int(name.split(".")[1]) for name in names if name.startswith(f"{part}_blocks")})
         for part in ("down", "up")
     }
+    _check_blocks(bundle, use)
     model: Any = SimpleNamespace(state_dict=lambda: dict.fromkeys(names))
     try:
         expanded = _maybe_expand_lora_scales_for_one_adapter(
@@ -57,6 +58,18 @@ def _expanded(bundle: Bundle, use: AdapterUse) -> list[tuple[Any, Any]]:
         (layer, next((scale for block, scale in expanded.items() if layer.name.startswith(block)), 1.0))
         for layer in bundle.layers
     ]
+
+
+def _check_blocks(bundle: Bundle, use: AdapterUse) -> None:
+    """Refuse blocks that no UNet of this shape has; those without attention are ignored, as in diffusers."""
+    assert isinstance(use.scale, dict)
+    known = [f"block_{index}" for index in range(max(bundle.levels) + 1)]
+    for part, value in use.scale.items():
+        unknown = [f"{part}.{block}" for block in (value if isinstance(value, dict) else ()) if block not in known]
+        if part not in ("down", "mid", "up"):
+            unknown = [part]
+        if unknown:
+            raise InvalidRequest("ip_adapter_scale", f"{use.name}: {bundle.name} has no {', '.join(unknown)}")
 
 
 def _layer_value(bundle: Bundle, use: AdapterUse, layer: str, scale: Any) -> float | list[float]:

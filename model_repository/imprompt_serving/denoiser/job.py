@@ -47,14 +47,13 @@ class Job:
         """Jobs with equal keys can share a call."""
 
         self._index = 0
-        self._noise_pred = torch.empty(self.rows, *self.latents.shape[1:])
-        self._filled = 0
+        self._computed: list[Tensor] = []
         self._model_input: Tensor | None = None
 
     @property
     def pending(self) -> int:
         """Rows of the current step that no call has computed yet."""
-        return self.rows - self._filled
+        return self.rows - sum(len(rows) for rows in self._computed)
 
     @property
     def done(self) -> bool:
@@ -92,14 +91,16 @@ class Job:
         return self._model_input, timestep.to(torch.float32).expand(self.rows)
 
     def fill(self, noise_pred: Tensor) -> None:
-        """Take the UNet's output for the next ``len(noise_pred)`` pending rows; steps when it was the last."""
-        self._noise_pred[self._filled : self._filled + len(noise_pred)] = noise_pred
-        self._filled += len(noise_pred)
+        """Take the UNet's output for the next ``len(noise_pred)`` pending rows; steps when it was the last.
+
+        The tensor is kept: multistep schedulers look back at earlier outputs, so nobody may write into it again.
+        """
+        self._computed.append(noise_pred)
         if not self.pending:
             self._step()
 
     def _step(self) -> None:
-        noise_pred = self._noise_pred
+        noise_pred = self._computed[0] if len(self._computed) == 1 else torch.cat(self._computed)
         if self.branches == 2:
             unconditional, conditional = noise_pred.chunk(2)
             noise_pred = unconditional + self.request.guidance_scale * (conditional - unconditional)
@@ -109,7 +110,7 @@ class Job:
         arguments = self._step_arguments
         self.latents = self._scheduler.step(noise_pred, timestep, self.latents, **arguments, return_dict=False)[0]
         self._index += 1
-        self._filled = 0
+        self._computed = []
         self._model_input = None
         if self._start.blend is not None:
             self._keep_unmasked(*self._start.blend)

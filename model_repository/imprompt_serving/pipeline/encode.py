@@ -39,28 +39,25 @@ class TextPromptEncoder:
 
     async def _embeds(self, prompts: tuple[tuple[str, ...], ...], clip_skip: int, prefix: str) -> Tensors:
         """Embeddings of one branch; those of several text encoders stand side by side."""
-        pairs = list(zip(self._bundle.text_encoders, self._tokenizers, prompts, strict=True))
-        states = await asyncio.gather(
-            *(self._by_prompt(e, t, texts, clip_skip, "hidden_states") for e, t, texts in pairs)
-        )
-        embeds = {f"{prefix}prompt_embeds": np.concatenate(states, axis=-1)}
+        encoders = zip(self._bundle.text_encoders, self._tokenizers, prompts, strict=True)
+        answers = await asyncio.gather(*(self._by_prompt(e, t, texts, clip_skip) for e, t, texts in encoders))
+        embeds = {f"{prefix}prompt_embeds": np.concatenate([a["hidden_states"] for a in answers], axis=-1)}
         if self._bundle.pooled_size:
-            pooled = await self._by_prompt(*pairs[-1], clip_skip, "text_embeds")
-            embeds[f"{prefix}pooled_prompt_embeds"] = pooled
+            embeds[f"{prefix}pooled_prompt_embeds"] = answers[-1]["text_embeds"]
         return embeds
 
     async def _by_prompt(
-        self, encoder: TextEncoder, tokenizer: PromptTokenizer, prompts: Sequence[str], clip_skip: int, output: str
-    ) -> np.ndarray:
+        self, encoder: TextEncoder, tokenizer: PromptTokenizer, prompts: Sequence[str], clip_skip: int
+    ) -> Tensors:
         """A call for each different prompt: equal ones are then answered by Triton's response cache."""
 
-        async def encode(prompt: str) -> np.ndarray:
+        async def encode(prompt: str) -> Tensors:
             tensors = {"input_ids": tokenizer(prompt), "clip_skip": np.array([[clip_skip]], np.int64)}
-            return await self._models.call(self._bundle.model(encoder.engine), tensors, output)
+            return await self._models.call(self._bundle.model(encoder.engine), tensors)
 
         different = list(dict.fromkeys(prompts))
         found = dict(zip(different, await asyncio.gather(*map(encode, different)), strict=True))
-        return np.concatenate([found[prompt] for prompt in prompts])
+        return {name: np.concatenate([found[prompt][name] for prompt in prompts]) for name in found[prompts[0]]}
 
 
 class ImagePromptEncoder:
@@ -121,7 +118,7 @@ class ImagePromptEncoder:
         """One picture's features. A call each: equal pictures are then answered by Triton's response cache."""
         output = "hidden_states" if adapter.uses_hidden_states else "image_embeds"
         model = self._bundle.model(f"image_encoder_{adapter.image_encoder}")
-        return (await self._models.call(model, {"pixel_values": pixels[None]}, output))[0]
+        return (await self._models.call(model, {"pixel_values": pixels[None]}))[output][0]
 
 
 def _given(embeds: np.ndarray, guided: bool) -> tuple[np.ndarray | None, np.ndarray]:
@@ -144,8 +141,9 @@ async def encode_start(request: Request, bundle: Bundle, models: Models, stages:
         images, masks = ([fit_filled(i.crop(box), width, height) for i in group] for group in (images, masks))
 
     async def encode(pixels: np.ndarray) -> np.ndarray:
-        parts = (models.call(bundle.model("vae_encoder"), {"sample": picture[None]}, "moments") for picture in pixels)
-        return np.concatenate(await asyncio.gather(*parts))
+        model = bundle.model("vae_encoder")
+        parts = await asyncio.gather(*(models.call(model, {"sample": picture[None]}) for picture in pixels))
+        return np.concatenate([part["moments"] for part in parts])
 
     with stages.measure("vae_encoder"):
         pixels = vae_pixels(images, height, width)

@@ -40,16 +40,16 @@ class Finisher:
     async def _decode(self, latents: np.ndarray) -> np.ndarray:
         """Latents -> uint8 pictures, a picture a call, so that memory stays bounded and other requests get a turn."""
         model = self._bundle.model("vae_decoder")
-        parts = (self._models.call(model, {"latents": sample[None]}, "images") for sample in latents)
-        return np.concatenate(await asyncio.gather(*parts))
+        parts = await asyncio.gather(*(self._models.call(model, {"latents": sample[None]}) for sample in latents))
+        return np.concatenate([part["images"] for part in parts])
 
     async def _unsafe(self, pictures: np.ndarray) -> np.ndarray:
         """Whether each picture is unsafe [N]."""
         encoder, model = self._bundle.safety_checker, self._bundle.model("safety_checker")
         assert encoder is not None
         pixels = [clip_pixels(Image.fromarray(picture), encoder) for picture in pictures]
-        parts = (self._models.call(model, {"pixel_values": p[None]}, "nsfw") for p in pixels)
-        return np.concatenate(await asyncio.gather(*parts))[:, 0]
+        parts = await asyncio.gather(*(self._models.call(model, {"pixel_values": p[None]}) for p in pixels))
+        return np.concatenate([part["nsfw"] for part in parts])[:, 0]
 
 
 def _put_back(request: Request, pictures: np.ndarray) -> np.ndarray:

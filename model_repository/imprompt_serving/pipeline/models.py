@@ -13,8 +13,8 @@ Tensors = dict[str, np.ndarray]
 class Models(Protocol):
     """Calls by model name, tensors by name."""
 
-    async def call(self, model: str, tensors: Mapping[str, np.ndarray], output: str) -> np.ndarray:
-        """One output of an engine."""
+    async def call(self, model: str, tensors: Mapping[str, np.ndarray]) -> Tensors:
+        """All outputs of an engine. (Triton's response cache does not tell apart which ones a request asked for.)"""
         ...
 
     def stream(self, model: str, tensors: Mapping[str, np.ndarray]) -> AsyncIterator[Tensors]:

@@ -34,13 +34,13 @@ class TritonModels:
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_MAX_IN_FLIGHT, thread_name_prefix="stream")
 
-    async def call(self, model: str, tensors: Mapping[str, np.ndarray], output: str) -> np.ndarray:
-        answer = await _request(model, tensors, [output]).async_exec()
+    async def call(self, model: str, tensors: Mapping[str, np.ndarray]) -> Tensors:
+        answer = await _request(model, tensors).async_exec()
         raise_for_error(answer)
-        return arrays(answer)[output]
+        return arrays(answer)
 
     async def stream(self, model: str, tensors: Mapping[str, np.ndarray]) -> AsyncIterator[Tensors]:
-        answers = await _request(model, tensors, []).async_exec(decoupled=True)
+        answers = await _request(model, tensors).async_exec(decoupled=True)
         loop = asyncio.get_running_loop()
         while (answer := await loop.run_in_executor(self._threads, next, answers, None)) is not None:
             raise_for_error(answer)
@@ -48,8 +48,8 @@ class TritonModels:
                 yield arrays(answer)
 
 
-def _request(model: str, tensors: Mapping[str, np.ndarray], outputs: list[str]) -> Any:
-    return pb_utils.InferenceRequest(model_name=model, requested_output_names=outputs, inputs=to_tensors(tensors))
+def _request(model: str, tensors: Mapping[str, np.ndarray]) -> Any:
+    return pb_utils.InferenceRequest(model_name=model, requested_output_names=[], inputs=to_tensors(tensors))
 
 
 class TritonPythonModel:

@@ -1,0 +1,45 @@
+# Needs make and a Python 3.11 or 3.12 with a shared libpython; everything else is installed into .venv.
+# Another Python: make PYTHON=/opt/python/bin/python3.12 demo
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHONS := $(or $(PYTHON),python3.11 python3.12 python3 python)
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable
+PACKAGING := pyproject.toml constraints.txt
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/.installed  ## export a small bundle, serve it, and make imprompt-demo.png
+	$(BIN)/imprompt demo
+
+test: $(VENV)/.installed-dev  ## all tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-dev  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev  ## latency and throughput; options in BENCH="..."
+	$(BIN)/imprompt bench $(BENCH)
+
+clean:  ## remove the virtual environment and what the demo made
+	rm -rf $(VENV) .demo
+
+$(VENV)/pyvenv.cfg: | tools/suitable_python.py
+	@for python in $(PYTHONS); do \
+		command -v $$python >/dev/null || continue; \
+		if "$$python" $|; then echo "making $(VENV) with $$(command -v $$python)"; exec "$$python" -m venv $(VENV); fi; \
+	done; \
+	echo "No suitable Python (3.11 or 3.12 with a shared libpython) among: $(PYTHONS)." >&2; \
+	echo "Name one: make PYTHON=/path/to/python3.11 ..." >&2; \
+	exit 1
+
+# What a caller of imprompt installs, and what a contributor does. The second is a superset of the first.
+$(VENV)/.installed: $(PACKAGING) | $(VENV)/pyvenv.cfg
+	$(INSTALL) ".[export,server]"
+	@touch $@
+
+$(VENV)/.installed-dev: $(PACKAGING) | $(VENV)/pyvenv.cfg
+	$(INSTALL) ".[export,server,bench,dev]"
+	@touch $@ $(VENV)/.installed
