@@ -76,7 +76,11 @@ def _embedding(name: str, layer: nn.Module, config: Any, *, reverse: bool) -> Gr
         name=f"controlnet_embedding_{name}",
         module=layer,
         run=run,
-        inputs=(Input(name="control_image", shape=("batch", config.conditioning_channels, "height", "width"), values="unit"),),
+        inputs=(
+            Input(
+                name="control_image", shape=("batch", config.conditioning_channels, "height", "width"), values="unit"
+            ),
+        ),
         outputs={"control_embedding": ("batch", config.block_out_channels[0], "h", "w")},
         checks=({"batch": 1, "height": 64, "width": 64}, {"batch": 2, "height": 72, "width": 96}),
         tolerance=1e-3,

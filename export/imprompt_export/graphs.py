@@ -242,7 +242,7 @@ def level_sizes(shapes: Iterable[Residual], h: int, w: int) -> Axes:
 
 
 def unet(model: nn.Module, adapters: list[str], residuals: Sequence[Residual] = ()) -> Graph:
-    """The UNet of one denoising step, with image prompts as tensors (see ``image_prompt``), and what ControlNets add."""
+    """The UNet of one denoising step; image prompts (see ``image_prompt``) and what ControlNets add are inputs."""
     config = model.config
     prompts = image_prompt.install(model)
     layers = image_prompt.cross_attention_layers(model)
@@ -278,7 +278,8 @@ def unet(model: nn.Module, adapters: list[str], residuals: Sequence[Residual] = 
         prompts.scale = [tensors[f"ip_scale_{name}"] for name in adapters]
         prompts.masks = [{i: tensors[f"ip_mask_{name}_{i}"] for i in levels} for name in adapters]
         sample, timestep, text = (tensors[name] for name in ("sample", "timestep", "encoder_hidden_states"))
-        *down, middle = [tensors[name] for name in control] or [None]
+        down = [tensors[name] for name in control]
+        middle = down.pop() if down else None
         return model(
             sample,
             timestep,

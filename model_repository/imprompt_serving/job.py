@@ -25,7 +25,7 @@ class AdapterUse(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ControlUse(msgspec.Struct, frozen=True, kw_only=True):
-    """A ControlNet in one request; its control images travel as a tensor. Active from ``start`` to ``end`` of the steps."""
+    """A ControlNet in one request, active from ``start`` to ``end`` of the steps; its images travel as a tensor."""
 
     name: str
     scale: float = 1.0

@@ -87,8 +87,12 @@ CONTROL_REQUEST: tuple[Tensor, ...] = (
     Tensor(
         "controlnet_conditioning_scale", "FP64", MANY, "strength: one for all nets, or one each (default as diffusers)"
     ),
-    Tensor("control_guidance_start", "FP64", MANY, "share of the steps before a net acts: one, or one each (default 0)"),
-    Tensor("control_guidance_end", "FP64", MANY, "share of the steps after which it stops: one, or one each (default 1)"),
+    Tensor(
+        "control_guidance_start", "FP64", MANY, "share of the steps before a net acts: one, or one each (default 0)"
+    ),
+    Tensor(
+        "control_guidance_end", "FP64", MANY, "share of the steps after which it stops: one, or one each (default 1)"
+    ),
     Tensor("guess_mode", "BOOL", ONE, "nets act on the conditional branch only, and less on the finer residuals"),
 )
 """Only bundles with ControlNets have these."""

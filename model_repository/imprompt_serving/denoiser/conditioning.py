@@ -39,7 +39,10 @@ class Conditioning:
 
 
 class Conditioner:
-    """Projects image embeddings to tokens and embeds control images, once a request, and lays out what the UNet takes beside the latents."""
+    """Lays out what the UNet takes beside the latents.
+
+    Image embeddings are projected to tokens and control images embedded here, once a request.
+    """
 
     def __init__(
         self, bundle: Bundle, projections: Mapping[str, Engine], control_embeddings: Mapping[str, Engine] | None = None

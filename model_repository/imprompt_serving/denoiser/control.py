@@ -62,14 +62,16 @@ def prepare_controls(
 def _embed(engine: Engine, images: Tensor, request: JobRequest, bundle: Bundle, pictures: int) -> Tensor:
     """Features of the control images [pictures, C, h, w]; one image serves all pictures, or each prompt has its own."""
     parts = images.split(bundle.shapes.rows.max)
-    features = torch.cat([torch.from_numpy(engine.run({"control_image": p.numpy()})["control_embedding"]) for p in parts])
+    features = torch.cat(
+        [torch.from_numpy(engine.run({"control_image": p.numpy()})["control_embedding"]) for p in parts]
+    )
     if len(features) == 1:
         return features.expand(pictures, *features.shape[1:])
     return features.repeat_interleave(request.num_images_per_prompt, dim=0)
 
 
 def _scales(bundle: Bundle, use: ControlUse, guess: bool) -> Tensor:
-    """The conditioning scale of each residual [R]; in guess mode it grows from a tenth (``ControlNetModel.forward``)."""
+    """The scale of each residual [R]; in guess mode it grows from a tenth (``ControlNetModel.forward``)."""
     count = len(bundle.residuals)
     if guess and not bundle.controlnet(use.name).global_pool:
         return torch.logspace(-1, 0, count) * use.scale

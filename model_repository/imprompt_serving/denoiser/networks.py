@@ -29,8 +29,8 @@ class _Use(NamedTuple):
 class Networks:
     """The UNet of a bundle and its ControlNets, by name.
 
-    Rows without control share the call of rows with it, with residuals of zero: adding them costs next to nothing, while
-    a call of its own would cost a whole pass over the weights.
+    Rows without control share the call of rows with it, with residuals of zero: adding them costs next to nothing,
+    while a call of its own would cost a whole pass over the weights.
     """
 
     def __init__(self, bundle: Bundle, unet: Engine, controlnets: Mapping[str, Engine]) -> None:

@@ -173,7 +173,7 @@ def _strength(read: Reader, bundle: Bundle, task: Task, controls: tuple[Control,
 
 
 def _default_guidance(bundle: Bundle, task: Task, controls: tuple[Control, ...]) -> float:
-    """Defaults of diffusers' pipelines: 7.5, but 5.0 for SDXL where it does not inpaint, or does so with a ControlNet."""
+    """Defaults of diffusers' pipelines: 7.5, but 5.0 for SDXL, unless it inpaints without a ControlNet."""
     return 5.0 if bundle.family == "sdxl" and (controls or task != "inpainting") else 7.5
 
 
