@@ -9,9 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import bundles
 import pytest
 import torch
+
+import bundles
 from imprompt import Client
 from imprompt_serving.launcher import Server
 
@@ -40,7 +41,7 @@ def _one_torch_thread() -> None:
 @pytest.fixture(scope="session")
 def bundle(request: pytest.FixtureRequest) -> Callable[[str], bundles.Made]:
     """Exported bundles by name."""
-    cache = Path(str(request.config.cache.mkdir("bundles")))  # type: ignore[union-attr]
+    cache = Path(str(request.config.cache.mkdir("bundles")))
     return lambda name: bundles.make(name, cache)
 
 

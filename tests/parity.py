@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+
 from tiny.oracle import picture_distance
 
 MAX_LEVELS, MEAN_LEVELS = 2, 0.1

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
+
 from tiny import images
 from tiny.adapters import WEIGHT_NAMES, make_adapter, make_image_encoder
 from tiny.base import Family, make_sd15, make_sdxl
 from tiny.control import make_controlnet, make_lora, make_motion_adapter, make_t2i_adapter
 from tiny.oracle import Adapter, Pictures, generate, picture_distance, pipeline, show_face
 from tiny.tokenizer import write_tokenizer
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
 CLEAR = 3.0  # levels of 255 on average: thirty times what a parity test allows
 PIPELINES = {"sd15": diffusers.StableDiffusionPipeline, "sdxl": diffusers.StableDiffusionXLPipeline}

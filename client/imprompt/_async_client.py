@@ -19,7 +19,7 @@ from imprompt._model import Capabilities, ServedModel, is_bundle, model_name, no
 from imprompt._parameters import Parameters
 from imprompt._request import Request, build_encode_request, build_request
 from imprompt._result import Progress, Result, read_embeds, read_event, read_outputs, read_result
-from imprompt._retry import MAX_RETRIES, PROBE_TIMEOUT_S, QUESTION_TIMEOUT_S, Budget
+from imprompt._retry import MAX_RETRIES, PROBE_TIMEOUT_S, Budget, check_timeout
 
 
 class AsyncClient:
@@ -39,7 +39,7 @@ class AsyncClient:
     ) -> None:
         self._address, self._credentials = _transport.check_url(url), credentials
         self._metadata = _transport.as_metadata(metadata)
-        self._timeout, self._max_retries = timeout, max_retries
+        self._timeout, self._max_retries = check_timeout(timeout), max_retries
         self._models: dict[tuple[str, bool], ServedModel] = {}
         self._channel: Any = None
         self._connected: Any = None
@@ -59,8 +59,9 @@ class AsyncClient:
 
     async def generate(self, *, model: str, prompt: str | Sequence[str], **parameters: Unpack[Parameters]) -> Result:
         """Ask for pictures (or a clip) and wait for them; see `Client.generate`."""
-        request = await self._build(build_request, await self._model(model), prompt, parameters)
-        return read_result(await self._infer(request), request)
+        budget = self._budget(parameters.get("timeout"))
+        request = await asyncio.to_thread(build_request, await self._model(model, budget), prompt, parameters)
+        return read_result(await self._infer(request, budget), request)
 
     async def stream(
         self, *, model: str, prompt: str | Sequence[str], **parameters: Unpack[Parameters]
@@ -69,8 +70,9 @@ class AsyncClient:
 
         Closing the generator (`aclose`), or leaving it by an exception, stops the work.
         """
-        request = await self._build(build_request, await self._model(model, stream=True), prompt, parameters)
-        budget = Budget(self._max_retries, request.timeout)
+        budget = self._budget(parameters.get("timeout"))
+        served = await self._model(model, budget, stream=True)
+        request = await asyncio.to_thread(build_request, served, prompt, parameters)
         answered = False
         while True:
             call = self._stub.ModelStreamInfer(
@@ -101,25 +103,24 @@ class AsyncClient:
         self, model: str, adapter: str, images: ImageInput | Sequence[ImageInput]
     ) -> np.ndarray[Any, Any]:
         """Embeddings of `images`, float32 [2 (negative, positive), pictures, ...]; see `Client.encode_image`."""
-        request = await self._build(build_encode_request, await self._model(model), adapter, images)
-        return read_embeds(await self._infer(request), adapter, request)
+        budget = self._budget()
+        request = await asyncio.to_thread(build_encode_request, await self._model(model, budget), adapter, images)
+        return read_embeds(await self._infer(request, budget), adapter, request)
 
     async def describe(self, model: str) -> Capabilities:
         """What a bundle can do: adapters, ControlNets, schedulers, defaults and limits."""
         self._models.pop((model, False), None)
-        return (await self._model(model)).capabilities
+        return (await self._model(model, self._budget())).capabilities
 
     async def models(self) -> list[str]:
         """Names of the bundles that are served."""
-        index = await self._ask(self._stub.RepositoryIndex, service_pb2.RepositoryIndexRequest(ready=True))
-        names = [entry.name for entry in index.models]
-        configs = await asyncio.gather(*map(self._config, names))
-        return sorted(name for name, config in zip(names, configs, strict=True) if is_bundle(config))
+        return await self._served(self._budget())
 
     async def is_ready(self) -> bool:
         """Whether the server is there and all its models are ready."""
         try:
-            return bool((await self._ask(self._stub.ServerReady, service_pb2.ServerReadyRequest())).ready)
+            answer = await self._ask(self._stub.ServerReady, service_pb2.ServerReadyRequest(), self._budget())
+            return bool(answer.ready)
         except ImpromptError:
             return False
 
@@ -135,32 +136,37 @@ class AsyncClient:
             self._connected = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         return self._connected
 
-    async def _build(self, build: Any, *arguments: Any) -> Request:
-        """Encoding pictures takes long enough to be kept off the event loop."""
-        request: Request = await asyncio.to_thread(build, *arguments, timeout=self._timeout)
-        return request
+    def _budget(self, timeout: object = None) -> Budget:
+        return Budget(self._max_retries, self._timeout if timeout is None else check_timeout(timeout))
 
-    async def _model(self, bundle: str, *, stream: bool = False) -> ServedModel:
+    async def _model(self, bundle: str, budget: Budget, *, stream: bool = False) -> ServedModel:
         key = (bundle, stream)
         if key not in self._models:
             try:
-                self._models[key] = read_model(await self._config(model_name(bundle, stream=stream)), stream=stream)
+                self._models[key] = read_model(
+                    await self._config(model_name(bundle, stream=stream), budget), stream=stream
+                )
             except InvalidRequest:
-                raise no_bundle(bundle, await self.models()) from None
+                raise no_bundle(bundle, await self._served(budget)) from None
         return self._models[key]
 
-    async def _config(self, name: str) -> Any:
-        return (await self._ask(self._stub.ModelConfig, service_pb2.ModelConfigRequest(name=name))).config
+    async def _served(self, budget: Budget) -> list[str]:
+        index = await self._ask(self._stub.RepositoryIndex, service_pb2.RepositoryIndexRequest(ready=True), budget)
+        names = [entry.name for entry in index.models]
+        configs = await asyncio.gather(*(self._config(name, budget) for name in names))
+        return sorted(name for name, config in zip(names, configs, strict=True) if is_bundle(config))
 
-    async def _ask(self, method: Any, message: Any) -> Any:
-        call = method(message, timeout=self._timeout or QUESTION_TIMEOUT_S, metadata=self._metadata)
+    async def _config(self, name: str, budget: Budget) -> Any:
+        return (await self._ask(self._stub.ModelConfig, service_pb2.ModelConfigRequest(name=name), budget)).config
+
+    async def _ask(self, method: Any, message: Any, budget: Budget) -> Any:
+        call = method(message, timeout=budget.question_timeout, metadata=self._metadata)
         try:
             return await call
         except (grpc.RpcError, asyncio.CancelledError) as error:
-            raise await self._failure(error, call) from error
+            raise await self._failure(error, call, None, budget) from error
 
-    async def _infer(self, request: Request) -> dict[str, np.ndarray[Any, Any]]:
-        budget = Budget(self._max_retries, request.timeout)
+    async def _infer(self, request: Request, budget: Budget) -> dict[str, np.ndarray[Any, Any]]:
         while True:
             call = self._stub.ModelInfer(
                 request.message(budget.remaining), timeout=budget.grpc_timeout, metadata=self._metadata
@@ -175,9 +181,7 @@ class AsyncClient:
                 call.cancel()
             await asyncio.sleep(budget.pause(failure))
 
-    async def _failure(
-        self, error: BaseException, call: Any, request: Request | None = None, budget: Budget | None = None
-    ) -> ImpromptError:
+    async def _failure(self, error: BaseException, call: Any, request: Request | None, budget: Budget) -> ImpromptError:
         """The exception for a failed call; a cancellation of the caller's own task is raised on.
 
         grpc.aio reports a call that the *server* cancelled by the same exception.
@@ -195,9 +199,11 @@ class AsyncClient:
 
     async def _is_live(self) -> bool:
         try:
-            return bool((await self._stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=PROBE_TIMEOUT_S)).live)
-        except grpc.RpcError:
-            return False
+            message = service_pb2.ServerLiveRequest()
+            await self._stub.ServerLive(message, timeout=PROBE_TIMEOUT_S, metadata=self._metadata)
+            return True
+        except grpc.RpcError as error:
+            return not _transport.means_nobody_there(error)
 
 
 async def _status(call: Any) -> Any:

@@ -18,7 +18,7 @@ from imprompt._model import Capabilities, ServedModel, is_bundle, model_name, no
 from imprompt._parameters import Parameters
 from imprompt._request import Request, build_encode_request, build_request
 from imprompt._result import Progress, Result, read_embeds, read_event, read_outputs, read_result
-from imprompt._retry import MAX_RETRIES, PROBE_TIMEOUT_S, QUESTION_TIMEOUT_S, Budget
+from imprompt._retry import MAX_RETRIES, PROBE_TIMEOUT_S, Budget, check_timeout
 
 
 class Client:
@@ -50,7 +50,7 @@ class Client:
             self._channel = grpc.secure_channel(self._address, credentials, _transport.CHANNEL_OPTIONS)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._metadata = _transport.as_metadata(metadata)
-        self._timeout, self._max_retries = timeout, max_retries
+        self._timeout, self._max_retries = check_timeout(timeout), max_retries
         self._models: dict[tuple[str, bool], ServedModel] = {}
 
     def __enter__(self) -> Self:
@@ -80,18 +80,21 @@ class Client:
             Cancelled: the server broke the request off.
             ServerError: the server failed.
         """
-        request = build_request(self._model(model), prompt, parameters, timeout=self._timeout)
-        return read_result(self._infer(request), request)
+        budget = self._budget(parameters.get("timeout"))
+        request = build_request(self._model(model, budget), prompt, parameters)
+        return read_result(self._infer(request, budget), request)
 
     def stream(
         self, *, model: str, prompt: str | Sequence[str], **parameters: Unpack[Parameters]
     ) -> Generator[Progress | Result, None, None]:
         """Like `generate`, but tells of the progress first: `Progress`, ..., then one `Result`.
 
-        The request is sent with the first `next`. Closing the generator, or leaving it by an exception, stops the work.
+        The request is checked at once, and sent with the first `next`; `timeout` counts from here. Closing the
+        generator, or leaving it by an exception, stops the work.
         """
-        request = build_request(self._model(model, stream=True), prompt, parameters, timeout=self._timeout)
-        return self._events(request)
+        budget = self._budget(parameters.get("timeout"))
+        request = build_request(self._model(model, budget, stream=True), prompt, parameters)
+        return self._events(request, budget)
 
     def encode_image(self, model: str, adapter: str, images: ImageInput | Sequence[ImageInput]) -> np.ndarray[Any, Any]:
         """Embeddings of `images` by an adapter's encoder, to be passed as `ip_adapter_image_embeds` again and again.
@@ -99,48 +102,55 @@ class Client:
         Returns:
             float32 [2 (negative, positive), pictures, ...], the layout of diffusers' `prepare_ip_adapter_image_embeds`.
         """
-        request = build_encode_request(self._model(model), adapter, images, timeout=self._timeout)
-        return read_embeds(self._infer(request), adapter, request)
+        budget = self._budget()
+        request = build_encode_request(self._model(model, budget), adapter, images)
+        return read_embeds(self._infer(request, budget), adapter, request)
 
     def describe(self, model: str) -> Capabilities:
         """What a bundle can do: adapters, ControlNets, schedulers, defaults and limits."""
         self._models.pop((model, False), None)
-        return self._model(model).capabilities
+        return self._model(model, self._budget()).capabilities
 
     def models(self) -> list[str]:
         """Names of the bundles that are served."""
-        index = self._ask(self._stub.RepositoryIndex, service_pb2.RepositoryIndexRequest(ready=True))
-        return sorted(entry.name for entry in index.models if is_bundle(self._config(entry.name)))
+        return self._served(self._budget())
 
     def is_ready(self) -> bool:
         """Whether the server is there and all its models are ready."""
         try:
-            return bool(self._ask(self._stub.ServerReady, service_pb2.ServerReadyRequest()).ready)
+            return bool(self._ask(self._stub.ServerReady, service_pb2.ServerReadyRequest(), self._budget()).ready)
         except ImpromptError:
             return False
 
-    def _model(self, bundle: str, *, stream: bool = False) -> ServedModel:
+    def _budget(self, timeout: object = None) -> Budget:
+        """What a call has: `timeout` (default: the client's) and retries."""
+        return Budget(self._max_retries, self._timeout if timeout is None else check_timeout(timeout))
+
+    def _model(self, bundle: str, budget: Budget, *, stream: bool = False) -> ServedModel:
         """What a model takes; asked for once."""
         key = (bundle, stream)
         if key not in self._models:
             try:
-                self._models[key] = read_model(self._config(model_name(bundle, stream=stream)), stream=stream)
+                self._models[key] = read_model(self._config(model_name(bundle, stream=stream), budget), stream=stream)
             except InvalidRequest:
-                raise no_bundle(bundle, self.models()) from None
+                raise no_bundle(bundle, self._served(budget)) from None
         return self._models[key]
 
-    def _config(self, name: str) -> Any:
-        return self._ask(self._stub.ModelConfig, service_pb2.ModelConfigRequest(name=name)).config
+    def _served(self, budget: Budget) -> list[str]:
+        index = self._ask(self._stub.RepositoryIndex, service_pb2.RepositoryIndexRequest(ready=True), budget)
+        return sorted(entry.name for entry in index.models if is_bundle(self._config(entry.name, budget)))
 
-    def _ask(self, method: Any, message: Any) -> Any:
+    def _config(self, name: str, budget: Budget) -> Any:
+        return self._ask(self._stub.ModelConfig, service_pb2.ModelConfigRequest(name=name), budget).config
+
+    def _ask(self, method: Any, message: Any, budget: Budget) -> Any:
         """A small question, answered at once."""
         try:
-            return method(message, timeout=self._timeout or QUESTION_TIMEOUT_S, metadata=self._metadata)
+            return method(message, timeout=budget.question_timeout, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise self._failure(error) from error
+            raise self._failure(error, None, budget) from error
 
-    def _infer(self, request: Request) -> dict[str, np.ndarray[Any, Any]]:
-        budget = Budget(self._max_retries, request.timeout)
+    def _infer(self, request: Request, budget: Budget) -> dict[str, np.ndarray[Any, Any]]:
         while True:
             call = self._stub.ModelInfer.future(
                 request.message(budget.remaining), timeout=budget.grpc_timeout, metadata=self._metadata
@@ -155,8 +165,7 @@ class Client:
                 call.cancel()  # does nothing to a call that is done; stops the work if an interrupt came
             time.sleep(budget.pause(failure))
 
-    def _events(self, request: Request) -> Generator[Progress | Result, None, None]:
-        budget = Budget(self._max_retries, request.timeout)
+    def _events(self, request: Request, budget: Budget) -> Generator[Progress | Result, None, None]:
         answered = False
         while True:
             call = self._stub.ModelStreamInfer(
@@ -182,7 +191,7 @@ class Client:
                 call.cancel()
             time.sleep(budget.pause(failure))
 
-    def _failure(self, error: Any, request: Request | None = None, budget: Budget | None = None) -> ImpromptError:
+    def _failure(self, error: Any, request: Request | None, budget: Budget) -> ImpromptError:
         reachable = not _transport.may_be_unreachable(error) or self._is_live()
         failure = _transport.failure(error, self._address, request, budget, reachable=reachable)
         if request is not None and isinstance(failure, InvalidRequest):
@@ -191,6 +200,7 @@ class Client:
 
     def _is_live(self) -> bool:
         try:
-            return bool(self._stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=PROBE_TIMEOUT_S).live)
-        except grpc.RpcError:
-            return False
+            self._stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=PROBE_TIMEOUT_S, metadata=self._metadata)
+            return True
+        except grpc.RpcError as error:
+            return not _transport.means_nobody_there(error)

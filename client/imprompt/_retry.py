@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 
-from imprompt._errors import Overloaded
+from imprompt._errors import Overloaded, invalid
+from imprompt._tensors import is_number
 
 MAX_RETRIES = 4
 FIRST_DELAY_S = 0.5
@@ -17,9 +19,18 @@ JITTER = 0.25
 GRACE_S = 2.0
 """gRPC's deadline comes this much after the caller's: the server's own answer should come first."""
 QUESTION_TIMEOUT_S = 30.0
-"""For what a server answers without work, when the caller has no limit of its own."""
+"""At most, for what a server answers without work."""
 PROBE_TIMEOUT_S = 2.0
 """For the question whether somebody is there at all."""
+
+
+def check_timeout(value: object) -> float | None:
+    """Seconds; None (or infinity) for no limit."""
+    if value is None:
+        return None
+    if not is_number(value) or not float(value) > 0:
+        raise invalid("timeout", f"seconds, more than 0; got {value!r}")
+    return float(value) if math.isfinite(value) else None
 
 
 class Budget:
@@ -39,6 +50,11 @@ class Budget:
     def grpc_timeout(self) -> float | None:
         """Deadline of the call itself, in seconds from now."""
         return None if self.remaining is None else self.remaining + GRACE_S
+
+    @property
+    def question_timeout(self) -> float:
+        """Deadline of a small question, in seconds from now."""
+        return min(QUESTION_TIMEOUT_S, self.remaining or math.inf)
 
     @property
     def late(self) -> bool:

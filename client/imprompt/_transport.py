@@ -44,9 +44,12 @@ def may_be_unreachable(error: Any) -> bool:
     return error.code() is grpc.StatusCode.UNAVAILABLE and retry_hint(error.details() or "") is None
 
 
-def failure(
-    error: Any, address: str, request: Request | None, budget: Budget | None, *, reachable: bool
-) -> ImpromptError:
+def means_nobody_there(error: Any) -> bool:
+    """The same for the question whether somebody is: any other status is a sign of life."""
+    return error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
+def failure(error: Any, address: str, request: Request | None, budget: Budget, *, reachable: bool) -> ImpromptError:
     """The exception for an `RpcError`.
 
     Args:
@@ -57,7 +60,7 @@ def failure(
     request_id = None if request is None else request.id
     if not reachable:
         return ConnectionFailed(f"{address}: {message}", request_id=request_id)
-    if status in _TIME_IS_UP and budget is not None and budget.late:
+    if status in _TIME_IS_UP and budget.late:
         return DeadlineExceeded(f"timeout: {budget.timeout:g} seconds are over", request_id=request_id)
     return from_status(status, message, request_id=request_id)
 

@@ -9,3 +9,10 @@ from pathlib import Path
 def bundle_path() -> Path:
     """The folder that holds `bundle.toml` and `checkpoints/`."""
     return Path(__file__).parent / "bundle"
+
+
+def main(arguments: list[str]) -> int:
+    """`imprompt demo`. What it needs beyond this package is loaded here, so that the world can do without."""
+    from imprompt_demo.demo import run
+
+    return run(arguments)

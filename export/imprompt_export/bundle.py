@@ -1,11 +1,12 @@
-"""The bundle file: one checkpoint set under one name, as TOML. Parsed strictly and checked before anything is exported."""
+"""The bundle file: one checkpoint set under one name, as TOML; parsed strictly, checked before any export."""
 
 from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -23,7 +24,7 @@ class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     pass
 
 
-class IPAdapterSection(_Section):
+class IPAdapterSection(_Section, frozen=True):
     """An IP-Adapter, with the parameters of diffusers' ``load_ip_adapter``."""
 
     name: str
@@ -33,14 +34,14 @@ class IPAdapterSection(_Section):
     image_encoder_folder: str | Literal[False] = "image_encoder"
 
 
-class ControlNetSection(_Section):
+class ControlNetSection(_Section, frozen=True):
     """A ControlNet: what requests call it, and its diffusers folder."""
 
     name: str
     path: str
 
 
-class LoraSection(_Section):
+class LoraSection(_Section, frozen=True):
     """A LoRA that is fused into the base, with the parameters of diffusers' ``load_lora_weights``."""
 
     path: str
@@ -49,7 +50,7 @@ class LoraSection(_Section):
     scale: float = 1.0
 
 
-class EngineSection(_Section):
+class EngineSection(_Section, frozen=True):
     """What the engines are compiled to, and who hosts the encoders and the VAE."""
 
     backend: Literal["onnxruntime"] = "onnxruntime"
@@ -57,7 +58,7 @@ class EngineSection(_Section):
     host: Literal["python", "native"] = "python"
 
 
-class BundleFile(_Section):
+class BundleFile(_Section, frozen=True):
     """A parsed bundle file; relative paths in it are relative to ``folder``."""
 
     name: str
@@ -93,7 +94,7 @@ class BundleFile(_Section):
         return bundle
 
     def _check(self) -> None:
-        named = {"name": (self,), "ip_adapter.name": self.ip_adapter, "controlnet.name": self.controlnet}
+        named: dict[str, Sequence[Any]] = {"name": (self,), "ip_adapter.name": self.ip_adapter, "controlnet.name": self.controlnet}
         for what, sections in named.items():
             names = [section.name for section in sections]
             for name in names:

@@ -1,4 +1,4 @@
-"""Load a checkpoint set with diffusers' own loaders, and refuse what does not fit together before anything is exported."""
+"""Load a checkpoint set with diffusers' own loaders, and refuse what does not fit together before any export."""
 
 from __future__ import annotations
 

@@ -42,7 +42,8 @@ def export(bundle_path: str | Path, repository: str | Path, console: Console | N
         todo = bundle_graphs(bundle, checkpoints)
         progress.update(task, total=len(todo))
         rows = []
-        with tempfile.TemporaryDirectory(prefix=f".{bundle.name}-", dir=_made(repository)) as work:
+        # Beside the repository: a server that starts meanwhile must not see half a model.
+        with tempfile.TemporaryDirectory(prefix=f".{bundle.name}-", dir=_made(repository).parent) as work:
             files = {}
             for graph in todo:
                 progress.update(task, description=f"exporting {graph.name}")
@@ -179,7 +180,7 @@ def _safety_checker(pipeline: Any) -> specs.ImageEncoder | None:
 
 def _made(repository: str | Path) -> Path:
     Path(repository).mkdir(parents=True, exist_ok=True)
-    return Path(repository)
+    return Path(repository).resolve()
 
 
 def _replace(models: Path, repository: Path, bundle: str) -> None:

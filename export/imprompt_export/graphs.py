@@ -13,6 +13,8 @@ from imprompt_export import image_prompt
 from imprompt_serving.specs import Residual, level_size, residual_names
 
 Axes = dict[str, float]
+Model = Any
+"""A module of diffusers or transformers, whose attributes type checkers do not know."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +67,7 @@ class Graph:
         return {tensor.name: tensor.draw(axes, generator) for tensor in self.inputs}
 
 
-def text_encoder(name: str, model: nn.Module, *, penultimate: bool) -> Graph:
+def text_encoder(name: str, model: Model, *, penultimate: bool) -> Graph:
     """CLIP text with ``clip_skip`` as an input.
 
     As in diffusers' ``encode_prompt``: SD1.5 takes the layer before the skipped ones through the final norm; SDXL
@@ -74,7 +76,7 @@ def text_encoder(name: str, model: nn.Module, *, penultimate: bool) -> Graph:
     length = model.config.max_position_embeddings
     layers = model.config.num_hidden_layers
     pooled = hasattr(model, "text_projection")
-    final_layer_norm = getattr(model, "text_model", model).final_layer_norm
+    text_model: Model = getattr(model, "text_model", model)
 
     def run(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         answer = model(tensors["input_ids"], output_hidden_states=True)
@@ -82,7 +84,7 @@ def text_encoder(name: str, model: nn.Module, *, penultimate: bool) -> Graph:
         index = (layers - int(penultimate) - tensors["clip_skip"])[:, :, None, None]
         chosen = states.gather(1, index.expand(-1, -1, *states.shape[2:])).squeeze(1)
         if not penultimate:
-            chosen = final_layer_norm(chosen)
+            chosen = text_model.final_layer_norm(chosen)
         return (chosen, answer.text_embeds) if pooled else (chosen,)
 
     outputs: dict[str, tuple[int | str, ...]] = {"hidden_states": ("batch", length, model.config.hidden_size)}
@@ -101,7 +103,7 @@ def text_encoder(name: str, model: nn.Module, *, penultimate: bool) -> Graph:
     )
 
 
-def image_encoder(name: str, model: nn.Module) -> Graph:
+def image_encoder(name: str, model: Model) -> Graph:
     """CLIP vision: the projected embedding and the penultimate hidden states."""
     config = model.config
     size, patches = config.image_size, (config.image_size // config.patch_size) ** 2
@@ -123,7 +125,7 @@ def image_encoder(name: str, model: nn.Module) -> Graph:
     )
 
 
-def vae_encoder(vae: nn.Module, factor: int) -> Graph:
+def vae_encoder(vae: Model, factor: int) -> Graph:
     """Picture in -1..1 -> mean and log-variance of its latents (not scaled)."""
     channels = vae.config.latent_channels
 
@@ -145,7 +147,7 @@ def vae_encoder(vae: nn.Module, factor: int) -> Graph:
     )
 
 
-def vae_decoder(vae: nn.Module) -> Graph:
+def vae_decoder(vae: Model) -> Graph:
     """Scaled latents -> uint8 pictures [B, height, width, 3], rounded as diffusers' ``VaeImageProcessor`` does."""
     config = vae.config
     # SDXL pipelines take VAEs whose latents have a mean and a deviation of their own.
@@ -172,7 +174,7 @@ def vae_decoder(vae: nn.Module) -> Graph:
     )
 
 
-def image_projection(adapter: str, layer: nn.Module, embeds: dict[str, tuple[int, ...]]) -> Graph:
+def image_projection(adapter: str, layer: Model, embeds: dict[str, tuple[int, ...]]) -> Graph:
     """Embeddings of each picture -> its image tokens [n, T, D].
 
     FaceID plus takes two: the face embedding, and the CLIP hidden states, which diffusers keeps as an attribute.
@@ -193,7 +195,7 @@ def image_projection(adapter: str, layer: nn.Module, embeds: dict[str, tuple[int
     )
 
 
-def safety_checker(model: nn.Module) -> Graph:
+def safety_checker(model: Model) -> Graph:
     """Whether pictures show something unsafe (``StableDiffusionSafetyChecker.forward``, its rounding included)."""
 
     def above(embeds: Tensor, concepts: Tensor, thresholds: Tensor, adjustment: Tensor | float) -> Tensor:
@@ -219,7 +221,7 @@ def safety_checker(model: nn.Module) -> Graph:
     )
 
 
-def added_conditions(model: Any) -> dict[str, int]:
+def added_conditions(model: Model) -> dict[str, int]:
     """Inputs that SDXL's networks take beside the text, with their sizes."""
     if model.config.addition_embed_type != "text_time":
         return {}
@@ -241,7 +243,7 @@ def level_sizes(shapes: Iterable[Residual], h: int, w: int) -> Axes:
     return {axis: level_size(size, i) for i in levels for axis, size in zip(level_axes(i), (h, w), strict=True)}
 
 
-def unet(model: nn.Module, adapters: list[str], residuals: Sequence[Residual] = ()) -> Graph:
+def unet(model: Model, adapters: list[str], residuals: Sequence[Residual] = ()) -> Graph:
     """The UNet of one denoising step; image prompts (see ``image_prompt``) and what ControlNets add are inputs."""
     config = model.config
     prompts = image_prompt.install(model)

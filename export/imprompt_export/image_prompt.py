@@ -6,8 +6,8 @@ The paper is https://arxiv.org/abs/2308.06721; the arithmetic is that of diffuse
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,7 +31,9 @@ class ImagePrompts:
 class ImagePromptProcessor(nn.Module):
     """Attention processor of one cross-attention layer: text attention plus that of every adapter."""
 
-    def __init__(self, prompts: ImagePrompts, layer: int, level: int, to_k_ip: nn.Module, to_v_ip: nn.Module) -> None:
+    def __init__(
+        self, prompts: ImagePrompts, layer: int, level: int, to_k_ip: nn.ModuleList, to_v_ip: nn.ModuleList
+    ) -> None:
         super().__init__()
         self.prompts, self.layer, self.level = prompts, layer, level
         self.to_k_ip, self.to_v_ip = to_k_ip, to_v_ip
@@ -43,7 +45,7 @@ class ImagePromptProcessor(nn.Module):
         query = heads(attn.to_q(hidden_states))
         key, value = heads(attn.to_k(encoder_hidden_states)), heads(attn.to_v(encoder_hidden_states))
         attended = F.scaled_dot_product_attention(query, key, value)
-        for index, (to_k, to_v) in enumerate(zip(self.to_k_ip, self.to_v_ip, strict=True)):  # type: ignore[arg-type]
+        for index, (to_k, to_v) in enumerate(zip(self.to_k_ip, self.to_v_ip, strict=True)):
             tokens = self.prompts.tokens[index]
             groups = tokens.shape[1:3]
             key, value = heads(to_k(tokens.flatten(1, 2))), heads(to_v(tokens.flatten(1, 2)))
@@ -55,7 +57,7 @@ class ImagePromptProcessor(nn.Module):
         return attn.to_out[0](attended.transpose(1, 2).flatten(2))
 
 
-def cross_attention_layers(unet: nn.Module) -> list[CrossAttention]:
+def cross_attention_layers(unet: Any) -> list[CrossAttention]:
     """The layers that attend to the prompts, in the order of ``attn_processors``: down, up, mid."""
     last = len(unet.config.block_out_channels) - 1
     layers = []
@@ -68,8 +70,8 @@ def cross_attention_layers(unet: nn.Module) -> list[CrossAttention]:
     return layers
 
 
-def install(unet: nn.Module) -> ImagePrompts:
-    """Replace the cross-attention processors of ``unet`` (adapters loaded by diffusers, or none) by those of this module.
+def install(unet: Any) -> ImagePrompts:
+    """Replace the cross-attention processors of ``unet`` (adapters loaded by diffusers, or none) by this module's.
 
     The image projections must have been taken out before: they run once a request, not at each step.
     """

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from imprompt_export.graphs import Graph
+from imprompt_export.graphs import Axes, Graph
 
 OPSET = 18
 _EXTERNAL_DATA_FROM = 1 << 30
@@ -31,7 +31,7 @@ class _Positional(nn.Module):
         return self._graph.run(dict(zip(names, tensors, strict=True)))
 
 
-def trace_axes(graph: Graph) -> dict[str, int]:
+def trace_axes(graph: Graph) -> Axes:
     """Example sizes for tracing: the last check, which has no axis of size 1 (``torch.export`` would freeze it)."""
     return graph.checks[-1]
 
@@ -55,6 +55,7 @@ def export_onnx(graph: Graph, path: Path) -> None:
             input_names=[tensor.name for tensor in graph.inputs],
             output_names=list(graph.outputs),
         )
+    assert onnx_program is not None  # it is with dynamo=True
     model = onnx_program.model.graph
     shapes = [tensor.shape for tensor in graph.inputs] + list(graph.outputs.values())
     for value, shape in zip([*model.inputs, *model.outputs], shapes, strict=True):

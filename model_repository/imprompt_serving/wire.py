@@ -148,7 +148,7 @@ JOB_RESPONSE: tuple[Tensor, ...] = (
 
 
 def job_tensors(bundle: Bundle) -> tuple[Tensor, ...]:
-    """Inputs of the denoiser: ``job`` (JSON of ``job.JobRequest``) and its tensors, or the id of a job to ``cancel``."""
+    """Inputs of the denoiser: ``job`` (a ``job.JobRequest``) and its tensors, or the id of a job to ``cancel``."""
     width = sum(encoder.hidden_size for encoder in bundle.text_encoders)
     length = bundle.text_encoders[0].max_length
     embeds = []

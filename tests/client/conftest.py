@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from fake_triton import FakeTriton, running
+
 from imprompt import Client, _retry
 
 

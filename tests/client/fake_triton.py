@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -177,6 +178,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.answer: Answers = picture_answer
         self.calls: list[Call] = []
         self.config_calls = 0
+        self.config_delay = 0.0
         self.configs = {"one_unet": model_config_pb2.ModelConfig(name="one_unet")}
         for name, adapters in (("one", ("plain",)), ("two", ("plus", "face")), ("none", ())):
             for stream in (False, True):
@@ -197,6 +199,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def ModelConfig(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         self.config_calls += 1
+        time.sleep(self.config_delay)
         if request.name not in self.configs:
             context.abort(grpc.StatusCode.NOT_FOUND, f"Request for unknown model: '{request.name}' is not found")
         return service_pb2.ModelConfigResponse(config=self.configs[request.name])

@@ -13,6 +13,7 @@ import grpc
 import numpy as np
 import pytest
 from fake_triton import Call, FakeTriton, Refusal, in_turn, picture, picture_answer, refuse, texts, until_cancelled
+
 from imprompt import (
     AsyncClient,
     Cancelled,
@@ -305,6 +306,13 @@ def test_a_server_that_stops_at_the_deadline_has_the_same_error(client: Any, tri
     triton.answer = stops_itself
     with pytest.raises(DeadlineExceeded):
         list(getattr(client, method)(model="one", prompt="a", timeout=0.2))
+
+
+def test_timeout_counts_from_the_first_question(client: Any, triton: FakeTriton) -> None:
+    triton.config_delay = 0.5
+    with pytest.raises(DeadlineExceeded, match=r"timeout: 0\.2 seconds are over"):
+        client.generate(model="one", prompt="a", timeout=0.2)
+    assert not triton.calls
 
 
 def test_a_request_without_timeout_has_no_deadline(client: Any, triton: FakeTriton) -> None:

@@ -12,10 +12,12 @@ import grpc
 import numpy as np
 import pytest
 from fake_triton import Call, FakeTriton, clips, encoded, opened, picture, refuse, texts
-from imprompt import __version__, cli
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 from typer.testing import Result as Outcome
+
+from imprompt import __version__, cli
 
 
 @pytest.fixture
@@ -31,8 +33,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Any:
     def run(*arguments: str, url: str | None = None) -> Outcome:
         # The consoles hold on to the streams of the first import.
-        monkeypatch.setattr(cli, "out", cli.Console(width=100))
-        monkeypatch.setattr(cli, "err", cli.Console(stderr=True, width=100))
+        monkeypatch.setattr(cli, "out", Console(width=100))
+        monkeypatch.setattr(cli, "err", Console(stderr=True, width=100))
         return CliRunner(env={"IMPROMPT_URL": url} if url else None).invoke(cli.app, arguments)
 
     return run
@@ -237,7 +239,7 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     report = {"table": lambda rows: f"table of {rows}"}
     install(monkeypatch, imprompt_export__parity=parity, imprompt_export__report=report)
     module = SimpleNamespace(**content)
-    monkeypatch.setitem(sys.modules, "imprompt_export", module)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "imprompt_export", module)
     return {"module": module, **content, **parity}
 
 

@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import imprompt
 import pytest
+
+import imprompt
 from imprompt import AsyncClient, Client, Parameters
 from imprompt_serving import wire
 

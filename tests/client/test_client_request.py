@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from fake_triton import EMBED_SIZE, Call, FakeTriton
-from imprompt import Client, InvalidRequest
 from PIL import Image
+
+from imprompt import Client, InvalidRequest
 
 RED = Image.new("RGB", (4, 2), "red")
 BLUE = Image.new("RGB", (4, 2), "blue")

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_triton import Call, FakeTriton, clips, encoded, opened, picture, texts
-from imprompt import Client, InvalidRequest, Overloaded, Progress, Result, ServerError
-from imprompt._result import read_event
 from PIL import Image
 from tritonclient.grpc import service_pb2
+
+from imprompt import Client, InvalidRequest, Overloaded, Progress, Result, ServerError
+from imprompt._result import read_event
 
 
 @pytest.fixture

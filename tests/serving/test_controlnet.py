@@ -50,14 +50,14 @@ def pipeline(served: Served, task: str, nets: tuple[str, ...]) -> Any:
 def both(served: Served, control_image: Any, nets: tuple[str, ...] = ("depth",), task: str = "", **arguments: Any):  # type: ignore[no-untyped-def]
     """The server's result and the oracle's pictures, with the adapter when the bundle has one."""
     pipe = pipeline(served, task, nets)
-    prompts: dict[str, Any] = {}
+    arguments = {"prompt": PROMPT, "num_inference_steps": 4, **arguments}
     if served.bundle.adapters:
         pipe.set_ip_adapter_scale(0.6)
-        prompts["ip_adapter_image"] = STATUE
-    arguments = {"prompt": PROMPT, "num_inference_steps": 4} | prompts | arguments
+        arguments["ip_adapter_image"] = STATUE
     # Text-to-image pipelines call the control image `image`.
-    expected = oracle.generate(pipe, **{"control_image" if task else "image": control_image}, **arguments)
-    if prompts:
+    control_argument: dict[str, Any] = {"control_image" if task else "image": control_image}
+    expected = oracle.generate(pipe, **control_argument, **arguments)
+    if served.bundle.adapters:
         arguments["ip_adapter_scale"] = 0.6
     arguments["seed"] = arguments.get("seed", 0)
     result = served.generate(control_image=control_image, controlnet=list(nets), scheduler=SCHEDULER, **arguments)
@@ -133,14 +133,9 @@ def test_inpainting(control: Served) -> None:
 def test_inpainting_of_a_crop(control: Served) -> None:
     mask = Image.new("L", (96, 96))
     mask.paste(255, (20, 30, 60, 70))
-    arguments: dict[str, Any] = {
-        "image": images.photo(3),
-        "mask_image": mask,
-        "padding_mask_crop": 8,
-        "height": 64,
-        "width": 64,
-    }
-    assert_same(*both(control, images.control_image("depth", size=(96, 96)), task="Inpaint", **arguments))
+    arguments: dict[str, Any] = {"image": images.photo(3), "mask_image": mask, "padding_mask_crop": 8}
+    relief = images.control_image("depth", size=(96, 96))
+    assert_same(*both(control, relief, task="Inpaint", height=64, width=64, **arguments))
 
 
 def test_control_image_gives_the_size(control: Served) -> None:

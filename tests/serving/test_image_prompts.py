@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Served
 from diffusers.image_processor import IPAdapterMaskProcessor
+
+from conftest import Served
 from imprompt import InvalidRequest
 from parity import assert_different, assert_same
 from tiny import images, oracle

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+
 from imprompt_serving import _triton_install
 from imprompt_serving.launcher import Addresses, LaunchError, Server
 

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Served
 from diffusers import StableDiffusionPipeline
+
+from conftest import Served
+from imprompt_serving.capabilities import SCHEDULERS
 from parity import assert_different, assert_same
 from tiny import images, oracle
-
-from imprompt_serving.capabilities import SCHEDULERS
 
 STATUE, OTHER = images.photo(1), images.photo(2, size=(120, 80))
 UNSEEDED = {"DPMSolverSDEScheduler"}
@@ -35,7 +35,7 @@ def plain(served: Any) -> Any:
     return pipe
 
 
-SMALL = {"prompt": "a photo of a cat", "num_inference_steps": 4, "height": 64, "width": 64}
+SMALL: dict[str, Any] = {"prompt": "a photo of a cat", "num_inference_steps": 4, "height": 64, "width": 64}
 
 
 def test_same_picture_with_each_scheduler(sd15: Served, plain: Any) -> None:

@@ -11,10 +11,10 @@ from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales_for_one_adapter
 from torch import Tensor
 
-from imprompt_serving.weight_types import layer_weights
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.job import AdapterUse
 from imprompt_serving.specs import Bundle, level_size
+from imprompt_serving.weight_types import layer_weights
 
 PADDING = -1e4
 """Bias of a padding token: its share of the softmax is exactly zero, in half precision too."""

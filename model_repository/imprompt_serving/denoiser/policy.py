@@ -18,7 +18,7 @@ class Candidate(NamedTuple):
 class Share(NamedTuple):
     """Rows of the next call for the candidate at ``index``."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     rows: int
 
 

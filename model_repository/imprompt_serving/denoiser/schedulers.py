@@ -40,6 +40,9 @@ def set_timesteps(scheduler: Any, steps: int) -> Any:
         scheduler.set_timesteps(steps)
     except (ValueError, IndexError, TypeError) as error:
         raise InvalidRequest("num_inference_steps", f"{type(scheduler).__name__} refuses {steps}: {error}") from error
+    trained = scheduler.config.num_train_timesteps
+    if float(scheduler.timesteps.max()) >= trained:
+        raise InvalidRequest("num_inference_steps", f"{steps} is too many for a model trained on {trained} timesteps")
     return scheduler.timesteps
 
 

@@ -101,7 +101,7 @@ def _shape(request: JobRequest, bundle: Bundle, pictures: int) -> tuple[int, int
 
 
 def _remaining(request: JobRequest, scheduler: Any) -> tuple[Tensor, int]:
-    """The last ``strength`` of the timesteps, and the number of steps (``get_timesteps`` of diffusers' image-to-image pipelines)."""
+    """The last ``strength`` of the timesteps, and the number of steps: ``get_timesteps`` of diffusers' pipelines."""
     steps = request.num_inference_steps
     skipped = steps - min(int(steps * request.strength), steps)
     if skipped == steps:

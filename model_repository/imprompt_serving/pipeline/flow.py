@@ -66,6 +66,7 @@ class Pipeline:
         for prompt in request.image_prompts:
             if prompt.adapter.name == adapter:
                 negative, positive = await self._images.features(prompt, True, Stages())
+                assert negative is not None  # guided
                 return {f"image_embeds_{adapter}": np.stack([negative, positive])}
         raise InvalidRequest("ip_adapter_image", f"no picture for adapter {adapter}")
 

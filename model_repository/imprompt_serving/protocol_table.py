@@ -1,0 +1,42 @@
+"""The tables of `docs/protocol.md`, made from `wire`: `python -m imprompt_serving.protocol_table docs/protocol.md`.
+
+A table stands between `<!-- tensors: NAME -->` and `<!-- end -->`, where NAME is a tuple of `wire`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from imprompt_serving import wire
+from imprompt_serving.wire import Tensor
+
+_PLACE = re.compile(r"(<!-- tensors: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def tables() -> dict[str, tuple[Tensor, ...]]:
+    """What callers see: the tuples of `wire` by name, without those between the models."""
+    names = [name for name in vars(wire) if name.endswith(("REQUEST", "RESPONSE")) and not name.startswith("JOB_")]
+    return {name: getattr(wire, name) for name in names}
+
+
+def markdown(tensors: tuple[Tensor, ...]) -> str:
+    """Rows in the terms of the KServe protocol, in which a STRING is BYTES."""
+    rows = ["| tensor | type | shape | what |", "|---|---|---|---|"]
+    for tensor in tensors:
+        dtype = "BYTES" if tensor.dtype == "STRING" else tensor.dtype
+        shape = ", ".join("n" if size == -1 else str(size) for size in tensor.dims)
+        rows.append(f"| `{tensor.name}` | {dtype} | [{shape}] | {tensor.doc} |")
+    return "\n".join(rows) + "\n"
+
+
+def filled(page: str) -> str:
+    """`page` with each of its tables made anew."""
+    known = tables()
+    return _PLACE.sub(lambda place: place[1] + markdown(known[place["name"]]) + place[3], page)
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    path.write_text(filled(path.read_text()))
