@@ -94,8 +94,7 @@ class BundleFile(_Section, frozen=True):
         return bundle
 
     def _check(self) -> None:
-        named: dict[str, Sequence[Any]] = {"name": (self,), "ip_adapter.name": self.ip_adapter, "controlnet.name": self.controlnet}
-        for what, sections in named.items():
+        for what, sections in self._named().items():
             names = [section.name for section in sections]
             for name in names:
                 if not _NAME.fullmatch(name) or name in _RESERVED:
@@ -120,6 +119,9 @@ class BundleFile(_Section, frozen=True):
             self.image_encoder(adapter)
         for net in self.controlnet:
             self.check_model(f"controlnet {net.name}", net.path)
+
+    def _named(self) -> dict[str, Sequence[Any]]:
+        return {"name": (self,), "ip_adapter.name": self.ip_adapter, "controlnet.name": self.controlnet}
 
     def locate(self, path: str) -> str:
         """A path relative to the bundle file as absolute; anything that is not there is taken for a hub id."""
