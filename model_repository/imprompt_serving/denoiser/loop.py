@@ -12,7 +12,6 @@ import torch
 from imprompt_serving.denoiser.batch import Batcher, Part
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.policy import Candidate, plan
-from imprompt_serving.engines import Engine
 from imprompt_serving.errors import Cancelled, RequestError
 
 logger = logging.getLogger(__name__)
@@ -33,8 +32,8 @@ class Listener:
 class Denoiser:
     """Continuous batching of denoising steps: a job joins or leaves between any two ticks."""
 
-    def __init__(self, unet: Engine, batcher: Batcher, max_rows: int) -> None:
-        self._unet, self._batcher, self._max_rows = unet, batcher, max_rows
+    def __init__(self, networks: Callable[..., torch.Tensor], batcher: Batcher, max_rows: int) -> None:
+        self._networks, self._batcher, self._max_rows = networks, batcher, max_rows
         self._jobs: dict[str, tuple[Job, Listener]] = {}
         self._cancelled: set[str] = set()
         self._changed = threading.Condition()
@@ -115,8 +114,7 @@ class Denoiser:
 
     def _compute(self, parts: list[Part]) -> None:
         inputs = self._batcher.inputs(parts)
-        answer = self._unet.run({name: tensor.numpy() for name, tensor in inputs.items()})
-        noise_pred = torch.from_numpy(answer["noise_pred"])
+        noise_pred = self._networks(parts, inputs)
         for part, rows in zip(parts, noise_pred.split([part.stop - part.start for part in parts]), strict=True):
             try:
                 self._advance(part.job, rows)

@@ -14,7 +14,7 @@ import numpy as np
 
 from imprompt_serving.errors import InvalidRequest, RequestError, from_status
 from imprompt_serving.job import JobRequest
-from imprompt_serving.pipeline.encode import ImagePromptEncoder, TextPromptEncoder, encode_start
+from imprompt_serving.pipeline.encode import ImagePromptEncoder, TextPromptEncoder, control_tensors, encode_start
 from imprompt_serving.pipeline.finish import Finisher
 from imprompt_serving.pipeline.models import Models, Tensors, strings
 from imprompt_serving.pipeline.request import Request
@@ -48,7 +48,7 @@ class Pipeline:
             self._images.encode(request, stages),
             encode_start(request, self._bundle, self._models, stages),
         )
-        tensors = {**text, **embeds, **start}
+        tensors = {**text, **embeds, **start, **control_tensors(request)}
         latents = await self._denoise(request, tensors, job_id or uuid.uuid4().hex, progress, stages)
         answer = await self._finish(request, latents, stages)
         per_picture = len(request.seeds) == request.pictures
@@ -93,6 +93,8 @@ class Pipeline:
             scheduler=request.scheduler,
             scheduler_config=request.scheduler_config,
             adapters=tuple(prompt.use for prompt in request.image_prompts),
+            controls=tuple(control.use for control in request.controls),
+            guess_mode=request.guess_mode,
             sizes=request.sizes,
             timeout=request.timeout,
             progress_every=request.progress_every if progress else 0,

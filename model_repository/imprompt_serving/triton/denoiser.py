@@ -16,6 +16,7 @@ from imprompt_serving.denoiser.batch import Batcher
 from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.loop import Denoiser, Listener
+from imprompt_serving.denoiser.networks import Networks
 from imprompt_serving.engines import load_engine
 from imprompt_serving.errors import RequestError
 from imprompt_serving.job import JobRequest
@@ -35,8 +36,11 @@ class TritonPythonModel:
             return load_engine(folder / f"{name}.onnx", bundle.backend)
 
         projections = {adapter.name: engine(f"image_projection_{adapter.name}") for adapter in bundle.adapters}
-        self._conditioner = Conditioner(bundle, projections)
-        self._denoiser = Denoiser(engine("unet"), Batcher(bundle), bundle.shapes.rows.max)
+        embeddings = {net.name: engine(f"controlnet_embedding_{net.name}") for net in bundle.controlnets}
+        controlnets = {net.name: engine(f"controlnet_{net.name}") for net in bundle.controlnets}
+        self._conditioner = Conditioner(bundle, projections, embeddings)
+        networks = Networks(bundle, engine("unet"), controlnets)
+        self._denoiser = Denoiser(networks, Batcher(bundle), bundle.shapes.rows.max)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
