@@ -127,6 +127,7 @@ def describe(bundle: BundleFile, checkpoints: Checkpoints) -> specs.Bundle:
         ),
         residuals=_residuals(checkpoints),
         shapes=bundle.shapes,
+        limits=bundle.limits,
         backend=bundle.engine.backend,
         precision=bundle.engine.precision,
     )
