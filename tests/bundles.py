@@ -112,12 +112,46 @@ weight_name = "{lora.name}"
     return [section, adapter("plain", adapters.make_adapter(root, "plain"), root, "models/image_encoder")]
 
 
+def _control(folder: Path) -> list[str]:
+    """Two ControlNets and the plain adapter."""
+    base.make_sd15(folder / "base")
+    return [
+        controlnet("depth", control.make_controlnet(folder / "depth")),
+        controlnet("canny", control.make_controlnet(folder / "canny", seed=1)),
+        _plain(folder),
+    ]
+
+
+def _sdxl_control(folder: Path) -> list[str]:
+    """A ControlNet for SDXL, small."""
+    base.make_sdxl(folder / "base", layers_per_block=1)
+    return [controlnet("depth", control.make_controlnet(folder / "depth", family="sdxl", layers_per_block=1))]
+
+
+def controlnet(name: str, folder: Path) -> str:
+    """A ``[[controlnet]]`` section."""
+    return f"""
+[[controlnet]]
+name = "{name}"
+path = "{folder.name}"
+"""
+
+
+def _plain(folder: Path) -> str:
+    """The section of a plain adapter for SD1.5, which it makes."""
+    root = folder / "ip"
+    adapters.make_image_encoder(root / "models/image_encoder")
+    return adapter("plain", adapters.make_adapter(root, "plain"), root, "models/image_encoder")
+
+
 MAKERS: dict[str, Callable[[Path], list[str]]] = {
     "sd15": _sd15,
     "sd15_face": _sd15_face,
     "sdxl": _sdxl,
     "inpaint": _inpaint,
     "lcm": _lcm,
+    "control": _control,
+    "sdxl_control": _sdxl_control,
 }
 
 
@@ -137,7 +171,7 @@ def make(name: str, cache: Path) -> Made:
 
 
 def _read_adapters(folder: Path) -> list[oracle.Adapter]:
-    sections = tomllib.loads((folder / "bundle.toml").read_text())["ip_adapter"]
+    sections = tomllib.loads((folder / "bundle.toml").read_text()).get("ip_adapter", [])
     return [
         oracle.Adapter(
             path=folder / section["path"],

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -33,6 +34,13 @@ class IPAdapterSection(_Section, frozen=True):
     image_encoder_folder: str | Literal[False] = "image_encoder"
 
 
+class ControlNetSection(_Section, frozen=True):
+    """A ControlNet: what requests call it, and its diffusers folder."""
+
+    name: str
+    path: str
+
+
 class LoraSection(_Section, frozen=True):
     """A LoRA that is fused into the base, with the parameters of diffusers' ``load_lora_weights``."""
 
@@ -56,6 +64,7 @@ class BundleFile(_Section, frozen=True):
     name: str
     base: str
     ip_adapter: tuple[IPAdapterSection, ...] = ()
+    controlnet: tuple[ControlNetSection, ...] = ()
     lora: tuple[LoraSection, ...] = ()
     engine: EngineSection = EngineSection()
     shapes: Shapes = Shapes()
@@ -86,7 +95,8 @@ class BundleFile(_Section, frozen=True):
         return bundle
 
     def _check(self) -> None:
-        for what, names in (("name", [self.name]), ("ip_adapter.name", [a.name for a in self.ip_adapter])):
+        for what, sections in self._named().items():
+            names = [section.name for section in sections]
             for name in names:
                 if not _NAME.fullmatch(name) or name in _RESERVED:
                     raise BundleError(f"{what}: {name!r} must match [a-z][a-z0-9_]* and be none of {sorted(_RESERVED)}")
@@ -110,6 +120,11 @@ class BundleFile(_Section, frozen=True):
         for adapter in self.ip_adapter:
             self.adapter_file(adapter)
             self.image_encoder(adapter)
+        for net in self.controlnet:
+            self.check_model(f"controlnet {net.name}", net.path)
+
+    def _named(self) -> dict[str, Sequence[Any]]:
+        return {"name": (self,), "ip_adapter.name": self.ip_adapter, "controlnet.name": self.controlnet}
 
     def locate(self, path: str) -> str:
         """A path relative to the bundle file as absolute; anything that is not there is taken for a hub id."""
@@ -119,6 +134,12 @@ class BundleFile(_Section, frozen=True):
         if local.is_absolute() or path.startswith(".") or path.count("/") != 1 or (local.parent.is_dir()):
             raise BundleError(f"{path}: no such file or folder in {self.folder}")
         return path
+
+    def check_model(self, what: str, path: str) -> None:
+        """Refuse a local folder that holds no diffusers model."""
+        root = Path(self.locate(path))
+        if root.exists() and not (root / "config.json").is_file():
+            raise BundleError(f"{what}: no config.json in {root}")
 
     def adapter_file(self, adapter: IPAdapterSection) -> Path:
         """The weight file of an adapter."""

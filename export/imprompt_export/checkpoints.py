@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import ControlNetModel, DiffusionPipeline
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from imprompt_export import adapters
+from imprompt_export import adapters, control
 from imprompt_export.bundle import BundleError, BundleFile
 from imprompt_serving.specs import AdapterKind
 
@@ -46,6 +46,7 @@ class Checkpoints:
     adapters: tuple[LoadedAdapter, ...]
     image_encoders: dict[str, CLIPVisionModelWithProjection]
     feature_extractors: dict[str, Any]
+    controlnets: dict[str, ControlNetModel]
 
 
 def load(bundle: BundleFile) -> Checkpoints:
@@ -70,6 +71,7 @@ def load(bundle: BundleFile) -> Checkpoints:
             name: own_processor or CLIPImageProcessor(size=e.config.image_size, crop_size=e.config.image_size)
             for name, e in encoders.items()
         },
+        controlnets=control.load_controlnets(bundle, pipeline.unet),
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
-from imprompt_export import graphs, image_prompt, report
+from imprompt_export import control, graphs, image_prompt, report
 from imprompt_export.bundle import BundleFile
 from imprompt_export.checkpoints import Checkpoints, LoadedAdapter, load
 from imprompt_export.graphs import Graph
@@ -66,16 +66,24 @@ def bundle_graphs(bundle: BundleFile, checkpoints: Checkpoints) -> list[Graph]:
     """Every graph of a bundle, the UNet last: tracing it replaces its attention processors."""
     pipeline = checkpoints.pipeline
     xl = checkpoints.family == "sdxl"
-    todo = [graphs.text_encoder("text_encoder", pipeline.text_encoder, penultimate=xl)]
+    length = pipeline.tokenizer.model_max_length
+    todo = [graphs.text_encoder("text_encoder", pipeline.text_encoder, length, penultimate=xl)]
     if xl:
-        todo.append(graphs.text_encoder("text_encoder_2", pipeline.text_encoder_2, penultimate=True))
+        length = pipeline.tokenizer_2.model_max_length
+        todo.append(graphs.text_encoder("text_encoder_2", pipeline.text_encoder_2, length, penultimate=True))
     todo += [graphs.image_encoder(name, model) for name, model in checkpoints.image_encoders.items()]
     todo += [graphs.image_projection(a.name, a.projection, a.embeds) for a in checkpoints.adapters]
     todo += [graphs.vae_encoder(pipeline.vae, pipeline.vae_scale_factor), graphs.vae_decoder(pipeline.vae)]
     if getattr(pipeline, "safety_checker", None) is not None:
         todo.append(graphs.safety_checker(pipeline.safety_checker))
-    todo.append(graphs.unet(pipeline.unet, [adapter.name for adapter in checkpoints.adapters]))
+    for name, net in checkpoints.controlnets.items():
+        todo += control.controlnet(name, net)
+    todo.append(graphs.unet(pipeline.unet, [a.name for a in checkpoints.adapters], _residuals(checkpoints)))
     return todo
+
+
+def _residuals(checkpoints: Checkpoints) -> tuple[specs.Residual, ...]:
+    return control.residuals(checkpoints.pipeline.unet) if checkpoints.controlnets else ()
 
 
 def describe(bundle: BundleFile, checkpoints: Checkpoints) -> specs.Bundle:
@@ -115,6 +123,11 @@ def describe(bundle: BundleFile, checkpoints: Checkpoints) -> specs.Bundle:
             for name, model in checkpoints.image_encoders.items()
         ),
         safety_checker=_safety_checker(pipeline),
+        controlnets=tuple(
+            specs.ControlNet(name=name, global_pool=net.config.global_pool_conditions)
+            for name, net in checkpoints.controlnets.items()
+        ),
+        residuals=_residuals(checkpoints),
         shapes=bundle.shapes,
         limits=bundle.limits,
         backend=bundle.engine.backend,

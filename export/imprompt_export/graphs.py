@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from imprompt_export import image_prompt
-from imprompt_serving.specs import level_size
+from imprompt_serving.specs import Residual, level_size, residual_names
 
 Axes = dict[str, float]
 Model = Any
@@ -67,13 +67,12 @@ class Graph:
         return {tensor.name: tensor.draw(axes, generator) for tensor in self.inputs}
 
 
-def text_encoder(name: str, model: Model, *, penultimate: bool) -> Graph:
-    """CLIP text with ``clip_skip`` as an input.
+def text_encoder(name: str, model: Model, length: int, *, penultimate: bool) -> Graph:
+    """CLIP text over ``length`` tokens, with ``clip_skip`` as an input.
 
     As in diffusers' ``encode_prompt``: SD1.5 takes the layer before the skipped ones through the final norm; SDXL
     (``penultimate``) starts one layer earlier and takes it as it is.
     """
-    length = model.config.max_position_embeddings
     layers = model.config.num_hidden_layers
     pooled = hasattr(model, "text_projection")
     text_model: Model = getattr(model, "text_model", model)
@@ -221,8 +220,30 @@ def safety_checker(model: Model) -> Graph:
     )
 
 
-def unet(model: Model, adapters: list[str]) -> Graph:
-    """The UNet of one denoising step, with image prompts as tensors (see ``image_prompt``)."""
+def added_conditions(model: Model) -> dict[str, int]:
+    """Inputs that SDXL's networks take beside the text, with their sizes."""
+    if model.config.addition_embed_type != "text_time":
+        return {}
+    time_ids = 6  # original size, crop, target size
+    return {
+        "text_embeds": model.add_embedding.linear_1.in_features - time_ids * model.config.addition_time_embed_dim,
+        "time_ids": time_ids,
+    }
+
+
+def level_axes(level: int) -> tuple[str, str]:
+    """Names of the axes of a latent size that was halved ``level`` times."""
+    return ("h", "w") if level == 0 else (f"h{level}", f"w{level}")
+
+
+def level_sizes(shapes: Iterable[Residual], h: int, w: int) -> Axes:
+    """Sizes of these axes, for latents of ``h`` x ``w``."""
+    levels = {0, *(shape.level for shape in shapes)}
+    return {axis: level_size(size, i) for i in levels for axis, size in zip(level_axes(i), (h, w), strict=True)}
+
+
+def unet(model: Model, adapters: list[str], residuals: Sequence[Residual] = ()) -> Graph:
+    """The UNet of one denoising step; image prompts (see ``image_prompt``) and what ControlNets add are inputs."""
     config = model.config
     prompts = image_prompt.install(model)
     layers = image_prompt.cross_attention_layers(model)
@@ -236,12 +257,8 @@ def unet(model: Model, adapters: list[str]) -> Graph:
         Input(name="timestep", shape=("batch",), values="timestep"),
         Input(name="encoder_hidden_states", shape=("batch", "text", config.cross_attention_dim)),
     ]
-    added: dict[str, int] = {}
-    if config.addition_embed_type == "text_time":
-        time_ids = 6  # original size, crop, target size
-        text = model.add_embedding.linear_1.in_features - time_ids * config.addition_time_embed_dim
-        added = {"text_embeds": text, "time_ids": time_ids}
-        inputs += [Input(name=name, shape=("batch", size)) for name, size in added.items()]
+    added = added_conditions(model)
+    inputs += [Input(name=name, shape=("batch", size)) for name, size in added.items()]
     if config.time_cond_proj_dim is not None:
         inputs.append(Input(name="timestep_cond", shape=("batch", config.time_cond_proj_dim)))
     for name in adapters:
@@ -252,6 +269,9 @@ def unet(model: Model, adapters: list[str]) -> Graph:
             Input(name=f"ip_scale_{name}", shape=(*group, len(layers)), values="scale"),
             *(Input(name=f"ip_mask_{name}_{i}", shape=(*group, f"q{i}"), values="unit") for i in levels),
         ]
+    control = residual_names(len(residuals)) if residuals else ()
+    for name, shape in zip(control, residuals, strict=True):
+        inputs.append(Input(name=name, shape=("batch", shape.channels, *level_axes(shape.level))))
 
     def run(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         prompts.tokens = [tensors[f"ip_tokens_{name}"] for name in adapters]
@@ -259,19 +279,23 @@ def unet(model: Model, adapters: list[str]) -> Graph:
         prompts.scale = [tensors[f"ip_scale_{name}"] for name in adapters]
         prompts.masks = [{i: tensors[f"ip_mask_{name}_{i}"] for i in levels} for name in adapters]
         sample, timestep, text = (tensors[name] for name in ("sample", "timestep", "encoder_hidden_states"))
+        down = [tensors[name] for name in control]
+        middle = down.pop() if down else None
         return model(
             sample,
             timestep,
             text,
             timestep_cond=tensors.get("timestep_cond"),
             added_cond_kwargs={name: tensors[name] for name in added},
+            down_block_additional_residuals=tuple(down) or None,
+            mid_block_additional_residual=middle,
             return_dict=False,
         )
 
     def axes(batch: int, h: int, w: int, groups: int, tokens: int, scale: float) -> Axes:
         resolutions = {f"q{i}": level_size(h, i) * level_size(w, i) for i in levels}
         counts = {f"groups_{name}": groups for name in adapters} | {f"tokens_{name}": tokens for name in adapters}
-        return {"batch": batch, "h": h, "w": w, "text": 77, "scale": scale} | counts | resolutions
+        return {"batch": batch, "text": 77, "scale": scale} | counts | resolutions | level_sizes(residuals, h, w)
 
     return Graph(
         name="unet",

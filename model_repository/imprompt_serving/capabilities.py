@@ -45,6 +45,7 @@ def capabilities(bundle: Bundle) -> dict[str, Any]:
             }
             for adapter in bundle.adapters
         ],
+        "controlnets": [net.name for net in bundle.controlnets],
         "schedulers": list(SCHEDULERS),
         "defaults": {
             "height": bundle.default_height,

@@ -24,6 +24,15 @@ class AdapterUse(msgspec.Struct, frozen=True, kw_only=True):
     weight_type: str = "linear"
 
 
+class ControlUse(msgspec.Struct, frozen=True, kw_only=True):
+    """A ControlNet in one request, active from ``start`` to ``end`` of the steps; its images travel as a tensor."""
+
+    name: str
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+
 class SizeConditions(msgspec.Struct, frozen=True, kw_only=True):
     """SDXL's micro-conditioning, each (height, width) or (top, left); None takes diffusers' default."""
 
@@ -52,6 +61,9 @@ class JobRequest(msgspec.Struct, frozen=True, kw_only=True):
     scheduler: str | None = None
     scheduler_config: dict[str, Any] = {}
     adapters: tuple[AdapterUse, ...] = ()
+    controls: tuple[ControlUse, ...] = ()
+    guess_mode: bool = False
+    """ControlNets act on the conditional branch only, and less on the finer residuals."""
     sizes: SizeConditions = SizeConditions()
     timeout: float | None = None
     """Seconds from arrival in the denoiser."""

@@ -84,6 +84,20 @@ class CrossAttention(msgspec.Struct, frozen=True, kw_only=True):
     level: int
 
 
+class Residual(NamedTuple):
+    """A tensor that a ControlNet adds to the UNet: channels, and how often the latent size is halved."""
+
+    channels: int
+    level: int
+
+
+class ControlNet(msgspec.Struct, frozen=True, kw_only=True):
+    """A ControlNet; one with ``global_pool`` adds a number for each channel instead of a plane (ControlNet shuffle)."""
+
+    name: str
+    global_pool: bool = False
+
+
 class TextEncoder(msgspec.Struct, frozen=True, kw_only=True):
     """A CLIP text encoder: engine name, tokenizer file and the fixed length of its input."""
 
@@ -116,6 +130,9 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     adapters: tuple[Adapter, ...] = ()
     image_encoders: tuple[ImageEncoder, ...] = ()
     safety_checker: ImageEncoder | None = None
+    controlnets: tuple[ControlNet, ...] = ()
+    residuals: tuple[Residual, ...] = ()
+    """What ControlNets add: to each skip connection of the down blocks, and last to the middle block."""
     shapes: Shapes = Shapes()
     limits: Limits = Limits()
     backend: str = "onnxruntime"
@@ -136,6 +153,14 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     def image_encoder(self, name: str) -> ImageEncoder:
         return next(encoder for encoder in self.image_encoders if encoder.name == name)
 
+    @property
+    def residual_names(self) -> tuple[str, ...]:
+        """Names of ``residuals``, as outputs of ControlNets and inputs of the UNet."""
+        return residual_names(len(self.residuals))
+
+    def controlnet(self, name: str) -> ControlNet:
+        return next(net for net in self.controlnets if net.name == name)
+
     def model(self, part: str) -> str:
         """Name of the Triton model that serves ``part`` of this bundle."""
         return f"{self.name}_{part}"
@@ -154,3 +179,8 @@ def level_size(size: int, level: int) -> int:
     for _ in range(level):
         size = (size + 1) // 2
     return size
+
+
+def residual_names(count: int) -> tuple[str, ...]:
+    """Names of ``count`` residuals: those of the down blocks and that of the middle block."""
+    return (*(f"down_residual_{index}" for index in range(count - 1)), "mid_residual")

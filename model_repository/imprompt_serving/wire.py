@@ -77,6 +77,27 @@ SDXL_REQUEST: tuple[Tensor, ...] = (
 )
 """Only bundles of the SDXL family have these."""
 
+CONTROL_REQUEST: tuple[Tensor, ...] = (
+    Tensor("controlnet", "STRING", MANY, "names of the ControlNets to use, in this order (default: all of the bundle)"),
+    Tensor(
+        "control_image",
+        "STRING",
+        MANY,
+        "control images as encoded pictures: one for each net, or one for each prompt (frame) of each net in turn",
+    ),
+    Tensor(
+        "controlnet_conditioning_scale", "FP64", MANY, "strength: one for all nets, or one each (default as diffusers)"
+    ),
+    Tensor(
+        "control_guidance_start", "FP64", MANY, "share of the steps before a net acts: one, or one each (default 0)"
+    ),
+    Tensor(
+        "control_guidance_end", "FP64", MANY, "share of the steps after which it stops: one, or one each (default 1)"
+    ),
+    Tensor("guess_mode", "BOOL", ONE, "nets act on the conditional branch only, and less on the finer residuals"),
+)
+"""Only bundles with ControlNets have these."""
+
 STREAM_REQUEST: tuple[Tensor, ...] = (
     Tensor("progress_every", "INT32", ONE, "steps between two progress answers (default 1)"),
     Tensor("preview", "BOOL", ONE, "whether progress answers carry small pictures (default: no)"),
@@ -109,7 +130,8 @@ def request_tensors(bundle: Bundle, *, stream: bool) -> tuple[Tensor, ...]:
         for adapter in bundle.adapters
     )
     family = SDXL_REQUEST if bundle.family == "sdxl" else ()
-    return REQUEST + family + embeds + (STREAM_REQUEST if stream else ())
+    control = CONTROL_REQUEST if bundle.controlnets else ()
+    return REQUEST + family + control + embeds + (STREAM_REQUEST if stream else ())
 
 
 def response_tensors(bundle: Bundle, *, stream: bool) -> tuple[Tensor, ...]:
@@ -148,6 +170,7 @@ def job_tensors(bundle: Bundle) -> tuple[Tensor, ...]:
             if adapter.clip_shape:
                 embeds.append(Tensor(f"{prefix}clip_embeds_{adapter.name}", "FP32", (-1, *adapter.clip_shape)))
     masks = (Tensor(f"ip_adapter_masks_{a.name}", "FP32", (-1, -1, -1)) for a in bundle.adapters)
+    controls = (Tensor(f"control_image_{net.name}", "FP32", (-1, 3, -1, -1)) for net in bundle.controlnets)
     moments = (-1, 2 * bundle.latent_channels, -1, -1)
     return (
         Tensor("job", "STRING", ONE),
@@ -155,6 +178,7 @@ def job_tensors(bundle: Bundle) -> tuple[Tensor, ...]:
         Tensor("cancel", "STRING", ONE),
         *embeds,
         *masks,
+        *controls,
         Tensor("image_moments", "FP32", moments),
         Tensor("masked_image_moments", "FP32", moments),
         Tensor("mask", "FP32", (-1, 1, -1, -1)),

@@ -6,11 +6,10 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -68,7 +67,7 @@ class FakeBatcher:
 
 
 class Gate:
-    """An engine that computes a call for each ``open``; all at once after ``open(None)``."""
+    """Networks that compute a call for each ``open``; all at once after ``open(None)``."""
 
     def __init__(self, batcher: FakeBatcher) -> None:
         self.batcher, self.calls = batcher, list[list[tuple[str, int]]]()
@@ -84,14 +83,14 @@ class Gate:
         """Waits until a call has come."""
         assert self._entered.acquire(timeout=WAIT_S)
 
-    def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def __call__(self, parts: Sequence[Part], inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         self._entered.release()
         if not self._free:
             assert self._turns.acquire(timeout=WAIT_S)
         self.calls.append(self.batcher.parts)
         if self.poison & {job_id for job_id, _ in self.batcher.parts}:
             raise ValueError("the engine does not like this one")
-        return {"noise_pred": tensors["sample"]}
+        return inputs["sample"]
 
 
 class Answers(Listener):

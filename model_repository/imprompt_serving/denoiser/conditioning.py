@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from imprompt_serving.denoiser.control import Control, prepare_controls
 from imprompt_serving.denoiser.image_prompts import absent_inputs, adapter_inputs, group_scales
 from imprompt_serving.engines import Engine
 from imprompt_serving.errors import InvalidRequest
@@ -18,8 +19,11 @@ from imprompt_serving.specs import Adapter, Bundle
 class Conditioning:
     """The conditioning of one job. Adapters with a start or an end have no effect outside of it."""
 
-    def __init__(self, request: JobRequest, inputs: dict[str, Tensor], pictures: int) -> None:
+    def __init__(
+        self, request: JobRequest, inputs: dict[str, Tensor], pictures: int, controls: tuple[Control, ...] = ()
+    ) -> None:
         self.pictures = pictures
+        self.controls = controls
         self._inputs = inputs
         self._windows = {f"ip_scale_{u.name}": (u.start, u.end) for u in request.adapters if (u.start, u.end) != (0, 1)}
         self._variants: dict[tuple[bool, ...], dict[str, Tensor]] = {}
@@ -35,10 +39,16 @@ class Conditioning:
 
 
 class Conditioner:
-    """Projects image embeddings to tokens, once a request, and lays out what the UNet takes beside the latents."""
+    """Lays out what the UNet takes beside the latents.
 
-    def __init__(self, bundle: Bundle, projections: Mapping[str, Engine]) -> None:
+    Image embeddings are projected to tokens and control images embedded here, once a request.
+    """
+
+    def __init__(
+        self, bundle: Bundle, projections: Mapping[str, Engine], control_embeddings: Mapping[str, Engine] | None = None
+    ) -> None:
         self._bundle, self._projections = bundle, projections
+        self._control_embeddings = control_embeddings or {}
 
     def __call__(self, request: JobRequest, tensors: Mapping[str, Tensor]) -> Conditioning:
         """The conditioning of ``request``, from its text and image embeddings."""
@@ -58,7 +68,10 @@ class Conditioner:
         if bundle.time_cond_proj_dim is not None:
             branches["timestep_cond"] = guidance_embedding(request.guidance_scale, bundle.time_cond_proj_dim)
         inputs |= {name: tensor.repeat_interleave(pictures, dim=0) for name, tensor in branches.items()}
-        return Conditioning(request, inputs, pictures)
+        controls = prepare_controls(
+            bundle, self._control_embeddings, request, tensors, pictures=pictures, branches=len(prefixes)
+        )
+        return Conditioning(request, inputs, pictures, controls)
 
     def _image_prompts(
         self, request: JobRequest, tensors: Mapping[str, Tensor], prefixes: tuple[str, ...]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from imprompt_serving.denoiser.conditioning import Conditioning
+from imprompt_serving.denoiser.control import Control
 from imprompt_serving.denoiser.line import Load
 from imprompt_serving.denoiser.preview import predicted_latents
 from imprompt_serving.denoiser.schedulers import make_scheduler, set_timesteps, step_arguments
@@ -83,6 +84,10 @@ class Job:
     def conditioning(self) -> Mapping[str, Tensor]:
         """UNet inputs of the current step beside latents and timestep, a row each; the same object while they stay."""
         return self._conditioning.at(self._index, len(self._timesteps))
+
+    def controls(self) -> list[Control]:
+        """The ControlNets that act in the current step."""
+        return [control for control in self._conditioning.controls if control.acts(self._index, len(self._timesteps))]
 
     def model_input(self) -> tuple[Tensor, Tensor]:
         """Latents [rows, C, h, w] and timesteps [rows] of the current step, for all rows."""

@@ -17,7 +17,6 @@ from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.line import Load, check_room
 from imprompt_serving.denoiser.meter import Meter, Population
 from imprompt_serving.denoiser.policy import Candidate, plan
-from imprompt_serving.engines import Engine
 from imprompt_serving.errors import Cancelled, Overloaded, RequestError
 from imprompt_serving.specs import Limits
 
@@ -49,9 +48,14 @@ class Denoiser:
     """Continuous batching of denoising steps: a job joins or leaves between any two ticks."""
 
     def __init__(
-        self, unet: Engine, batcher: Batcher, max_rows: int, limits: Limits | None = None, meter: Meter | None = None
+        self,
+        networks: Callable[..., torch.Tensor],
+        batcher: Batcher,
+        max_rows: int,
+        limits: Limits | None = None,
+        meter: Meter | None = None,
     ) -> None:
-        self._unet, self._batcher, self._max_rows = unet, batcher, max_rows
+        self._networks, self._batcher, self._max_rows = networks, batcher, max_rows
         self._limits, self._meter = limits or Limits(), meter or Meter()
         self._jobs: dict[str, tuple[Job, Listener]] = {}
         self._admitted: dict[str, tuple[Load, float]] = {}
@@ -194,8 +198,7 @@ class Denoiser:
 
     def _compute(self, parts: list[Part]) -> None:
         inputs = self._batcher.inputs(parts)
-        answer = self._unet.run({name: tensor.numpy() for name, tensor in inputs.items()})
-        noise_pred = torch.from_numpy(answer["noise_pred"])
+        noise_pred = self._networks(parts, inputs)
         for part, rows in zip(parts, noise_pred.split([part.stop - part.start for part in parts]), strict=True):
             with self._failing(part.job):
                 self._advance(part.job, rows)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.pipeline.image_prompts import ImagePrompt
-from imprompt_serving.pipeline.images import clip_pixels, mask_pixels, vae_pixels
+from imprompt_serving.pipeline.images import clip_pixels, control_pixels, mask_pixels, vae_pixels
 from imprompt_serving.pipeline.mask_crop import crop_region, fit_filled
 from imprompt_serving.pipeline.models import Models, Tensors
 from imprompt_serving.pipeline.request import Request
@@ -153,3 +153,16 @@ async def encode_start(request: Request, bundle: Bundle, models: Models, stages:
         whole, masked = await asyncio.gather(encode(pixels), encode(pixels * (mask < 0.5)))
     factor = bundle.vae_scale_factor
     return {"image_moments": whole, "masked_image_moments": masked, "mask": mask[:, :, ::factor, ::factor]}
+
+
+def control_tensors(request: Request) -> Tensors:
+    """Control images at the size of the result, cropped as the start picture is."""
+    height, width, crop = request.height, request.width, request.start.mask_crop
+    box = None if crop is None else crop_region(request.start.masks[0], width, height, crop)
+    tensors = {}
+    for control in request.controls:
+        images = list(control.images)
+        if box is not None:
+            images = [fit_filled(image.crop(box), width, height) for image in images]
+        tensors[f"control_image_{control.use.name}"] = control_pixels(images, height, width)
+    return tensors

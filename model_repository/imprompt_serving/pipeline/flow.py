@@ -14,7 +14,7 @@ import numpy as np
 
 from imprompt_serving.errors import InvalidRequest, Overloaded, RequestError, from_status
 from imprompt_serving.job import Admission, JobRequest
-from imprompt_serving.pipeline.encode import ImagePromptEncoder, TextPromptEncoder, encode_start
+from imprompt_serving.pipeline.encode import ImagePromptEncoder, TextPromptEncoder, control_tensors, encode_start
 from imprompt_serving.pipeline.finish import Finisher
 from imprompt_serving.pipeline.models import Models, Tensors, strings
 from imprompt_serving.pipeline.request import Request
@@ -54,7 +54,7 @@ class Pipeline:
                 self._images.encode(request, stages),
                 encode_start(request, self._bundle, self._models, stages),
             )
-            tensors = {**text, **embeds, **start}
+            tensors = {**text, **embeds, **start, **control_tensors(request)}
             job = self._job(request, job_id, time.perf_counter() - began, quiet=progress is None)
             latents = await self._denoise(job, tensors, progress, stages)
         except Overloaded:
@@ -106,6 +106,8 @@ class Pipeline:
             scheduler=request.scheduler,
             scheduler_config=request.scheduler_config,
             adapters=tuple(prompt.use for prompt in request.image_prompts),
+            controls=tuple(control.use for control in request.controls),
+            guess_mode=request.guess_mode,
             sizes=request.sizes,
             timeout=None if request.timeout is None else max(request.timeout - seconds, 0.0),
             priority=request.priority,

@@ -42,6 +42,10 @@ class Reader:
     def choices(self, name: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(_allowed(name, value, allowed) for value in self.texts(name))
 
+    def flag(self, name: str) -> bool:
+        """Whether a boolean is given and true."""
+        return name in self and bool(_single(name, self._tensors[name].ravel()))
+
     def integers(self, name: str) -> tuple[int, ...]:
         return tuple(int(value) for value in self._tensors[name].ravel()) if name in self else ()
 
@@ -52,9 +56,6 @@ class Reader:
         if not low <= value <= high:
             raise InvalidRequest(name, f"must be {low} to {high}, got {value}")
         return value
-
-    def flag(self, name: str) -> bool:
-        return bool(_single(name, tuple(self._tensors[name].ravel()))) if name in self else False
 
     def pair(self, name: str) -> tuple[int, int] | None:
         if name not in self:

@@ -14,6 +14,7 @@ from PIL import Image
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.job import SizeConditions, Task
 from imprompt_serving.pipeline import images
+from imprompt_serving.pipeline.controls import Control, parse_controls
 from imprompt_serving.pipeline.image_prompts import ImagePrompt, adapter_name, parse_image_prompts
 from imprompt_serving.pipeline.reader import Reader, spread
 from imprompt_serving.specs import Bundle
@@ -43,6 +44,8 @@ class Request:
     """Likewise; None when none was given."""
     image_prompts: tuple[ImagePrompt, ...]
     start: StartImages
+    controls: tuple[Control, ...]
+    guess_mode: bool
     height: int
     width: int
     num_inference_steps: int
@@ -86,7 +89,8 @@ def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
     task: Task = "inpainting" if start.masks else "image-to-image" if start.images else "text-to-image"
     if bundle.unet_channels != bundle.latent_channels and task != "inpainting":
         raise InvalidRequest("mask_image", f"{bundle.name} is an inpainting model: it needs image and mask_image")
-    height, width = _size(read, bundle, task, start)
+    controls = parse_controls(read, bundle, task, len(prompts[0]))
+    height, width = _size(read, bundle, task, start, controls)
     timeout = read.number("timeout", math.inf, 1e-3)
     seeds = read.integers("seed")
     if len(seeds) not in (0, 1, pictures):
@@ -97,13 +101,15 @@ def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
         negative_prompts=_negative_prompts(read, bundle, len(prompts[0])),
         image_prompts=parse_image_prompts(read, bundle),
         start=start,
+        controls=controls,
+        guess_mode=read.flag("guess_mode"),
         height=height,
         width=width,
         num_inference_steps=read.integer("num_inference_steps", 50, 1, MAX_STEPS),
-        guidance_scale=read.number("guidance_scale", _default_guidance(bundle, task)),
+        guidance_scale=read.number("guidance_scale", _default_guidance(bundle, task, controls)),
         guidance_rescale=read.number("guidance_rescale", 0.0, 0.0, 1.0),
         eta=read.number("eta", 0.0, 0.0, 1.0),
-        strength=_strength(read, bundle, task),
+        strength=_strength(read, bundle, task, controls),
         clip_skip=read.integer("clip_skip", 0, 0, bundle.max_clip_skip),
         num_images_per_prompt=num_images,
         seeds=seeds or tuple(secrets.randbelow(2**63) for _ in range(pictures)),
@@ -158,30 +164,39 @@ def _start(read: Reader, bundle: Bundle, pictures: int) -> StartImages:
     return StartImages(images=tuple(given["image"]), masks=tuple(given["mask_image"]), mask_crop=crop)
 
 
-def _strength(read: Reader, bundle: Bundle, task: Task) -> float:
+def _strength(read: Reader, bundle: Bundle, task: Task, controls: tuple[Control, ...]) -> float:
     """Defaults of diffusers: 1.0 for SD1.5 inpainting, 0.9999 for SDXL's, and that of its image-to-image pipelines."""
     if task == "inpainting":
         default = 0.9999 if bundle.family == "sdxl" else 1.0
     else:
-        default = 0.3 if bundle.family == "sdxl" else 0.8
+        default = 0.3 if bundle.family == "sdxl" and not controls else 0.8
     strength = read.number("strength", default, 0.0, 1.0)
     if strength == 0:
         raise InvalidRequest("strength", "must be above 0 and at most 1, got 0")
     return strength
 
 
-def _default_guidance(bundle: Bundle, task: Task) -> float:
-    """Defaults of diffusers' pipelines: 7.5, but 5.0 for SDXL where it does not inpaint."""
-    return 5.0 if bundle.family == "sdxl" and task != "inpainting" else 7.5
+def _default_guidance(bundle: Bundle, task: Task, controls: tuple[Control, ...]) -> float:
+    """Defaults of diffusers' pipelines: 7.5, but 5.0 for SDXL, unless it inpaints without a ControlNet."""
+    return 5.0 if bundle.family == "sdxl" and (controls or task != "inpainting") else 7.5
 
 
-def _size(read: Reader, bundle: Bundle, task: Task, start: StartImages) -> tuple[int, int]:
-    """Height and width; image-to-image takes those of the picture, down to a multiple of the VAE's factor."""
+def _size(
+    read: Reader, bundle: Bundle, task: Task, start: StartImages, controls: tuple[Control, ...]
+) -> tuple[int, int]:
+    """Height and width; by default those of the bundle, or of the picture that diffusers' pipelines take them from.
+
+    That is the start picture of image-to-image, the control image, and the start picture of inpainting with one; down
+    to a multiple of the VAE's factor.
+    """
     height, width, asked = bundle.default_height, bundle.default_width, None
-    if task == "image-to-image":
-        first = start.images[0]
+    first = None
+    if task == "image-to-image" or (controls and start.images):
+        first, asked = start.images[0], "image"
+    elif controls:
+        first, asked = controls[0].images[0], "control_image"
+    if first is not None:
         height, width = (size - size % bundle.vae_scale_factor for size in (first.height, first.width))
-        asked = "image"
     sizes = []
     for name, default in (("height", height), ("width", width)):
         low, _, high = getattr(bundle.shapes, name)

@@ -18,6 +18,7 @@ from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.line import Load
 from imprompt_serving.denoiser.loop import Denoiser, Listener
+from imprompt_serving.denoiser.networks import Networks
 from imprompt_serving.denoiser.preview import previews
 from imprompt_serving.denoiser.warm_up import warm_up
 from imprompt_serving.engines import load_engine
@@ -40,6 +41,7 @@ class TritonPythonModel:
             return load_engine(folder / f"{name}.onnx", bundle.backend)
 
         projections = {adapter.name: engine(f"image_projection_{adapter.name}") for adapter in bundle.adapters}
+<<<<<<< HEAD
         self._conditioner = Conditioner(bundle, projections)
         unet = engine("unet")
         with torch.no_grad():
@@ -47,6 +49,13 @@ class TritonPythonModel:
         self._metrics = Metrics(metrics.DENOISER, args["model_name"])
         meter = DenoiserMeter(self._metrics)
         self._denoiser = Denoiser(unet, Batcher(bundle), bundle.shapes.rows.max, bundle.limits, meter)
+=======
+        embeddings = {net.name: engine(f"controlnet_embedding_{net.name}") for net in bundle.controlnets}
+        controlnets = {net.name: engine(f"controlnet_{net.name}") for net in bundle.controlnets}
+        self._conditioner = Conditioner(bundle, projections, embeddings)
+        networks = Networks(bundle, engine("unet"), controlnets)
+        self._denoiser = Denoiser(networks, Batcher(bundle), bundle.shapes.rows.max, bundle.limits)
+>>>>>>> main
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:

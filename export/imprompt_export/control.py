@@ -1,0 +1,131 @@
+"""ControlNets: loaded, checked against the base, and their graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel
+from torch import Tensor, nn
+
+from imprompt_export.bundle import BundleError, BundleFile
+from imprompt_export.graphs import Axes, Graph, Input, added_conditions, level_axes, level_sizes
+from imprompt_serving.specs import Residual, residual_names
+
+
+def load_controlnets(bundle: BundleFile, unet: Any) -> dict[str, Any]:
+    """The ControlNets of ``bundle`` by name, in float32.
+
+    Raises:
+        BundleError: a folder holds no ControlNet, or one for another base.
+    """
+    nets = {}
+    for section in bundle.controlnet:
+        try:
+            net = ControlNetModel.from_pretrained(bundle.locate(section.path), dtype=torch.float32)
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise BundleError(f"controlnet {section.name}: {section.path} cannot be loaded: {error}") from error
+        _check_fit(section.name, net.config, unet.config)
+        nets[section.name] = net.eval()
+    return nets
+
+
+def _check_fit(name: str, net: Any, unet: Any) -> None:
+    """Refuse a net whose inputs or residuals are not those of the UNet."""
+    wanted = {"in_channels": unet.out_channels}
+    for key in ("cross_attention_dim", "block_out_channels", "layers_per_block", "addition_embed_type"):
+        wanted[key] = unet[key]
+    for key, value in wanted.items():
+        has, wants = (list(v) if isinstance(v, tuple) else v for v in (net[key], value))
+        if has != wants:
+            raise BundleError(
+                f"controlnet {name}: its {key} is {has}, but the base takes {wants}; it is made for another family"
+            )
+
+
+def residuals(unet: Any) -> tuple[Residual, ...]:
+    """What a ControlNet adds to ``unet``: a residual for each skip connection, and last that of the middle block."""
+    channels, layers = unet.config.block_out_channels, unet.config.layers_per_block
+    skips = [Residual(channels[0], 0)]
+    for level, count in enumerate(channels):
+        skips += [Residual(count, level)] * (layers if isinstance(layers, int) else layers[level])
+        if level < len(channels) - 1:
+            skips.append(Residual(count, level + 1))
+    return (*skips, Residual(channels[-1], len(channels) - 1))
+
+
+def controlnet(name: str, model: Any) -> tuple[Graph, Graph]:
+    """The graphs of a ControlNet: what it makes of control images, once a request, and the net of one denoising step.
+
+    Takes the first out of ``model``, so that the second starts from its result.
+    """
+    layer, order = model.controlnet_cond_embedding, model.config.controlnet_conditioning_channel_order
+    model.controlnet_cond_embedding = nn.Identity()
+    model.register_to_config(controlnet_conditioning_channel_order="rgb")
+    return _embedding(name, layer, model.config, reverse=order == "bgr"), _net(name, model)
+
+
+def _embedding(name: str, layer: nn.Module, config: Any, *, reverse: bool) -> Graph:
+    """Control images in 0..1 -> what is added to the first features of the net."""
+
+    def run(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        image = tensors["control_image"]
+        return (layer(image.flip(1) if reverse else image),)
+
+    return Graph(
+        name=f"controlnet_embedding_{name}",
+        module=layer,
+        run=run,
+        inputs=(
+            Input(
+                name="control_image", shape=("batch", config.conditioning_channels, "height", "width"), values="unit"
+            ),
+        ),
+        outputs={"control_embedding": ("batch", config.block_out_channels[0], "h", "w")},
+        checks=({"batch": 1, "height": 64, "width": 64}, {"batch": 2, "height": 72, "width": 96}),
+        tolerance=1e-3,
+    )
+
+
+def _net(name: str, model: Any) -> Graph:
+    """Residuals of one step, each times a number of its own for each row (scale, and the slope of guess mode)."""
+    config = model.config
+    added = added_conditions(model)
+    shapes = residuals(model)
+    names = residual_names(len(shapes))
+    inputs = [
+        Input(name="sample", shape=("batch", config.in_channels, "h", "w")),
+        Input(name="timestep", shape=("batch",), values="timestep"),
+        Input(name="encoder_hidden_states", shape=("batch", "text", config.cross_attention_dim)),
+        *(Input(name=key, shape=("batch", size)) for key, size in added.items()),
+        Input(name="control_embedding", shape=("batch", config.block_out_channels[0], "h", "w")),
+        Input(name="conditioning_scale", shape=("batch", len(shapes)), values="scale"),
+    ]
+
+    def run(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        down, middle = model(
+            tensors["sample"],
+            tensors["timestep"],
+            tensors["encoder_hidden_states"],
+            tensors["control_embedding"],
+            added_cond_kwargs={key: tensors[key] for key in added},
+            return_dict=False,
+        )
+        scales = tensors["conditioning_scale"][:, :, None, None, None].unbind(1)
+        return tuple(residual * scale for residual, scale in zip((*down, middle), scales, strict=True))
+
+    def size(residual: Residual) -> tuple[int | str, int | str]:
+        return (1, 1) if config.global_pool_conditions else level_axes(residual.level)
+
+    def axes(batch: int, h: int, w: int, scale: float) -> Axes:
+        return {"batch": batch, "text": 77, "scale": scale} | level_sizes(shapes, h, w)
+
+    return Graph(
+        name=f"controlnet_{name}",
+        module=model,
+        run=run,
+        inputs=tuple(inputs),
+        outputs={key: ("batch", shape.channels, *size(shape)) for key, shape in zip(names, shapes, strict=True)},
+        checks=(axes(2, 8, 8, 1.0), axes(3, 9, 12, 0.8)),
+        tolerance=1e-3,
+    )

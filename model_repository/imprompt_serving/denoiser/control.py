@@ -1,0 +1,78 @@
+"""The ControlNets of one job: embedded control images, scales, and the steps at which they act."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from imprompt_serving.engines import Engine
+from imprompt_serving.job import ControlUse, JobRequest
+from imprompt_serving.specs import Bundle
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Control:
+    """A ControlNet in one job, as its engine takes it.
+
+    Shapes: ``embedding`` [pictures, C, h, w], ``scale`` [R] (a number for each residual). Rows before ``first_row`` are
+    left alone: those of the unconditional branch in guess mode.
+    """
+
+    name: str
+    embedding: Tensor
+    scale: Tensor
+    first_row: int
+    start: float
+    end: float
+
+    def acts(self, index: int, count: int) -> bool:
+        """Whether it acts in call ``index`` of ``count`` (``controlnet_keep`` of diffusers' pipelines)."""
+        return index / count >= self.start and (index + 1) / count <= self.end
+
+
+def prepare_controls(
+    bundle: Bundle,
+    embeddings: Mapping[str, Engine],
+    request: JobRequest,
+    tensors: Mapping[str, Tensor],
+    pictures: int,
+    branches: int,
+) -> tuple[Control, ...]:
+    """Embed the control images of ``request``, once for all of its steps."""
+    if not request.controls:
+        return ()
+    # As in diffusers: the first net decides for all of them.
+    guess = request.guess_mode or bundle.controlnet(request.controls[0].name).global_pool
+    return tuple(
+        Control(
+            name=use.name,
+            embedding=_embed(embeddings[use.name], tensors[f"control_image_{use.name}"], request, bundle, pictures),
+            scale=_scales(bundle, use, guess),
+            first_row=pictures if guess and branches == 2 else 0,
+            start=use.start,
+            end=use.end,
+        )
+        for use in request.controls
+    )
+
+
+def _embed(engine: Engine, images: Tensor, request: JobRequest, bundle: Bundle, pictures: int) -> Tensor:
+    """Features of the control images [pictures, C, h, w]; one image serves all pictures, or each prompt has its own."""
+    parts = images.split(bundle.shapes.rows.max)
+    features = torch.cat(
+        [torch.from_numpy(engine.run({"control_image": p.numpy()})["control_embedding"]) for p in parts]
+    )
+    if len(features) == 1:
+        return features.expand(pictures, *features.shape[1:])
+    return features.repeat_interleave(request.num_images_per_prompt, dim=0)
+
+
+def _scales(bundle: Bundle, use: ControlUse, guess: bool) -> Tensor:
+    """The scale of each residual [R]; in guess mode it grows from a tenth (``ControlNetModel.forward``)."""
+    count = len(bundle.residuals)
+    if guess and not bundle.controlnet(use.name).global_pool:
+        return torch.logspace(-1, 0, count) * use.scale
+    return torch.full((count,), use.scale)

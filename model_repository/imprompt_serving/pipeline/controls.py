@@ -1,0 +1,72 @@
+"""The ControlNets of a request: which nets, their control images, scales and windows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from PIL import Image
+
+from imprompt_serving.errors import InvalidRequest
+from imprompt_serving.job import ControlUse, Task
+from imprompt_serving.pipeline import images
+from imprompt_serving.pipeline.reader import Reader, spread
+from imprompt_serving.specs import Bundle
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Control:
+    """A ControlNet that a request uses: one image for all results, or one for each prompt."""
+
+    images: tuple[Image.Image, ...]
+    use: ControlUse
+
+
+def parse_controls(read: Reader, bundle: Bundle, task: Task, prompts: int) -> tuple[Control, ...]:
+    """The ControlNets of a request in its order; none when it has no control image."""
+    data, names = read.data("control_image"), read.texts("controlnet")
+    if not data:
+        for name in ("controlnet", "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"):
+            if name in read:
+                raise InvalidRequest("control_image", f"{name} needs a control image")
+        return ()
+    names = _names(names, bundle)
+    each = len(data) // len(names)
+    if len(data) % len(names) or each not in (1, prompts):
+        wanted = f"one for each of {', '.join(names)}" + (f", or {prompts} (one a prompt)" if prompts > 1 else "")
+        raise InvalidRequest("control_image", f"{wanted}; got {len(data)}")
+    pictures = [images.decode(picture, "control_image") for picture in data]
+    return tuple(
+        Control(images=tuple(pictures[index * each : (index + 1) * each]), use=use)
+        for index, use in enumerate(_uses(read, bundle, task, names))
+    )
+
+
+def _names(names: tuple[str, ...], bundle: Bundle) -> tuple[str, ...]:
+    known = tuple(net.name for net in bundle.controlnets)
+    for name in names:
+        if name not in known:
+            raise InvalidRequest("controlnet", f"no ControlNet {name!r}; {bundle.name} has {', '.join(known)}")
+    if len(set(names)) < len(names):
+        raise InvalidRequest("controlnet", f"each at most once, got {', '.join(names)}")
+    return names or known
+
+
+def _uses(read: Reader, bundle: Bundle, task: Task, names: tuple[str, ...]) -> list[ControlUse]:
+    def by_net(name: str, default: float, low: float, high: float) -> tuple[float, ...]:
+        return spread(name, read.numbers(name, low, high), len(names), default, "ControlNets")
+
+    scales = by_net("controlnet_conditioning_scale", default_scale(bundle, task), -1e6, 1e6)
+    starts = by_net("control_guidance_start", 0.0, 0, 1)
+    ends = by_net("control_guidance_end", 1.0, 0, 1)
+    for start, end in zip(starts, ends, strict=True):
+        if start >= end:
+            raise InvalidRequest("control_guidance_start", f"{start:g} is not before control_guidance_end {end:g}")
+    together = zip(names, scales, starts, ends, strict=True)
+    return [ControlUse(name=name, scale=scale, start=start, end=end) for name, scale, start, end in together]
+
+
+def default_scale(bundle: Bundle, task: Task) -> float:
+    """Defaults of diffusers' ControlNet pipelines."""
+    if task == "image-to-image":
+        return 0.8
+    return 0.5 if task == "inpainting" and bundle.family == "sd15" else 1.0

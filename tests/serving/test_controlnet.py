@@ -1,0 +1,210 @@
+"""ControlNets: the pictures of diffusers' ControlNet pipelines, through a running Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import diffusers
+import pytest
+from diffusers import ControlNetModel
+from PIL import Image
+
+from conftest import Served
+from imprompt import InvalidRequest
+from parity import assert_different, assert_same
+from tiny import images, oracle
+
+DEPTH, CANNY = images.control_image("depth"), images.control_image("canny", 1)
+STATUE = images.photo(1)
+PHOTO = images.photo(3, size=(64, 64))
+SCHEDULER = "DDIMScheduler"
+PROMPT = "a photo of a cat"
+BOTH = {"control_image": [DEPTH, CANNY]}
+
+
+@pytest.fixture
+def control(served: Callable[[str], Served]) -> Served:
+    return served("control")
+
+
+@pytest.fixture
+def sdxl(served: Callable[[str], Served]) -> Served:
+    return served("sdxl_control")
+
+
+@cache
+def pipeline(served: Served, task: str, nets: tuple[str, ...]) -> Any:
+    """diffusers' ControlNet pipeline over the bundle's checkpoints."""
+    family = "StableDiffusionXL" if served.bundle.name.startswith("sdxl") else "StableDiffusion"
+    loaded = [ControlNetModel.from_pretrained(served.bundle.checkpoints / net) for net in nets]
+    return served.bundle.oracle(
+        getattr(diffusers, f"{family}ControlNet{task}Pipeline"),
+        scheduler=SCHEDULER,
+        controlnet=loaded if len(loaded) > 1 else loaded[0],
+    )
+
+
+def both(served: Served, control_image: Any, nets: tuple[str, ...] = ("depth",), task: str = "", **arguments: Any):  # type: ignore[no-untyped-def]
+    """The server's result and the oracle's pictures, with the adapter when the bundle has one."""
+    pipe = pipeline(served, task, nets)
+    arguments = {"prompt": PROMPT, "num_inference_steps": 4, **arguments}
+    if served.bundle.adapters:
+        pipe.set_ip_adapter_scale(0.6)
+        arguments["ip_adapter_image"] = STATUE
+    # Text-to-image pipelines call the control image `image`.
+    control_argument: dict[str, Any] = {"control_image" if task else "image": control_image}
+    expected = oracle.generate(pipe, **control_argument, **arguments)
+    if served.bundle.adapters:
+        arguments["ip_adapter_scale"] = 0.6
+    arguments["seed"] = arguments.get("seed", 0)
+    result = served.generate(control_image=control_image, controlnet=list(nets), scheduler=SCHEDULER, **arguments)
+    return result, expected
+
+
+def test_one_controlnet(control: Served) -> None:
+    result, expected = both(control, DEPTH)
+    assert_same(result, expected)
+    for other in ({"control_image": CANNY}, {"controlnet": "canny"}, {"controlnet_conditioning_scale": 0.5}):
+        arguments = {"control_image": DEPTH, "controlnet": "depth"} | other
+        changed = control.generate(
+            prompt=PROMPT, num_inference_steps=4, seed=0, scheduler=SCHEDULER, ip_adapter_image=STATUE,
+            ip_adapter_scale=0.6, **arguments,
+        )  # fmt: skip
+        assert_different(result, changed)
+
+
+def test_two_controlnets_in_either_order(control: Served) -> None:
+    scales = [1.0, 0.4]
+    result, expected = both(control, [DEPTH, CANNY], ("depth", "canny"), controlnet_conditioning_scale=scales)
+    assert_same(result, expected)
+    turned, expected = both(control, [CANNY, DEPTH], ("canny", "depth"), controlnet_conditioning_scale=scales)
+    assert_same(turned, expected)
+    assert_different(result, turned)
+
+
+def test_all_nets_of_the_bundle_by_default(control: Served) -> None:
+    arguments: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 2, "seed": 0, "control_image": [DEPTH, CANNY]}
+    named = control.generate(controlnet=["depth", "canny"], **arguments)
+    assert_same(control.generate(**arguments), oracle.as_array(named.images))
+
+
+@pytest.mark.parametrize("net", ["depth", "canny"])
+def test_window(control: Served, net: str) -> None:
+    window: dict[str, Any] = {"control_guidance_start": 0.2, "control_guidance_end": 0.7}
+    result, expected = both(control, DEPTH, (net,), num_inference_steps=6, **window)
+    assert_same(result, expected)
+    whole, _ = both(control, DEPTH, (net,), num_inference_steps=6)
+    assert_different(result, whole)
+
+
+def test_a_window_for_each_net(control: Served) -> None:
+    window: dict[str, Any] = {"control_guidance_start": [0.0, 0.5], "control_guidance_end": [0.5, 1.0]}
+    assert_same(*both(control, [DEPTH, CANNY], ("depth", "canny"), **window))
+
+
+@pytest.mark.parametrize("guidance_scale", [4.0, 1.0])
+def test_guess_mode(control: Served, guidance_scale: float) -> None:
+    result, expected = both(control, DEPTH, guess_mode=True, guidance_scale=guidance_scale)
+    assert_same(result, expected)
+    assert_different(result, both(control, DEPTH, guidance_scale=guidance_scale)[0])
+
+
+def test_guess_mode_with_two_nets(control: Served) -> None:
+    assert_same(*both(control, [DEPTH, CANNY], ("depth", "canny"), guess_mode=True))
+
+
+def test_image_to_image(control: Served) -> None:
+    result, expected = both(control, DEPTH, task="Img2Img", image=PHOTO, strength=0.6)
+    assert_same(result, expected)
+    assert_same(*both(control, DEPTH, task="Img2Img", image=PHOTO))  # the defaults of diffusers
+
+
+def test_inpainting(control: Served) -> None:
+    arguments: dict[str, Any] = {"task": "Inpaint", "image": PHOTO, "mask_image": images.mask("left")}
+    result, expected = both(control, DEPTH, **arguments)
+    assert_same(result, expected)
+    assert_different(result, both(control, CANNY, **arguments)[0])
+    assert_same(*both(control, DEPTH, strength=0.5, controlnet_conditioning_scale=1.2, **arguments))
+
+
+def test_inpainting_of_a_crop(control: Served) -> None:
+    mask = Image.new("L", (96, 96))
+    mask.paste(255, (20, 30, 60, 70))
+    arguments: dict[str, Any] = {"image": images.photo(3), "mask_image": mask, "padding_mask_crop": 8}
+    relief = images.control_image("depth", size=(96, 96))
+    assert_same(*both(control, relief, task="Inpaint", height=64, width=64, **arguments))
+
+
+def test_control_image_gives_the_size(control: Served) -> None:
+    result, expected = both(control, images.control_image("depth", size=(99, 76)))
+    assert result.images[0].size == (96, 72)
+    assert_same(result, expected)
+
+
+def test_control_image_is_resized_to_the_size_asked_for(control: Served) -> None:
+    assert_same(*both(control, images.control_image("depth", size=(100, 70)), height=72, width=64))
+
+
+def test_an_image_for_each_prompt(control: Served) -> None:
+    prompts = [PROMPT, "a red house"]
+    arguments: dict[str, Any] = {"prompt": prompts, "num_images_per_prompt": 2}
+    assert_same(*both(control, [DEPTH, CANNY], **arguments))
+    assert_same(*both(control, DEPTH, **arguments))
+
+
+def test_sdxl(sdxl: Served) -> None:
+    result, expected = both(sdxl, DEPTH)
+    assert_same(result, expected)
+    assert_different(result, both(sdxl, CANNY)[0])
+    assert_same(*both(sdxl, DEPTH, guess_mode=True))
+
+
+def test_sdxl_image_to_image_and_inpainting(sdxl: Served) -> None:
+    assert_same(*both(sdxl, DEPTH, task="Img2Img", image=PHOTO))
+    assert_same(*both(sdxl, DEPTH, task="Inpaint", image=PHOTO, mask_image=images.mask("circle")))
+
+
+def test_neighbours_in_the_batch_change_nothing(control: Served) -> None:
+    """Requests with one net, two nets, a window, guess mode and none, sent together, give what they give alone."""
+    common: dict[str, Any] = {"prompt": PROMPT, "height": 64, "width": 64, "scheduler": SCHEDULER}
+    requests: list[dict[str, Any]] = [
+        {"seed": 1, "num_inference_steps": 6, "control_image": DEPTH, "controlnet": "depth"},
+        {"seed": 2, "num_inference_steps": 8},
+        {"seed": 3, "num_inference_steps": 5, "control_image": [DEPTH, CANNY], "ip_adapter_image": STATUE},
+        {"seed": 4, "num_inference_steps": 7, "control_image": CANNY, "controlnet": "depth", "guess_mode": True},
+        {
+            "seed": 5,
+            "num_inference_steps": 8,
+            "control_image": CANNY,
+            "controlnet": "canny",
+            "control_guidance_end": 0.5,
+        },
+    ]
+    alone = [control.generate(**common, **request) for request in requests]
+    with ThreadPoolExecutor(len(requests)) as threads:
+        together = list(threads.map(lambda request: control.generate(**common, **request), requests))
+    for one, other in zip(together, alone, strict=True):
+        assert_same(one, oracle.as_array(other.images))
+
+
+@pytest.mark.parametrize(
+    ("parameter", "arguments"),
+    [
+        ("controlnet", {"controlnet": "pose", "control_image": DEPTH}),
+        ("controlnet", {"controlnet": ["depth", "depth"], "control_image": [DEPTH, DEPTH]}),
+        ("control_image", {"controlnet": ["depth", "canny"], "control_image": DEPTH}),
+        ("control_image", {"control_image": [DEPTH, CANNY, DEPTH]}),
+        ("control_image", {"controlnet": "depth"}),
+        ("control_image", {"controlnet": "depth", "control_image": images.control_image(size=(1000, 64))}),
+        ("controlnet_conditioning_scale", BOTH | {"controlnet_conditioning_scale": [1, 2, 3]}),
+        ("control_guidance_start", BOTH | {"control_guidance_start": 1.5}),
+        ("control_guidance_start", BOTH | {"control_guidance_start": 0.7, "control_guidance_end": 0.2}),
+    ],
+)  # fmt: skip
+def test_bad_parameters_are_refused_by_name(control: Served, parameter: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        control.generate(prompt=PROMPT, num_inference_steps=1, **arguments)
+    assert caught.value.parameter == parameter, caught.value
