@@ -41,21 +41,15 @@ class TritonPythonModel:
             return load_engine(folder / f"{name}.onnx", bundle.backend)
 
         projections = {adapter.name: engine(f"image_projection_{adapter.name}") for adapter in bundle.adapters}
-<<<<<<< HEAD
-        self._conditioner = Conditioner(bundle, projections)
-        unet = engine("unet")
-        with torch.no_grad():
-            warm_up(bundle, self._conditioner, unet)
-        self._metrics = Metrics(metrics.DENOISER, args["model_name"])
-        meter = DenoiserMeter(self._metrics)
-        self._denoiser = Denoiser(unet, Batcher(bundle), bundle.shapes.rows.max, bundle.limits, meter)
-=======
         embeddings = {net.name: engine(f"controlnet_embedding_{net.name}") for net in bundle.controlnets}
         controlnets = {net.name: engine(f"controlnet_{net.name}") for net in bundle.controlnets}
         self._conditioner = Conditioner(bundle, projections, embeddings)
         networks = Networks(bundle, engine("unet"), controlnets)
-        self._denoiser = Denoiser(networks, Batcher(bundle), bundle.shapes.rows.max, bundle.limits)
->>>>>>> main
+        with torch.no_grad():
+            warm_up(bundle, self._conditioner, networks)
+        self._metrics = Metrics(metrics.DENOISER, args["model_name"])
+        meter = DenoiserMeter(self._metrics)
+        self._denoiser = Denoiser(networks, Batcher(bundle), bundle.shapes.rows.max, bundle.limits, meter)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
