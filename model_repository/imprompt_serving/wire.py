@@ -97,6 +97,15 @@ CONTROL_REQUEST: tuple[Tensor, ...] = (
 )
 """Only bundles with ControlNets have these."""
 
+VIDEO_REQUEST: tuple[Tensor, ...] = (
+    Tensor("num_frames", "INT32", ONE, "frames of a clip; without it (and `video`) the answer is pictures"),
+    Tensor("video", "STRING", MANY, "frames to start from, as encoded pictures: video-to-video with `strength`"),
+    Tensor("context_length", "INT32", ONE, "frames that the motion modules see at once; longer clips run in windows"),
+    Tensor("context_stride", "INT32", ONE, "number of window sizes: each is twice as wide, and skips frames (default 1)"),
+    Tensor("context_overlap", "INT32", ONE, "frames that neighbouring windows share (default 4)"),
+)
+"""Only bundles with a motion adapter have these."""
+
 STREAM_REQUEST: tuple[Tensor, ...] = (Tensor("progress_every", "INT32", ONE, "steps between two progress answers"),)
 
 RESPONSE: tuple[Tensor, ...] = (
@@ -126,7 +135,8 @@ def request_tensors(bundle: Bundle, *, stream: bool) -> tuple[Tensor, ...]:
     )
     family = SDXL_REQUEST if bundle.family == "sdxl" else ()
     control = CONTROL_REQUEST if bundle.controlnets else ()
-    return REQUEST + family + control + embeds + (STREAM_REQUEST if stream else ())
+    video = VIDEO_REQUEST if bundle.motion else ()
+    return REQUEST + family + control + video + embeds + (STREAM_REQUEST if stream else ())
 
 
 def response_tensors(bundle: Bundle, *, stream: bool) -> tuple[Tensor, ...]:
@@ -135,7 +145,8 @@ def response_tensors(bundle: Bundle, *, stream: bool) -> tuple[Tensor, ...]:
         Tensor(f"image_embeds_{adapter.name}", "FP32", (-1, -1, *adapter.embed_shape), "answer to `encode_image`")
         for adapter in bundle.adapters
     )
-    return RESPONSE + embeds + (STREAM_RESPONSE if stream else ())
+    frames = (Tensor("frames", "UINT8", (-1, -1, -1, -1, 3), "clips [N, frames, height, width, RGB]"),)
+    return RESPONSE + (frames if bundle.motion else ()) + embeds + (STREAM_RESPONSE if stream else ())
 
 
 JOB_RESPONSE: tuple[Tensor, ...] = (
