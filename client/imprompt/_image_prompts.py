@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from imprompt._errors import invalid
-from imprompt._images import encode, encode_mask, listed, listed_masks
+from imprompt._images import encode, encode_mask, listed, listed_masks, to_numpy
 from imprompt._model import ServedModel
 from imprompt._tensors import Tensor, bytes_tensor, encode_input, is_list, is_number, numeric_tensor, to_json
 
@@ -97,7 +97,11 @@ def _embeds(model: ServedModel, adapter: str, values: list[object]) -> Tensor:
         raise invalid(EMBEDS, f"{adapter} takes none")
     if len(values) != 1:
         raise invalid(EMBEDS, f"one array for {adapter}, got {len(values)}")
-    return numeric_tensor(wanted, values[0], parameter=EMBEDS, label=f"{adapter}: ")
+    value = values[0]
+    if getattr(value, "ndim", 0) == len(wanted.dims) - 1 and wanted.dims[2] == 1:
+        # Face embeddings are [2, faces, 1, 512] in diffusers' guide, but it takes [2, faces, 512] as well.
+        value = to_numpy(value)[:, :, None]
+    return numeric_tensor(wanted, value, parameter=EMBEDS, label=f"{adapter}: ")
 
 
 def _in_order(parameter: str, value: object, model: ServedModel, adapters: list[str]) -> object:

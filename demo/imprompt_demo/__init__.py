@@ -3,6 +3,7 @@
 `imprompt_demo.world` makes pictures, `imprompt_demo.metrics` measures them, `bundle_path()` is the checkpoint set.
 """
 
+import os
 from pathlib import Path
 
 
@@ -13,6 +14,7 @@ def bundle_path() -> Path:
 
 def main(arguments: list[str]) -> int:
     """`imprompt demo`. What it needs beyond this package is loaded here, so that the world can do without."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import, which itself has warnings to give
     from imprompt_demo.demo import run
 
     return run(arguments)

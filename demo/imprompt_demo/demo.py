@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -75,8 +77,8 @@ def main(output: Path, *, work: Path = Path(".demo"), verbose: bool = False) -> 
     console.print(f"[bold]{output.resolve()}[/bold]: what the image prompt adds as its scale grows")
     console.print(
         "\nBy hand:\n"
-        f"  imprompt serve {repository}\n"
-        f'  imprompt generate --model {model} --prompt "{PROMPTS[0]}" --ip-adapter-image PICTURE -o out.png',
+        f"  {sys.argv[0]} serve {repository}\n"
+        f'  {sys.argv[0]} generate --model {model} --prompt "{PROMPTS[0]}" --ip-adapter-image PICTURE -o out.png',
         soft_wrap=True,
     )
 
@@ -97,6 +99,7 @@ def exported(work: Path, *, verbose: bool = False) -> Path:
         console.print(f"exported before: {repository}")
         return repository
     key_file.unlink(missing_ok=True)
+    shutil.rmtree(repository, ignore_errors=True)
     rows = export(bundle, repository)
     key_file.write_text(key)
     if verbose:

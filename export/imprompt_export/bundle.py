@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from imprompt_serving.specs import Shapes
+from imprompt_serving.specs import Limits, Shapes
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _RESERVED = {"down", "mid", "up", "stream", "denoiser"}
@@ -75,6 +75,7 @@ class BundleFile(_Section, frozen=True):
     lora: tuple[LoraSection, ...] = ()
     engine: EngineSection = EngineSection()
     shapes: Shapes = Shapes()
+    limits: Limits = Limits()
     folder: Path = Path()
 
     @classmethod
@@ -117,6 +118,8 @@ class BundleFile(_Section, frozen=True):
         tokens = self.shapes.image_tokens
         if not tokens or tokens[0] < 1 or list(tokens) != sorted(set(tokens)):
             raise BundleError(f"shapes.image_tokens: must be ascending padding buckets, got {list(tokens)}")
+        if self.limits.waiting_rows < 0 or not 0 <= self.limits.waiting_seconds < float("inf"):
+            raise BundleError("limits: waiting_rows and waiting_seconds must not be negative")
         for lora in self.lora:
             root = Path(self.locate(lora.path))
             if root.is_dir() and lora.weight_name and not (root / (lora.subfolder or "") / lora.weight_name).is_file():

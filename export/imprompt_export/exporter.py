@@ -131,6 +131,7 @@ def describe(bundle: BundleFile, checkpoints: Checkpoints) -> specs.Bundle:
         residuals=_residuals(checkpoints),
         motion=_motion(checkpoints),
         shapes=bundle.shapes,
+        limits=bundle.limits,
         backend=bundle.engine.backend,
         precision=bundle.engine.precision,
     )

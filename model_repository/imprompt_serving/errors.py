@@ -20,9 +20,13 @@ class InvalidRequest(RequestError):
 
 
 class Overloaded(RequestError):
-    """No room for this request now."""
+    """No room for this request now. ``reason``, a word, is for the metrics."""
 
     status = "UNAVAILABLE"
+
+    def __init__(self, message: str, *, reason: str = "stopping") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class Cancelled(RequestError):

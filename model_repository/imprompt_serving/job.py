@@ -79,5 +79,17 @@ class JobRequest(msgspec.Struct, frozen=True, kw_only=True):
     sizes: SizeConditions = SizeConditions()
     timeout: float | None = None
     """Seconds from arrival in the denoiser."""
+    priority: int = 5
+    """1 goes first, 9 last."""
     progress_every: int = 0
     """Steps between two progress answers; 0 for none."""
+    preview: bool = False
+    """Whether progress answers carry a small picture of each result."""
+
+
+class Admission(msgspec.Struct, frozen=True, kw_only=True):
+    """The question whether a job may come; if so, a place in the waiting line is kept for it."""
+
+    id: str
+    rows: int
+    steps: int

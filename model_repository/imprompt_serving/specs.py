@@ -30,6 +30,16 @@ class Shapes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     image_tokens: tuple[int, ...] = (4, 16, 64, 257, 1028)
 
 
+class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How long the waiting line of the denoiser may get; beyond it requests are refused at once.
+
+    A row is one picture in one guidance branch. The seconds are estimated from the latest calls of the UNet.
+    """
+
+    waiting_rows: int = 128
+    waiting_seconds: float = 120.0
+
+
 class ImageEncoder(msgspec.Struct, frozen=True, kw_only=True):
     """A CLIP vision encoder and the preprocessing of its pictures (transformers' ``CLIPImageProcessor``)."""
 
@@ -131,6 +141,7 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     """What ControlNets add: to each skip connection of the down blocks, and last to the middle block."""
     motion: Motion | None = None
     shapes: Shapes = Shapes()
+    limits: Limits = Limits()
     backend: str = "onnxruntime"
     precision: str = "fp32"
 

@@ -58,6 +58,7 @@ REQUEST: tuple[Tensor, ...] = (
     Tensor("scheduler_config", "STRING", ONE, "JSON object: values that replace the scheduler's configuration"),
     Tensor("output_type", "STRING", ONE, "`np` (pictures, default) or `latent`"),
     Tensor("timeout", "FP64", ONE, "seconds after which the work on this request stops"),
+    Tensor("priority", "INT32", ONE, "1 goes first, 9 last (default 5)"),
     Tensor("encode_image", "STRING", ONE, "adapter name: answer with the embeddings of `ip_adapter_image` only"),
 )
 
@@ -106,7 +107,10 @@ VIDEO_REQUEST: tuple[Tensor, ...] = (
 )
 """Only bundles with a motion adapter have these."""
 
-STREAM_REQUEST: tuple[Tensor, ...] = (Tensor("progress_every", "INT32", ONE, "steps between two progress answers"),)
+STREAM_REQUEST: tuple[Tensor, ...] = (
+    Tensor("progress_every", "INT32", ONE, "steps between two progress answers (default 1)"),
+    Tensor("preview", "BOOL", ONE, "whether progress answers carry small pictures (default: no)"),
+)
 
 RESPONSE: tuple[Tensor, ...] = (
     Tensor("images", "UINT8", (-1, -1, -1, 3), "pictures [N, height, width, RGB]"),
@@ -119,6 +123,7 @@ RESPONSE: tuple[Tensor, ...] = (
 STREAM_RESPONSE: tuple[Tensor, ...] = (
     Tensor("step", "INT32", ONE, "steps done"),
     Tensor("steps", "INT32", ONE, "steps in all"),
+    Tensor("preview", "STRING", MANY, "JPEG of each picture as it looks so far, when `preview` asks for it"),
 )
 
 
@@ -153,13 +158,17 @@ JOB_RESPONSE: tuple[Tensor, ...] = (
     Tensor("latents", "FP32", (-1, -1, -1, -1)),
     Tensor("step", "INT32", ONE),
     Tensor("steps", "INT32", ONE),
+    Tensor("preview", "STRING", MANY),
     Tensor("timings", "STRING", ONE),
     Tensor("error", "STRING", (2,), "status and message"),
 )
 
 
 def job_tensors(bundle: Bundle) -> tuple[Tensor, ...]:
-    """Inputs of the denoiser: ``job`` (a ``job.JobRequest``) and its tensors, or the id of a job to ``cancel``."""
+    """Inputs of the denoiser: ``job`` (a ``job.JobRequest``) and its tensors.
+
+    Or ``admit`` alone (a ``job.Admission``), or the id of a job to ``cancel``.
+    """
     width = sum(encoder.hidden_size for encoder in bundle.text_encoders)
     length = bundle.text_encoders[0].max_length
     embeds = []
@@ -176,6 +185,7 @@ def job_tensors(bundle: Bundle) -> tuple[Tensor, ...]:
     moments = (-1, 2 * bundle.latent_channels, -1, -1)
     return (
         Tensor("job", "STRING", ONE),
+        Tensor("admit", "STRING", ONE),
         Tensor("cancel", "STRING", ONE),
         *embeds,
         *masks,

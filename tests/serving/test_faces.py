@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from conftest import Served
 from imprompt import InvalidRequest
 from parity import assert_different, assert_same

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from conftest import Served
 from parity import assert_different, assert_same
 from tiny import images, oracle

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Served
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
+
+from conftest import Served
 from imprompt import InvalidRequest
 from parity import assert_different, assert_same
 from tiny import images, oracle

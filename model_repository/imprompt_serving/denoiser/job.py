@@ -10,6 +10,8 @@ from torch import Tensor
 
 from imprompt_serving.denoiser.conditioning import Conditioning
 from imprompt_serving.denoiser.control import Control
+from imprompt_serving.denoiser.line import Load
+from imprompt_serving.denoiser.preview import predicted_latents
 from imprompt_serving.denoiser.schedulers import make_scheduler, set_timesteps, step_arguments
 from imprompt_serving.denoiser.start import generators, start
 from imprompt_serving.job import JobRequest
@@ -30,8 +32,8 @@ class Job:
         self.arrived = time.monotonic()
         self.deadline = None if request.timeout is None else self.arrived + request.timeout
         self.started: float | None = None
-        self.served = -1
-        """Tick that last served this job; -1 before the first."""
+        self.since = 0
+        """Tick that last served this job, or in which it came."""
 
         self._scheduler = make_scheduler(
             bundle.scheduler, bundle.scheduler_config, request.scheduler, request.scheduler_config, request.seeds[0]
@@ -49,11 +51,18 @@ class Job:
         self._index = 0
         self._computed: list[Tensor] = []
         self._model_input: Tensor | None = None
+        self.predicted: Tensor | None = None
+        """The clean latents as the last step predicted them [pictures, C, h, w], for jobs that want previews."""
 
     @property
     def pending(self) -> int:
         """Rows of the current step that no call has computed yet."""
         return self.rows - sum(len(rows) for rows in self._computed)
+
+    @property
+    def load(self) -> Load:
+        """What it still needs of the UNet."""
+        return Load(self.rows, len(self._timesteps) - self._index)
 
     @property
     def done(self) -> bool:
@@ -107,6 +116,9 @@ class Job:
             if self.request.guidance_rescale > 0:
                 noise_pred = rescale_guided(noise_pred, conditional, self.request.guidance_rescale)
         timestep = self._timesteps[self._index]
+        if self.request.preview and self._model_input is not None:
+            model_input = self._model_input[-self.pictures :, : self.latents.shape[1]]
+            self.predicted = predicted_latents(self._scheduler, timestep, model_input, noise_pred)
         arguments = self._step_arguments
         self.latents = self._scheduler.step(noise_pred, timestep, self.latents, **arguments, return_dict=False)[0]
         self._index += 1

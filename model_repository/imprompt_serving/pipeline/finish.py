@@ -14,6 +14,9 @@ from imprompt_serving.pipeline.request import Request
 from imprompt_serving.pipeline.stages import Stages
 from imprompt_serving.specs import Bundle
 
+_DECODED_TOGETHER = 2
+"""Pictures of one request that are decoded at the same time."""
+
 
 class Finisher:
     """Latents -> the answer's tensors."""
@@ -38,10 +41,17 @@ class Finisher:
         return answer | {"images": pictures}
 
     async def _decode(self, latents: np.ndarray) -> np.ndarray:
-        """Latents -> uint8 pictures, a picture a call, so that memory stays bounded and other requests get a turn."""
-        model = self._bundle.model("vae_decoder")
-        parts = await asyncio.gather(*(self._models.call(model, {"latents": sample[None]}) for sample in latents))
-        return np.concatenate([part["images"] for part in parts])
+        """Latents -> uint8 pictures, a picture a call, so that memory stays bounded and other requests get a turn.
+
+        Few calls at a time: those that have been made go on when the request is cancelled.
+        """
+        model, turn = self._bundle.model("vae_decoder"), asyncio.Semaphore(_DECODED_TOGETHER)
+
+        async def decode(sample: np.ndarray) -> np.ndarray:
+            async with turn:
+                return (await self._models.call(model, {"latents": sample[None]}))["images"]
+
+        return np.concatenate(await asyncio.gather(*map(decode, latents)))
 
     async def _unsafe(self, pictures: np.ndarray) -> np.ndarray:
         """Whether each picture is unsafe [N]."""

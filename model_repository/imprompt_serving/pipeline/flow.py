@@ -12,8 +12,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from imprompt_serving.errors import InvalidRequest, RequestError, from_status
-from imprompt_serving.job import JobRequest
+from imprompt_serving.errors import InvalidRequest, Overloaded, RequestError, from_status
+from imprompt_serving.job import Admission, JobRequest
 from imprompt_serving.pipeline.encode import ImagePromptEncoder, TextPromptEncoder, control_tensors, encode_start
 from imprompt_serving.pipeline.finish import Finisher
 from imprompt_serving.pipeline.models import Models, Tensors, strings
@@ -32,24 +32,36 @@ class Pipeline:
         self._finish = Finisher(bundle, models)
 
     async def generate(
-        self, request: Request, job_id: str | None = None, progress: Callable[[int, int], None] | None = None
+        self, request: Request, job_id: str | None = None, progress: Callable[[Tensors], None] | None = None
     ) -> Tensors:
         """Pictures (or latents, or embeddings) of one request.
 
         Args:
-            job_id: name of the denoising job, for ``cancel``.
-            progress: called with the steps done and the steps in all.
+            job_id: name of the denoising job.
+            progress: called with the tensors of a progress answer: steps done, steps in all, previews if asked for.
+
+        Whoever cancels this stops the denoising too.
         """
         if request.encode_image is not None:
             return await self._embeddings_only(request, request.encode_image)
         stages, began = Stages(), time.perf_counter()
-        text, embeds, start = await asyncio.gather(
-            self._text.encode(request, stages),
-            self._images.encode(request, stages),
-            encode_start(request, self._bundle, self._models, stages),
-        )
-        tensors = {**text, **embeds, **start, **control_tensors(request)}
-        latents = await self._denoise(request, tensors, job_id or uuid.uuid4().hex, progress, stages)
+        job_id = job_id or uuid.uuid4().hex
+        try:
+            with stages.measure("admission"):
+                await self._admit(request, job_id)
+            text, embeds, start = await asyncio.gather(
+                self._text.encode(request, stages),
+                self._images.encode(request, stages),
+                encode_start(request, self._bundle, self._models, stages),
+            )
+            tensors = {**text, **embeds, **start, **control_tensors(request)}
+            job = self._job(request, job_id, time.perf_counter() - began, quiet=progress is None)
+            latents = await self._denoise(job, tensors, progress, stages)
+        except Overloaded:
+            raise
+        except BaseException:
+            await self._tell_denoiser(cancel=job_id)
+            raise
         answer = await self._finish(request, latents, stages)
         per_picture = len(request.seeds) == request.pictures
         answer["seeds"] = np.array(request.seeds * (1 if per_picture else request.pictures), np.int64)
@@ -57,10 +69,17 @@ class Pipeline:
         answer["timings"] = strings(json.dumps(stages.seconds))
         return answer
 
-    async def cancel(self, job_id: str) -> None:
-        """Stop the denoising of ``job_id``, if it is still going on."""
-        async for _ in self._models.stream(self._bundle.model("denoiser"), {"cancel": strings(job_id)}):
-            pass
+    async def _admit(self, request: Request, job_id: str) -> None:
+        """A place in the denoiser's line, before any other work is done for a request that is refused then."""
+        rows = request.pictures * (2 if self._bundle.guided(request.guidance_scale) else 1)
+        share = 1.0 if request.task == "text-to-image" else request.strength
+        asked = Admission(id=job_id, rows=rows, steps=max(round(request.num_inference_steps * share), 1))
+        await self._tell_denoiser(admit=msgspec.json.encode(asked))
+
+    async def _tell_denoiser(self, **message: str | bytes) -> None:
+        tensors = {name: strings(value) for name, value in message.items()}
+        async for answer in self._models.stream(self._bundle.model("denoiser"), tensors):
+            _raise_for_error(answer)
 
     async def _embeddings_only(self, request: Request, adapter: str) -> Tensors:
         for prompt in request.image_prompts:
@@ -70,15 +89,9 @@ class Pipeline:
                 return {f"image_embeds_{adapter}": np.stack([negative, positive])}
         raise InvalidRequest("ip_adapter_image", f"no picture for adapter {adapter}")
 
-    async def _denoise(
-        self,
-        request: Request,
-        tensors: Tensors,
-        job_id: str,
-        progress: Callable[[int, int], None] | None,
-        stages: Stages,
-    ) -> np.ndarray:
-        job = JobRequest(
+    def _job(self, request: Request, job_id: str, seconds: float, *, quiet: bool) -> JobRequest:
+        """The denoiser's part of a request that came ``seconds`` ago."""
+        return JobRequest(
             id=job_id,
             task=request.task,
             height=request.height,
@@ -96,18 +109,28 @@ class Pipeline:
             controls=tuple(control.use for control in request.controls),
             guess_mode=request.guess_mode,
             sizes=request.sizes,
-            timeout=request.timeout,
-            progress_every=request.progress_every if progress else 0,
+            timeout=None if request.timeout is None else max(request.timeout - seconds, 0.0),
+            priority=request.priority,
+            progress_every=0 if quiet else request.progress_every,
+            preview=request.preview and not quiet,
         )
+
+    async def _denoise(
+        self, job: JobRequest, tensors: Tensors, progress: Callable[[Tensors], None] | None, stages: Stages
+    ) -> np.ndarray:
         tensors = {"job": strings(msgspec.json.encode(job)), **tensors}
         with stages.measure("denoiser"):
             async for answer in self._models.stream(self._bundle.model("denoiser"), tensors):
-                if "error" in answer:
-                    status, message = (part.decode() for part in answer["error"])
-                    raise from_status(status, message)
+                _raise_for_error(answer)
                 if progress:
-                    progress(int(answer["step"][0]), int(answer["steps"][0]))
+                    progress({name: answer[name] for name in ("step", "steps", "preview") if name in answer})
                 if "latents" in answer:
                     stages.seconds.update(json.loads(answer["timings"][0]))
                     return answer["latents"]
         raise RequestError("the denoiser ended without latents")
+
+
+def _raise_for_error(answer: Tensors) -> None:
+    if "error" in answer:
+        status, message = (part.decode() for part in answer["error"])
+        raise from_status(status, message)

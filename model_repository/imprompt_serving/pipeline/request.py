@@ -62,7 +62,9 @@ class Request:
     output_type: str
     timeout: float | None
     encode_image: str | None
+    priority: int
     progress_every: int
+    preview: bool
 
     @property
     def pictures(self) -> int:
@@ -117,7 +119,9 @@ def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
         output_type=read.choice("output_type", _OUTPUT_TYPES, "np"),
         timeout=timeout if math.isfinite(timeout) else None,
         encode_image=adapter_name(read.text("encode_image"), bundle, "encode_image"),
+        priority=read.integer("priority", 5, 1, 9),
         progress_every=read.integer("progress_every", 1, 1, MAX_STEPS),
+        preview=read.flag("preview"),
     )
 
 

@@ -15,11 +15,13 @@ import torch
 from imprompt_serving.denoiser.batch import Batcher
 from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.job import Job
+from imprompt_serving.denoiser.line import Load
 from imprompt_serving.denoiser.loop import Denoiser, Listener
 from imprompt_serving.denoiser.networks import Networks
+from imprompt_serving.denoiser.preview import previews
 from imprompt_serving.engines import load_engine
 from imprompt_serving.errors import RequestError
-from imprompt_serving.job import JobRequest
+from imprompt_serving.job import Admission, JobRequest
 from imprompt_serving.specs import Bundle
 from imprompt_serving.triton.tensors import arrays, response, send_final, texts
 
@@ -40,7 +42,7 @@ class TritonPythonModel:
         controlnets = {net.name: engine(f"controlnet_{net.name}") for net in bundle.controlnets}
         self._conditioner = Conditioner(bundle, projections, embeddings)
         networks = Networks(bundle, engine("unet"), controlnets)
-        self._denoiser = Denoiser(networks, Batcher(bundle), bundle.shapes.rows.max)
+        self._denoiser = Denoiser(networks, Batcher(bundle), bundle.shapes.rows.max, bundle.limits)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -59,11 +61,17 @@ class TritonPythonModel:
             self._denoiser.cancel(tensors["cancel"][0].decode())
             send_final(sender)
             return
+        if "admit" in tensors:
+            asked = msgspec.json.decode(tensors["admit"][0], type=Admission)
+            self._denoiser.admit(asked.id, Load(asked.rows, asked.steps))
+            send_final(sender)
+            return
         request = msgspec.json.decode(tensors.pop("job")[0], type=JobRequest)
         given = {name: torch.from_numpy(value) for name, value in tensors.items()}
         job = Job(request, self._bundle, self._conditioner(request, given), given)
+        family = self._bundle.family
         listener = Listener(
-            progress=lambda job: sender.send(response(_steps(job))),
+            progress=lambda step, steps, predicted: sender.send(response(_progress(step, steps, predicted, family))),
             finish=lambda job: send_final(sender, response(_result(job))),
             fail=lambda error: _refuse(sender, error),
         )
@@ -78,12 +86,18 @@ def _refuse(sender: Any, error: RequestError) -> None:
     send_final(sender, response({"error": texts(error.status, str(error))}))
 
 
-def _steps(job: Job) -> dict[str, np.ndarray]:
-    counts = {"step": job.step, "steps": job.steps}
-    return {name: np.array([count], np.int32) for name, count in counts.items()}
+def _progress(step: int, steps: int, predicted: torch.Tensor | None, family: str) -> dict[str, np.ndarray]:
+    answer = {"step": np.array([step], np.int32), "steps": np.array([steps], np.int32)}
+    if predicted is not None:
+        answer["preview"] = np.array(previews(predicted, family), dtype=object)
+    return answer
 
 
 def _result(job: Job) -> dict[str, np.ndarray]:
     started = job.started or job.arrived
     timings = {"queue": started - job.arrived, "denoise": time.monotonic() - started}
-    return {"latents": job.latents.numpy(), "timings": texts(json.dumps(timings)), **_steps(job)}
+    return {
+        "latents": job.latents.numpy(),
+        "timings": texts(json.dumps(timings)),
+        **_progress(job.steps, job.steps, None, ""),
+    }

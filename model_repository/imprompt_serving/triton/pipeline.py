@@ -25,14 +25,16 @@ from imprompt_serving.triton.tensors import arrays, failure, raise_for_error, re
 logger = logging.getLogger(__name__)
 _POLL = 0.02
 """Seconds between two looks at whether the caller is still there."""
-_MAX_IN_FLIGHT = 256
+_MORE_THREADS = 64
+"""For what is asked beside the jobs that run or wait: cancellations, say, must not stand in a line."""
 
 
 class TritonModels:
     """The other models, by BLS. Streams are read in threads: their iterator blocks, and the event loop must not."""
 
-    def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(_MAX_IN_FLIGHT, thread_name_prefix="stream")
+    def __init__(self, threads: int) -> None:
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="stream")
+        self.calls = ThreadPoolExecutor(threads, thread_name_prefix="call")
 
     async def call(self, model: str, tensors: Mapping[str, np.ndarray]) -> Tensors:
         answer = await _request(model, tensors).async_exec()
@@ -56,7 +58,10 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         folder = Path(args["model_repository"], args["model_version"])
         self._bundle = Bundle.load(folder)
-        self._pipeline = Pipeline(self._bundle, folder, TritonModels())
+        limits, shapes = self._bundle.limits, self._bundle.shapes
+        self._models = TritonModels(limits.waiting_rows + 2 * shapes.rows.max + _MORE_THREADS)
+        self._pipeline = Pipeline(self._bundle, folder, self._models)
+        self._leaving: set[asyncio.Future[Tensors]] = set()
         self._family = pb_utils.MetricFamily(
             name=IN_FLIGHT_METRIC, description="Requests being served", kind=pb_utils.MetricFamily.GAUGE
         )
@@ -65,6 +70,8 @@ class TritonPythonModel:
         self._streaming = bool(policy.get("decoupled", False))
 
     async def execute(self, requests: list[Any]) -> None:
+        # Triton makes its calls in the default executor, which has few threads: slow ones would keep up all others.
+        asyncio.get_running_loop().set_default_executor(self._models.calls)
         await asyncio.gather(*map(self._answer, requests))
 
     async def _answer(self, request: Any) -> None:
@@ -72,13 +79,18 @@ class TritonPythonModel:
         sender = request.get_response_sender()
         try:
             with admitted(self._in_flight.increment):
-                answer = response(await self._serve(request, sender))
+                send_final(sender, await self._result(request, sender))
+        except RequestError as error:  # during a drain
+            send_final(sender, failure(error))
+
+    async def _result(self, request: Any, sender: Any) -> Any:
+        try:
+            return response(await self._serve(request, sender))
         except RequestError as error:
-            answer = failure(error)
+            return failure(error)
         except Exception as error:
             logger.exception("request %s failed", request.request_id())
-            answer = failure(RequestError(f"{type(error).__name__}: {error}"))
-        send_final(sender, answer)
+            return failure(RequestError(f"{type(error).__name__}: {error}"))
 
     async def _serve(self, request: Any, sender: Any) -> Tensors:
         loop = asyncio.get_running_loop()
@@ -86,8 +98,8 @@ class TritonPythonModel:
         wanted = await loop.run_in_executor(None, parse, arrays(request), self._bundle)
         job_id = f"{request.request_id() or 'request'}-{uuid.uuid4().hex}"
 
-        def progress(step: int, steps: int) -> None:
-            sender.send(response({"step": np.array([step], np.int32), "steps": np.array([steps], np.int32)}))
+        def progress(answer: Tensors) -> None:
+            sender.send(response(answer))
 
         work = asyncio.ensure_future(self._pipeline.generate(wanted, job_id, progress if self._streaming else None))
         deadline = None if wanted.timeout is None else loop.time() + wanted.timeout
@@ -101,7 +113,14 @@ class TritonPythonModel:
                     raise Cancelled("cancelled by its caller")
             except RequestError:
                 if not work.done():
-                    await self._pipeline.cancel(job_id)
+                    # It has to tell the denoiser, which may take a tick: the caller need not wait for that.
                     work.cancel()
+                    self._leaving.add(work)
+                    work.add_done_callback(self._left)
                     raise
         return work.result()
+
+    def _left(self, work: asyncio.Future[Tensors]) -> None:
+        self._leaving.discard(work)
+        if not work.cancelled() and work.exception() is not None:
+            logger.warning("a request that was broken off: %s", work.exception())

@@ -1,0 +1,81 @@
+"""The waiting line: who may join it, and how long it is."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from imprompt_serving.errors import Overloaded
+from imprompt_serving.specs import Limits
+
+LONGEST_HINT_S, SHORTEST_HINT_S = 600.0, 0.5
+
+
+class Load(NamedTuple):
+    """What a job still needs: rows in each step, and steps (calls of the UNet, to be exact)."""
+
+    rows: int
+    steps: int
+
+
+def starts(running: Iterable[Load], waiting: Sequence[Load], limit: int) -> list[int]:
+    """The tick at which each waiting job begins if they begin in their order, as soon as a call has room for them.
+
+    An estimate: jobs of different sizes do not share a call, but they share the ticks.
+    """
+    room, tick = limit, 0
+    ends: list[tuple[int, int]] = []
+
+    def begin(load: Load) -> None:
+        nonlocal room
+        rows = min(load.rows, limit)
+        room -= rows
+        heapq.heappush(ends, (tick + load.steps * -(-load.rows // limit), rows))
+
+    for load in running:
+        begin(load)
+    begins = []
+    for load in waiting:
+        while ends and room < min(load.rows, limit):
+            end, rows = heapq.heappop(ends)
+            tick, room = max(tick, end), room + rows
+        begins.append(tick)
+        begin(load)
+    return begins
+
+
+def check_room(
+    load: Load, running: Sequence[Load], waiting: Sequence[Load], *, call_rows: int, tick_seconds: float, limits: Limits
+) -> None:
+    """Whether ``load`` may join; anything may when nobody waits.
+
+    Raises:
+        Overloaded: too many rows wait, or they would for too long; the message says when to come back.
+    """
+    if not waiting:
+        return
+    rows = load.rows + sum(other.rows for other in waiting)
+    begins = starts(running, [*waiting, load], call_rows)
+    seconds = begins[-1] * tick_seconds
+    if rows > limits.waiting_rows:
+        # Room comes when the first ones in the line have begun.
+        excess, index = rows - limits.waiting_rows, 0
+        while excess > 0 and index < len(waiting):
+            excess -= waiting[index].rows
+            index += 1
+        raise Overloaded(
+            f"{rows} rows would wait, at most {limits.waiting_rows} may; {_hint(begins[index - 1] * tick_seconds)}",
+            reason="rows",
+        )
+    if seconds > limits.waiting_seconds:
+        raise Overloaded(
+            f"about {seconds:.0f} seconds to wait, at most {limits.waiting_seconds:g} are allowed; "
+            f"{_hint(seconds - limits.waiting_seconds)}",
+            reason="seconds",
+        )
+
+
+def _hint(seconds: float) -> str:
+    """What clients read; the form is part of the protocol."""
+    return f"retry in {min(max(seconds, SHORTEST_HINT_S), LONGEST_HINT_S):.1f} s"

@@ -1,0 +1,146 @@
+"""Many requests at once: each gets the picture that it gets alone, and what leaves takes nothing along."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import Served
+from imprompt import Cancelled, DeadlineExceeded, InvalidRequest
+from parity import assert_different
+from tiny import images
+from tiny.oracle import picture_distance
+
+PHOTOS = images.photos(6, seed=40)
+LEFT = Image.fromarray(np.repeat(np.repeat([[255, 0]], 64, 0), 32, 1).astype(np.uint8))
+RIGHT = Image.fromarray(np.repeat(np.repeat([[0, 255]], 64, 0), 32, 1).astype(np.uint8))
+CAT: dict[str, Any] = {"prompt": "a photo of a cat", "height": 64, "width": 64, "num_inference_steps": 4, "seed": 0}
+
+MIXED: list[dict[str, Any]] = [
+    {"ip_adapter_image": {"plain": PHOTOS[0]}, "scheduler": "DDIMScheduler"},
+    {"scheduler": "EulerDiscreteScheduler", "num_inference_steps": 6},
+    {"ip_adapter_image": {"plus": PHOTOS[1]}, "ip_adapter_scale": 0.3, "scheduler": "PNDMScheduler"},
+    {"ip_adapter_image": {"plus": PHOTOS[:3]}, "num_inference_steps": 2},
+    {"ip_adapter_image": {"full_face": PHOTOS[2]}, "scheduler": "DPMSolverMultistepScheduler"},
+    {"ip_adapter_image": {"plain": PHOTOS[3], "plus": PHOTOS[4]}, "ip_adapter_scale": [0.8, 0.2]},
+    {"ip_adapter_image": {"plain": PHOTOS[:2]}, "ip_adapter_masks": {"plain": [LEFT, RIGHT]}},
+    {"ip_adapter_image": {"plus": PHOTOS[2:4]}, "ip_adapter_masks": {"plus": [RIGHT, LEFT]}, "guidance_scale": 3.0},
+    {"num_images_per_prompt": 3, "seed": [4, 5, 6], "scheduler": "HeunDiscreteScheduler"},
+    {"guidance_scale": 1.0, "ip_adapter_image": {"plain": PHOTOS[5]}},
+    {"height": 64, "width": 96, "ip_adapter_image": {"plus": PHOTOS[5]}, "num_inference_steps": 3},
+    {"height": 32, "width": 96, "scheduler": "UniPCMultistepScheduler"},
+    {"image": PHOTOS[1].resize((64, 64)), "height": None, "width": None, "strength": 0.6},
+    {
+        "image": PHOTOS[1].resize((64, 64)),
+        "mask_image": LEFT,
+        "ip_adapter_image": {"plain": PHOTOS[0]},
+        "scheduler": "EulerAncestralDiscreteScheduler",
+    },
+    {"prompt": ["a dog", "a house by the sea"], "ip_adapter_image": {"plain": PHOTOS[0]}, "scheduler": "LCMScheduler"},
+    {"ip_adapter_image": {"plus": PHOTOS[0]}, "ip_adapter_start": 0.25, "ip_adapter_end": 0.75, "priority": 1},
+]
+
+
+def request(sd15: Served, arguments: dict[str, Any]) -> np.ndarray:
+    result = sd15.generate(**{key: value for key, value in (CAT | arguments).items() if value is not None})
+    return np.stack([np.asarray(image) for image in result.images])
+
+
+def test_a_picture_alone_is_the_picture_among_fifteen_strangers(sd15: Served) -> None:
+    alone = [request(sd15, arguments) for arguments in MIXED]
+    with ThreadPoolExecutor(len(MIXED)) as pool:
+        together = list(pool.map(lambda arguments: request(sd15, arguments), MIXED))
+    for arguments, one, other in zip(MIXED, alone, together, strict=True):
+        largest, mean = picture_distance(one, other)
+        assert largest <= 1, f"{arguments}: {largest} levels (mean {mean:.4f})"
+    for one in alone[1:]:
+        if one.shape == alone[0].shape:
+            assert_different(list(one), list(alone[0]))
+
+
+def test_bad_requests_do_not_harm_the_good_ones_beside_them(sd15: Served) -> None:
+    """Refused before, while and after the job of the denoiser is made."""
+    bad: list[dict[str, Any]] = [
+        {"scheduler": "NoScheduler"},
+        {"scheduler_config": {"no_such_key": 1}},
+        {"height": 100},
+        {"ip_adapter_image": {"plus": PHOTOS[0]}, "ip_adapter_scale": {"plus": {"down": {"block_9": 1.0}}}},
+        {"scheduler": "DDIMScheduler", "scheduler_config": {"beta_schedule": "none"}},
+    ]
+    good = MIXED[:4]
+    alone = [request(sd15, arguments) for arguments in good]
+
+    def fails(arguments: dict[str, Any]) -> bool:
+        with pytest.raises(InvalidRequest):
+            request(sd15, arguments)
+        return True
+
+    with ThreadPoolExecutor(len(good) + len(bad)) as pool:
+        together = [pool.submit(request, sd15, arguments) for arguments in good]
+        assert all(pool.map(fails, bad))
+        for one, other in zip(alone, together, strict=True):
+            assert picture_distance(one, other.result())[0] <= 1
+
+
+def test_progress_with_previews(sd15: Served) -> None:
+    events = list(sd15.client.stream(model="sd15", **CAT | {"num_inference_steps": 6}, preview=True, progress_every=2))
+    assert [event.step for event in events[:-1]][:2] == [2, 4]
+    assert events[0].preview.size == (64, 64)
+    assert np.asarray(events[0].preview).std() > 1
+    plain = list(sd15.client.stream(model="sd15", **CAT))
+    assert [event.step for event in plain[:3]] == [1, 2, 3]
+    assert plain[0].preview is None
+
+
+LONG: dict[str, Any] = CAT | {"num_inference_steps": 999, "scheduler": "DDIMScheduler"}
+
+
+def test_a_caller_who_leaves_stops_the_work(sd15: Served) -> None:
+    for event in sd15.client.stream(model="sd15", **LONG):
+        assert event.step == 1
+        break
+    assert_idle(sd15)
+
+
+@pytest.mark.parametrize("seconds", [0.001, 0.05, 0.5])
+def test_a_timeout_stops_the_work(sd15: Served, seconds: float) -> None:
+    began = time.monotonic()
+    with pytest.raises(DeadlineExceeded):
+        sd15.generate(**LONG, timeout=seconds)
+    assert time.monotonic() - began < seconds + 2.0
+    assert_idle(sd15)
+
+
+def test_callers_who_leave_at_any_time_leave_nothing(sd15: Served) -> None:
+    """Cancelled while pictures are encoded, while they wait, denoise or are decoded; each gets one answer."""
+    answers: list[Any] = []
+
+    def leaves(delay: float) -> None:
+        try:
+            arguments = CAT | {"ip_adapter_image": {"plus": PHOTOS[:3]}, "num_images_per_prompt": 4}
+            answers.append(sd15.generate(**arguments, timeout=delay))
+        except (DeadlineExceeded, Cancelled) as error:
+            answers.append(error)
+
+    threads = [threading.Thread(target=leaves, args=(0.02 * 1.25**index,)) for index in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(answers) == 20
+    assert any(isinstance(answer, DeadlineExceeded) for answer in answers)
+    assert_idle(sd15)
+
+
+def assert_idle(sd15: Served) -> None:
+    """No step is computed any more: a new request does not share its calls."""
+    began = time.monotonic()
+    result = sd15.generate(**CAT)
+    assert result.timings["queue"] < 1.0
+    assert time.monotonic() - began < 10.0

@@ -1,0 +1,308 @@
+"""The loop of the denoiser, with an engine that the tests stop and let go: joining, leaving, failing."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from imprompt_serving.denoiser.batch import Part
+from imprompt_serving.denoiser.line import Load
+from imprompt_serving.denoiser.loop import Denoiser, Listener
+from imprompt_serving.denoiser.meter import Meter, Population
+from imprompt_serving.errors import Cancelled, InvalidRequest, Overloaded, RequestError
+from imprompt_serving.specs import Limits
+
+WAIT_S = 10.0
+
+
+class FakeJob:
+    """What the loop uses of a job."""
+
+    def __init__(self, id: str, *, rows: int = 2, steps: int = 3, key: str = "a", timeout: float | None = None) -> None:
+        self.id, self.rows, self.steps, self.key = id, rows, steps, key
+        self.request = SimpleNamespace(priority=5, progress_every=1, timeout=timeout)
+        self.deadline = None if timeout is None else time.monotonic() + timeout
+        self.started: float | None = None
+        self.since = self.step = self.filled = 0
+        self.predicted = None
+        self.broken: Exception | None = None
+
+    @property
+    def pending(self) -> int:
+        return self.rows - self.filled
+
+    @property
+    def load(self) -> Load:
+        return Load(self.rows, self.steps - self.step)
+
+    @property
+    def done(self) -> bool:
+        return self.step == self.steps
+
+    def fill(self, rows: torch.Tensor) -> None:
+        if self.broken is not None:
+            raise self.broken
+        self.filled += len(rows)
+        if not self.pending:
+            self.step, self.filled = self.step + 1, 0
+
+
+class FakeBatcher:
+    """Rows are tensors of ones; a job's id travels with the call."""
+
+    def inputs(self, parts: list[Part]) -> dict[str, torch.Tensor]:
+        self.parts = [(part.job.id, part.stop - part.start) for part in parts]
+        return {"sample": torch.ones(sum(rows for _, rows in self.parts), 1)}
+
+    def forget(self) -> None:
+        pass
+
+
+class Gate:
+    """Networks that compute a call for each ``open``; all at once after ``open(None)``."""
+
+    def __init__(self, batcher: FakeBatcher) -> None:
+        self.batcher, self.calls = batcher, list[list[tuple[str, int]]]()
+        self.poison: set[str] = set()
+        self._turns, self._entered = threading.Semaphore(0), threading.Semaphore(0)
+        self._free = False
+
+    def open(self, calls: int | None = 1) -> None:
+        self._free = calls is None
+        self._turns.release(calls or 1000)
+
+    def entered(self) -> None:
+        """Waits until a call has come."""
+        assert self._entered.acquire(timeout=WAIT_S)
+
+    def __call__(self, parts: Sequence[Part], inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        self._entered.release()
+        if not self._free:
+            assert self._turns.acquire(timeout=WAIT_S)
+        self.calls.append(self.batcher.parts)
+        if self.poison & {job_id for job_id, _ in self.batcher.parts}:
+            raise ValueError("the engine does not like this one")
+        return inputs["sample"]
+
+
+class Answers(Listener):
+    """Remembers what a job was told."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.finals: list[object] = []
+        self._ended = threading.Event()
+        super().__init__(lambda step, *_: self.steps.append(step), self._end, self._end)
+
+    def _end(self, what: Any) -> None:
+        self.finals.append("finished" if not isinstance(what, Exception) else what)
+        self._ended.set()
+
+    @property
+    def final(self) -> Any:
+        assert self._ended.wait(WAIT_S), "no final answer"
+        return self.finals[0]
+
+
+class CountingMeter(Meter):
+    def __init__(self) -> None:
+        self.last = Population(0, 0, 0, 0)
+        self.outcomes: list[str] = []
+        self.refusals: list[str] = []
+
+    def population(self, population: Population) -> None:
+        self.last = population
+
+    def ended(self, outcome: str) -> None:
+        self.outcomes.append(outcome)
+
+    def refused(self, reason: str) -> None:
+        self.refusals.append(reason)
+
+
+class Room:
+    """A denoiser with its gate."""
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        batcher: Any = FakeBatcher()
+        self.gate, self.meter = Gate(batcher), CountingMeter()
+        self.denoiser = Denoiser(self.gate, batcher, 8, limits, self.meter)
+
+    def submit(self, job: Any, **hooks: Callable[..., None]) -> Answers:
+        answers = Answers()
+        for name, hook in hooks.items():
+            setattr(answers, name, hook)
+        self.denoiser.submit(job, answers)
+        return answers
+
+
+@pytest.fixture
+def room() -> Iterator[Room]:
+    made = Room()
+    yield made
+    made.gate.open(None)
+    made.denoiser.stop()
+
+
+def test_a_job_runs_to_its_end(room: Room) -> None:
+    answers = room.submit(FakeJob("a"))
+    room.gate.open(None)
+    assert answers.final == "finished"
+    assert answers.steps == [1, 2]
+    assert room.gate.calls == [[("a", 2)]] * 3
+
+
+def test_a_job_joins_at_the_next_tick(room: Room) -> None:
+    first = room.submit(FakeJob("a"))
+    room.gate.entered()
+    second = room.submit(FakeJob("b", steps=1))
+    room.gate.open(None)
+    assert (first.final, second.final) == ("finished", "finished")
+    assert room.gate.calls == [[("a", 2)], [("a", 2), ("b", 2)], [("a", 2)]]
+
+
+def test_a_cancelled_job_leaves_at_the_next_tick(room: Room) -> None:
+    gone, stays = room.submit(FakeJob("a")), room.submit(FakeJob("b"))
+    room.gate.entered()
+    room.denoiser.cancel("a")
+    room.gate.open(1)
+    assert isinstance(gone.final, Cancelled)
+    room.gate.open(None)
+    assert stays.final == "finished"
+    assert all(("a", 2) not in call for call in room.gate.calls[1:])
+
+
+def test_a_job_in_the_waiting_line_is_cancelled_within_a_tick(room: Room) -> None:
+    room.submit(FakeJob("large", rows=8, steps=50))
+    room.gate.entered()
+    waiting = room.submit(FakeJob("b", rows=8))
+    room.denoiser.cancel("b")
+    room.gate.open(1)
+    assert isinstance(waiting.final, Cancelled)
+    assert waiting.steps == []
+
+
+def test_a_deadline_ends_a_job_within_a_tick(room: Room) -> None:
+    late, stays = room.submit(FakeJob("a", timeout=0.05)), room.submit(FakeJob("b"))
+    room.gate.entered()
+    time.sleep(0.06)
+    room.gate.open(1)
+    assert isinstance(late.final, Cancelled)
+    assert "0.05 seconds" in str(late.final)
+    room.gate.open(None)
+    assert stays.final == "finished"
+
+
+def test_a_cancellation_may_come_before_its_job(room: Room) -> None:
+    room.denoiser.cancel("a")
+    with pytest.raises(Cancelled):
+        room.denoiser.admit("a", Load(2, 3))
+    with pytest.raises(Cancelled):
+        room.submit(FakeJob("a"))
+    assert not room.gate.calls
+
+
+def test_a_cancelled_place_is_free_again(room: Room) -> None:
+    room.denoiser.admit("a", Load(2, 3))
+    assert room.meter.last == Population(0, 0, 1, 2)
+    room.denoiser.cancel("a")
+    room.denoiser.admit("b", Load(2, 3))
+    assert room.meter.last == Population(0, 0, 1, 2)
+
+
+def test_the_engines_error_hits_only_the_job_that_causes_it(room: Room) -> None:
+    room.gate.poison.add("bad")
+    answers = {name: room.submit(FakeJob(name)) for name in ("a", "bad", "c")}
+    room.gate.open(None)
+    assert (answers["a"].final, answers["c"].final) == ("finished", "finished")
+    assert isinstance(answers["bad"].final, RequestError)
+    assert "does not like" in str(answers["bad"].final)
+
+
+@pytest.mark.parametrize("error", [ValueError("odd latents"), InvalidRequest("scheduler", "cannot step")])
+def test_a_failing_step_hits_only_its_job(room: Room, error: Exception) -> None:
+    bad: Any = FakeJob("bad")
+    bad.broken = error
+    good, failed = room.submit(FakeJob("a")), room.submit(bad)
+    room.gate.open(None)
+    assert good.final == "finished"
+    assert type(failed.final) is (InvalidRequest if isinstance(error, InvalidRequest) else RequestError)
+
+
+def test_a_listener_that_fails_ends_its_job_only(room: Room) -> None:
+    def fails(*_: object) -> None:
+        raise OSError("nobody listens")
+
+    deaf, other = room.submit(FakeJob("a", steps=10**6), progress=fails), room.submit(FakeJob("b"))
+    unfinished = room.submit(FakeJob("c"), finish=fails)
+    room.gate.open(None)
+    assert "nobody listens" in str(deaf.final)
+    assert "nobody listens" in str(unfinished.final)
+    assert other.final == "finished"
+
+
+def test_exactly_one_final_answer() -> None:
+    """Finishing, cancelling and the deadline at the same time, again and again."""
+    room = Room(Limits(waiting_rows=1000, waiting_seconds=1000.0))
+    room.gate.open(None)
+    answers = []
+    for index in range(200):
+        answers.append(room.submit(FakeJob(f"{index}", steps=2, timeout=0.002 if index % 3 else None)))
+        if index % 2:
+            room.denoiser.cancel(f"{index}")
+    for answer in answers:
+        assert answer.final is not None
+    room.denoiser.stop()
+    assert [len(answer.finals) for answer in answers] == [1] * 200
+    assert len(room.meter.outcomes) == 200
+
+
+def test_jobs_are_freed_when_they_end(room: Room) -> None:
+    finished, cancelled = FakeJob("a"), FakeJob("b", steps=10**6)
+    references = [weakref.ref(finished), weakref.ref(cancelled)]
+    answers = [room.submit(finished), room.submit(cancelled)]
+    del finished, cancelled
+    room.gate.open(None)
+    assert answers[0].final == "finished"
+    room.denoiser.cancel("b")
+    assert isinstance(answers[1].final, Cancelled)
+    end = time.monotonic() + WAIT_S
+    while any(reference() for reference in references) and time.monotonic() < end:
+        gc.collect()
+        time.sleep(0.01)
+    assert not any(reference() for reference in references)
+
+
+def test_a_full_line_refuses_at_once() -> None:
+    room = Room(Limits(waiting_rows=4))
+    try:
+        first = room.submit(FakeJob("a", rows=8))
+        room.gate.entered()
+        accepted = [room.submit(FakeJob("b")), room.submit(FakeJob("c"))]
+        with pytest.raises(Overloaded, match=r"retry in \d+\.\d s"):
+            room.submit(FakeJob("d"))
+        assert room.meter.refusals == ["rows"]
+        room.gate.open(None)
+        assert [answer.final for answer in (first, *accepted)] == ["finished"] * 3
+        assert room.submit(FakeJob("d")).final == "finished"
+    finally:
+        room.gate.open(None)
+        room.denoiser.stop()
+
+
+def test_stopping_tells_those_who_wait() -> None:
+    room = Room()
+    answers = room.submit(FakeJob("a", steps=10**6))
+    room.gate.open(None)
+    room.denoiser.stop()
+    assert isinstance(answers.final, Overloaded)
+    with pytest.raises(Overloaded):
+        room.submit(FakeJob("b"))

@@ -1,0 +1,176 @@
+"""The policy of the denoiser: cases, and a simulation over random arrivals."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+
+from imprompt_serving.denoiser.policy import (
+    DEFAULT_PRIORITY,
+    FIRST_PRIORITY,
+    LAST_PRIORITY,
+    START_PATIENCE,
+    Candidate,
+    Share,
+    patience,
+    plan,
+)
+
+
+def begun(key: str = "a", pending: int = 2, since: int = 0, priority: int = DEFAULT_PRIORITY) -> Candidate:
+    return Candidate(key, pending, since, True, priority)
+
+
+def new(key: str = "a", pending: int = 2, since: int = 0, priority: int = DEFAULT_PRIORITY) -> Candidate:
+    return Candidate(key, pending, since, False, priority)
+
+
+def served(candidates: list[Candidate], limit: int = 8) -> dict[int, int]:
+    return dict(plan(candidates, limit))
+
+
+def test_nothing_to_do() -> None:
+    assert plan([], 8) == []
+
+
+def test_all_of_a_key_share_a_call() -> None:
+    assert served([begun(), begun(), new()]) == {0: 2, 1: 2, 2: 2}
+
+
+def test_rows_of_a_call_are_of_the_leaders_key() -> None:
+    assert served([begun("a", since=3), begun("b", since=2), begun("b", since=3)]) == {1: 2, 2: 2}
+
+
+def test_those_served_longest_ago_come_first_and_the_last_one_gets_what_is_left() -> None:
+    assert plan([begun(since=2), begun(pending=3, since=1), begun(since=1), begun(since=3)], 8) == [
+        Share(2, 2),
+        Share(1, 3),
+        Share(0, 2),
+        Share(3, 1),
+    ]
+
+
+def test_a_job_that_has_begun_goes_before_one_that_has_not_for_a_while() -> None:
+    line = [new(since=0), begun(since=START_PATIENCE - 1)]
+    assert served(line, limit=2) == {1: 2}
+    assert served([new(since=0), begun(since=START_PATIENCE + 1)], limit=2) == {0: 2}
+
+
+def test_a_job_of_many_rows_leaves_half_of_a_call_to_small_ones() -> None:
+    assert served([begun(pending=64, since=0), new(since=5), new(since=6), new(since=7)]) == {0: 4, 1: 2, 2: 2}
+
+
+def test_a_job_of_many_rows_gets_what_small_ones_leave() -> None:
+    assert served([begun(pending=64, since=0), new(since=5)]) == {0: 6, 1: 2}
+
+
+def test_large_jobs_go_one_after_the_other() -> None:
+    assert served([begun(pending=8, since=0), begun(pending=8, since=1)]) == {0: 8}
+
+
+def test_priority_decides_who_goes_first() -> None:
+    line = [begun(priority=FIRST_PRIORITY, since=9), begun(), begun(priority=LAST_PRIORITY)]
+    assert served(line[1:], limit=2) == {0: 2}
+    assert served([line[0], line[2]], limit=2) == {0: 2}
+
+
+@dataclass
+class SimulatedJob:
+    """A job of the simulation: rows of its current step that are open, and what became of it."""
+
+    key: str
+    rows: int
+    steps: int
+    priority: int
+    since: int
+    pending: int = 0
+    begun: bool = False
+    bound: int = 0
+
+    def candidate(self) -> Candidate:
+        return Candidate(self.key, self.pending, self.since, self.begun, self.priority)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_simulation_of_random_arrivals(seed: int) -> None:
+    """No starvation with the bound that the policy states, the row limit kept, work conserved, no step alone."""
+    random_ = random.Random(seed)
+    limit = random_.choice([1, 2, 8, 16])
+    keys = [f"size-{index}" for index in range(random_.choice([1, 2, 5]))]
+    rate = random_.choice([0.05, 0.3, 1.0])
+    jobs: list[SimulatedJob] = []
+    finished: list[SimulatedJob] = []
+    arrivals, tick = 200, 0
+    while arrivals or jobs:
+        while arrivals and len(jobs) < 60 and random_.random() < rate:
+            rows = random_.choice([1, 2, 2, 2, 2, limit, limit, 8 * limit])
+            priority = random_.choice([DEFAULT_PRIORITY] * 6 + [FIRST_PRIORITY, LAST_PRIORITY])
+            jobs.append(SimulatedJob(random_.choice(keys), rows, random_.randint(1, 12), priority, tick, pending=rows))
+            arrivals -= 1
+        candidates = [job.candidate() for job in jobs]
+        shares = plan(candidates, limit)
+        _check_call(candidates, shares, limit)
+        _serve(jobs, shares, tick)
+        finished += [job for job in jobs if not job.steps]
+        jobs = [job for job in jobs if job.steps]
+        tick += 1
+    assert len(finished) == 200
+    assert all(not job.steps for job in finished)
+
+
+def _check_call(candidates: list[Candidate], shares: list[Share], limit: int) -> None:
+    rows = dict(shares)
+    assert len(rows) == len(shares), "each job once"
+    assert bool(shares) == bool(candidates)
+    assert all(0 < given <= candidates[index].pending for index, given in shares)
+    assert len({candidates[index].key for index in rows}) <= 1
+    open_rows = Counter[str]()
+    for candidate in candidates:
+        open_rows[str(candidate.key)] += candidate.pending
+    if shares:
+        # Never alone, never half empty: all the rows of the key that there are, or as many as a call holds.
+        assert sum(rows.values()) == min(limit, open_rows[str(candidates[shares[0].index].key)])
+
+
+def _serve(jobs: list[SimulatedJob], shares: list[Share], tick: int) -> None:
+    rows = dict(shares)
+    for index, job in enumerate(jobs):
+        # Jobs that come after the tick at which this one is due are due later, so only those that are there now count.
+        due = job.since + patience(job.candidate())
+        if tick <= due + 1:
+            job.bound = due + 1 + len(jobs)
+        if index not in rows:
+            continue
+        assert tick <= job.bound, f"waited {tick - job.since} ticks, {job.bound - job.since} are promised"
+        job.pending -= rows[index]
+        job.since, job.begun = tick, True
+        if not job.pending:
+            job.steps, job.pending = job.steps - 1, job.rows
+
+
+@pytest.mark.parametrize("crowd", [1, 8])
+def test_small_jobs_run_on_beside_one_of_many_rows(crowd: int) -> None:
+    """Every small job takes a step in most ticks, and the large one goes on too."""
+    jobs = [SimulatedJob("a", 64, 40, DEFAULT_PRIORITY, 0, pending=64)]
+    jobs += [SimulatedJob("a", 2, 40, DEFAULT_PRIORITY, 0, pending=2) for _ in range(crowd)]
+    tick = 0
+    while any(job.steps for job in jobs[1:]):
+        alive = [job for job in jobs if job.steps]
+        _serve(alive, plan([job.candidate() for job in alive], 8), tick)
+        tick += 1
+    assert tick <= 40 * (1 + crowd // 2) + START_PATIENCE, "small jobs wait for the large one"
+    assert jobs[0].steps < 40 or jobs[0].pending < 64, "the large job is not served at all"
+
+
+def test_jobs_of_equal_size_finish_one_after_the_other() -> None:
+    """Eight that fill a call, then eight more: the first ones do not wait for the others."""
+    jobs = [SimulatedJob("a", 1, 20, DEFAULT_PRIORITY, 0, pending=1) for _ in range(16)]
+    ends: list[int] = []
+    for tick in range(40):
+        alive = [job for job in jobs if job.steps]
+        _serve(alive, plan([job.candidate() for job in alive], 8), tick)
+        ends += [tick for job in alive if not job.steps]
+    assert ends == [19] * 8 + [39] * 8

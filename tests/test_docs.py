@@ -1,0 +1,191 @@
+"""The pages say what the code does: snippets run, tables are those of the code, links lead somewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc
+
+import imprompt
+from conftest import Served
+from imprompt_export.bundle import BundleFile
+from imprompt_serving import protocol_table
+from tiny import images
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+PICTURES = (
+    *("statue", "flowers", "vermeer", "river", "girl", "gummy", "einstein", "woman", "painting", "noise"),
+    *(f"style-{number}" for number in range(10)),
+)
+MASKS = {"mask": "circle", "left": "left", "right": "right"}
+
+
+class EveryServer:
+    """A client of the server whose bundle a call names: the guide has them all on one."""
+
+    def __init__(self, served: Any) -> None:
+        self._served = served
+
+    def __enter__(self) -> EveryServer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """The servers stay."""
+
+    def generate(self, *, model: str, **arguments: Any) -> Any:
+        return self._served(model).client.generate(model=model, **arguments)
+
+    def stream(self, *, model: str, **arguments: Any) -> Any:
+        return self._served(model).client.stream(model=model, **arguments)
+
+    def encode_image(self, model: str, adapter: str, images: Any) -> Any:
+        return self._served(model).client.encode_image(model, adapter, images)
+
+    def describe(self, model: str) -> Any:
+        return self._served(model).client.describe(model)
+
+    def models(self) -> Any:
+        return self._served("sd15").client.models()
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files that the pages name, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(PICTURES):
+        images.photo(seed, size=(64, 64)).save(f"{name}.png")
+    for name, kind in MASKS.items():
+        images.mask(kind).save(f"{name}.png")
+    np.save("face-embedding.npy", images.face_embeds(1)[1, 0].numpy())
+
+
+def run(page: str, names: dict[str, Any]) -> int:
+    """Run the page's snippets one after the other, as a reader would; the number of them."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    snippets = list(SNIPPET.finditer(text))
+    for match in snippets:
+        line = text.count("\n", 0, match.start(1))
+        exec(compile("\n" * line + match[1], str(ROOT / page), "exec"), names)
+    return len(snippets)
+
+
+@pytest.mark.usefixtures("pictures")
+def test_the_guide_runs(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = imprompt.AsyncClient
+    monkeypatch.setattr(imprompt, "Client", lambda url: EveryServer(served))
+    monkeypatch.setattr(imprompt, "AsyncClient", lambda url: connect(served("sd15").server.grpc_address))
+    names: dict[str, Any] = {}
+    assert run("docs/guide.md", names) >= 20
+    assert Path("bear.png").is_file()
+    assert Path("garden-1.png").is_file()
+    assert len(names["winter"].images) == 1
+
+
+@pytest.mark.usefixtures("pictures")
+def test_the_readme_runs(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(imprompt, "Client", lambda url: EveryServer(served))
+    assert run("README.md", {}) == 1
+    assert Path("garden.png").is_file()
+
+
+@pytest.mark.usefixtures("pictures")
+def test_the_raw_client_of_the_protocol_page_runs(sd15: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = tritonclient.grpc.InferenceServerClient
+    monkeypatch.setattr(tritonclient.grpc, "InferenceServerClient", lambda url: connect(sd15.server.grpc_address))
+    names: dict[str, Any] = {}
+    assert run("docs/protocol.md", names) == 1
+    expected = sd15.generate(
+        prompt="a polar bear sitting in a chair",
+        ip_adapter_image={"plain": "statue.png"},
+        ip_adapter_scale=0.6,
+        num_inference_steps=4,
+        seed=0,
+    )
+    np.testing.assert_array_equal(names["pictures"][0], np.asarray(expected.images[0]))
+
+
+def _ask(sd15: Served, body: object) -> tuple[int, Any]:
+    request = urllib.request.Request(
+        f"http://{sd15.server.http_address}/v2/models/sd15/infer", json.dumps(body).encode(), method="POST"
+    )
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def test_the_http_call_of_the_protocol_page(sd15: Served) -> None:
+    page = (ROOT / "docs/protocol.md").read_text(encoding="utf-8")
+    body = re.search(r"infer -d '(.*?)'", page, re.DOTALL)
+    assert body is not None
+    status, answer = _ask(sd15, json.loads(body[1]))
+    assert status == 200
+    (output,) = answer["outputs"]
+    assert output["shape"] == [1, 64, 64, 3]
+    assert (output["name"], output["datatype"]) == ("images", "UINT8")
+
+
+@pytest.mark.parametrize(
+    ("name", "datatype", "value", "status"),
+    [("strength", "FP64", 0.5, 400), ("timeout", "FP64", 0.001, 400)],
+)
+def test_http_status_of_errors(sd15: Served, name: str, datatype: str, value: float, status: int) -> None:
+    inputs = [
+        {"name": "prompt", "datatype": "BYTES", "shape": [1], "data": ["a polar bear"]},
+        {"name": name, "datatype": datatype, "shape": [1], "data": [value]},
+    ]
+    got, answer = _ask(sd15, {"inputs": inputs})
+    assert name in answer["error"]
+    assert got == status
+
+
+def test_tables_of_the_protocol_page() -> None:
+    page = (ROOT / "docs/protocol.md").read_text(encoding="utf-8")
+    assert protocol_table.filled(page) == page, "run: python -m imprompt_serving.protocol_table docs/protocol.md"
+    assert set(re.findall(r"<!-- tensors: (\w+) -->", page)) == protocol_table.tables().keys()
+
+
+def test_a_stale_table_would_be_noticed() -> None:
+    page = "<!-- tensors: STREAM_REQUEST -->\n| old |\n<!-- end -->\nrest"
+    fresh = protocol_table.filled(page)
+    assert "| `progress_every` | INT32 | [1] |" in fresh
+    assert "old" not in fresh
+    assert fresh.endswith("<!-- end -->\nrest")
+
+
+def test_keys_of_the_bundle_page() -> None:
+    """Every key of a bundle file has a row, and every row is a key."""
+    page = (ROOT / "docs/bundle.md").read_text(encoding="utf-8")
+    rows = set(re.findall(r"^\| `([\w.]+)` \|", page, re.MULTILINE))
+    assert rows == set(_keys(BundleFile)) - {"folder"}
+
+
+def _keys(struct: Any, prefix: str = "") -> list[str]:
+    import msgspec
+
+    keys = []
+    for field in msgspec.structs.fields(struct):
+        name = prefix + field.encode_name
+        nested = [t for t in (field.type, *getattr(field.type, "__args__", ())) if isinstance(t, type)]
+        inner = next((t for t in nested if issubclass(t, msgspec.Struct)), None)
+        keys += _keys(inner, f"{name}.") if inner else [name]
+    return keys
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_between_pages(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith(("http://", "https://", "#")):
+            assert (page.parent / target.partition("#")[0]).exists(), f"{page.name}: {target}"

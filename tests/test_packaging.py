@@ -1,0 +1,132 @@
+"""What is installed, what importing it costs, and which room may import which (docs/architecture.md)."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = {
+    "imprompt": ROOT / "client",
+    "imprompt_export": ROOT / "export",
+    "imprompt_serving": ROOT / "model_repository",
+    "imprompt_bench": ROOT / "benchmarks",
+    "imprompt_demo": ROOT / "demo",
+}
+SPECS = ("specs", "wire", "config", "capabilities")
+"""Modules of `imprompt_serving` that say what a bundle is; the exporter goes by them."""
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "imprompt": (),
+    "imprompt_export": (*(f"imprompt_serving.{name}" for name in SPECS), "imprompt_serving.engines"),
+    "imprompt_serving": (),
+    "imprompt_bench": ("imprompt",),
+    "imprompt_demo": ("imprompt", "imprompt_export", "imprompt_serving"),
+}
+LIGHT = ("pipeline", "engines", "specs", "wire", "config", "capabilities", "job", "errors")
+
+
+def modules(room: str) -> list[Path]:
+    return sorted((ROOMS[room] / room).rglob("*.py"))
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Absolute names that a file imports, at any depth."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(name: str, packages: tuple[str, ...]) -> bool:
+    return any(f"{name}.".startswith(f"{package}.") for package in packages)
+
+
+def loaded_by(*names: str) -> set[str]:
+    """The modules in memory after an import in a fresh interpreter."""
+    code = f"import {', '.join(names)}, sys; print('\\n'.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_what_they_may(room: str) -> None:
+    allowed = (room, *MAY_IMPORT[room])
+    broken = [
+        f"{file.relative_to(ROOT)} imports {name}"
+        for file in modules(room)
+        for name in imports(file)
+        if within(name, tuple(ROOMS)) and not within(name, allowed)
+    ]
+    assert modules(room)
+    assert not broken
+
+
+def test_only_the_models_know_tritons_module() -> None:
+    knowing = [
+        file.relative_to(ROOT).as_posix()
+        for room in ROOMS
+        for file in modules(room)
+        if any(within(name, ("triton_python_backend_utils",)) for name in imports(file))
+    ]
+    assert knowing
+    assert all("/triton/" in file for file in knowing), knowing
+
+
+def test_the_client_is_light() -> None:
+    heavy = ("torch", "diffusers", "transformers", "onnxruntime", "scipy", *set(ROOMS) - {"imprompt"})
+    assert not {name for name in loaded_by("imprompt", "imprompt.cli") if within(name, heavy)}
+
+
+def test_processes_beside_the_denoiser_are_light() -> None:
+    """Each Python model is a process; all but the denoiser do without torch."""
+    light = [
+        ".".join(file.relative_to(ROOMS["imprompt_serving"]).with_suffix("").parts).removesuffix(".__init__")
+        for file in modules("imprompt_serving")
+    ]
+    light = [name for name in light if within(name, tuple(f"imprompt_serving.{part}" for part in LIGHT))]
+    assert len(light) > 10
+    loaded = loaded_by(*light)
+    assert not {name for name in loaded if within(name, ("torch", "diffusers", "transformers", "scipy"))}
+
+
+@pytest.mark.parametrize("command", ["", "export", "serve", "generate", "models"])
+def test_help(command: str) -> None:
+    done = subprocess.run(
+        [Path(sys.executable).with_name("imprompt"), *filter(None, [command]), "--help"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+
+
+def test_the_wheel(tmp_path: Path) -> None:
+    code = (
+        "import sys; from hatchling.builders.wheel import WheelBuilder; "
+        "[print(p) for p in WheelBuilder(sys.argv[1]).build(directory=sys.argv[2])]"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT), str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(done.stdout.split()[-1]) as wheel:
+        packed = set(wheel.namelist())
+    for room, folder in ROOMS.items():
+        files = [file for file in modules(room) if "__pycache__" not in file.parts]
+        missing = {file.relative_to(folder).as_posix() for file in files} - packed
+        assert not missing
+    assert "imprompt/py.typed" in packed
+    bundle = ROOMS["imprompt_demo"] / "imprompt_demo" / "bundle"
+    if bundle.is_dir():
+        files = [file for file in bundle.rglob("*") if file.is_file()]
+        assert {file.relative_to(ROOMS["imprompt_demo"]).as_posix() for file in files} <= packed
+    assert not [name for name in packed if name.startswith(("tests/", "docs/"))]
+    assert any(name.endswith("LICENSE") for name in packed)
