@@ -41,7 +41,8 @@ class TritonPythonModel:
         embeddings = {net.name: engine(f"controlnet_embedding_{net.name}") for net in bundle.controlnets}
         controlnets = {net.name: engine(f"controlnet_{net.name}") for net in bundle.controlnets}
         self._conditioner = Conditioner(bundle, projections, embeddings)
-        networks = Networks(bundle, engine("unet"), controlnets)
+        unets = {name: engine(name) for name in ("unet", "motion_unet")[: 1 if bundle.motion is None else 2]}
+        networks = Networks(bundle, unets, controlnets)
         self._denoiser = Denoiser(networks, Batcher(bundle), bundle.shapes.rows.max, bundle.limits)
 
     def execute(self, requests: list[Any]) -> None:
