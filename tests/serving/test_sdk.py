@@ -110,7 +110,7 @@ def test_generate_from_the_shell(sd15: Served, tmp_path: Path) -> None:
 def test_models_from_the_shell(sd15: Served) -> None:
     outcome = CliRunner().invoke(app, ["models", "--url", sd15.server.grpc_address, "--json"])
     assert outcome.exit_code == 0, outcome.output
-    assert json.loads(outcome.output)[0]["name"] == "sd15"
+    assert json.loads(outcome.output)["sd15"]["family"] == "sd15"
 
 
 def test_the_export_is_documented_in_the_repository(sd15: Served) -> None:
