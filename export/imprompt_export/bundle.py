@@ -41,6 +41,12 @@ class ControlNetSection(_Section, frozen=True):
     path: str
 
 
+class MotionAdapterSection(_Section, frozen=True):
+    """An AnimateDiff motion adapter: its diffusers folder."""
+
+    path: str
+
+
 class LoraSection(_Section, frozen=True):
     """A LoRA that is fused into the base, with the parameters of diffusers' ``load_lora_weights``."""
 
@@ -65,6 +71,7 @@ class BundleFile(_Section, frozen=True):
     base: str
     ip_adapter: tuple[IPAdapterSection, ...] = ()
     controlnet: tuple[ControlNetSection, ...] = ()
+    motion_adapter: MotionAdapterSection | None = None
     lora: tuple[LoraSection, ...] = ()
     engine: EngineSection = EngineSection()
     shapes: Shapes = Shapes()
@@ -122,6 +129,8 @@ class BundleFile(_Section, frozen=True):
             self.image_encoder(adapter)
         for net in self.controlnet:
             self.check_model(f"controlnet {net.name}", net.path)
+        if self.motion_adapter is not None:
+            self.check_model("motion_adapter", self.motion_adapter.path)
 
     def _named(self) -> dict[str, Sequence[Any]]:
         return {"name": (self,), "ip_adapter.name": self.ip_adapter, "controlnet.name": self.controlnet}

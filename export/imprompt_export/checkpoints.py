@@ -10,7 +10,7 @@ import torch
 from diffusers import ControlNetModel, DiffusionPipeline
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from imprompt_export import adapters, control
+from imprompt_export import adapters, control, motion
 from imprompt_export.bundle import BundleError, BundleFile
 from imprompt_serving.specs import AdapterKind
 
@@ -47,6 +47,7 @@ class Checkpoints:
     image_encoders: dict[str, CLIPVisionModelWithProjection]
     feature_extractors: dict[str, Any]
     controlnets: dict[str, ControlNetModel]
+    motion_unet: Any | None
 
 
 def load(bundle: BundleFile) -> Checkpoints:
@@ -72,6 +73,7 @@ def load(bundle: BundleFile) -> Checkpoints:
             for name, e in encoders.items()
         },
         controlnets=control.load_controlnets(bundle, pipeline.unet),
+        motion_unet=motion.load_motion_unet(bundle, pipeline.unet),
     )
 
 

@@ -46,6 +46,7 @@ def capabilities(bundle: Bundle) -> dict[str, Any]:
             for adapter in bundle.adapters
         ],
         "controlnets": [net.name for net in bundle.controlnets],
+        "video": bundle.motion is not None,
         "schedulers": list(SCHEDULERS),
         "defaults": {
             "height": bundle.default_height,
@@ -56,6 +57,7 @@ def capabilities(bundle: Bundle) -> dict[str, Any]:
             "height": [shapes.height.min, shapes.height.max],
             "width": [shapes.width.min, shapes.width.max],
             "rows": shapes.rows.max,
+            **({"frames": [shapes.frames.min, shapes.frames.max]} if bundle.motion else {}),
             "image_tokens": shapes.image_tokens[-1],
         },
     }
