@@ -99,12 +99,16 @@ det_thresh = 0.8
 
 
 def _sdxl(folder: Path) -> list[str]:
-    """Plain with the bigG encoder."""
+    """Plain with the bigG encoder, plus with the ViT-H one."""
     base.make_sdxl(folder / "base")
     root = folder / "ip"
     adapters.make_image_encoder(root / "sdxl_models/image_encoder", kind="big_g")
-    plain = adapters.make_adapter(root, "plain", family="sdxl")
-    return [adapter("plain", plain, root, "sdxl_models/image_encoder")]
+    adapters.make_image_encoder(root / "models/image_encoder")
+    plain, plus = (adapters.make_adapter(root, kind, family="sdxl") for kind in ("plain", "plus"))
+    return [
+        adapter("plain", plain, root, "sdxl_models/image_encoder"),
+        adapter("plus", plus, root, "models/image_encoder"),
+    ]
 
 
 def _inpaint(folder: Path) -> list[str]:

@@ -66,9 +66,11 @@ def bundle_graphs(bundle: BundleFile, checkpoints: Checkpoints) -> list[Graph]:
     """Every graph of a bundle, the UNet last: tracing it replaces its attention processors."""
     pipeline = checkpoints.pipeline
     xl = checkpoints.family == "sdxl"
-    todo = [graphs.text_encoder("text_encoder", pipeline.text_encoder, penultimate=xl)]
+    length = pipeline.tokenizer.model_max_length
+    todo = [graphs.text_encoder("text_encoder", pipeline.text_encoder, length, penultimate=xl)]
     if xl:
-        todo.append(graphs.text_encoder("text_encoder_2", pipeline.text_encoder_2, penultimate=True))
+        length = pipeline.tokenizer_2.model_max_length
+        todo.append(graphs.text_encoder("text_encoder_2", pipeline.text_encoder_2, length, penultimate=True))
     todo += [graphs.image_encoder(name, model) for name, model in checkpoints.image_encoders.items()]
     todo += [graphs.image_projection(a.name, a.projection, a.embeds) for a in checkpoints.adapters]
     todo += [graphs.vae_encoder(pipeline.vae, pipeline.vae_scale_factor), graphs.vae_decoder(pipeline.vae)]

@@ -67,13 +67,12 @@ class Graph:
         return {tensor.name: tensor.draw(axes, generator) for tensor in self.inputs}
 
 
-def text_encoder(name: str, model: Model, *, penultimate: bool) -> Graph:
-    """CLIP text with ``clip_skip`` as an input.
+def text_encoder(name: str, model: Model, length: int, *, penultimate: bool) -> Graph:
+    """CLIP text over ``length`` tokens, with ``clip_skip`` as an input.
 
     As in diffusers' ``encode_prompt``: SD1.5 takes the layer before the skipped ones through the final norm; SDXL
     (``penultimate``) starts one layer earlier and takes it as it is.
     """
-    length = model.config.max_position_embeddings
     layers = model.config.num_hidden_layers
     pooled = hasattr(model, "text_projection")
     text_model: Model = getattr(model, "text_model", model)

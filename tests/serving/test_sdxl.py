@@ -25,8 +25,8 @@ def sdxl(served: Any) -> Served:
     return served("sdxl")
 
 
-def load(sdxl: Served, cls: Any = StableDiffusionXLPipeline, scale: Any = 0.6) -> Any:
-    pipe = oracle.pipeline(sdxl.bundle.checkpoints / "base", sdxl.bundle.adapters, cls)
+def load(sdxl: Served, cls: Any = StableDiffusionXLPipeline, scale: Any = 0.6, adapter: int = 0) -> Any:
+    pipe = oracle.pipeline(sdxl.bundle.checkpoints / "base", [sdxl.bundle.adapters[adapter]], cls)
     pipe.set_ip_adapter_scale(scale)
     return pipe
 
@@ -57,7 +57,7 @@ def load(sdxl: Served, cls: Any = StableDiffusionXLPipeline, scale: Any = 0.6) -
 def test_text_to_image(sdxl: Served, arguments: dict[str, Any]) -> None:
     arguments = {**SMALL, **arguments}
     expected = oracle.generate(load(sdxl), ip_adapter_image=STATUE, **arguments)
-    assert_same(sdxl.generate(**arguments, ip_adapter_image=STATUE, ip_adapter_scale=0.6, seed=0), expected)
+    assert_same(sdxl.generate(**arguments, ip_adapter_image={"plain": STATUE}, ip_adapter_scale=0.6, seed=0), expected)
 
 
 @pytest.mark.parametrize(
@@ -69,13 +69,13 @@ def test_text_to_image(sdxl: Served, arguments: dict[str, Any]) -> None:
 )
 def test_scales_by_block(sdxl: Served, scale: dict[str, Any]) -> None:
     expected = oracle.generate(load(sdxl, scale=scale), ip_adapter_image=STATUE, **SMALL)
-    result = sdxl.generate(**SMALL, ip_adapter_image=STATUE, ip_adapter_scale=scale, seed=0)
+    result = sdxl.generate(**SMALL, ip_adapter_image={"plain": STATUE}, ip_adapter_scale=scale, seed=0)
     assert_same(result, expected)
-    assert_different(result, sdxl.generate(**SMALL, ip_adapter_image=STATUE, ip_adapter_scale=1.0, seed=0))
+    assert_different(result, sdxl.generate(**SMALL, ip_adapter_image={"plain": STATUE}, ip_adapter_scale=1.0, seed=0))
 
 
 def test_style_is_the_blocks_of_instant_style(sdxl: Served) -> None:
-    arguments = {**SMALL, "ip_adapter_image": STATUE, "seed": 0}
+    arguments = {**SMALL, "ip_adapter_image": {"plain": STATUE}, "seed": 0}
     style = sdxl.generate(**arguments, ip_adapter_weight_type="style")
     pipe = load(sdxl, scale={"up": {"block_0": [0.0, 1.0, 0.0]}})
     assert_same(style, oracle.generate(pipe, ip_adapter_image=STATUE, **SMALL))
@@ -84,11 +84,20 @@ def test_style_is_the_blocks_of_instant_style(sdxl: Served) -> None:
 def test_image_to_image(sdxl: Served) -> None:
     arguments = {**SMALL, "image": SCENE, "strength": 0.6, "num_inference_steps": 6}
     expected = oracle.generate(load(sdxl, StableDiffusionXLImg2ImgPipeline), ip_adapter_image=STATUE, **arguments)
-    assert_same(sdxl.generate(**arguments, ip_adapter_image=STATUE, ip_adapter_scale=0.6, seed=0), expected)
+    assert_same(sdxl.generate(**arguments, ip_adapter_image={"plain": STATUE}, ip_adapter_scale=0.6, seed=0), expected)
 
 
 def test_inpainting(sdxl: Served) -> None:
     mask = images.mask("circle")
     arguments = {**SMALL, "image": SCENE, "mask_image": mask, "height": 64, "width": 64}
     expected = oracle.generate(load(sdxl, StableDiffusionXLInpaintPipeline), ip_adapter_image=STATUE, **arguments)
-    assert_same(sdxl.generate(**arguments, ip_adapter_image=STATUE, ip_adapter_scale=0.6, seed=0), expected)
+    assert_same(sdxl.generate(**arguments, ip_adapter_image={"plain": STATUE}, ip_adapter_scale=0.6, seed=0), expected)
+
+
+def test_an_adapter_with_the_vit_h_encoder(sdxl: Served) -> None:
+    pipe = load(sdxl, adapter=1)
+    styles = images.photos(3, seed=50)
+    arguments = {**SMALL, "ip_adapter_scale": 0.6, "seed": 0}
+    result = sdxl.generate(**arguments, ip_adapter_image={"plus": styles})
+    assert_same(result, oracle.generate(pipe, ip_adapter_image=[styles], **SMALL))
+    assert_different(result, sdxl.generate(**arguments, ip_adapter_image={"plus": styles[:1]}))

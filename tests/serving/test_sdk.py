@@ -1,0 +1,123 @@
+"""The SDK and the command line against a running Triton."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from conftest import Served
+from imprompt import AsyncClient, Cancelled, DeadlineExceeded, Progress, Result
+from imprompt.cli import app
+from parity import assert_same
+from tiny import images
+
+SMALL: dict[str, Any] = {"model": "sd15", "prompt": "a photo of a cat", "num_inference_steps": 4, "seed": 0}
+LONG: dict[str, Any] = {**SMALL, "num_inference_steps": 900, "scheduler": "DDIMScheduler"}
+
+
+def pictures(result: Result) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in result.images])
+
+
+def test_describe(sd15: Served) -> None:
+    described = sd15.client.describe("sd15")
+    assert [adapter["name"] for adapter in described["ip_adapters"]] == ["plain", "plus", "full_face"]
+    assert "DDIMScheduler" in described["schedulers"]
+    assert described["limits"]["height"] == [32, 256]
+    assert sd15.client.models() == ["sd15"]
+
+
+def test_stream_gives_progress_and_then_the_picture(sd15: Served) -> None:
+    *progress, result = sd15.client.stream(**SMALL)
+    assert all(isinstance(event, Progress) for event in progress)
+    assert [(event.step, event.steps) for event in progress] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert_same(result, pictures(sd15.client.generate(**SMALL)))
+
+
+def test_async_client(sd15: Served) -> None:
+    async def run() -> tuple[list[Result], list[Any]]:
+        async with AsyncClient(sd15.server.grpc_address) as client:
+            results = await asyncio.gather(*(client.generate(**{**SMALL, "seed": seed}) for seed in range(3)))
+            return results, [event async for event in client.stream(**SMALL)]
+
+    results, events = asyncio.run(run())
+    for seed, result in enumerate(results):
+        assert_same(result, pictures(sd15.client.generate(**{**SMALL, "seed": seed})))
+    assert_same(events[-1], pictures(results[0]))
+
+
+def test_timeout(sd15: Served) -> None:
+    start = time.monotonic()
+    with pytest.raises(DeadlineExceeded):
+        sd15.client.generate(**LONG, timeout=0.5)
+    assert time.monotonic() - start < 5
+    assert idle(sd15)
+
+
+def test_a_stream_that_is_left_stops_its_work(sd15: Served) -> None:
+    stream = sd15.client.stream(**LONG)
+    next(stream)
+    stream.close()
+    assert idle(sd15)
+
+
+def test_an_async_task_that_is_cancelled_stops_its_work(sd15: Served) -> None:
+    async def run() -> None:
+        async with AsyncClient(sd15.server.grpc_address) as client:
+            task = asyncio.create_task(client.generate(**LONG))
+            await asyncio.sleep(0.5)
+            task.cancel()
+            with pytest.raises((asyncio.CancelledError, Cancelled)):
+                await task
+
+    asyncio.run(run())
+    assert idle(sd15)
+
+
+def idle(sd15: Served) -> bool:
+    """Whether a short request is served at once: nothing long is left in the denoiser."""
+    for _ in range(100):
+        start = time.monotonic()
+        sd15.client.generate(**{**SMALL, "num_inference_steps": 2})
+        if time.monotonic() - start < 2:
+            return True
+    return False
+
+
+def test_generate_from_the_shell(sd15: Served, tmp_path: Path) -> None:
+    reference, output = tmp_path / "statue.png", tmp_path / "out.png"
+    images.photo(1).save(reference)
+    arguments = ["generate", "--url", sd15.server.grpc_address, "--model", "sd15", "--prompt", "a photo of a cat"]
+    arguments += ["--ip-adapter-image", f"plain={reference}", "--ip-adapter-scale", "0.6", "--seed", "0"]
+    arguments += ["--num-inference-steps", "4", "-o", str(output)]
+    outcome = CliRunner().invoke(app, arguments)
+    assert outcome.exit_code == 0, outcome.output
+    expected = sd15.client.generate(**SMALL, ip_adapter_image={"plain": str(reference)}, ip_adapter_scale=0.6)
+    np.testing.assert_array_equal(np.asarray(Image.open(output)), pictures(expected)[0])
+    bad = CliRunner().invoke(app, [*arguments, "--height", "100"])
+    assert bad.exit_code == 1
+    assert "height" in bad.output
+
+
+def test_models_from_the_shell(sd15: Served) -> None:
+    outcome = CliRunner().invoke(app, ["models", "--url", sd15.server.grpc_address, "--json"])
+    assert outcome.exit_code == 0, outcome.output
+    assert json.loads(outcome.output)["sd15"]["family"] == "sd15"
+
+
+def test_the_export_is_documented_in_the_repository(sd15: Served) -> None:
+    report = json.loads((sd15.bundle.repository / "sd15/export.json").read_text())
+    rows = report["engines"]
+    assert {"unet", "vae_decoder", "text_encoder", "image_encoder_plain"} <= {row["engine"] for row in rows}
+    assert all(row["difference"] <= row["allowed"] for row in rows)
+    unet = [row["sizes"] for row in rows if row["engine"] == "unet"]
+    for axis in ("batch", "h", "tokens_plain", "scale"):
+        assert len({sizes[axis] for sizes in unet}) >= 2, axis
