@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import tomllib
@@ -15,9 +16,11 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from rich.console import Console
 
 from imprompt_export import export
-from tiny import adapters, base, control, oracle
+from tiny import adapters, base, control, faces, oracle
 
 ROOT = Path(__file__).parents[1]
+FACES = importlib.util.find_spec("insightface") is not None
+"""Whether pictures of faces can be served: `imprompt[face]` is installed."""
 SHAPES = """
 [shapes]
 height = [32, 64, 256]
@@ -70,16 +73,30 @@ def _sd15(folder: Path) -> list[str]:
 
 
 def _sd15_face(folder: Path) -> list[str]:
-    """FaceID plus v2, whose LoRA is fused, and the portrait kind."""
+    """FaceID plus v2, whose LoRA is fused, the portrait kind, and models that find faces where insightface is."""
     base.make_sd15(folder / "base")
     root = folder / "ip"
     adapters.make_image_encoder(root / "models/image_encoder")
     portrait = adapters.make_adapter(root, "faceid_portrait")
     plus = adapters.make_adapter(root, "faceid_plusv2")
     return [
+        _face_encoder(folder),
         adapter("portrait", portrait, root, None),
         adapter("plus_face", plus, root, "models/image_encoder"),
     ]
+
+
+def _face_encoder(folder: Path) -> str:
+    """The section of a face encoder, which it makes; none where the package for it is not installed."""
+    faces.make_face_models(folder / "buffalo")
+    if not FACES:
+        return ""
+    return """
+[face_encoder]
+path = "buffalo"
+det_size = [128, 128]
+det_thresh = 0.8
+"""
 
 
 def _sdxl(folder: Path) -> list[str]:
@@ -193,7 +210,7 @@ def _read_adapters(folder: Path) -> list[oracle.Adapter]:
 
 def _sources() -> str:
     """A short hash of every source file that decides what an exported bundle is."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(bytes([FACES]))
     serving = ROOT / "model_repository/imprompt_serving"
     files = [*(ROOT / "export").rglob("*.py"), *(ROOT / "tests/tiny").glob("*.py"), Path(__file__)]
     files += [serving / f"{name}.py" for name in ("capabilities", "config", "specs", "wire")]

@@ -125,6 +125,7 @@ def describe(bundle: BundleFile, checkpoints: Checkpoints) -> specs.Bundle:
             _image_encoder(name, model.config.image_size, checkpoints.feature_extractors[name])
             for name, model in checkpoints.image_encoders.items()
         ),
+        face_encoder=_face_encoder(bundle),
         safety_checker=_safety_checker(pipeline),
         controlnets=tuple(
             specs.ControlNet(name=name, global_pool=net.config.global_pool_conditions)
@@ -181,6 +182,11 @@ def _image_encoder(name: str, image_size: int, processor: Any) -> specs.ImageEnc
         std=tuple(processor.image_std) if processor.do_normalize else (1.0,) * 3,
         image_size=image_size,
     )
+
+
+def _face_encoder(bundle: BundleFile) -> specs.FaceEncoder | None:
+    section = bundle.face_encoder
+    return specs.FaceEncoder(det_size=section.det_size, det_thresh=section.det_thresh) if section else None
 
 
 def _safety_checker(pipeline: Any) -> specs.ImageEncoder | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -40,6 +41,11 @@ def write_models(
         bundle.save(folder)
     folder = _write(root, bundle, config.denoiser(bundle), "denoiser")
     bundle.save(folder)
+    if bundle.face_encoder:
+        folder_of_faces = _write(root, bundle, config.face_encoder(bundle), "face_encoder")
+        bundle.save(folder_of_faces)
+        for name, file in checkpoints.face_models.items():
+            shutil.copyfile(file, folder_of_faces / f"{name}.onnx")
     for name, graph in graphs.items():
         if name.startswith(_IN_DENOISER):
             _move(files[name], folder, f"{name}.onnx")

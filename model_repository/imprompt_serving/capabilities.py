@@ -41,7 +41,8 @@ def capabilities(bundle: Bundle) -> dict[str, Any]:
                 "kind": adapter.kind,
                 "image_tokens": adapter.num_tokens,
                 "image_embeds": list(adapter.embed_shape),
-                "takes_images": adapter.image_encoder is not None,
+                "takes_images": adapter.image_encoder is not None or bundle.finds_faces(adapter),
+                "finds_faces": bundle.finds_faces(adapter),
             }
             for adapter in bundle.adapters
         ],

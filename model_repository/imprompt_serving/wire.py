@@ -170,6 +170,17 @@ JOB_RESPONSE: tuple[Tensor, ...] = (
     Tensor("error", "STRING", (2,), "status and message"),
 )
 
+FACE_CROP = 224
+"""Size of the aligned face that CLIP gets to see, as in diffusers' guide."""
+FACE_INPUT: tuple[Tensor, ...] = (Tensor("picture", "STRING", ONE, "encoded bytes"),)
+FACE_OUTPUT: tuple[Tensor, ...] = (
+    Tensor("embeddings", "FP32", (-1, -1), "[faces, 512]: none, or that of the largest face, of length 1"),
+    Tensor("boxes", "FP32", (-1, 4), "[faces, (left, top, right, bottom)] in pixels"),
+    Tensor("keypoints", "FP32", (-1, 5, 2), "[faces, (eyes, nose, corners of the mouth), (x, y)] in pixels"),
+    Tensor("crops", "UINT8", (-1, FACE_CROP, FACE_CROP, 3), "aligned faces; blue, green, red"),
+    Tensor("error", "STRING", (2,), "status and message"),
+)
+
 
 def job_tensors(bundle: Bundle) -> tuple[Tensor, ...]:
     """Inputs of the denoiser: ``job`` (a ``job.JobRequest``) and its tensors.

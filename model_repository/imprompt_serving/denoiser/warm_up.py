@@ -13,7 +13,6 @@ from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.loop import Denoiser, Listener
 from imprompt_serving.denoiser.preview import previews
-from imprompt_serving.engines import Engine
 from imprompt_serving.errors import RequestError
 from imprompt_serving.job import AdapterUse, JobRequest
 from imprompt_serving.specs import Bundle
@@ -21,7 +20,7 @@ from imprompt_serving.specs import Bundle
 WAIT_S = 600.0
 
 
-def warm_up(bundle: Bundle, conditioner: Conditioner, unet: Engine) -> None:
+def warm_up(bundle: Bundle, conditioner: Conditioner, networks: Callable[..., Tensor]) -> None:
     """Denoise one picture of the smallest size with every adapter and mask, in one step.
 
     Raises:
@@ -53,7 +52,7 @@ def warm_up(bundle: Bundle, conditioner: Conditioner, unet: Engine) -> None:
         ended.set()
 
     ignore: Callable[..., None] = lambda *_: None  # noqa: E731
-    denoiser = Denoiser(unet, Batcher(bundle), bundle.shapes.rows.max)
+    denoiser = Denoiser(networks, Batcher(bundle), bundle.shapes.rows.max)
     denoiser.submit(job, Listener(ignore, lambda _: ended.set(), fail))
     if not ended.wait(WAIT_S):
         raise RequestError(f"the first step was not done after {WAIT_S:g} seconds")
