@@ -14,9 +14,9 @@ import pytest
 import tritonclient.grpc
 
 import imprompt
-from conftest import Served
 from imprompt_export.bundle import BundleFile
 from imprompt_serving import protocol_table
+from served import Served
 from tiny import images
 
 ROOT = Path(__file__).parents[1]
