@@ -30,6 +30,7 @@ SHAPES = """
 height = [32, 64, 256]
 width = [32, 64, 256]
 rows = [1, 2, 8]
+frames = [1, 8, 64]
 """
 
 
@@ -138,12 +139,14 @@ weight_name = "{lora.name}"
 
 
 def _control(folder: Path) -> list[str]:
-    """Two ControlNets and the plain adapter."""
-    base.make_sd15(folder / "base")
+    """Two ControlNets, a motion adapter and the plain adapter, on a UNet of two resolutions."""
+    base.make_sd15(folder / "base", levels=2)
+    motion = control.make_motion_adapter(folder / "motion", levels=2)
     return [
-        controlnet("depth", control.make_controlnet(folder / "depth")),
-        controlnet("canny", control.make_controlnet(folder / "canny", seed=1)),
-        _plain(folder),
+        f'\n[motion_adapter]\npath = "{motion.name}"\n',
+        controlnet("depth", control.make_controlnet(folder / "depth", levels=2)),
+        controlnet("canny", control.make_controlnet(folder / "canny", levels=2, seed=1)),
+        _plain(folder, levels=2),
     ]
 
 
@@ -162,11 +165,12 @@ path = "{folder.name}"
 """
 
 
-def _plain(folder: Path) -> str:
+def _plain(folder: Path, levels: int = 4) -> str:
     """The section of a plain adapter for SD1.5, which it makes."""
     root = folder / "ip"
     adapters.make_image_encoder(root / "models/image_encoder")
-    return adapter("plain", adapters.make_adapter(root, "plain"), root, "models/image_encoder")
+    plain = adapters.make_adapter(root, "plain", levels=levels)
+    return adapter("plain", plain, root, "models/image_encoder")
 
 
 MAKERS: dict[str, Callable[[Path], list[str]]] = {

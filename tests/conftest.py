@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,6 +32,13 @@ class Served:
 
     def generate(self, **arguments: Any) -> Any:
         return self.client.generate(model=self.bundle.name, **arguments)
+
+    def metrics(self) -> dict[str, float]:
+        """What the server's metrics are now, by name and labels as they are written there."""
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"http://{self.server.metrics_address}/metrics") as answer:
+            lines = [line for line in answer.read().decode().splitlines() if line and not line.startswith("#")]
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
 
 @pytest.fixture(scope="session", autouse=True)

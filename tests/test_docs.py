@@ -66,6 +66,8 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate(PICTURES):
         images.photo(seed, size=(64, 64)).save(f"{name}.png")
+    for kind in ("depth", "canny"):
+        images.control_image(kind).save(f"{kind}.png")
     for name, kind in MASKS.items():
         images.mask(kind).save(f"{name}.png")
     for seed, name in enumerate(("selfie", "selfie-2")):

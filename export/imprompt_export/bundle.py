@@ -41,6 +41,12 @@ class ControlNetSection(_Section, frozen=True):
     path: str
 
 
+class MotionAdapterSection(_Section, frozen=True):
+    """An AnimateDiff motion adapter: its diffusers folder."""
+
+    path: str
+
+
 class FaceEncoderSection(_Section, frozen=True):
     """A folder of insightface's models, by which FaceID adapters take pictures of people; and how they search."""
 
@@ -73,6 +79,7 @@ class BundleFile(_Section, frozen=True):
     base: str
     ip_adapter: tuple[IPAdapterSection, ...] = ()
     controlnet: tuple[ControlNetSection, ...] = ()
+    motion_adapter: MotionAdapterSection | None = None
     lora: tuple[LoraSection, ...] = ()
     face_encoder: FaceEncoderSection | None = None
     engine: EngineSection = EngineSection()
@@ -131,6 +138,8 @@ class BundleFile(_Section, frozen=True):
             self.image_encoder(adapter)
         for net in self.controlnet:
             self.check_model(f"controlnet {net.name}", net.path)
+        if self.motion_adapter is not None:
+            self.check_model("motion_adapter", self.motion_adapter.path)
 
         if self.face_encoder is not None:
             self._check_face_encoder(self.face_encoder)

@@ -78,7 +78,10 @@ def bundle_graphs(bundle: BundleFile, checkpoints: Checkpoints) -> list[Graph]:
         todo.append(graphs.safety_checker(pipeline.safety_checker))
     for name, net in checkpoints.controlnets.items():
         todo += control.controlnet(name, net)
-    todo.append(graphs.unet(pipeline.unet, [a.name for a in checkpoints.adapters], _residuals(checkpoints)))
+    names, residuals = [adapter.name for adapter in checkpoints.adapters], _residuals(checkpoints)
+    if checkpoints.motion_unet is not None:
+        todo.append(graphs.unet(checkpoints.motion_unet, names, residuals, frames=True))
+    todo.append(graphs.unet(pipeline.unet, names, residuals))
     return todo
 
 
@@ -129,11 +132,17 @@ def describe(bundle: BundleFile, checkpoints: Checkpoints) -> specs.Bundle:
             for name, net in checkpoints.controlnets.items()
         ),
         residuals=_residuals(checkpoints),
+        motion=_motion(checkpoints),
         shapes=bundle.shapes,
         limits=bundle.limits,
         backend=bundle.engine.backend,
         precision=bundle.engine.precision,
     )
+
+
+def _motion(checkpoints: Checkpoints) -> specs.Motion | None:
+    model = checkpoints.motion_unet
+    return None if model is None else specs.Motion(window=model.config.motion_max_seq_length)
 
 
 def _text_encoder(engine: str, model: Any, tokenizer: Any) -> specs.TextEncoder:

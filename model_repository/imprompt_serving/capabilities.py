@@ -47,6 +47,7 @@ def capabilities(bundle: Bundle) -> dict[str, Any]:
             for adapter in bundle.adapters
         ],
         "controlnets": [net.name for net in bundle.controlnets],
+        "video": bundle.motion is not None,
         "schedulers": list(SCHEDULERS),
         "defaults": {
             "height": bundle.default_height,
@@ -57,6 +58,7 @@ def capabilities(bundle: Bundle) -> dict[str, Any]:
             "height": [shapes.height.min, shapes.height.max],
             "width": [shapes.width.min, shapes.width.max],
             "rows": shapes.rows.max,
+            **({"frames": [shapes.frames.min, shapes.frames.max]} if bundle.motion else {}),
             "image_tokens": shapes.image_tokens[-1],
         },
     }

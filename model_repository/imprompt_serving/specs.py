@@ -105,6 +105,12 @@ class ControlNet(msgspec.Struct, frozen=True, kw_only=True):
     global_pool: bool = False
 
 
+class Motion(msgspec.Struct, frozen=True, kw_only=True):
+    """A motion UNet: ``window`` is the largest number of frames that its motion modules see at once."""
+
+    window: int
+
+
 class TextEncoder(msgspec.Struct, frozen=True, kw_only=True):
     """A CLIP text encoder: engine name, tokenizer file and the fixed length of its input."""
 
@@ -141,6 +147,7 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     controlnets: tuple[ControlNet, ...] = ()
     residuals: tuple[Residual, ...] = ()
     """What ControlNets add: to each skip connection of the down blocks, and last to the middle block."""
+    motion: Motion | None = None
     shapes: Shapes = Shapes()
     limits: Limits = Limits()
     backend: str = "onnxruntime"

@@ -98,6 +98,17 @@ CONTROL_REQUEST: tuple[Tensor, ...] = (
 )
 """Only bundles with ControlNets have these."""
 
+VIDEO_REQUEST: tuple[Tensor, ...] = (
+    Tensor("num_frames", "INT32", ONE, "frames of a clip; without it (and `video`) the answer is pictures"),
+    Tensor("video", "STRING", MANY, "frames to start from, as encoded pictures: video-to-video with `strength`"),
+    Tensor("context_length", "INT32", ONE, "frames that the motion modules see at once; longer clips run in windows"),
+    Tensor(
+        "context_stride", "INT32", ONE, "number of window widths: each twice the last, by skipping frames (default 1)"
+    ),
+    Tensor("context_overlap", "INT32", ONE, "frames that neighbouring windows share (default 4)"),
+)
+"""Only bundles with a motion adapter have these."""
+
 STREAM_REQUEST: tuple[Tensor, ...] = (
     Tensor("progress_every", "INT32", ONE, "steps between two progress answers (default 1)"),
     Tensor("preview", "BOOL", ONE, "whether progress answers carry small pictures (default: no)"),
@@ -110,6 +121,11 @@ RESPONSE: tuple[Tensor, ...] = (
     Tensor("nsfw_content_detected", "BOOL", MANY, "pictures that the safety checker blacked, when the base has one"),
     Tensor("timings", "STRING", ONE, "JSON object: seconds by stage"),
 )
+
+VIDEO_RESPONSE: tuple[Tensor, ...] = (
+    Tensor("frames", "UINT8", (-1, -1, -1, -1, 3), "clips [N, frames, height, width, RGB], in place of `images`"),
+)
+"""Only bundles with a motion adapter have these."""
 
 STREAM_RESPONSE: tuple[Tensor, ...] = (
     Tensor("step", "INT32", ONE, "steps done"),
@@ -131,7 +147,8 @@ def request_tensors(bundle: Bundle, *, stream: bool) -> tuple[Tensor, ...]:
     )
     family = SDXL_REQUEST if bundle.family == "sdxl" else ()
     control = CONTROL_REQUEST if bundle.controlnets else ()
-    return REQUEST + family + control + embeds + (STREAM_REQUEST if stream else ())
+    video = VIDEO_REQUEST if bundle.motion else ()
+    return REQUEST + family + control + video + embeds + (STREAM_REQUEST if stream else ())
 
 
 def response_tensors(bundle: Bundle, *, stream: bool) -> tuple[Tensor, ...]:
@@ -140,7 +157,8 @@ def response_tensors(bundle: Bundle, *, stream: bool) -> tuple[Tensor, ...]:
         Tensor(f"image_embeds_{adapter.name}", "FP32", (-1, -1, *adapter.embed_shape), "answer to `encode_image`")
         for adapter in bundle.adapters
     )
-    return RESPONSE + embeds + (STREAM_RESPONSE if stream else ())
+    video = VIDEO_RESPONSE if bundle.motion else ()
+    return RESPONSE + video + embeds + (STREAM_RESPONSE if stream else ())
 
 
 JOB_RESPONSE: tuple[Tensor, ...] = (

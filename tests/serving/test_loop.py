@@ -33,6 +33,7 @@ class FakeJob:
         self.started: float | None = None
         self.since = self.step = self.filled = 0
         self.predicted = None
+        self.frames = 1
         self.broken: Exception | None = None
 
     @property
@@ -158,6 +159,7 @@ def test_a_job_runs_to_its_end(room: Room) -> None:
     assert answers.final == "finished"
     assert answers.steps == [1, 2]
     assert room.gate.calls == [[("a", 2)]] * 3
+    assert room.meter.last == Population(0, 0, 0, 0)
 
 
 def test_a_job_joins_at_the_next_tick(room: Room) -> None:
@@ -188,6 +190,7 @@ def test_a_job_in_the_waiting_line_is_cancelled_within_a_tick(room: Room) -> Non
     room.gate.open(1)
     assert isinstance(waiting.final, Cancelled)
     assert waiting.steps == []
+    assert room.meter.last == Population(1, 8, 0, 0)
 
 
 def test_a_deadline_ends_a_job_within_a_tick(room: Room) -> None:

@@ -116,6 +116,7 @@ class Denoiser:
             self._forget_old()
             self._admitted.pop(job_id, None)
             self._cancelled[job_id] = time.monotonic()
+            self._report_population()
             self._changed.notify()
 
     def stop(self) -> None:
@@ -156,8 +157,6 @@ class Denoiser:
         seconds = time.perf_counter() - began
         self._tick_seconds += (seconds - self._tick_seconds) * (_RECENT if self._tick_seconds else 1.0)
         self._meter.ticked(rows, seconds)
-        with self._changed:
-            self._report_population()
 
     def _drop_ended(self) -> None:
         now = time.monotonic()
@@ -173,7 +172,8 @@ class Denoiser:
     def _serve(self, active: list[Job]) -> int:
         """Compute the next call; returns its rows."""
         candidates = [
-            Candidate(job.key, job.pending, job.since, job.started is not None, job.request.priority) for job in active
+            Candidate(job.key, job.pending, job.since, job.started is not None, job.request.priority, job.frames)
+            for job in active
         ]
         parts = []
         for share in plan(candidates, self._max_rows):
@@ -183,6 +183,8 @@ class Denoiser:
             job.since = self._tick
             job.started = job.started or time.monotonic()
         self._tick += 1
+        with self._changed:
+            self._report_population()
         try:
             self._compute(parts)
         except Exception as error:
@@ -258,7 +260,9 @@ class Denoiser:
     def _pop(self, job_id: str) -> tuple[Job, Listener] | None:
         """Take a job out; whoever gets it gives the one final answer."""
         with self._changed:
-            return self._jobs.pop(job_id, None)
+            ended = self._jobs.pop(job_id, None)
+            self._report_population()
+            return ended
 
     def _forget_old(self) -> None:
         """Places of jobs that never came, and cancellations of jobs that never will."""

@@ -20,6 +20,9 @@ from imprompt_serving.pipeline.stages import Stages
 from imprompt_serving.pipeline.text import PromptTokenizer
 from imprompt_serving.specs import Adapter, Bundle, TextEncoder
 
+_ENCODED_TOGETHER = 4
+"""Start pictures (frames, above all) of one request that are encoded at the same time."""
+
 
 class TextPromptEncoder:
     """Prompts -> ``prompt_embeds`` and, for SDXL, ``pooled_prompt_embeds`` (diffusers' ``encode_prompt``)."""
@@ -162,7 +165,7 @@ def _given(embeds: np.ndarray, guided: bool) -> tuple[np.ndarray | None, np.ndar
 
 
 async def encode_start(request: Request, bundle: Bundle, models: Models, stages: Stages) -> Tensors:
-    """Start pictures as moments of the VAE's Gaussian, and the mask at the resolution of the latents."""
+    """Start pictures (or frames) as moments of the VAE's Gaussian, and the mask at the resolution of the latents."""
     if request.task == "text-to-image":
         return {}
     height, width = request.height, request.width
@@ -171,10 +174,14 @@ async def encode_start(request: Request, bundle: Bundle, models: Models, stages:
         box = crop_region(masks[0], width, height, request.start.mask_crop)
         images, masks = ([fit_filled(i.crop(box), width, height) for i in group] for group in (images, masks))
 
+    turn = asyncio.Semaphore(_ENCODED_TOGETHER)
+
+    async def encode_picture(pixels: np.ndarray) -> np.ndarray:
+        async with turn:
+            return (await models.call(bundle.model("vae_encoder"), {"sample": pixels[None]}))["moments"]
+
     async def encode(pixels: np.ndarray) -> np.ndarray:
-        model = bundle.model("vae_encoder")
-        parts = await asyncio.gather(*(models.call(model, {"sample": picture[None]}) for picture in pixels))
-        return np.concatenate([part["moments"] for part in parts])
+        return np.concatenate(await asyncio.gather(*map(encode_picture, pixels)))
 
     with stages.measure("vae_encoder"):
         pixels = vae_pixels(images, height, width)

@@ -27,6 +27,8 @@ class Finisher:
     async def __call__(self, request: Request, latents: np.ndarray, stages: Stages) -> Tensors:
         if request.output_type == "latent":
             return {"latents": latents}
+        if latents.ndim == 5:
+            return await self._clips(latents, stages)
         with stages.measure("vae_decoder"):
             pictures = await self._decode(latents)
         answer = {}
@@ -39,6 +41,19 @@ class Finisher:
             with stages.measure("postprocess"):
                 pictures = _put_back(request, pictures)
         return answer | {"images": pictures}
+
+    async def _clips(self, latents: np.ndarray, stages: Stages) -> Tensors:
+        """Latents [N, C, F, h, w] as frames; a clip with an unsafe frame is blacked as a whole."""
+        clips, _, frames = latents.shape[:3]
+        with stages.measure("vae_decoder"):
+            pictures = await self._decode(np.concatenate(latents.swapaxes(1, 2)))
+        video = pictures.reshape(clips, frames, *pictures.shape[1:])
+        if self._bundle.safety_checker is None:
+            return {"frames": video}
+        with stages.measure("safety_checker"):
+            unsafe = (await self._unsafe(pictures)).reshape(clips, frames).any(axis=1)
+        video[unsafe] = 0
+        return {"frames": video, "nsfw_content_detected": unsafe}
 
     async def _decode(self, latents: np.ndarray) -> np.ndarray:
         """Latents -> uint8 pictures, a picture a call, so that memory stays bounded and other requests get a turn.

@@ -71,7 +71,8 @@ class Pipeline:
 
     async def _admit(self, request: Request, job_id: str) -> None:
         """A place in the denoiser's line, before any other work is done for a request that is refused then."""
-        rows = request.pictures * (2 if self._bundle.guided(request.guidance_scale) else 1)
+        frames = 1 if request.clip is None else request.clip.frames
+        rows = request.pictures * frames * (2 if self._bundle.guided(request.guidance_scale) else 1)
         share = 1.0 if request.task == "text-to-image" else request.strength
         asked = Admission(id=job_id, rows=rows, steps=max(round(request.num_inference_steps * share), 1))
         await self._tell_denoiser(admit=msgspec.json.encode(asked))
@@ -110,6 +111,8 @@ class Pipeline:
             adapters=tuple(prompt.use for prompt in request.image_prompts),
             controls=tuple(control.use for control in request.controls),
             guess_mode=request.guess_mode,
+            frames=None if request.clip is None else request.clip.frames,
+            context=None if request.clip is None else request.clip.context,
             sizes=request.sizes,
             timeout=None if request.timeout is None else max(request.timeout - seconds, 0.0),
             priority=request.priority,

@@ -14,6 +14,7 @@ from PIL import Image
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.job import SizeConditions, Task
 from imprompt_serving.pipeline import images
+from imprompt_serving.pipeline.clips import Clip, parse_clip
 from imprompt_serving.pipeline.controls import Control, parse_controls
 from imprompt_serving.pipeline.image_prompts import ImagePrompt, adapter_name, parse_image_prompts
 from imprompt_serving.pipeline.reader import Reader, spread
@@ -26,7 +27,7 @@ _OUTPUT_TYPES = ("np", "latent")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StartImages:
-    """Pictures to start from, and masks of what to repaint; a mask crop has a margin in pixels."""
+    """Pictures (or frames) to start from, and masks of what to repaint; a mask crop has a margin in pixels."""
 
     images: tuple[Image.Image, ...] = ()
     masks: tuple[Image.Image, ...] = ()
@@ -44,6 +45,7 @@ class Request:
     """Likewise; None when none was given."""
     image_prompts: tuple[ImagePrompt, ...]
     start: StartImages
+    clip: Clip | None
     controls: tuple[Control, ...]
     guess_mode: bool
     height: int
@@ -68,6 +70,7 @@ class Request:
 
     @property
     def pictures(self) -> int:
+        """Results: pictures or clips."""
         return len(self.prompts[0]) * self.num_images_per_prompt
 
 
@@ -85,12 +88,14 @@ def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
         raise InvalidRequest(
             "num_images_per_prompt", f"{pictures} pictures asked for; at most {MAX_PICTURES} a request"
         )
-    start = _start(read, bundle, pictures)
+    clip = parse_clip(read, bundle, pictures)
+    start = _start(read, bundle, pictures, clip)
     task: Task = "inpainting" if start.masks else "image-to-image" if start.images else "text-to-image"
     if bundle.unet_channels != bundle.latent_channels and task != "inpainting":
         raise InvalidRequest("mask_image", f"{bundle.name} is an inpainting model: it needs image and mask_image")
-    controls = parse_controls(read, bundle, task, len(prompts[0]))
-    height, width = _size(read, bundle, task, start, controls)
+    frames = None if clip is None else clip.frames
+    controls = parse_controls(read, bundle, task, len(prompts[0]), frames)
+    height, width = _size(read, bundle, task, start, controls, clip)
     timeout = read.number("timeout", math.inf, 1e-3)
     seeds = read.integers("seed")
     if len(seeds) not in (0, 1, pictures):
@@ -101,6 +106,7 @@ def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
         negative_prompts=_negative_prompts(read, bundle, len(prompts[0])),
         image_prompts=parse_image_prompts(read, bundle),
         start=start,
+        clip=clip,
         controls=controls,
         guess_mode=read.flag("guess_mode"),
         height=height,
@@ -147,7 +153,7 @@ def _negative_prompts(read: Reader, bundle: Bundle, count: int) -> tuple[tuple[s
     ]
 
 
-def _start(read: Reader, bundle: Bundle, pictures: int) -> StartImages:
+def _start(read: Reader, bundle: Bundle, pictures: int, clip: Clip | None) -> StartImages:
     given = {name: [images.decode(data, name) for data in read.data(name)] for name in ("image", "mask_image")}
     if given["mask_image"] and not given["image"]:
         raise InvalidRequest("mask_image", "needs an image")
@@ -159,8 +165,11 @@ def _start(read: Reader, bundle: Bundle, pictures: int) -> StartImages:
         raise InvalidRequest("padding_mask_crop", "needs one image and one mask_image")
     if crop is not None and not np.asarray(given["mask_image"][0].convert("L")).any():
         raise InvalidRequest("mask_image", "is all black: there is nothing to crop to")
-    if "strength" in read and not given["image"]:
-        raise InvalidRequest("strength", "needs an image")
+    video = clip.video if clip is not None else ()
+    if "strength" in read and not given["image"] and not video:
+        raise InvalidRequest("strength", "needs an image or a video")
+    if video:
+        return StartImages(images=video)
     return StartImages(images=tuple(given["image"]), masks=tuple(given["mask_image"]), mask_crop=crop)
 
 
@@ -182,7 +191,12 @@ def _default_guidance(bundle: Bundle, task: Task, controls: tuple[Control, ...])
 
 
 def _size(
-    read: Reader, bundle: Bundle, task: Task, start: StartImages, controls: tuple[Control, ...]
+    read: Reader,
+    bundle: Bundle,
+    task: Task,
+    start: StartImages,
+    controls: tuple[Control, ...],
+    clip: Clip | None,
 ) -> tuple[int, int]:
     """Height and width; by default those of the bundle, or of the picture that diffusers' pipelines take them from.
 
@@ -191,7 +205,9 @@ def _size(
     """
     height, width, asked = bundle.default_height, bundle.default_width, None
     first = None
-    if task == "image-to-image" or (controls and start.images):
+    if clip is not None:
+        pass
+    elif task == "image-to-image" or (controls and start.images):
         first, asked = start.images[0], "image"
     elif controls:
         first, asked = controls[0].images[0], "control_image"

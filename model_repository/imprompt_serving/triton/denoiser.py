@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import torch
 
+from imprompt_serving import metrics
 from imprompt_serving.denoiser.batch import Batcher
 from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.job import Job
@@ -19,10 +20,12 @@ from imprompt_serving.denoiser.line import Load
 from imprompt_serving.denoiser.loop import Denoiser, Listener
 from imprompt_serving.denoiser.networks import Networks
 from imprompt_serving.denoiser.preview import previews
+from imprompt_serving.denoiser.warm_up import warm_up
 from imprompt_serving.engines import load_engine
 from imprompt_serving.errors import RequestError
 from imprompt_serving.job import Admission, JobRequest
 from imprompt_serving.specs import Bundle
+from imprompt_serving.triton.metrics import DenoiserMeter, Metrics
 from imprompt_serving.triton.tensors import arrays, response, send_final, texts
 
 logger = logging.getLogger(__name__)
@@ -41,8 +44,13 @@ class TritonPythonModel:
         embeddings = {net.name: engine(f"controlnet_embedding_{net.name}") for net in bundle.controlnets}
         controlnets = {net.name: engine(f"controlnet_{net.name}") for net in bundle.controlnets}
         self._conditioner = Conditioner(bundle, projections, embeddings)
-        networks = Networks(bundle, engine("unet"), controlnets)
-        self._denoiser = Denoiser(networks, Batcher(bundle), bundle.shapes.rows.max, bundle.limits)
+        unets = {name: engine(name) for name in ("unet", "motion_unet")[: 1 if bundle.motion is None else 2]}
+        networks = Networks(bundle, unets, controlnets)
+        with torch.no_grad():
+            warm_up(bundle, self._conditioner, networks)
+        self._metrics = Metrics(metrics.DENOISER, args["model_name"])
+        meter = DenoiserMeter(self._metrics)
+        self._denoiser = Denoiser(networks, Batcher(bundle), bundle.shapes.rows.max, bundle.limits, meter)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -79,6 +87,7 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         self._denoiser.stop()
+        self._metrics.close()
 
 
 def _refuse(sender: Any, error: RequestError) -> None:

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from imprompt_serving.drain import IN_FLIGHT_METRIC, admitted, check_drain_deadline
+from imprompt_serving import metrics
+from imprompt_serving.drain import admitted, check_drain_deadline
 from imprompt_serving.errors import Cancelled, RequestError
 from imprompt_serving.pipeline.flow import Pipeline
 from imprompt_serving.pipeline.models import Tensors
 from imprompt_serving.pipeline.request import parse
 from imprompt_serving.specs import Bundle
+from imprompt_serving.triton.metrics import Metrics
 from imprompt_serving.triton.tensors import arrays, failure, raise_for_error, response, send_final, to_tensors
 
 logger = logging.getLogger(__name__)
@@ -62,10 +64,8 @@ class TritonPythonModel:
         self._models = TritonModels(limits.waiting_rows + 2 * shapes.rows.max + _MORE_THREADS)
         self._pipeline = Pipeline(self._bundle, folder, self._models)
         self._leaving: set[asyncio.Future[Tensors]] = set()
-        self._family = pb_utils.MetricFamily(
-            name=IN_FLIGHT_METRIC, description="Requests being served", kind=pb_utils.MetricFamily.GAUGE
-        )
-        self._in_flight = self._family.Metric(labels={"model": args["model_name"]})
+        self._metrics = Metrics(metrics.PIPELINE, args["model_name"])
+        self._in_flight = self._metrics.of(metrics.IN_FLIGHT)
         policy = json.loads(args["model_config"]).get("model_transaction_policy", {})
         self._streaming = bool(policy.get("decoupled", False))
 
@@ -81,16 +81,24 @@ class TritonPythonModel:
             with admitted(self._in_flight.increment):
                 send_final(sender, await self._result(request, sender))
         except RequestError as error:  # during a drain
+            self._metrics.add(metrics.REQUESTS, error.status)
             send_final(sender, failure(error))
 
     async def _result(self, request: Any, sender: Any) -> Any:
         try:
-            return response(await self._serve(request, sender))
+            answer = response(await self._serve(request, sender))
+            self._metrics.add(metrics.REQUESTS, "OK")
+            return answer
         except RequestError as error:
-            return failure(error)
+            failed = error
         except Exception as error:
             logger.exception("request %s failed", request.request_id())
-            return failure(RequestError(f"{type(error).__name__}: {error}"))
+            failed = RequestError(f"{type(error).__name__}: {error}")
+        self._metrics.add(metrics.REQUESTS, failed.status)
+        return failure(failed)
+
+    def finalize(self) -> None:
+        self._metrics.close()
 
     async def _serve(self, request: Any, sender: Any) -> Tensors:
         loop = asyncio.get_running_loop()
@@ -118,7 +126,11 @@ class TritonPythonModel:
                     self._leaving.add(work)
                     work.add_done_callback(self._left)
                     raise
-        return work.result()
+        answer = work.result()
+        for stage, seconds in json.loads(answer["timings"][0]).items() if "timings" in answer else ():
+            if stage in metrics.STAGES:
+                self._metrics.observe(metrics.STAGE_SECONDS, stage, seconds)
+        return answer
 
     def _left(self, work: asyncio.Future[Tensors]) -> None:
         self._leaving.discard(work)

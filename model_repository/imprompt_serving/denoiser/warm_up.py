@@ -1,0 +1,81 @@
+"""A small job before the first real one, so that no caller pays for what is loaded at first use."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from imprompt_serving.denoiser.batch import Batcher
+from imprompt_serving.denoiser.conditioning import Conditioner
+from imprompt_serving.denoiser.job import Job
+from imprompt_serving.denoiser.loop import Denoiser, Listener
+from imprompt_serving.denoiser.preview import previews
+from imprompt_serving.errors import RequestError
+from imprompt_serving.job import AdapterUse, JobRequest
+from imprompt_serving.specs import Bundle
+
+WAIT_S = 600.0
+
+
+def warm_up(bundle: Bundle, conditioner: Conditioner, networks: Callable[..., Tensor]) -> None:
+    """Denoise one picture of the smallest size with every adapter and mask, in one step.
+
+    Raises:
+        RequestError: the engines do not work.
+    """
+    height, width = bundle.shapes.height.min, bundle.shapes.width.min
+    request = JobRequest(
+        id="warm-up",
+        task="inpainting" if bundle.unet_channels != bundle.latent_channels else "text-to-image",
+        height=height,
+        width=width,
+        num_inference_steps=1,
+        num_images_per_prompt=1,
+        guidance_scale=7.5,
+        guidance_rescale=0.0,
+        eta=0.0,
+        strength=1.0,
+        seeds=(0,),
+        adapters=tuple(AdapterUse(name=adapter.name) for adapter in bundle.adapters),
+        progress_every=1,
+        preview=True,
+    )
+    tensors = _tensors(bundle, height, width)
+    job = Job(request, bundle, conditioner(request, tensors), tensors)
+    ended, errors = threading.Event(), list[RequestError]()
+
+    def fail(error: RequestError) -> None:
+        errors.append(error)
+        ended.set()
+
+    ignore: Callable[..., None] = lambda *_: None  # noqa: E731
+    denoiser = Denoiser(networks, Batcher(bundle), bundle.shapes.rows.max)
+    denoiser.submit(job, Listener(ignore, lambda _: ended.set(), fail))
+    if not ended.wait(WAIT_S):
+        raise RequestError(f"the first step was not done after {WAIT_S:g} seconds")
+    denoiser.stop()
+    if errors:
+        raise errors[0]
+    if job.predicted is not None:
+        previews(job.predicted, bundle.family)
+
+
+def _tensors(bundle: Bundle, height: int, width: int) -> dict[str, Tensor]:
+    text = bundle.text_encoders[0].max_length, sum(encoder.hidden_size for encoder in bundle.text_encoders)
+    latent = height // bundle.vae_scale_factor, width // bundle.vae_scale_factor
+    moments = torch.zeros(1, 2 * bundle.latent_channels, *latent)
+    tensors = {"mask": torch.ones(1, 1, *latent), "image_moments": moments, "masked_image_moments": moments}
+    for prefix in ("", "negative_"):
+        tensors[f"{prefix}prompt_embeds"] = torch.zeros(1, *text)
+        if bundle.pooled_size:
+            tensors[f"{prefix}pooled_prompt_embeds"] = torch.zeros(1, bundle.pooled_size)
+        for adapter in bundle.adapters:
+            tensors[f"{prefix}image_embeds_{adapter.name}"] = torch.zeros(1, *adapter.embed_shape)
+            if adapter.clip_shape:
+                tensors[f"{prefix}clip_embeds_{adapter.name}"] = torch.zeros(1, *adapter.clip_shape)
+    for adapter in bundle.adapters:
+        tensors[f"ip_adapter_masks_{adapter.name}"] = torch.ones(1, height, width)
+    return tensors
