@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import shutil
 import tomllib
@@ -19,7 +18,12 @@ from imprompt_export import export
 from tiny import adapters, base, control, faces, oracle
 
 ROOT = Path(__file__).parents[1]
-FACES = importlib.util.find_spec("insightface") is not None
+try:
+    import insightface.model_zoo  # noqa: F401
+
+    FACES = True
+except ImportError:
+    FACES = False
 """Whether pictures of faces can be served: `imprompt[face]` is installed."""
 SHAPES = """
 [shapes]

@@ -70,7 +70,6 @@ def test_without_guidance(face: Served) -> None:
 @pytest.mark.parametrize(
     ("parameter", "arguments"),
     [
-        ("ip_adapter_image_embeds", {"ip_adapter_image": {"portrait": FACE}}),
         ("ip_adapter_image", {"ip_adapter_image_embeds": {"plus_face": images.face_embeds(1)}}),
         ("ip_adapter_image_embeds", {"ip_adapter_image_embeds": {"portrait": np.zeros((2, 1, 1, 128), np.float32)}}),
         (
