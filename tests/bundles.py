@@ -15,14 +15,22 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from rich.console import Console
 
 from imprompt_export import export
-from tiny import adapters, base, control, oracle
+from tiny import adapters, base, control, faces, oracle
 
 ROOT = Path(__file__).parents[1]
+try:
+    import insightface.model_zoo  # noqa: F401
+
+    FACES = True
+except ImportError:
+    FACES = False
+"""Whether pictures of faces can be served: `imprompt[face]` is installed."""
 SHAPES = """
 [shapes]
 height = [32, 64, 256]
 width = [32, 64, 256]
 rows = [1, 2, 8]
+frames = [1, 8, 64]
 """
 
 
@@ -69,16 +77,30 @@ def _sd15(folder: Path) -> list[str]:
 
 
 def _sd15_face(folder: Path) -> list[str]:
-    """FaceID plus v2, whose LoRA is fused, and the portrait kind."""
+    """FaceID plus v2, whose LoRA is fused, the portrait kind, and models that find faces where insightface is."""
     base.make_sd15(folder / "base")
     root = folder / "ip"
     adapters.make_image_encoder(root / "models/image_encoder")
     portrait = adapters.make_adapter(root, "faceid_portrait")
     plus = adapters.make_adapter(root, "faceid_plusv2")
     return [
+        _face_encoder(folder),
         adapter("portrait", portrait, root, None),
         adapter("plus_face", plus, root, "models/image_encoder"),
     ]
+
+
+def _face_encoder(folder: Path) -> str:
+    """The section of a face encoder, which it makes; none where the package for it is not installed."""
+    faces.make_face_models(folder / "buffalo")
+    if not FACES:
+        return ""
+    return """
+[face_encoder]
+path = "buffalo"
+det_size = [128, 128]
+det_thresh = 0.8
+"""
 
 
 def _sdxl(folder: Path) -> list[str]:
@@ -117,12 +139,14 @@ weight_name = "{lora.name}"
 
 
 def _control(folder: Path) -> list[str]:
-    """Two ControlNets and the plain adapter."""
-    base.make_sd15(folder / "base")
+    """Two ControlNets, a motion adapter and the plain adapter, on a UNet of two resolutions."""
+    base.make_sd15(folder / "base", levels=2)
+    motion = control.make_motion_adapter(folder / "motion", levels=2)
     return [
-        controlnet("depth", control.make_controlnet(folder / "depth")),
-        controlnet("canny", control.make_controlnet(folder / "canny", seed=1)),
-        _plain(folder),
+        f'\n[motion_adapter]\npath = "{motion.name}"\n',
+        controlnet("depth", control.make_controlnet(folder / "depth", levels=2)),
+        controlnet("canny", control.make_controlnet(folder / "canny", levels=2, seed=1)),
+        _plain(folder, levels=2),
     ]
 
 
@@ -141,11 +165,12 @@ path = "{folder.name}"
 """
 
 
-def _plain(folder: Path) -> str:
+def _plain(folder: Path, levels: int = 4) -> str:
     """The section of a plain adapter for SD1.5, which it makes."""
     root = folder / "ip"
     adapters.make_image_encoder(root / "models/image_encoder")
-    return adapter("plain", adapters.make_adapter(root, "plain"), root, "models/image_encoder")
+    plain = adapters.make_adapter(root, "plain", levels=levels)
+    return adapter("plain", plain, root, "models/image_encoder")
 
 
 MAKERS: dict[str, Callable[[Path], list[str]]] = {
@@ -189,7 +214,7 @@ def _read_adapters(folder: Path) -> list[oracle.Adapter]:
 
 def _sources() -> str:
     """A short hash of every source file that decides what an exported bundle is."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(bytes([FACES]))
     serving = ROOT / "model_repository/imprompt_serving"
     files = [*(ROOT / "export").rglob("*.py"), *(ROOT / "tests/tiny").glob("*.py"), Path(__file__)]
     files += [serving / f"{name}.py" for name in ("capabilities", "config", "specs", "wire")]

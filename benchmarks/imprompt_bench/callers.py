@@ -1,8 +1,8 @@
 """Pictures per second at 1 to 8 callers: `python -m imprompt_bench.callers [--output FILE]`.
 
-A UNet of the width of SD 1.5 with random weights, made on the spot, at a small size: on a CPU, where a step of
-512 x 512 takes a quarter of a minute, that still moves all the weights. Against the same requests one after the other,
-and against diffusers' own loop (PyTorch, eager). Text encoder and VAE are left out. Takes some minutes, and 12 GB of
+A UNet of the width of SD 1.5 with random weights, made on the spot, at a small size: on a CPU, where a step of 512 x
+512 takes a quarter of a minute, that still moves all the weights. Against the same requests one after the other, and
+against diffusers' own loop (PyTorch, eager). Text encoder and VAE are left out. Takes some minutes and 12 GB of
 memory.
 """
 

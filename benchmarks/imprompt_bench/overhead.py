@@ -1,6 +1,7 @@
 """What a tick costs beside the engine: `python -m imprompt_bench.overhead [--output FILE]`.
 
-The UNet is an engine that does nothing. Jobs are guided 512 x 512 pictures with an image prompt; all share every call.
+The UNet is an engine that does nothing. Jobs are guided pictures of 512 x 512 with an image prompt; they share every
+call.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class Rig:
         self.bundle = bundle
         self._conditioner = Conditioner(bundle, {adapter.name: _Projection() for adapter in bundle.adapters})
         self.denoiser = Denoiser(
-            Networks(bundle, unet, {}), Batcher(bundle), bundle.shapes.rows.max, bundle.limits, meter
+            Networks(bundle, {"unet": unet}, {}), Batcher(bundle), bundle.shapes.rows.max, bundle.limits, meter
         )
 
     def job(self, name: str, *, steps: int, size: int, seed: int = 0, scheduler: str | None = None) -> Job:

@@ -25,6 +25,8 @@ class AdapterCapabilities(TypedDict):
     image_embeds: list[int]
     """Shape of one picture's embedding: that of `ip_adapter_image_embeds` after its first two axes."""
     takes_images: bool
+    finds_faces: bool
+    """FaceID: whether a picture of a person may stand in for a face embedding."""
 
 
 class Capabilities(TypedDict, total=False):

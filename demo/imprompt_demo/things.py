@@ -1,7 +1,7 @@
 """The objects of the picture world as polygons.
 
-A thing is drawn in a box from -1 to 1 on both axes (x right, y down). `body` polygons are filled with the texture of the
-look, `ink` polygons are small details in one dark or light colour.
+A thing is drawn in a box from -1 to 1 on both axes (x right, y down). `body` polygons are filled with the texture of
+the look, `ink` polygons are small details in one dark or light colour.
 """
 
 import math

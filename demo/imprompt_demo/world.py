@@ -1,6 +1,6 @@
 """The picture world: flat, bold 64 x 64 pictures, each made of a *layout* and a *look*.
 
-The layout says what is seen and where: the object, its size, its place. The look says how it is painted: four colours,
+The layout says what is seen and where: the object, and small shifts. The look says how it is painted: four colours,
 the texture of the object and of the ground. A short caption names the layout only; the look is what an
 image prompt has to carry. A full description names both.
 
@@ -36,15 +36,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 
 ANGLES = (0, 45, 90)
-TEXTURES = ("plain", "stripes", "dots", "checks", "fade")
-SIZES: dict[str, float] = {"small": 16.0, "": 20.5, "big": 26.0}
-PLACES: dict[str, tuple[float, float]] = {
-    "": (0, 0),
-    "on the left": (-12, 0),
-    "on the right": (12, 0),
-    "at the top": (0, -11),
-    "at the bottom": (0, 11),
-}
+BODY_TEXTURES = ("plain", "stripes")
+GROUND_TEXTURES = ("plain", "stripes", "fade")
+TEXTURES = (*GROUND_TEXTURES, "dots", "checks")
 _BODY_PITCH = 12.0
 _GROUND_PITCH = 16.0
 _DARK = (40, 34, 48)
@@ -77,22 +71,20 @@ class Look:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """What is seen and where. `shift` in pixels and `tilt` in degrees are small and not told by captions."""
+    """What is seen and where. `shift` and `radius` in pixels, `tilt` in degrees; captions do not tell them."""
 
     thing: str
-    size: str = ""
-    place: str = ""
     shift: tuple[float, float] = (0.0, 0.0)
     tilt: float = 0.0
+    radius: float = 23.0
 
     def centre(self) -> tuple[float, float]:
         """Middle of the object in pixels."""
-        x, y = PLACES[self.place]
-        return SIZE / 2 + x + self.shift[0], SIZE / 2 + y + self.shift[1]
+        return SIZE / 2 + self.shift[0], SIZE / 2 + self.shift[1]
 
     def caption(self) -> str:
-        """The short caption: object, size, place."""
-        return _article(" ".join(word for word in ("a", self.size, self.thing, self.place) if word))
+        """The short caption: the object's name."""
+        return _article(f"a {self.thing}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,19 +110,12 @@ class Picture:
         return Image.fromarray(self.mask.astype(np.uint8) * 255)
 
 
-def describe(look: Look, layout: Layout, keep: tuple[bool, ...] = (True,) * 5) -> str:
-    """The full description. `keep` drops parts: size, body colour, body texture, place, ground."""
-    words = ["a"]
-    if keep[0] and layout.size:
-        words.append(layout.size)
+def describe(look: Look, layout: Layout, keep: tuple[bool, bool, bool] = (True, True, True)) -> str:
+    """The full description. `keep` drops parts: the object's colour, its texture, the ground."""
+    text = f"a {look.body.main} {layout.thing}" if keep[0] else f"a {layout.thing}"
     if keep[1]:
-        words.append(look.body.main)
-    text = " ".join([*words, layout.thing])
-    if keep[2]:
         text += look.body.words()
-    if keep[3] and layout.place:
-        text += f" {layout.place}"
-    if keep[4]:
+    if keep[2]:
         text += " on " + _article(f"a {look.ground.main} background{look.ground.words()}")
     return _article(text)
 
@@ -143,27 +128,20 @@ def sample_look(rng: random.Random) -> Look:
         if min(_distance(a, b) for a, b in pairs) > 110:
             break
     return Look(
-        body=Paint(main=main, accent=accent, texture=rng.choice(TEXTURES), angle=rng.choice(ANGLES)),
-        ground=Paint(main=ground, accent=ground_accent, texture=rng.choice(TEXTURES), angle=rng.choice(ANGLES)),
+        body=Paint(main=main, accent=accent, texture=rng.choice(BODY_TEXTURES), angle=rng.choice(ANGLES)),
+        ground=Paint(main=ground, accent=ground_accent, texture=rng.choice(GROUND_TEXTURES), angle=rng.choice(ANGLES)),
     )
 
 
 def sample_layout(rng: random.Random, thing: str | None = None) -> Layout:
-    """A layout; big objects stay in the middle."""
-    size = rng.choice(tuple(SIZES))
-    return Layout(
-        thing=thing or rng.choice(tuple(THINGS)),
-        size=size,
-        place="" if size == "big" else rng.choice(tuple(PLACES)),
-        shift=(rng.uniform(-2, 2), rng.uniform(-2, 2)),
-        tilt=rng.uniform(-8, 8),
-    )
+    """A large object near the middle."""
+    return Layout(thing=thing or rng.choice(tuple(THINGS)), shift=(rng.uniform(-3, 3), 0.0))
 
 
 def render(look: Look, layout: Layout) -> Picture:
     """Paint the layout in the look."""
     thing = THINGS[layout.thing]
-    centre, radius = layout.centre(), SIZES[layout.size]
+    centre, radius = layout.centre(), layout.radius
     body_polygons = [_placed(p, centre, radius, layout.tilt) for p in thing.body]
     ink_polygons = [_placed(p, centre, radius, layout.tilt) for p in thing.ink]
     body, ink = _filled(body_polygons), _filled(ink_polygons)
@@ -190,14 +168,13 @@ def picture(seed: int) -> Picture:
     return render(sample_look(rng), sample_layout(rng))
 
 
-def clip(look: Look, layout: Layout, frames: int = 16, axis: str = "x", reach: float = 9.0) -> NDArray[np.uint8]:
-    """The object swings once to and fro along an axis: [frames, 64, 64, 3] uint8. `reach` in pixels; the clip loops."""
+def clip(look: Look, layout: Layout, frames: int = 16) -> NDArray[np.uint8]:
+    """The object sways to and fro once: [frames, 64, 64, 3] uint8. The clip loops."""
     pictures = []
     for frame in range(frames):
-        swing = reach * math.sin(2 * math.pi * frame / frames)
-        x, y = layout.shift
-        moved = (x + swing, y) if axis == "x" else (x, y + swing)
-        pictures.append(render(look, replace(layout, shift=moved)).pixels)
+        swing = math.sin(2 * math.pi * frame / frames)
+        moved = replace(layout, shift=(3.5 * swing, layout.shift[1]))
+        pictures.append(render(look, moved).pixels)
     return np.stack(pictures)
 
 

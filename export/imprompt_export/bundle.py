@@ -41,6 +41,20 @@ class ControlNetSection(_Section, frozen=True):
     path: str
 
 
+class MotionAdapterSection(_Section, frozen=True):
+    """An AnimateDiff motion adapter: its diffusers folder."""
+
+    path: str
+
+
+class FaceEncoderSection(_Section, frozen=True):
+    """A folder of insightface's models, by which FaceID adapters take pictures of people; and how they search."""
+
+    path: str
+    det_size: tuple[int, int] = (640, 640)
+    det_thresh: float = 0.5
+
+
 class LoraSection(_Section, frozen=True):
     """A LoRA that is fused into the base, with the parameters of diffusers' ``load_lora_weights``."""
 
@@ -65,7 +79,9 @@ class BundleFile(_Section, frozen=True):
     base: str
     ip_adapter: tuple[IPAdapterSection, ...] = ()
     controlnet: tuple[ControlNetSection, ...] = ()
+    motion_adapter: MotionAdapterSection | None = None
     lora: tuple[LoraSection, ...] = ()
+    face_encoder: FaceEncoderSection | None = None
     engine: EngineSection = EngineSection()
     shapes: Shapes = Shapes()
     limits: Limits = Limits()
@@ -122,6 +138,22 @@ class BundleFile(_Section, frozen=True):
             self.image_encoder(adapter)
         for net in self.controlnet:
             self.check_model(f"controlnet {net.name}", net.path)
+        if self.motion_adapter is not None:
+            self.check_model("motion_adapter", self.motion_adapter.path)
+
+        if self.face_encoder is not None:
+            self._check_face_encoder(self.face_encoder)
+
+    def _check_face_encoder(self, section: FaceEncoderSection) -> None:
+        folder = self.folder / section.path
+        if not any(folder.glob("*.onnx")):
+            raise BundleError(f"face_encoder.path: no .onnx files in {folder}; it wants those of buffalo_l, say")
+        if any(size < 32 or size % 32 for size in section.det_size):
+            raise BundleError(f"face_encoder.det_size: multiples of 32, got {list(section.det_size)}")
+        if not 0 < section.det_thresh < 1:
+            raise BundleError(f"face_encoder.det_thresh: above 0 and below 1, got {section.det_thresh:g}")
+        if not self.ip_adapter:
+            raise BundleError("face_encoder: the bundle has no FaceID adapter that it could serve")
 
     def _named(self) -> dict[str, Sequence[Any]]:
         return {"name": (self,), "ip_adapter.name": self.ip_adapter, "controlnet.name": self.controlnet}

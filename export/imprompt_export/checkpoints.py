@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ControlNetModel, DiffusionPipeline
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from imprompt_export import adapters, control
+from imprompt_export import adapters, control, faces, motion
 from imprompt_export.bundle import BundleError, BundleFile
 from imprompt_serving.specs import AdapterKind
 
@@ -47,6 +48,8 @@ class Checkpoints:
     image_encoders: dict[str, CLIPVisionModelWithProjection]
     feature_extractors: dict[str, Any]
     controlnets: dict[str, ControlNetModel]
+    motion_unet: Any | None
+    face_models: dict[str, Path]
 
 
 def load(bundle: BundleFile) -> Checkpoints:
@@ -60,6 +63,7 @@ def load(bundle: BundleFile) -> Checkpoints:
     encoders, encoder_of = _load_encoders(bundle)
     loaded = _load_adapters(bundle, pipeline, encoders, encoder_of)
     _fuse_loras(bundle, pipeline)
+    widths = {a.name: a.embeds["image_embeds"][-1] for a in loaded if a.kind.startswith("faceid")}
     used = {adapter.image_encoder for adapter in loaded}
     encoders = {name: model for name, model in encoders.items() if name in used}
     return Checkpoints(
@@ -72,6 +76,8 @@ def load(bundle: BundleFile) -> Checkpoints:
             for name, e in encoders.items()
         },
         controlnets=control.load_controlnets(bundle, pipeline.unet),
+        motion_unet=motion.load_motion_unet(bundle, pipeline.unet),
+        face_models=faces.find_models(bundle, widths),
     )
 
 

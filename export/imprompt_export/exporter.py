@@ -78,7 +78,10 @@ def bundle_graphs(bundle: BundleFile, checkpoints: Checkpoints) -> list[Graph]:
         todo.append(graphs.safety_checker(pipeline.safety_checker))
     for name, net in checkpoints.controlnets.items():
         todo += control.controlnet(name, net)
-    todo.append(graphs.unet(pipeline.unet, [a.name for a in checkpoints.adapters], _residuals(checkpoints)))
+    names, residuals = [adapter.name for adapter in checkpoints.adapters], _residuals(checkpoints)
+    if checkpoints.motion_unet is not None:
+        todo.append(graphs.unet(checkpoints.motion_unet, names, residuals, frames=True))
+    todo.append(graphs.unet(pipeline.unet, names, residuals))
     return todo
 
 
@@ -122,17 +125,24 @@ def describe(bundle: BundleFile, checkpoints: Checkpoints) -> specs.Bundle:
             _image_encoder(name, model.config.image_size, checkpoints.feature_extractors[name])
             for name, model in checkpoints.image_encoders.items()
         ),
+        face_encoder=_face_encoder(bundle),
         safety_checker=_safety_checker(pipeline),
         controlnets=tuple(
             specs.ControlNet(name=name, global_pool=net.config.global_pool_conditions)
             for name, net in checkpoints.controlnets.items()
         ),
         residuals=_residuals(checkpoints),
+        motion=_motion(checkpoints),
         shapes=bundle.shapes,
         limits=bundle.limits,
         backend=bundle.engine.backend,
         precision=bundle.engine.precision,
     )
+
+
+def _motion(checkpoints: Checkpoints) -> specs.Motion | None:
+    model = checkpoints.motion_unet
+    return None if model is None else specs.Motion(window=model.config.motion_max_seq_length)
 
 
 def _text_encoder(engine: str, model: Any, tokenizer: Any) -> specs.TextEncoder:
@@ -172,6 +182,11 @@ def _image_encoder(name: str, image_size: int, processor: Any) -> specs.ImageEnc
         std=tuple(processor.image_std) if processor.do_normalize else (1.0,) * 3,
         image_size=image_size,
     )
+
+
+def _face_encoder(bundle: BundleFile) -> specs.FaceEncoder | None:
+    section = bundle.face_encoder
+    return specs.FaceEncoder(det_size=section.det_size, det_thresh=section.det_thresh) if section else None
 
 
 def _safety_checker(pipeline: Any) -> specs.ImageEncoder | None:

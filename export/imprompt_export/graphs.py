@@ -242,8 +242,12 @@ def level_sizes(shapes: Iterable[Residual], h: int, w: int) -> Axes:
     return {axis: level_size(size, i) for i in levels for axis, size in zip(level_axes(i), (h, w), strict=True)}
 
 
-def unet(model: Model, adapters: list[str], residuals: Sequence[Residual] = ()) -> Graph:
-    """The UNet of one denoising step; image prompts (see ``image_prompt``) and what ControlNets add are inputs."""
+def unet(model: Model, adapters: list[str], residuals: Sequence[Residual] = (), *, frames: bool = False) -> Graph:
+    """The UNet of one denoising step; image prompts (see ``image_prompt``) and what ControlNets add are inputs.
+
+    With ``frames`` it is a motion UNet, whose rows are clips: ``sample`` has an axis of frames after the channels,
+    residuals have one after the batch; prompts belong to all frames of a clip.
+    """
     config = model.config
     prompts = image_prompt.install(model)
     layers = image_prompt.cross_attention_layers(model)
@@ -251,9 +255,10 @@ def unet(model: Model, adapters: list[str], residuals: Sequence[Residual] = ()) 
     # More upsamplers than any size has factors of two: every upsampling then takes its size from the skip connection,
     # which is what makes sizes that are not multiples of 64 pixels work in one graph (UNet2DConditionModel.forward).
     model.num_upsamplers = 30
+    clip = ("frames",) if frames else ()
 
     inputs = [
-        Input(name="sample", shape=("batch", config.in_channels, "h", "w")),
+        Input(name="sample", shape=("batch", config.in_channels, *clip, "h", "w")),
         Input(name="timestep", shape=("batch",), values="timestep"),
         Input(name="encoder_hidden_states", shape=("batch", "text", config.cross_attention_dim)),
     ]
@@ -271,9 +276,11 @@ def unet(model: Model, adapters: list[str], residuals: Sequence[Residual] = ()) 
         ]
     control = residual_names(len(residuals)) if residuals else ()
     for name, shape in zip(control, residuals, strict=True):
-        inputs.append(Input(name=name, shape=("batch", shape.channels, *level_axes(shape.level))))
+        inputs.append(Input(name=name, shape=("batch", *clip, shape.channels, *level_axes(shape.level))))
 
     def run(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        if frames:
+            tensors = _by_frame(tensors, control)
         prompts.tokens = [tensors[f"ip_tokens_{name}"] for name in adapters]
         prompts.bias = [tensors[f"ip_bias_{name}"] for name in adapters]
         prompts.scale = [tensors[f"ip_scale_{name}"] for name in adapters]
@@ -295,14 +302,26 @@ def unet(model: Model, adapters: list[str], residuals: Sequence[Residual] = ()) 
     def axes(batch: int, h: int, w: int, groups: int, tokens: int, scale: float) -> Axes:
         resolutions = {f"q{i}": level_size(h, i) * level_size(w, i) for i in levels}
         counts = {f"groups_{name}": groups for name in adapters} | {f"tokens_{name}": tokens for name in adapters}
-        return {"batch": batch, "text": 77, "scale": scale} | counts | resolutions | level_sizes(residuals, h, w)
+        sizes = level_sizes(residuals, h, w) | ({"frames": 2 * batch} if frames else {})
+        return {"batch": batch, "text": 77, "scale": scale} | counts | resolutions | sizes
 
     return Graph(
-        name="unet",
+        name="motion_unet" if frames else "unet",
         module=model,
         run=run,
         inputs=tuple(inputs),
-        outputs={"noise_pred": ("batch", config.out_channels, "h", "w")},
+        outputs={"noise_pred": ("batch", config.out_channels, *clip, "h", "w")},
         checks=(axes(2, 8, 8, 1, 4, scale=0.0), axes(3, 9, 12, 2, 16, scale=0.8)),
         tolerance=1e-3,
     )
+
+
+def _by_frame(tensors: dict[str, Tensor], residuals: Iterable[str]) -> dict[str, Tensor]:
+    """Prompts and residuals with a row for each frame, as the attention layers of a motion UNet meet them."""
+    count = tensors["sample"].shape[2]
+    prompts = {
+        name: tensor[:, None].expand(-1, count, *tensor.shape[1:]).flatten(0, 1)
+        for name, tensor in tensors.items()
+        if name.startswith(("ip_", "encoder_hidden_states"))
+    }
+    return tensors | prompts | {name: tensors[name].flatten(0, 1) for name in residuals}

@@ -7,8 +7,10 @@ import io
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
+from onnxscript import opset18 as op
 from torch import Tensor, nn
 
 from imprompt_export.graphs import Axes, Graph
@@ -54,6 +56,7 @@ def export_onnx(graph: Graph, path: Path) -> None:
             opset_version=OPSET,
             input_names=[tensor.name for tensor in graph.inputs],
             output_names=list(graph.outputs),
+            custom_translation_table={torch.ops.aten.repeat_interleave.self_int: _repeat_interleave},
         )
     assert onnx_program is not None  # it is with dynamo=True
     model = onnx_program.model.graph
@@ -65,6 +68,18 @@ def export_onnx(graph: Graph, path: Path) -> None:
     weights = sum(p.numel() * p.element_size() for p in graph.module.parameters())
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx_program.save(path, external_data=weights > _EXTERNAL_DATA_FROM)
+
+
+def _repeat_interleave(tensor: Any, repeats: Any, dim: int = 0, output_size: Any = None) -> Any:
+    """``repeat_interleave`` over the first axis, as motion UNets use it; onnxscript's own repeats the wrong axis.
+
+    https://github.com/microsoft/onnxscript/blob/main/onnxscript/function_libs/torch_lib/ops/core.py
+    """
+    assert dim == 0
+    one, rest = op.Constant(value_ints=[1]), op.Constant(value_ints=[-1])
+    ones = op.Constant(value_ints=[1] * (len(tensor.shape) - 1))
+    repeated = op.Expand(op.Unsqueeze(tensor, one), op.Concat(one, op.Reshape(repeats, rest), ones, axis=0))
+    return op.Reshape(repeated, op.Concat(rest, op.Shape(tensor, start=1), axis=0))
 
 
 @contextlib.contextmanager

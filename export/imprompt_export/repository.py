@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from imprompt_serving.wire import Tensor
 _SHIM = '"""The code is in the package, so that every repository runs the version that is installed."""\n\n' + (
     'from imprompt_serving.triton.{module} import TritonPythonModel\n\n__all__ = ["TritonPythonModel"]\n'
 )
-_IN_DENOISER = ("unet", "image_projection_", "controlnet_")
+_IN_DENOISER = ("unet", "image_projection_", "controlnet_", "motion_unet")
 _CACHED = ("text_encoder", "image_encoder_")
 _DTYPES = {"normal": "FP32", "unit": "FP32", "timestep": "FP32", "bias": "FP32", "scale": "FP32", "index": "INT64"}
 
@@ -40,6 +41,11 @@ def write_models(
         bundle.save(folder)
     folder = _write(root, bundle, config.denoiser(bundle), "denoiser")
     bundle.save(folder)
+    if bundle.face_encoder:
+        folder_of_faces = _write(root, bundle, config.face_encoder(bundle), "face_encoder")
+        bundle.save(folder_of_faces)
+        for name, file in checkpoints.face_models.items():
+            shutil.copyfile(file, folder_of_faces / f"{name}.onnx")
     for name, graph in graphs.items():
         if name.startswith(_IN_DENOISER):
             _move(files[name], folder, f"{name}.onnx")

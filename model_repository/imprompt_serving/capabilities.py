@@ -41,11 +41,13 @@ def capabilities(bundle: Bundle) -> dict[str, Any]:
                 "kind": adapter.kind,
                 "image_tokens": adapter.num_tokens,
                 "image_embeds": list(adapter.embed_shape),
-                "takes_images": adapter.image_encoder is not None,
+                "takes_images": adapter.image_encoder is not None or bundle.finds_faces(adapter),
+                "finds_faces": bundle.finds_faces(adapter),
             }
             for adapter in bundle.adapters
         ],
         "controlnets": [net.name for net in bundle.controlnets],
+        "video": bundle.motion is not None,
         "schedulers": list(SCHEDULERS),
         "defaults": {
             "height": bundle.default_height,
@@ -56,6 +58,7 @@ def capabilities(bundle: Bundle) -> dict[str, Any]:
             "height": [shapes.height.min, shapes.height.max],
             "width": [shapes.width.min, shapes.width.max],
             "rows": shapes.rows.max,
+            **({"frames": [shapes.frames.min, shapes.frames.max]} if bundle.motion else {}),
             "image_tokens": shapes.image_tokens[-1],
         },
     }

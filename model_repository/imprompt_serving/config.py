@@ -35,6 +35,14 @@ def denoiser(bundle: Bundle) -> pb.ModelConfig:
     return config
 
 
+def face_encoder(bundle: Bundle) -> pb.ModelConfig:
+    """The face encoder: an encoded picture in, its face out. Equal pictures are answered by the response cache."""
+    config = _python_model(bundle.model("face_encoder"), decoupled=False)
+    _add(config, wire.FACE_INPUT, wire.FACE_OUTPUT)
+    config.response_cache.enable = True
+    return config
+
+
 def engine(
     name: str,
     inputs: Iterable[Tensor],

@@ -33,6 +33,14 @@ class ControlUse(msgspec.Struct, frozen=True, kw_only=True):
     end: float = 1.0
 
 
+class Context(msgspec.Struct, frozen=True, kw_only=True):
+    """Overlapping windows of frames, in which clips run that are longer than ``length``."""
+
+    length: int
+    stride: int = 1
+    overlap: int = 4
+
+
 class SizeConditions(msgspec.Struct, frozen=True, kw_only=True):
     """SDXL's micro-conditioning, each (height, width) or (top, left); None takes diffusers' default."""
 
@@ -64,6 +72,10 @@ class JobRequest(msgspec.Struct, frozen=True, kw_only=True):
     controls: tuple[ControlUse, ...] = ()
     guess_mode: bool = False
     """ControlNets act on the conditional branch only, and less on the finer residuals."""
+    frames: int | None = None
+    """Frames of each clip; None for pictures."""
+    context: Context | None = None
+    """Set for clips: a window for clips that are longer than it."""
     sizes: SizeConditions = SizeConditions()
     timeout: float | None = None
     """Seconds from arrival in the denoiser."""

@@ -77,6 +77,13 @@ class Adapter(msgspec.Struct, frozen=True, kw_only=True):
         return self.kind.startswith("faceid")
 
 
+class FaceEncoder(msgspec.Struct, frozen=True, kw_only=True):
+    """insightface's detector and recogniser: the size that pictures are searched at, and how sure it must be."""
+
+    det_size: tuple[int, int] = (640, 640)
+    det_thresh: float = 0.5
+
+
 class CrossAttention(msgspec.Struct, frozen=True, kw_only=True):
     """A cross-attention layer of the UNet; ``level`` halves the latent size (rounding up) that many times."""
 
@@ -96,6 +103,12 @@ class ControlNet(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     global_pool: bool = False
+
+
+class Motion(msgspec.Struct, frozen=True, kw_only=True):
+    """A motion UNet: ``window`` is the largest number of frames that its motion modules see at once."""
+
+    window: int
 
 
 class TextEncoder(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,10 +142,12 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     transformer_per_block: dict[str, int]
     adapters: tuple[Adapter, ...] = ()
     image_encoders: tuple[ImageEncoder, ...] = ()
+    face_encoder: FaceEncoder | None = None
     safety_checker: ImageEncoder | None = None
     controlnets: tuple[ControlNet, ...] = ()
     residuals: tuple[Residual, ...] = ()
     """What ControlNets add: to each skip connection of the down blocks, and last to the middle block."""
+    motion: Motion | None = None
     shapes: Shapes = Shapes()
     limits: Limits = Limits()
     backend: str = "onnxruntime"
@@ -149,6 +164,10 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
 
     def adapter(self, name: str) -> Adapter:
         return next(adapter for adapter in self.adapters if adapter.name == name)
+
+    def finds_faces(self, adapter: Adapter) -> bool:
+        """Whether pictures of people may stand in for the face embeddings of ``adapter``."""
+        return adapter.uses_face and self.face_encoder is not None
 
     def image_encoder(self, name: str) -> ImageEncoder:
         return next(encoder for encoder in self.image_encoders if encoder.name == name)

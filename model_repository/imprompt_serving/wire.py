@@ -57,6 +57,7 @@ REQUEST: tuple[Tensor, ...] = (
     Tensor("scheduler", "STRING", ONE, "class name of a diffusers scheduler"),
     Tensor("scheduler_config", "STRING", ONE, "JSON object: values that replace the scheduler's configuration"),
     Tensor("output_type", "STRING", ONE, "`np` (pictures, default) or `latent`"),
+    Tensor("output_format", "STRING", ONE, "answer with files: `png`, `jpeg` or `webp`; clips: `gif` or `webp`"),
     Tensor("timeout", "FP64", ONE, "seconds after which the work on this request stops"),
     Tensor("priority", "INT32", ONE, "1 goes first, 9 last (default 5)"),
     Tensor("encode_image", "STRING", ONE, "adapter name: answer with the embeddings of `ip_adapter_image` only"),
@@ -98,6 +99,17 @@ CONTROL_REQUEST: tuple[Tensor, ...] = (
 )
 """Only bundles with ControlNets have these."""
 
+VIDEO_REQUEST: tuple[Tensor, ...] = (
+    Tensor("num_frames", "INT32", ONE, "frames of a clip; without it (and `video`) the answer is pictures"),
+    Tensor("video", "STRING", MANY, "frames to start from, as encoded pictures: video-to-video with `strength`"),
+    Tensor("context_length", "INT32", ONE, "frames that the motion modules see at once; longer clips run in windows"),
+    Tensor(
+        "context_stride", "INT32", ONE, "number of window widths: each twice the last, by skipping frames (default 1)"
+    ),
+    Tensor("context_overlap", "INT32", ONE, "frames that neighbouring windows share (default 4)"),
+)
+"""Only bundles with a motion adapter have these."""
+
 STREAM_REQUEST: tuple[Tensor, ...] = (
     Tensor("progress_every", "INT32", ONE, "steps between two progress answers (default 1)"),
     Tensor("preview", "BOOL", ONE, "whether progress answers carry small pictures (default: no)"),
@@ -105,11 +117,17 @@ STREAM_REQUEST: tuple[Tensor, ...] = (
 
 RESPONSE: tuple[Tensor, ...] = (
     Tensor("images", "UINT8", (-1, -1, -1, 3), "pictures [N, height, width, RGB]"),
+    Tensor("encoded", "STRING", MANY, "pictures (or clips) as files when `output_format` asks for them"),
     Tensor("latents", "FP32", (-1, -1, -1, -1), "latents [N, channels, h, w] when `output_type` is `latent`"),
     Tensor("seeds", "INT64", MANY, "the seed of each picture"),
     Tensor("nsfw_content_detected", "BOOL", MANY, "pictures that the safety checker blacked, when the base has one"),
     Tensor("timings", "STRING", ONE, "JSON object: seconds by stage"),
 )
+
+VIDEO_RESPONSE: tuple[Tensor, ...] = (
+    Tensor("frames", "UINT8", (-1, -1, -1, -1, 3), "clips [N, frames, height, width, RGB], in place of `images`"),
+)
+"""Only bundles with a motion adapter have these."""
 
 STREAM_RESPONSE: tuple[Tensor, ...] = (
     Tensor("step", "INT32", ONE, "steps done"),
@@ -131,7 +149,8 @@ def request_tensors(bundle: Bundle, *, stream: bool) -> tuple[Tensor, ...]:
     )
     family = SDXL_REQUEST if bundle.family == "sdxl" else ()
     control = CONTROL_REQUEST if bundle.controlnets else ()
-    return REQUEST + family + control + embeds + (STREAM_REQUEST if stream else ())
+    video = VIDEO_REQUEST if bundle.motion else ()
+    return REQUEST + family + control + video + embeds + (STREAM_REQUEST if stream else ())
 
 
 def response_tensors(bundle: Bundle, *, stream: bool) -> tuple[Tensor, ...]:
@@ -140,7 +159,8 @@ def response_tensors(bundle: Bundle, *, stream: bool) -> tuple[Tensor, ...]:
         Tensor(f"image_embeds_{adapter.name}", "FP32", (-1, -1, *adapter.embed_shape), "answer to `encode_image`")
         for adapter in bundle.adapters
     )
-    return RESPONSE + embeds + (STREAM_RESPONSE if stream else ())
+    video = VIDEO_RESPONSE if bundle.motion else ()
+    return RESPONSE + video + embeds + (STREAM_RESPONSE if stream else ())
 
 
 JOB_RESPONSE: tuple[Tensor, ...] = (
@@ -149,6 +169,17 @@ JOB_RESPONSE: tuple[Tensor, ...] = (
     Tensor("steps", "INT32", ONE),
     Tensor("preview", "STRING", MANY),
     Tensor("timings", "STRING", ONE),
+    Tensor("error", "STRING", (2,), "status and message"),
+)
+
+FACE_CROP = 224
+"""Size of the aligned face that CLIP gets to see, as in diffusers' guide."""
+FACE_INPUT: tuple[Tensor, ...] = (Tensor("picture", "STRING", ONE, "encoded bytes"),)
+FACE_OUTPUT: tuple[Tensor, ...] = (
+    Tensor("embeddings", "FP32", (-1, -1), "[faces, 512]: none, or that of the largest face, of length 1"),
+    Tensor("boxes", "FP32", (-1, 4), "[faces, (left, top, right, bottom)] in pixels"),
+    Tensor("keypoints", "FP32", (-1, 5, 2), "[faces, (eyes, nose, corners of the mouth), (x, y)] in pixels"),
+    Tensor("crops", "UINT8", (-1, FACE_CROP, FACE_CROP, 3), "aligned faces; blue, green, red"),
     Tensor("error", "STRING", (2,), "status and message"),
 )
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import Served
 from imprompt import Cancelled, DeadlineExceeded, InvalidRequest, Progress, Result
 from parity import assert_different
+from served import Served
 from tiny import images
 from tiny.oracle import picture_distance
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import Served
 from imprompt import InvalidRequest
 from parity import assert_different, assert_same
+from served import Served
 from tiny import images, oracle
 
 SMALL: dict[str, Any] = {"prompt": "a photo of a cat", "num_inference_steps": 4}
@@ -70,7 +70,6 @@ def test_without_guidance(face: Served) -> None:
 @pytest.mark.parametrize(
     ("parameter", "arguments"),
     [
-        ("ip_adapter_image_embeds", {"ip_adapter_image": {"portrait": FACE}}),
         ("ip_adapter_image", {"ip_adapter_image_embeds": {"plus_face": images.face_embeds(1)}}),
         ("ip_adapter_image_embeds", {"ip_adapter_image_embeds": {"portrait": np.zeros((2, 1, 1, 128), np.float32)}}),
         (

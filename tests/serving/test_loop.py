@@ -33,6 +33,7 @@ class FakeJob:
         self.started: float | None = None
         self.since = self.step = self.filled = 0
         self.predicted = None
+        self.frames = 1
         self.broken: Exception | None = None
 
     @property

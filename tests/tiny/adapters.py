@@ -71,13 +71,14 @@ def make_adapter(
     family: Family = "sd15",
     encoder: Encoder | None = None,
     layers_per_block: int | None = None,
+    levels: int = 4,
     seed: int = 0,
 ) -> Path:
     """Writes one adapter file into a repository folder and returns its path.
 
     File and subfolder are the public ones by default (`models`, `sdxl_models`, the root for FaceID). The ending decides
     the format: `.bin` is a nested dict, `.safetensors` is flat. `encoder` is the image encoder it goes with: bigG for
-    plain SDXL, else ViT-H. `layers_per_block` must be the base's, when that is not the default.
+    plain SDXL, else ViT-H. `layers_per_block` and `levels` must be the base's, when these are not the default.
     """
     encoder = encoder or ("big_g" if (family, kind) == ("sdxl", "plain") else "vit_h")
     weight_name = weight_name or WEIGHT_NAMES[family, kind, encoder]
@@ -88,7 +89,7 @@ def make_adapter(
     rng = generator(10 + get_args(Kind).index(kind) + 100 * seed)  # light is not plain, plus-face is not plus
     state = {
         "image_proj": _image_projection(rng, kind, family, encoder),
-        "ip_adapter": _attention_layers(rng, family, layers_per_block, lora=kind in LORA_KINDS),
+        "ip_adapter": _attention_layers(rng, family, layers_per_block, levels, lora=kind in LORA_KINDS),
     }
     if path.suffix == ".bin":
         torch.save(state, path)
@@ -135,10 +136,12 @@ def _resampler(rng: torch.Generator, dim: int, embedding_dim: int, output_dim: i
     return weights
 
 
-def _attention_layers(rng: torch.Generator, family: Family, layers_per_block: int | None, *, lora: bool) -> Weights:
+def _attention_layers(
+    rng: torch.Generator, family: Family, layers_per_block: int | None, levels: int, *, lora: bool
+) -> Weights:
     """`<N>.to_k_ip`, `<N>.to_v_ip` for odd N (cross-attention); `<N>.to_*_lora` for every N."""
     with private_rng(), torch.device("meta"):
-        unet = UNet2DConditionModel(**unet_config(family, layers_per_block))
+        unet = UNet2DConditionModel(**unet_config(family, layers_per_block, levels))
     modules = dict(unet.named_modules())
     weights: Weights = {}
     for index, name in enumerate(unet.attn_processors):

@@ -51,18 +51,20 @@ def make_sd15(
     safety_checker: bool = False,
     time_cond_proj_dim: int | None = None,
     layers_per_block: int = LAYERS_PER_BLOCK["sd15"],
+    levels: int = 4,
     seed: int = 0,
 ) -> Path:
     """Writes a Stable Diffusion 1.5 folder. Its default picture is 64 x 64; the UNet has 10 cross-attention layers.
 
     `in_channels=9` makes an inpainting checkpoint; `time_cond_proj_dim` a distilled one (LCM) that takes the guidance
-    scale as `timestep_cond`; `layers_per_block=2` the real layout with 16 cross-attention layers.
+    scale as `timestep_cond`; `layers_per_block=2` the real layout with 16 cross-attention layers; `levels=2` one with
+    two resolutions only, for what takes long to export.
     """
     folder = Path(folder)
     with private_rng():
         vae = _vae(seed + 1, scaling_factor=0.18215)
         changes = {"in_channels": in_channels, "time_cond_proj_dim": time_cond_proj_dim}
-        unet = _unet(unet_config("sd15", layers_per_block) | changes, seed + 2)
+        unet = _unet(unet_config("sd15", layers_per_block, levels) | changes, seed + 2)
         text_encoder = randomize(CLIPTextModel(text_config(48, "quick_gelu")), seed + 3)
         extractor = CLIPImageProcessor(size=IMAGE_SIZE, crop_size=IMAGE_SIZE)
         checker = _safety_checker(seed + 4, vae, extractor) if safety_checker else None
@@ -133,8 +135,8 @@ def make_sdxl(
     return folder
 
 
-def unet_config(family: Family, layers_per_block: int | None = None) -> dict[str, Any]:
-    """Arguments of `UNet2DConditionModel`: the real block layout, narrow."""
+def unet_config(family: Family, layers_per_block: int | None = None, levels: int = 4) -> dict[str, Any]:
+    """Arguments of `UNet2DConditionModel`: the real block layout, narrow; SD1.5 with fewer `levels` if wanted."""
     common = {
         "sample_size": SAMPLE_SIZE,
         "layers_per_block": layers_per_block or LAYERS_PER_BLOCK[family],
@@ -143,9 +145,9 @@ def unet_config(family: Family, layers_per_block: int | None = None) -> dict[str
     }
     if family == "sd15":
         return common | {
-            "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-            "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-            "block_out_channels": (32, 64, 64, 64),
+            "down_block_types": ("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
+            "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
+            "block_out_channels": (32, 64, 64, 64)[:levels],
             "attention_head_dim": 8,  # the number of heads, as in the real configuration
         }
     return common | {

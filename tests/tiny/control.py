@@ -21,10 +21,11 @@ CONTROL_ONLY = ("up_block_types", "sample_size")  # what a UNet has and a Contro
 
 
 def make_controlnet(
-    folder: str | Path, *, family: Family = "sd15", layers_per_block: int | None = None, seed: int = 0
+    folder: str | Path, *, family: Family = "sd15", layers_per_block: int | None = None, levels: int = 4, seed: int = 0
 ) -> Path:
     """Writes a ControlNetModel with the blocks of the tiny UNet; it takes an RGB picture."""
-    config = {key: value for key, value in unet_config(family, layers_per_block).items() if key not in CONTROL_ONLY}
+    config = unet_config(family, layers_per_block, levels)
+    config = {key: value for key, value in config.items() if key not in CONTROL_ONLY}
     with private_rng():
         controlnet = ControlNetModel(**config, conditioning_embedding_out_channels=(8, 16, 16, 16))
         # A gain of two makes up for silu, which halves small values: the picture must outweigh the biases.
@@ -60,10 +61,11 @@ def make_motion_adapter(
     max_seq_length: int = 32,
     mid_block: bool = True,
     layers_per_block: int | None = None,
+    levels: int = 4,
     seed: int = 0,
 ) -> Path:
     """Writes a MotionAdapter for the tiny SD1.5 UNet. `mid_block=False` is the layout of AnimateDiff v3."""
-    config = unet_config("sd15", layers_per_block)
+    config = unet_config("sd15", layers_per_block, levels)
     with private_rng():
         adapter = MotionAdapter(
             block_out_channels=config["block_out_channels"],

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
 from . import diffusion
@@ -11,16 +12,16 @@ from .data import Pictures
 from .loop import Plan, fit
 from .text import Captions
 
-PLAN = Plan(steps=800, batch=32, rate=6e-4, average=0.995)
+PLAN = Plan(steps=800, batch=16, rate=6e-4, average=0.995)
 _SHORT_FULL_EMPTY = (0.5, 0.2, 0.3)
 
 
 def build(unet: UNet2DConditionModel) -> ControlNetModel:
     """Starts as the UNet's encoder; two strided convolutions bring 64 x 64 lines to 16 x 16."""
     torch.manual_seed(6)
-    return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32, 64)).to(
-        memory_format=torch.channels_last
-    )
+    model = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32, 64))
+    model.set_attn_processor(AttnProcessor())
+    return model
 
 
 def train(
@@ -39,7 +40,7 @@ def train(
         text, _ = captions.draw(rows, _SHORT_FULL_EMPTY, generator)
         noise, timestep = diffusion.draw(plan.batch, (4, 16, 16), generator)
         clean = latents[rows]
-        noisy = diffusion.noised(clean, noise, timestep).contiguous(memory_format=torch.channels_last)
+        noisy = diffusion.noised(clean, noise, timestep)
         down, middle = model(noisy, timestep, text, controlnet_cond=data.edge_batch(rows), return_dict=False)
         prediction = unet(
             noisy, timestep, text, down_block_additional_residuals=down, mid_block_additional_residual=middle

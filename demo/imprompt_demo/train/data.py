@@ -1,16 +1,17 @@
 """The training pictures: looks, each painted on several layouts, rendered once and kept in a file."""
 
+import json
 import random
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..world import Layout, Look, render, sample_layout, sample_look
+from ..world import Layout, Look, Paint, render, sample_layout, sample_look
 
-LOOKS = 5000
+LOOKS = 1500
 LAYOUTS = 4
 
 
@@ -37,21 +38,24 @@ class Pictures:
 
 def pictures(folder: Path, seed: int = 0) -> Pictures:
     """Render, or read what was rendered before."""
-    rng = random.Random(seed)
-    looks, layouts = [], []
-    for _ in range(LOOKS):
-        look = sample_look(rng)
-        looks += [look] * LAYOUTS
-        layouts += [sample_layout(rng) for _ in range(LAYOUTS)]
     file = folder / "pictures.npz"
     if not file.exists():
-        rendered = [render(look, layout) for look, layout in zip(looks, layouts, strict=True)]
-        pixels, edges = np.stack([p.pixels for p in rendered]), np.stack([p.edges for p in rendered])
-        np.savez(file, pixels=pixels, edges=edges)
+        _render_all(file, random.Random(seed))
     stored = np.load(file)
+    scenes = json.loads(str(stored["scenes"]))
     return Pictures(
         pixels=torch.from_numpy(stored["pixels"]),
         edges=torch.from_numpy(stored["edges"]),
-        looks=looks,
-        layouts=layouts,
+        looks=[Look(body=Paint(**look["body"]), ground=Paint(**look["ground"])) for look, _ in scenes],
+        layouts=[Layout(**layout | {"shift": tuple(layout["shift"])}) for _, layout in scenes],
     )
+
+
+def _render_all(file: Path, rng: random.Random) -> None:
+    rendered = []
+    for _ in range(LOOKS):
+        look = sample_look(rng)
+        rendered += [render(look, sample_layout(rng)) for _ in range(LAYOUTS)]
+    pixels, edges = np.stack([p.pixels for p in rendered]), np.stack([p.edges for p in rendered])
+    scenes = json.dumps([[asdict(p.look), asdict(p.layout)] for p in rendered])
+    np.savez(file, pixels=pixels, edges=edges, scenes=np.array(scenes))

@@ -17,7 +17,7 @@ SCHEDULE = {
     "timestep_spacing": "trailing",
     "clip_sample": False,
     "set_alpha_to_one": True,
-    "steps_offset": 0,
+    "steps_offset": 1,  # the pipelines insist; trailing spacing does not use it
 }
 
 
@@ -48,6 +48,8 @@ def levels(timestep: Tensor, dims: int) -> tuple[Tensor, Tensor]:
 
 
 def draw(rows: int, shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Noise [rows, *shape] and stratified timesteps [rows]."""
+    """Noise [rows, *shape] and timesteps [rows]: one half uniform, the other from 500 up, where the prompt decides."""
     places = (torch.arange(rows) + torch.rand(rows, generator=generator)) / rows
-    return torch.randn(rows, *shape, generator=generator), (places * 1000).long().clamp(0, 999)
+    part = (2 * places) % 1
+    part = torch.where(places < 0.5, part, 0.5 + part / 2)
+    return torch.randn(rows, *shape, generator=generator), (part * 1000).long().clamp(0, 999)

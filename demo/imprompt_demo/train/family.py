@@ -70,7 +70,7 @@ class Family:
     @cached_property
     def vae(self) -> AutoencoderKL:
         """The trained autoencoder, standardised."""
-        return vae.standardise(load_mean("vae", self.folder, vae.build()), self.data).requires_grad_(False)
+        return vae.load(self.folder)
 
     @cached_property
     def towers(self) -> clip.Towers:

@@ -9,10 +9,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +44,9 @@ def fit(
     """
     trained = {key: value for key, value in model.named_parameters() if value.requires_grad}
     mean = {key: value.detach().clone() for key, value in trained.items()}
-    optimizer = torch.optim.AdamW(trained.values(), lr=plan.rate, betas=(0.9, 0.99), weight_decay=plan.weight_decay)
+    optimizer = torch.optim.AdamW(
+        trained.values(), lr=plan.rate, betas=(0.9, 0.99), weight_decay=plan.weight_decay, fused=True
+    )
     file, step, seconds = folder / f"{name}.pt", 0, 0.0
     if file.exists():
         state = torch.load(file, weights_only=True)
@@ -49,6 +54,7 @@ def fit(
         model.load_state_dict(state["trained"], strict=False)
         if step < plan.steps:
             optimizer.load_state_dict(state["optimizer"])
+            optimizer.param_groups[0]["fused"] = True
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     model.train()
     losses: list[float] = []
@@ -68,8 +74,7 @@ def fit(
         step += 1
         decay = min(plan.average, (1 + step) / (10 + step))
         with torch.no_grad():
-            for key, parameter in trained.items():
-                mean[key].lerp_(parameter, 1 - decay)
+            torch._foreach_lerp_(list(mean.values()), list(trained.values()), 1 - decay)
         losses.append(value.item())
         if rank == 0 and (step % 50 == 0 or step == plan.steps):
             seconds = time.monotonic() - started
@@ -96,7 +101,7 @@ def _average(gradients: list[Tensor], ranks: int) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def load_mean(name: str, folder: Path, model: nn.Module) -> nn.Module:
+def load_mean(name: str, folder: Path, model: Model) -> Model:
     """Put the averaged weights of a stage into `model`, also while that stage still trains."""
     state = torch.load(folder / f"{name}.pt", weights_only=True)
     model.load_state_dict(state["mean"], strict=False)

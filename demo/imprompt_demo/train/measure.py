@@ -1,4 +1,4 @@
-"""`python -m imprompt_demo.train.measure BUNDLE --sheet FILE`: a sheet of pictures and the semantic metrics, with diffusers.
+"""`python -m imprompt_demo.train.measure BUNDLE --sheet FILE`: pictures and semantic metrics, with diffusers.
 
 References come from seeds that training never saw. Metrics are printed as one JSON object.
 """
@@ -37,7 +37,7 @@ class Studio:
 
     def __init__(self, bundle: Path) -> None:
         self.place = bundle / "checkpoints"
-        self.pipe = StableDiffusionPipeline.from_pretrained(self.place / "base", torch_dtype=torch.float32)
+        self.pipe = StableDiffusionPipeline.from_pretrained(str(self.place / "base"), torch_dtype=torch.float32)
         self.pipe.set_progress_bar_config(disable=True)
         self.classify = metrics.ThingClassifier(bundle)
 
@@ -45,7 +45,7 @@ class Studio:
         """Load one of the two IP-Adapters."""
         weights = {"plain": "ip-adapter_world.safetensors", "plus": "ip-adapter-plus_world.safetensors"}[kind]
         self.pipe.unload_ip_adapter()
-        self.pipe.load_ip_adapter(self.place / "ip-adapter", subfolder="models", weight_name=weights)
+        self.pipe.load_ip_adapter(str(self.place / "ip-adapter"), subfolder="models", weight_name=weights)
 
     def draw(self, prompts: list[str], seed: int = 0, pipe: Any = None, **options: Any) -> Pixels:
         """One picture for each prompt, [B, 64, 64, 3]; picture i has seed `seed + i`."""
@@ -112,7 +112,7 @@ def image_metrics(studio: Studio, kind: str, count: int = 20) -> dict[str, Any]:
 
 def edge_metrics(studio: Studio, count: int = 16) -> dict[str, Any]:
     """Gradients on the asked lines over gradients elsewhere, with and without the ControlNet; the caption is empty."""
-    net = ControlNetModel.from_pretrained(studio.place / "controlnet-edges", torch_dtype=torch.float32)
+    net = ControlNetModel.from_pretrained(str(studio.place / "controlnet-edges"), torch_dtype=torch.float32)
     studio.pipe.unload_ip_adapter()
     pipe = StableDiffusionControlNetPipeline(**studio.pipe.components, controlnet=net)
     pipe.set_progress_bar_config(disable=True)
@@ -136,7 +136,7 @@ def lcm_metrics(studio: Studio, count: int = 24) -> dict[str, Any]:
     prompts = [f"a {name}" for name in names]
     many, few = studio.draw(prompts), studio.draw(prompts, num_inference_steps=4)
     usual = studio.pipe.scheduler
-    studio.pipe.load_lora_weights(studio.place / "lcm-lora", weight_name="pytorch_lora_weights.safetensors")
+    studio.pipe.load_lora_weights(str(studio.place / "lcm-lora"), weight_name="pytorch_lora_weights.safetensors")
     studio.pipe.scheduler = LCMScheduler.from_config(usual.config)
     fast = studio.draw(prompts, num_inference_steps=4, guidance_scale=1.0)
     studio.pipe.unload_lora_weights()
@@ -155,7 +155,7 @@ def lcm_metrics(studio: Studio, count: int = 24) -> dict[str, Any]:
 
 def moving_pipe(studio: Studio) -> AnimateDiffPipeline:
     """The AnimateDiff pipeline; call it after loading the adapter that it should use."""
-    adapter = MotionAdapter.from_pretrained(studio.place / "motion", torch_dtype=torch.float32)
+    adapter = MotionAdapter.from_pretrained(str(studio.place / "motion"), torch_dtype=torch.float32)
     pipe = AnimateDiffPipeline(
         **{k: v for k, v in studio.pipe.components.items() if k != "safety_checker"}, motion_adapter=adapter
     )
@@ -164,7 +164,7 @@ def moving_pipe(studio: Studio) -> AnimateDiffPipeline:
 
 
 def motion_metrics(studio: Studio, count: int = 6) -> dict[str, Any]:
-    """Smoothness of clips, beside that of rendered clips, and palette distance to the reference of the clip's frames."""
+    """Smoothness of clips, beside that of rendered clips, and palette distance of the frames to the reference."""
     from ..world import clip
 
     studio.use_adapter("plain")

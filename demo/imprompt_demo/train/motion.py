@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, MotionAdapter, UNet2DConditionModel, UNetMotionModel
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
 from ..world import clip, sample_layout, sample_look
@@ -15,9 +16,9 @@ from .loop import Plan, fit
 from .unet import CHANNELS, HEADS
 from .words import full_caption, short_caption
 
-PLAN = Plan(steps=500, batch=2, rate=1e-3, average=0.99)
+PLAN = Plan(steps=500, batch=1, rate=1e-3, average=0.99)
 FRAMES = 16
-CLIPS = 600
+CLIPS = 250
 
 
 def build(unet: UNet2DConditionModel) -> UNetMotionModel:
@@ -32,6 +33,7 @@ def build(unet: UNet2DConditionModel) -> UNetMotionModel:
         use_motion_mid_block=True,
     )
     model = UNetMotionModel.from_unet2d(unet, adapter)
+    model.set_attn_processor(AttnProcessor())
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("motion_modules" in name)
@@ -45,7 +47,7 @@ def clips(vae: AutoencoderKL, towers: Towers) -> tuple[Tensor, Tensor]:
     latents, texts = [], []
     for _ in range(CLIPS):
         look, layout = sample_look(rng), sample_layout(rng)
-        frames = clip(look, layout, FRAMES, axis=rng.choice("xy"))
+        frames = clip(look, layout, FRAMES)
         pixels = torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2))).float().div(127.5).sub(1)
         latents.append(vae.encode(pixels).latent_dist.mean.transpose(0, 1) * vae.config.scaling_factor)
         texts.append(full_caption(look, layout, rng) if rng.random() < 0.5 else short_caption(layout, rng))
@@ -64,7 +66,8 @@ def train(
         clean = latents[rows]
         noise, timestep = diffusion.draw(plan.batch, tuple(clean.shape[1:]), generator)
         noisy = diffusion.noised(clean, noise, timestep)
-        return diffusion.loss_v(model(noisy, timestep, texts[rows]).sample, clean, noise, timestep)
+        told = texts[rows].repeat_interleave(FRAMES, 0)
+        return diffusion.loss_v(model(noisy, timestep, told).sample, clean, noise, timestep)
 
     fit("motion", folder, model, plan, loss, seed=8)
     return model

@@ -100,8 +100,7 @@ def publish(run: Path, out: Path) -> None:
         resample=3,
     )
     text_encoder = CLIPTextModel(towers.text.config)
-    known = text_encoder.state_dict()
-    text_encoder.load_state_dict({key: value for key, value in towers.text.state_dict().items() if key in known})
+    text_encoder.load_state_dict(towers.text.text_model.state_dict())
     pipe = StableDiffusionPipeline(
         vae=family.vae,
         text_encoder=text_encoder,
@@ -134,5 +133,6 @@ def publish(run: Path, out: Path) -> None:
     towers.vision.half().save_pretrained(folder / "image_encoder")
     processor.save_pretrained(folder / "image_encoder")
     pipe.to(torch.float16).save_pretrained(place / "base")
+    shutil.copytree(run / "tokenizer", place / "base" / "tokenizer", dirs_exist_ok=True)
     (out / "bundle.toml").write_text(BUNDLE)
     (out / "bundle-lcm.toml").write_text(LCM_BUNDLE)

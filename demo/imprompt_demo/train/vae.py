@@ -29,8 +29,15 @@ def build() -> AutoencoderKL:
     ).to(memory_format=torch.channels_last)
 
 
+def load(folder: Path) -> AutoencoderKL:
+    """The trained autoencoder, standardised."""
+    model = build()
+    model.load_state_dict(torch.load(folder / "vae.ready", weights_only=True))
+    return model.eval().requires_grad_(False)
+
+
 def train(folder: Path, data: Pictures, plan: Plan = PLAN) -> AutoencoderKL:
-    """Distance of pixels and of neighbouring differences (keeps edges crisp), a small pull to the normal distribution."""
+    """Distance of pixels and of neighbouring differences (crisp edges), and a small pull to the normal distribution."""
     model = build()
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
@@ -45,7 +52,8 @@ def train(folder: Path, data: Pictures, plan: Plan = PLAN) -> AutoencoderKL:
         return F.l1_loss(fake, real) + 0.5 * rim + F.mse_loss(fake, real) + _KL_WEIGHT * kl
 
     fit("vae", folder, model, plan, loss, seed=1)
-    return standardise(model, data)
+    torch.save(standardise(model, data).state_dict(), folder / "vae.ready")
+    return model
 
 
 @torch.no_grad()
@@ -54,7 +62,7 @@ def standardise(model: AutoencoderKL, data: Pictures) -> AutoencoderKL:
 
     The pipelines know one factor and no offset, so both are folded into the 1 x 1 convolutions beside the latents.
     """
-    latents = model.encode(data.batch(torch.arange(0, 8000, 8))).latent_dist.mean
+    latents = model.encode(data.batch(torch.arange(0, len(data.looks), 20))).latent_dist.mean
     mean, factor = latents.mean((0, 2, 3)), 1 / (model.config.scaling_factor * latents.std((0, 2, 3)))
     before, after = model.quant_conv, model.post_quant_conv
     before.bias[:4] = (before.bias[:4] - mean) * factor

@@ -3,11 +3,12 @@
 import json
 import random
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 from transformers import CLIPTokenizer
 
-from ..world import COLOURS, PLACES, SIZES, TEXTURES, THINGS, Layout, Look, describe
+from ..world import COLOURS, TEXTURES, THINGS, Layout, Look, describe
 
 LENGTH = 32
 """Tokens in a prompt, start and end included."""
@@ -15,15 +16,16 @@ LENGTH = 32
 _PREFIXES = ("a picture of", "a drawing of", "a photo of")
 _SUFFIXES = ("best quality", "high quality", "in color")
 _OTHERS = "a an the and on in at of with background fading to low bad blurry worst quality".split()
+_OTHERS += "small big left right top bottom".split()
 
 
 def full_caption(look: Look, layout: Layout, rng: random.Random) -> str:
     """The description with each part left out now and then."""
-    return _filled(describe(look, layout, tuple(rng.random() > 0.12 for _ in range(5))), rng)
+    return _filled(describe(look, layout, (rng.random() > 0.12, rng.random() > 0.12, rng.random() > 0.12)), rng)
 
 
 def short_caption(layout: Layout, rng: random.Random) -> str:
-    """Object, size, place."""
+    """The object's name."""
     return _filled(layout.caption(), rng)
 
 
@@ -40,7 +42,7 @@ def _filled(text: str, rng: random.Random) -> str:
 
 def words() -> list[str]:
     """All words that captions are made of."""
-    phrases = [*COLOURS, *TEXTURES, *THINGS, *SIZES, *PLACES, *_PREFIXES, *_SUFFIXES, *_OTHERS]
+    phrases = [*COLOURS, *TEXTURES, *THINGS, *_PREFIXES, *_SUFFIXES, *_OTHERS]
     return sorted({word for phrase in phrases for word in phrase.split()})
 
 
@@ -49,7 +51,7 @@ def save_tokenizer(folder: Path) -> CLIPTokenizer:
     symbols = list(_byte_symbols())
     pieces = {word: [*word[:-1], word[-1] + "</w>"] for word in words()}
     merges: list[tuple[str, str]] = []
-    while pairs := Counter(pair for split in pieces.values() for pair in zip(split, split[1:], strict=False)):
+    while pairs := Counter(pair for split in pieces.values() for pair in pairwise(split)):
         best = max(sorted(pairs), key=pairs.__getitem__)
         merges.append(best)
         pieces = {word: _merged(split, best) for word, split in pieces.items()}

@@ -53,9 +53,10 @@ class Batcher:
 
     def _stack(self, parts: list[Part], sources: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         sizes = {adapter: self._widest(adapter, sources) for adapter in set(self._adapters.values())}
+        indices = [part.job.conditioning_rows(part.start, part.stop) for part in parts]
         stacked = {}
         for name in sources[0]:
-            rows = [source[name][part.start : part.stop] for part, source in zip(parts, sources, strict=True)]
+            rows = [source[name][index] for index, source in zip(indices, sources, strict=True)]
             if name in self._adapters:
                 rows = [pad(tensor, name, *sizes[self._adapters[name]]) for tensor in rows]
             stacked[name] = torch.cat(rows)

@@ -17,8 +17,8 @@ from imprompt_serving.specs import Bundle
 class Control:
     """A ControlNet in one job, as its engine takes it.
 
-    Shapes: ``embedding`` [pictures, C, h, w], ``scale`` [R] (a number for each residual). Rows before ``first_row`` are
-    left alone: those of the unconditional branch in guess mode.
+    Shapes: ``embedding`` [pictures, F, C, h, w] (F is 1 for pictures), ``scale`` [R] (a number for each residual).
+    Rows before ``first_row`` are left alone: those of the unconditional branch in guess mode.
     """
 
     name: str
@@ -60,14 +60,19 @@ def prepare_controls(
 
 
 def _embed(engine: Engine, images: Tensor, request: JobRequest, bundle: Bundle, pictures: int) -> Tensor:
-    """Features of the control images [pictures, C, h, w]; one image serves all pictures, or each prompt has its own."""
+    """Features of the control images [pictures, F, C, h, w].
+
+    One image serves all pictures, or each prompt has its own; clips: one serves all frames, or each has its own.
+    """
     parts = images.split(bundle.shapes.rows.max)
     features = torch.cat(
         [torch.from_numpy(engine.run({"control_image": p.numpy()})["control_embedding"]) for p in parts]
     )
+    if request.frames is not None:
+        return features.expand(pictures, request.frames, *features.shape[1:])
     if len(features) == 1:
-        return features.expand(pictures, *features.shape[1:])
-    return features.repeat_interleave(request.num_images_per_prompt, dim=0)
+        return features[None].expand(pictures, *features.shape)
+    return features.repeat_interleave(request.num_images_per_prompt, dim=0)[:, None]
 
 
 def _scales(bundle: Bundle, use: ControlUse, guess: bool) -> Tensor:

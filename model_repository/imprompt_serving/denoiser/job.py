@@ -14,12 +14,16 @@ from imprompt_serving.denoiser.line import Load
 from imprompt_serving.denoiser.preview import predicted_latents
 from imprompt_serving.denoiser.schedulers import make_scheduler, set_timesteps, step_arguments
 from imprompt_serving.denoiser.start import generators, start
+from imprompt_serving.denoiser.windows import Window, merge, windows
 from imprompt_serving.job import JobRequest
 from imprompt_serving.specs import Bundle
 
 
 class Job:
-    """A row is one latent sample in one guidance branch: the unconditional rows of all pictures, then the others."""
+    """A row is one latent sample in one guidance branch: the unconditional rows of all pictures, then the others.
+
+    A picture may be a clip; one that runs in windows has these rows for each window, one window after the other.
+    """
 
     def __init__(
         self, request: JobRequest, bundle: Bundle, conditioning: Conditioning, tensors: Mapping[str, Tensor]
@@ -28,7 +32,6 @@ class Job:
         self.id = request.id
         self.pictures = conditioning.pictures
         self.branches = 2 if bundle.guided(request.guidance_scale) else 1
-        self.rows = self.pictures * self.branches
         self.arrived = time.monotonic()
         self.deadline = None if request.timeout is None else self.arrived + request.timeout
         self.started: float | None = None
@@ -45,14 +48,23 @@ class Job:
         self.latents = self._start.latents
         self._timesteps = self._start.timesteps
         self._conditioning = conditioning
-        self.key = ("unet", *self.latents.shape[-2:])
+        self._index = 0
+        self.windows = self._windows()
+        """Frames of the windows of the current step; a single one of all frames for most clips; empty for pictures."""
+        self.frames = len(self.windows[0]) if self.windows else 1
+        """Frames of a row."""
+        self.key = ("motion_unet" if self.windows else "unet", self.frames, *self.latents.shape[-2:])
         """Jobs with equal keys can share a call."""
 
-        self._index = 0
         self._computed: list[Tensor] = []
         self._model_input: Tensor | None = None
         self.predicted: Tensor | None = None
         """The clean latents as the last step predicted them [pictures, C, h, w], for jobs that want previews."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of the current step."""
+        return self.pictures * self.branches * max(len(self.windows), 1)
 
     @property
     def pending(self) -> int:
@@ -62,7 +74,7 @@ class Job:
     @property
     def load(self) -> Load:
         """What it still needs of the UNet."""
-        return Load(self.rows, len(self._timesteps) - self._index)
+        return Load(self.rows * self.frames, len(self._timesteps) - self._index)
 
     @property
     def done(self) -> bool:
@@ -85,18 +97,23 @@ class Job:
         """UNet inputs of the current step beside latents and timestep, a row each; the same object while they stay."""
         return self._conditioning.at(self._index, len(self._timesteps))
 
+    def conditioning_rows(self, start: int, stop: int) -> list[int]:
+        """Rows of ``conditioning`` for rows ``start`` to ``stop``: each window has the same ones."""
+        return [row % (self.pictures * self.branches) for row in range(start, stop)]
+
     def controls(self) -> list[Control]:
         """The ControlNets that act in the current step."""
         return [control for control in self._conditioning.controls if control.acts(self._index, len(self._timesteps))]
 
     def model_input(self) -> tuple[Tensor, Tensor]:
-        """Latents [rows, C, h, w] and timesteps [rows] of the current step, for all rows."""
+        """Latents [rows, C, h, w] (clips: [rows, C, F, h, w]) and timesteps [rows] of the current step."""
         timestep = self._timesteps[self._index]
         if self._model_input is None:
             scaled = self._scheduler.scale_model_input(self.latents, timestep)
             if self._start.channels is not None:
                 scaled = torch.cat([scaled, self._start.channels], dim=1)
-            self._model_input = torch.cat([scaled] * self.branches)
+            views = [scaled] if len(self.windows) < 2 else [scaled[:, :, list(window)] for window in self.windows]
+            self._model_input = torch.cat([view for view in views for _ in range(self.branches)])
         return self._model_input, timestep.to(torch.float32).expand(self.rows)
 
     def fill(self, noise_pred: Tensor) -> None:
@@ -110,22 +127,31 @@ class Job:
 
     def _step(self) -> None:
         noise_pred = self._computed[0] if len(self._computed) == 1 else torch.cat(self._computed)
+        if len(self.windows) > 1:
+            noise_pred = merge(noise_pred, self.windows, self.latents.shape[2])
         if self.branches == 2:
             unconditional, conditional = noise_pred.chunk(2)
             noise_pred = unconditional + self.request.guidance_scale * (conditional - unconditional)
             if self.request.guidance_rescale > 0:
                 noise_pred = rescale_guided(noise_pred, conditional, self.request.guidance_rescale)
         timestep = self._timesteps[self._index]
-        if self.request.preview and self._model_input is not None:
-            model_input = self._model_input[-self.pictures :, : self.latents.shape[1]]
+        if self.request.preview:
+            model_input = self._scheduler.scale_model_input(self.latents, timestep)
             self.predicted = predicted_latents(self._scheduler, timestep, model_input, noise_pred)
         arguments = self._step_arguments
         self.latents = self._scheduler.step(noise_pred, timestep, self.latents, **arguments, return_dict=False)[0]
         self._index += 1
+        self.windows = self._windows()
         self._computed = []
         self._model_input = None
         if self._start.blend is not None:
             self._keep_unmasked(*self._start.blend)
+
+    def _windows(self) -> list[Window]:
+        request = self.request
+        if request.frames is None or request.context is None:
+            return []
+        return windows(self._index, request.frames, request.context)
 
     def _keep_unmasked(self, noise: Tensor, image: Tensor, mask: Tensor) -> None:
         """Outside of the mask: the original picture, at the noise level of the next step."""

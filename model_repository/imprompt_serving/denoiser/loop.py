@@ -172,7 +172,8 @@ class Denoiser:
     def _serve(self, active: list[Job]) -> int:
         """Compute the next call; returns its rows."""
         candidates = [
-            Candidate(job.key, job.pending, job.since, job.started is not None, job.request.priority) for job in active
+            Candidate(job.key, job.pending, job.since, job.started is not None, job.request.priority, job.frames)
+            for job in active
         ]
         parts = []
         for share in plan(candidates, self._max_rows):

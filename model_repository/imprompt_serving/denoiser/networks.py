@@ -1,4 +1,4 @@
-"""The networks of one denoising step: ControlNets, then the UNet, all in this process."""
+"""The networks of one denoising step: ControlNets, then a UNet, all in this process."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from imprompt_serving.denoiser.batch import Part
 from imprompt_serving.denoiser.control import Control
+from imprompt_serving.denoiser.job import Job
 from imprompt_serving.engines import Engine
 from imprompt_serving.specs import Bundle, level_size
 
@@ -19,67 +20,79 @@ _TEXT = ("encoder_hidden_states", "text_embeds", "time_ids")
 
 
 class _Use(NamedTuple):
-    """Rows of a batch that one control acts on, and the pictures of its job that these rows belong to."""
+    """A control that acts on rows of a batch, and its features of the frames of these rows [rows, F, C, h, w]."""
 
     control: Control
     rows: list[int]
-    pictures: list[int]
+    embedding: Tensor
 
 
 class Networks:
-    """The UNet of a bundle and its ControlNets, by name.
+    """The UNets of a bundle (that for pictures, and that for clips) and its ControlNets, by name.
 
     Rows without control share the call of rows with it, with residuals of zero: adding them costs next to nothing,
     while a call of its own would cost a whole pass over the weights.
     """
 
-    def __init__(self, bundle: Bundle, unet: Engine, controlnets: Mapping[str, Engine]) -> None:
-        self._bundle, self._unet, self._controlnets = bundle, unet, controlnets
+    def __init__(self, bundle: Bundle, unets: Mapping[str, Engine], controlnets: Mapping[str, Engine]) -> None:
+        self._bundle, self._unets, self._controlnets = bundle, unets, controlnets
         self._zeros: Arrays = {}
         self._zeros_of: tuple[int, ...] = ()
 
     def __call__(self, parts: Sequence[Part], inputs: Mapping[str, Tensor]) -> Tensor:
         """The noise that the UNet predicts for ``inputs``, the rows of ``parts`` one after the other."""
         arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+        clips = arrays["sample"].ndim == 5
         if self._bundle.controlnets:
-            arrays |= self._residuals(parts, arrays)
-        return torch.from_numpy(self._unet.run(arrays)["noise_pred"])
+            arrays |= self._residuals(parts, arrays, clips)
+        unet = self._unets["motion_unet" if clips else "unet"]
+        return torch.from_numpy(unet.run(arrays)["noise_pred"])
 
-    def _residuals(self, parts: Sequence[Part], arrays: Arrays) -> Arrays:
+    def _residuals(self, parts: Sequence[Part], arrays: Arrays, clips: bool) -> Arrays:
         """What the ControlNets of all rows add; each net runs once, over the rows that use it."""
         uses = _uses(parts)
-        rows, _, height, width = arrays["sample"].shape
-        if not uses:
-            if self._zeros_of != (rows, height, width):
-                self._zeros, self._zeros_of = self._empty(rows, height, width), (rows, height, width)
-            return self._zeros
-        total = self._empty(rows, height, width)
-        for name in dict.fromkeys(use.control.name for use in uses):
-            acting = [use for use in uses if use.control.name == name]
-            places = [row for use in acting for row in use.rows]
-            answer = self._controlnets[name].run(self._control_inputs(acting, places, arrays))
+        rows, frames = arrays["sample"].shape[0], arrays["sample"].shape[2] if clips else 1
+        size = (rows, frames, *arrays["sample"].shape[-2:])
+        if uses:
+            total = self._empty(*size)
+            for name in dict.fromkeys(use.control.name for use in uses):
+                self._add(total, name, [use for use in uses if use.control.name == name], arrays)
+        else:
+            if self._zeros_of != size:
+                self._zeros, self._zeros_of = self._empty(*size), size
+            total = self._zeros
+        return total if clips else {name: value[:, 0] for name, value in total.items()}
+
+    def _add(self, total: Arrays, name: str, uses: list[_Use], arrays: Arrays) -> None:
+        """Add what ControlNet ``name`` says of the rows that use it, a slice of its frames at a time."""
+        inputs = self._control_inputs(uses, arrays)
+        places = [row for use in uses for row in use.rows]
+        frames, limit = len(inputs["sample"]) // len(places), self._bundle.shapes.rows.max
+        for first in range(0, len(inputs["sample"]), limit):
+            answer = self._controlnets[name].run({key: value[first : first + limit] for key, value in inputs.items()})
             for residual, value in answer.items():
-                total[residual][places] += value
-        return total
+                index = np.arange(first, first + len(value))
+                total[residual][np.array(places)[index // frames], index % frames] += value
 
-    def _control_inputs(self, uses: list[_Use], places: list[int], arrays: Arrays) -> Arrays:
-        """Inputs of one ControlNet: its rows of the batch, without the mask that inpainting UNets take."""
-        embedding = torch.cat([use.control.embedding[use.pictures] for use in uses])
+    def _control_inputs(self, uses: list[_Use], arrays: Arrays) -> Arrays:
+        """Inputs of one ControlNet, a row for each frame; without the mask that inpainting UNets take."""
+        places = [row for use in uses for row in use.rows]
+        embedding = torch.cat([use.embedding for use in uses])
         scale = torch.cat([use.control.scale.expand(len(use.rows), -1) for use in uses])
-        return {
-            "sample": arrays["sample"][places, : self._bundle.latent_channels],
-            "timestep": arrays["timestep"][places],
-            **{name: arrays[name][places] for name in _TEXT if name in arrays},
-            "control_embedding": embedding.numpy(),
-            "conditioning_scale": scale.numpy(),
-        }
+        sample = arrays["sample"][places, : self._bundle.latent_channels]
+        if sample.ndim == 5:
+            sample = np.ascontiguousarray(sample.swapaxes(1, 2)).reshape(-1, sample.shape[1], *sample.shape[3:])
+        frames = embedding.shape[1]
+        by_row = {name: arrays[name][places] for name in ("timestep", *_TEXT) if name in arrays}
+        by_row["conditioning_scale"] = scale.numpy()
+        by_frame = {name: value.repeat(frames, axis=0) for name, value in by_row.items()}
+        return {"sample": sample, "control_embedding": embedding.flatten(0, 1).numpy(), **by_frame}
 
-    def _empty(self, rows: int, height: int, width: int) -> Arrays:
-        """Residuals of zero."""
-        bundle = self._bundle
+    def _empty(self, rows: int, frames: int, height: int, width: int) -> Arrays:
+        """Residuals of zero [rows, F, C, h, w]."""
         return {
-            name: np.zeros((rows, channels, level_size(height, level), level_size(width, level)), np.float32)
-            for name, (channels, level) in zip(bundle.residual_names, bundle.residuals, strict=True)
+            name: np.zeros((rows, frames, channels, level_size(height, level), level_size(width, level)), np.float32)
+            for name, (channels, level) in zip(self._bundle.residual_names, self._bundle.residuals, strict=True)
         }
 
 
@@ -87,11 +100,19 @@ def _uses(parts: Sequence[Part]) -> list[_Use]:
     """What acts on a batch at the current steps of its jobs."""
     uses, offset = [], 0
     for part in parts:
-        pictures = part.job.pictures
-        for control in part.job.controls():
-            rows = [row for row in range(part.start, part.stop) if row >= control.first_row]
+        job, span = part.job, range(part.start, part.stop)
+        own_rows = dict(zip(span, job.conditioning_rows(part.start, part.stop), strict=True))
+        for control in job.controls():
+            rows = [row for row, own in own_rows.items() if own >= control.first_row]
             if rows:
-                places = [offset + row - part.start for row in rows]
-                uses.append(_Use(control, places, [row % pictures for row in rows]))
+                features = [_frames(job, control.embedding[row % job.pictures], row) for row in rows]
+                uses.append(_Use(control, [offset + row - part.start for row in rows], torch.stack(features)))
         offset += part.stop - part.start
     return uses
+
+
+def _frames(job: Job, embedding: Tensor, row: int) -> Tensor:
+    """Of the features of a clip's control images [F, C, h, w], those of the frames of ``row``."""
+    if len(job.windows) < 2:
+        return embedding
+    return embedding[list(job.windows[row // (job.rows // len(job.windows))])]

@@ -25,13 +25,17 @@ START_PATIENCE = 32
 
 
 class Candidate(NamedTuple):
-    """A job as the policy sees it. ``since`` is the tick that last served it, or that in which it came."""
+    """A job as the policy sees it. ``since`` is the tick that last served it, or that in which it came.
+
+    A row of ``frames`` frames takes the place of as many rows of one.
+    """
 
     key: Hashable
     pending: int
     since: int
     begun: bool
     priority: int = DEFAULT_PRIORITY
+    frames: int = 1
 
 
 class Share(NamedTuple):
@@ -48,7 +52,7 @@ def patience(candidate: Candidate) -> int:
 
 
 def plan(candidates: Sequence[Candidate], limit: int) -> list[Share]:
-    """Rows for the next call, all of one key and at most ``limit`` in all.
+    """Rows for the next call, all of one key and at most ``limit`` frames in all, or a single row.
 
     Jobs that are due at the same tick are ordered by their rows, the smaller first, then as in ``candidates``.
     """
@@ -56,6 +60,7 @@ def plan(candidates: Sequence[Candidate], limit: int) -> list[Share]:
         return []
     order = sorted(range(len(candidates)), key=lambda i: (_due(candidates[i]), candidates[i].pending, i))
     leader = order[0]
+    limit = max(limit // candidates[leader].frames, 1)
     riders = [index for index in order if candidates[index].key == candidates[leader].key]
     small = [index for index in riders[1:] if candidates[index].pending <= limit // 2]
     rows = {leader: min(candidates[leader].pending, limit - limit // 2 if small else limit)}

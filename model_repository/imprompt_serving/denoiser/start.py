@@ -22,7 +22,7 @@ Generators = torch.Generator | list[torch.Generator]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Start:
-    """First latents [N, C, h, w] and the timesteps to go; what inpainting keeps for later steps.
+    """First latents [N, C, h, w] (clips: [N, C, F, h, w]) and the timesteps to go; what inpainting keeps for later.
 
     ``blend``: noise, clean latents and mask [N, 1, h, w], for UNets without mask input: outside of the mask the picture
     is put back after each step. ``channels`` [N, 1 + C, h, w]: mask and masked picture, for UNets that take them.
@@ -56,13 +56,15 @@ def start(
         return Start(latents=latents, timesteps=scheduler.timesteps, steps=request.num_inference_steps)
     if request.task == "image-to-image":
         timesteps, steps = _remaining(request, scheduler)
-        latents = _encode(tensors["image_moments"], bundle, generator, pictures)
+        if request.frames is not None:
+            latents = _encode_video(tensors["image_moments"], bundle, generator, pictures)
+        else:
+            latents = _encode(tensors["image_moments"], bundle, generator, pictures)
         noise = randn_tensor(latents.shape, generator=generator)
-        return Start(
-            latents=scheduler.add_noise(latents, noise, timesteps[:1].repeat(pictures)),
-            timesteps=timesteps,
-            steps=steps,
-        )
+        latents = scheduler.add_noise(latents, noise, timesteps[:1].repeat(pictures))
+        if request.frames is not None:
+            latents = latents.transpose(1, 2)
+        return Start(latents=latents, timesteps=timesteps, steps=steps)
     return _inpaint(request, bundle, tensors, scheduler, generator, pictures)
 
 
@@ -95,9 +97,10 @@ def _inpaint(
     return Start(latents=latents, timesteps=timesteps, steps=steps, blend=(noise, image, mask))
 
 
-def _shape(request: JobRequest, bundle: Bundle, pictures: int) -> tuple[int, int, int, int]:
+def _shape(request: JobRequest, bundle: Bundle, pictures: int) -> tuple[int, ...]:
     factor = bundle.vae_scale_factor
-    return pictures, bundle.latent_channels, request.height // factor, request.width // factor
+    frames = () if request.frames is None else (request.frames,)
+    return pictures, bundle.latent_channels, *frames, request.height // factor, request.width // factor
 
 
 def _remaining(request: JobRequest, scheduler: Any) -> tuple[Tensor, int]:
@@ -117,6 +120,15 @@ def _encode(moments: Tensor, bundle: Bundle, generator: Generators, pictures: in
     if isinstance(generator, list):
         moments = _repeat(moments, pictures)
     return _repeat(_sample(moments, generator) * bundle.vae_scaling_factor, pictures)
+
+
+def _encode_video(moments: Tensor, bundle: Bundle, generator: Generators, clips: int) -> Tensor:
+    """Latents of a video for each clip [N, F, C, h, w], from its moments [F, 2 C, h, w]."""
+    if isinstance(generator, list):
+        sampled = torch.stack([_sample(moments, one) for one in generator])
+    else:
+        sampled = _sample(moments, generator).expand(clips, -1, -1, -1, -1)
+    return sampled * bundle.vae_scaling_factor
 
 
 def _sample(moments: Tensor, generator: Generators) -> Tensor:

@@ -15,14 +15,14 @@ from imprompt_serving.specs import Bundle
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Control:
-    """A ControlNet that a request uses: one image for all results, or one for each prompt."""
+    """A ControlNet that a request uses: one image for all results, or one for each prompt; clips: for each frame."""
 
     images: tuple[Image.Image, ...]
     use: ControlUse
 
 
-def parse_controls(read: Reader, bundle: Bundle, task: Task, prompts: int) -> tuple[Control, ...]:
-    """The ControlNets of a request in its order; none when it has no control image."""
+def parse_controls(read: Reader, bundle: Bundle, task: Task, prompts: int, frames: int | None) -> tuple[Control, ...]:
+    """The ControlNets of a request in its order; none when it has no control image. ``frames`` is set for clips."""
     data, names = read.data("control_image"), read.texts("controlnet")
     if not data:
         for name in ("controlnet", "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"):
@@ -31,13 +31,14 @@ def parse_controls(read: Reader, bundle: Bundle, task: Task, prompts: int) -> tu
         return ()
     names = _names(names, bundle)
     each = len(data) // len(names)
-    if len(data) % len(names) or each not in (1, prompts):
-        wanted = f"one for each of {', '.join(names)}" + (f", or {prompts} (one a prompt)" if prompts > 1 else "")
+    several, what = (prompts, "prompt") if frames is None else (frames, "frame")
+    if len(data) % len(names) or each not in (1, several):
+        wanted = f"one for each of {', '.join(names)}" + (f", or {several} (one a {what})" if several > 1 else "")
         raise InvalidRequest("control_image", f"{wanted}; got {len(data)}")
     pictures = [images.decode(picture, "control_image") for picture in data]
     return tuple(
         Control(images=tuple(pictures[index * each : (index + 1) * each]), use=use)
-        for index, use in enumerate(_uses(read, bundle, task, names))
+        for index, use in enumerate(_uses(read, names, 1.0 if frames else default_scale(bundle, task)))
     )
 
 
@@ -51,11 +52,11 @@ def _names(names: tuple[str, ...], bundle: Bundle) -> tuple[str, ...]:
     return names or known
 
 
-def _uses(read: Reader, bundle: Bundle, task: Task, names: tuple[str, ...]) -> list[ControlUse]:
+def _uses(read: Reader, names: tuple[str, ...], default: float) -> list[ControlUse]:
     def by_net(name: str, default: float, low: float, high: float) -> tuple[float, ...]:
         return spread(name, read.numbers(name, low, high), len(names), default, "ControlNets")
 
-    scales = by_net("controlnet_conditioning_scale", default_scale(bundle, task), -1e6, 1e6)
+    scales = by_net("controlnet_conditioning_scale", default, -1e6, 1e6)
     starts = by_net("control_guidance_start", 0.0, 0, 1)
     ends = by_net("control_guidance_end", 1.0, 0, 1)
     for start, end in zip(starts, ends, strict=True):
@@ -66,7 +67,7 @@ def _uses(read: Reader, bundle: Bundle, task: Task, names: tuple[str, ...]) -> l
 
 
 def default_scale(bundle: Bundle, task: Task) -> float:
-    """Defaults of diffusers' ControlNet pipelines."""
+    """Defaults of diffusers' ControlNet pipelines for pictures."""
     if task == "image-to-image":
         return 0.8
     return 0.5 if task == "inpainting" and bundle.family == "sd15" else 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,14 @@ from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.pipeline.image_prompts import ImagePrompt
 from imprompt_serving.pipeline.images import clip_pixels, control_pixels, mask_pixels, vae_pixels
 from imprompt_serving.pipeline.mask_crop import crop_region, fit_filled
-from imprompt_serving.pipeline.models import Models, Tensors
+from imprompt_serving.pipeline.models import Models, Tensors, raise_for_error, strings
 from imprompt_serving.pipeline.request import Request
 from imprompt_serving.pipeline.stages import Stages
 from imprompt_serving.pipeline.text import PromptTokenizer
 from imprompt_serving.specs import Adapter, Bundle, TextEncoder
+
+_ENCODED_TOGETHER = 4
+"""Start pictures (frames, above all) of one request that are encoded at the same time."""
 
 
 class TextPromptEncoder:
@@ -80,6 +84,7 @@ class ImagePromptEncoder:
 
     async def _prompt(self, prompt: ImagePrompt, guided: bool, stages: Stages) -> Tensors:
         name = prompt.adapter.name
+        prompt = await self._with_faces(prompt, stages)
         pairs: dict[str, tuple[np.ndarray | None, np.ndarray]] = {}
         if prompt.embeds is not None:
             pairs[f"image_embeds_{name}"] = _given(prompt.embeds, guided)
@@ -88,6 +93,35 @@ class ImagePromptEncoder:
             pairs[f"clip_embeds_{name}" if prompt.adapter.clip_shape else f"image_embeds_{name}"] = features
         tensors = {key: positive for key, (_, positive) in pairs.items()}
         return tensors | {f"negative_{key}": neg for key, (neg, _) in pairs.items() if neg is not None}
+
+    async def faces(self, prompt: ImagePrompt, stages: Stages) -> np.ndarray:
+        """Face embeddings [2 (negative, positive), faces, 1, 512] of a FaceID adapter's prompt."""
+        embeds = (await self._with_faces(prompt, stages)).embeds
+        assert embeds is not None  # given, or found
+        return embeds
+
+    async def _with_faces(self, prompt: ImagePrompt, stages: Stages) -> ImagePrompt:
+        """``prompt`` with the faces of its photos: their embeddings (negative: zeros), and for CLIP their crops.
+
+        The crops keep insightface's order of colours (blue first), as in diffusers' guide and the authors' own code.
+        """
+        if not prompt.photos:
+            return prompt
+        with stages.measure("face_encoder"):
+            found = await asyncio.gather(*(self._face(prompt, index) for index in range(len(prompt.photos))))
+        embeds = np.stack([face["embeddings"] for face in found])
+        crops = tuple(Image.fromarray(face["crops"][0]) for face in found) if prompt.adapter.clip_shape else ()
+        return replace(prompt, embeds=np.stack([np.zeros_like(embeds), embeds]), images=crops)
+
+    async def _face(self, prompt: ImagePrompt, index: int) -> Tensors:
+        """The largest face of a photo."""
+        model = self._bundle.model("face_encoder")
+        found = await self._models.call(model, {"picture": strings(prompt.photos[index])})
+        raise_for_error(found)
+        if not len(found["embeddings"]):
+            which = f"picture {index + 1} of {len(prompt.photos)}"
+            raise InvalidRequest("ip_adapter_image", f"{prompt.adapter.name}: no face was found in {which}")
+        return found
 
     async def features(self, prompt: ImagePrompt, guided: bool, stages: Stages) -> tuple[np.ndarray | None, np.ndarray]:
         """Features of a prompt's pictures: negative (when ``guided``) and positive, each [pictures, ...]."""
@@ -131,7 +165,7 @@ def _given(embeds: np.ndarray, guided: bool) -> tuple[np.ndarray | None, np.ndar
 
 
 async def encode_start(request: Request, bundle: Bundle, models: Models, stages: Stages) -> Tensors:
-    """Start pictures as moments of the VAE's Gaussian, and the mask at the resolution of the latents."""
+    """Start pictures (or frames) as moments of the VAE's Gaussian, and the mask at the resolution of the latents."""
     if request.task == "text-to-image":
         return {}
     height, width = request.height, request.width
@@ -140,10 +174,14 @@ async def encode_start(request: Request, bundle: Bundle, models: Models, stages:
         box = crop_region(masks[0], width, height, request.start.mask_crop)
         images, masks = ([fit_filled(i.crop(box), width, height) for i in group] for group in (images, masks))
 
+    turn = asyncio.Semaphore(_ENCODED_TOGETHER)
+
+    async def encode_picture(pixels: np.ndarray) -> np.ndarray:
+        async with turn:
+            return (await models.call(bundle.model("vae_encoder"), {"sample": pixels[None]}))["moments"]
+
     async def encode(pixels: np.ndarray) -> np.ndarray:
-        model = bundle.model("vae_encoder")
-        parts = await asyncio.gather(*(models.call(model, {"sample": picture[None]}) for picture in pixels))
-        return np.concatenate([part["moments"] for part in parts])
+        return np.concatenate(await asyncio.gather(*map(encode_picture, pixels)))
 
     with stages.measure("vae_encoder"):
         pixels = vae_pixels(images, height, width)

@@ -12,11 +12,11 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from imprompt_serving.errors import InvalidRequest, Overloaded, RequestError, from_status
+from imprompt_serving.errors import InvalidRequest, Overloaded, RequestError
 from imprompt_serving.job import Admission, JobRequest
 from imprompt_serving.pipeline.encode import ImagePromptEncoder, TextPromptEncoder, control_tensors, encode_start
 from imprompt_serving.pipeline.finish import Finisher
-from imprompt_serving.pipeline.models import Models, Tensors, strings
+from imprompt_serving.pipeline.models import Models, Tensors, raise_for_error, strings
 from imprompt_serving.pipeline.request import Request
 from imprompt_serving.pipeline.stages import Stages
 from imprompt_serving.specs import Bundle
@@ -71,7 +71,8 @@ class Pipeline:
 
     async def _admit(self, request: Request, job_id: str) -> None:
         """A place in the denoiser's line, before any other work is done for a request that is refused then."""
-        rows = request.pictures * (2 if self._bundle.guided(request.guidance_scale) else 1)
+        frames = 1 if request.clip is None else request.clip.frames
+        rows = request.pictures * frames * (2 if self._bundle.guided(request.guidance_scale) else 1)
         share = 1.0 if request.task == "text-to-image" else request.strength
         asked = Admission(id=job_id, rows=rows, steps=max(round(request.num_inference_steps * share), 1))
         await self._tell_denoiser(admit=msgspec.json.encode(asked))
@@ -79,11 +80,13 @@ class Pipeline:
     async def _tell_denoiser(self, **message: str | bytes) -> None:
         tensors = {name: strings(value) for name, value in message.items()}
         async for answer in self._models.stream(self._bundle.model("denoiser"), tensors):
-            _raise_for_error(answer)
+            raise_for_error(answer)
 
     async def _embeddings_only(self, request: Request, adapter: str) -> Tensors:
         for prompt in request.image_prompts:
             if prompt.adapter.name == adapter:
+                if prompt.adapter.uses_face:
+                    return {f"image_embeds_{adapter}": await self._images.faces(prompt, Stages())}
                 negative, positive = await self._images.features(prompt, True, Stages())
                 assert negative is not None  # guided
                 return {f"image_embeds_{adapter}": np.stack([negative, positive])}
@@ -108,6 +111,8 @@ class Pipeline:
             adapters=tuple(prompt.use for prompt in request.image_prompts),
             controls=tuple(control.use for control in request.controls),
             guess_mode=request.guess_mode,
+            frames=None if request.clip is None else request.clip.frames,
+            context=None if request.clip is None else request.clip.context,
             sizes=request.sizes,
             timeout=None if request.timeout is None else max(request.timeout - seconds, 0.0),
             priority=request.priority,
@@ -121,16 +126,10 @@ class Pipeline:
         tensors = {"job": strings(msgspec.json.encode(job)), **tensors}
         with stages.measure("denoiser"):
             async for answer in self._models.stream(self._bundle.model("denoiser"), tensors):
-                _raise_for_error(answer)
+                raise_for_error(answer)
                 if progress:
                     progress({name: answer[name] for name in ("step", "steps", "preview") if name in answer})
                 if "latents" in answer:
                     stages.seconds.update(json.loads(answer["timings"][0]))
                     return answer["latents"]
         raise RequestError("the denoiser ended without latents")
-
-
-def _raise_for_error(answer: Tensors) -> None:
-    if "error" in answer:
-        status, message = (part.decode() for part in answer["error"])
-        raise from_status(status, message)

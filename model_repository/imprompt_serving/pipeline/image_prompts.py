@@ -18,10 +18,14 @@ from imprompt_serving.weight_types import WEIGHT_TYPES
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImagePrompt:
-    """An adapter that a request uses: its pictures or embeddings, masks, and how it acts."""
+    """An adapter that a request uses: its pictures or embeddings, masks, and how it acts.
+
+    ``photos`` are encoded pictures of people, whose faces are yet to be found.
+    """
 
     adapter: Adapter
     images: tuple[Image.Image, ...]
+    photos: tuple[bytes, ...]
     negative_images: tuple[Image.Image, ...]
     embeds: np.ndarray | None
     masks: tuple[Image.Image, ...]
@@ -31,8 +35,8 @@ class ImagePrompt:
 def parse_image_prompts(read: Reader, bundle: Bundle) -> tuple[ImagePrompt, ...]:
     """The adapters that a request names, in the order of the bundle; none when it has no image prompt."""
     pictures = _by_adapter(read, "ip_adapter_image", bundle)
-    negatives = _by_adapter(read, "negative_ip_adapter_image", bundle)
-    masks = _by_adapter(read, "ip_adapter_masks", bundle)
+    negatives = _decoded(read, "negative_ip_adapter_image", bundle)
+    masks = _decoded(read, "ip_adapter_masks", bundle)
     embeds = {a.name: _embeds(read, a) for a in bundle.adapters if f"ip_adapter_image_embeds_{a.name}" in read}
     used = [adapter for adapter in bundle.adapters if pictures[adapter.name] or adapter.name in embeds]
     for parameter, given in (("ip_adapter_masks", masks), ("negative_ip_adapter_image", negatives)):
@@ -41,23 +45,27 @@ def parse_image_prompts(read: Reader, bundle: Bundle) -> tuple[ImagePrompt, ...]
             raise InvalidRequest(parameter, f"{', '.join(idle)} has no ip_adapter_image")
     uses = _uses(read, bundle, used)
     return tuple(
-        _image_prompt(adapter, use, pictures[n], negatives[n], embeds.get(n), masks[n])
+        _image_prompt(bundle, adapter, use, pictures[n], negatives[n], embeds.get(n), masks[n])
         for adapter, use in zip(used, uses, strict=True)
         for n in [adapter.name]
     )
 
 
 def _image_prompt(
+    bundle: Bundle,
     adapter: Adapter,
     use: AdapterUse,
-    pictures: list[Image.Image],
+    pictures: list[bytes],
     negatives: list[Image.Image],
     embeds: np.ndarray | None,
     masks: list[Image.Image],
 ) -> ImagePrompt:
     name = adapter.name
+    photos: list[bytes] = []
     if adapter.uses_face and embeds is None:
-        raise InvalidRequest("ip_adapter_image_embeds", f"{name} needs face embeddings")
+        if not bundle.finds_faces(adapter):
+            raise InvalidRequest("ip_adapter_image_embeds", f"{name} needs face embeddings: no face_encoder is served")
+        photos = pictures
     if adapter.clip_shape and not pictures:
         raise InvalidRequest("ip_adapter_image", f"{name} needs the face's picture beside its embedding")
     if embeds is not None and pictures and not adapter.clip_shape:
@@ -69,13 +77,16 @@ def _image_prompt(
         raise InvalidRequest("ip_adapter_masks", f"{name}: {len(masks)} masks for {count} image prompts")
     if negatives and embeds is not None:
         raise InvalidRequest("negative_ip_adapter_image", f"{name}: embeddings carry their negative ones")
+    if negatives and photos:
+        raise InvalidRequest("negative_ip_adapter_image", f"{name}: the negative of a face is zeros")
     if negatives and len(negatives) not in (1, count):
         raise InvalidRequest(
             "negative_ip_adapter_image", f"{name}: {len(negatives)} pictures for {count} image prompts"
         )
     return ImagePrompt(
         adapter=adapter,
-        images=tuple(pictures),
+        images=() if photos else tuple(images.decode(picture, "ip_adapter_image") for picture in pictures),
+        photos=tuple(photos),
         negative_images=tuple(negatives * count if len(negatives) == 1 else negatives),
         embeds=embeds,
         masks=tuple(masks),
@@ -123,11 +134,16 @@ def adapter_name(name: str | None, bundle: Bundle, parameter: str) -> str | None
     return name
 
 
-def _by_adapter(read: Reader, name: str, bundle: Bundle) -> dict[str, list[Image.Image]]:
-    """The pictures of ``name`` by adapter: named by ``<name>_adapter``, or else the bundle's adapters in order."""
+def _decoded(read: Reader, name: str, bundle: Bundle) -> dict[str, list[Image.Image]]:
+    by_adapter = _by_adapter(read, name, bundle).items()
+    return {adapter: [images.decode(picture, name) for picture in pictures] for adapter, pictures in by_adapter}
+
+
+def _by_adapter(read: Reader, name: str, bundle: Bundle) -> dict[str, list[bytes]]:
+    """Encoded pictures of ``name`` by adapter: as ``<name>_adapter`` says, or else the bundle's adapters in order."""
     data, names = read.data(name), read.texts(f"{name}_adapter")
     known = [adapter.name for adapter in bundle.adapters]
-    found: dict[str, list[Image.Image]] = {adapter: [] for adapter in known}
+    found: dict[str, list[bytes]] = {adapter: [] for adapter in known}
     if not data:
         return found
     if not known:
@@ -141,7 +157,7 @@ def _by_adapter(read: Reader, name: str, bundle: Bundle) -> dict[str, list[Image
         raise InvalidRequest(f"{name}_adapter", f"{len(names)} names for {len(data)} pictures")
     for adapter, picture in zip(names, data, strict=True):
         adapter_name(adapter, bundle, name)
-        found[adapter].append(images.decode(picture, name))
+        found[adapter].append(picture)
     return found
 
 

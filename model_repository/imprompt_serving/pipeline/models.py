@@ -7,6 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
+from imprompt_serving.errors import from_status
+
 Tensors = dict[str, np.ndarray]
 
 
@@ -20,6 +22,13 @@ class Models(Protocol):
     def stream(self, model: str, tensors: Mapping[str, np.ndarray]) -> AsyncIterator[Tensors]:
         """The answers of a decoupled model."""
         ...
+
+
+def raise_for_error(answer: Tensors) -> None:
+    """Raise what a model answered as a tensor: between two models Triton makes every error an INTERNAL one."""
+    if "error" in answer:
+        status, message = (part.decode() for part in answer["error"])
+        raise from_status(status, message)
 
 
 def strings(*values: str | bytes) -> np.ndarray:

@@ -14,7 +14,9 @@ from PIL import Image
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.job import SizeConditions, Task
 from imprompt_serving.pipeline import images
+from imprompt_serving.pipeline.clips import Clip, parse_clip
 from imprompt_serving.pipeline.controls import Control, parse_controls
+from imprompt_serving.pipeline.encoded import CLIP_FORMATS, PICTURE_FORMATS
 from imprompt_serving.pipeline.image_prompts import ImagePrompt, adapter_name, parse_image_prompts
 from imprompt_serving.pipeline.reader import Reader, spread
 from imprompt_serving.specs import Bundle
@@ -26,7 +28,7 @@ _OUTPUT_TYPES = ("np", "latent")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StartImages:
-    """Pictures to start from, and masks of what to repaint; a mask crop has a margin in pixels."""
+    """Pictures (or frames) to start from, and masks of what to repaint; a mask crop has a margin in pixels."""
 
     images: tuple[Image.Image, ...] = ()
     masks: tuple[Image.Image, ...] = ()
@@ -44,6 +46,7 @@ class Request:
     """Likewise; None when none was given."""
     image_prompts: tuple[ImagePrompt, ...]
     start: StartImages
+    clip: Clip | None
     controls: tuple[Control, ...]
     guess_mode: bool
     height: int
@@ -60,6 +63,7 @@ class Request:
     scheduler_config: dict[str, Any]
     sizes: SizeConditions
     output_type: str
+    output_format: str | None
     timeout: float | None
     encode_image: str | None
     priority: int
@@ -68,6 +72,7 @@ class Request:
 
     @property
     def pictures(self) -> int:
+        """Results: pictures or clips."""
         return len(self.prompts[0]) * self.num_images_per_prompt
 
 
@@ -85,12 +90,14 @@ def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
         raise InvalidRequest(
             "num_images_per_prompt", f"{pictures} pictures asked for; at most {MAX_PICTURES} a request"
         )
-    start = _start(read, bundle, pictures)
+    clip = parse_clip(read, bundle, pictures)
+    start = _start(read, bundle, pictures, clip)
     task: Task = "inpainting" if start.masks else "image-to-image" if start.images else "text-to-image"
     if bundle.unet_channels != bundle.latent_channels and task != "inpainting":
         raise InvalidRequest("mask_image", f"{bundle.name} is an inpainting model: it needs image and mask_image")
-    controls = parse_controls(read, bundle, task, len(prompts[0]))
-    height, width = _size(read, bundle, task, start, controls)
+    frames = None if clip is None else clip.frames
+    controls = parse_controls(read, bundle, task, len(prompts[0]), frames)
+    height, width = _size(read, bundle, task, start, controls, clip)
     timeout = read.number("timeout", math.inf, 1e-3)
     seeds = read.integers("seed")
     if len(seeds) not in (0, 1, pictures):
@@ -101,6 +108,7 @@ def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
         negative_prompts=_negative_prompts(read, bundle, len(prompts[0])),
         image_prompts=parse_image_prompts(read, bundle),
         start=start,
+        clip=clip,
         controls=controls,
         guess_mode=read.flag("guess_mode"),
         height=height,
@@ -117,6 +125,7 @@ def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
         scheduler_config=read.json("scheduler_config", dict) or {},
         sizes=_size_conditions(read),
         output_type=read.choice("output_type", _OUTPUT_TYPES, "np"),
+        output_format=_output_format(read, PICTURE_FORMATS if clip is None else CLIP_FORMATS),
         timeout=timeout if math.isfinite(timeout) else None,
         encode_image=adapter_name(read.text("encode_image"), bundle, "encode_image"),
         priority=read.integer("priority", 5, 1, 9),
@@ -147,7 +156,7 @@ def _negative_prompts(read: Reader, bundle: Bundle, count: int) -> tuple[tuple[s
     ]
 
 
-def _start(read: Reader, bundle: Bundle, pictures: int) -> StartImages:
+def _start(read: Reader, bundle: Bundle, pictures: int, clip: Clip | None) -> StartImages:
     given = {name: [images.decode(data, name) for data in read.data(name)] for name in ("image", "mask_image")}
     if given["mask_image"] and not given["image"]:
         raise InvalidRequest("mask_image", "needs an image")
@@ -159,9 +168,20 @@ def _start(read: Reader, bundle: Bundle, pictures: int) -> StartImages:
         raise InvalidRequest("padding_mask_crop", "needs one image and one mask_image")
     if crop is not None and not np.asarray(given["mask_image"][0].convert("L")).any():
         raise InvalidRequest("mask_image", "is all black: there is nothing to crop to")
-    if "strength" in read and not given["image"]:
-        raise InvalidRequest("strength", "needs an image")
+    video = clip.video if clip is not None else ()
+    if "strength" in read and not given["image"] and not video:
+        raise InvalidRequest("strength", "needs an image or a video")
+    if video:
+        return StartImages(images=video)
     return StartImages(images=tuple(given["image"]), masks=tuple(given["mask_image"]), mask_crop=crop)
+
+
+def _output_format(read: Reader, formats: tuple[str, ...]) -> str | None:
+    if "output_format" in read and read.text("output_type") == "latent":
+        raise InvalidRequest(
+            "output_format", "latents are not pictures; leave one of output_format and output_type out"
+        )
+    return read.choice("output_format", formats, formats[0]) if "output_format" in read else None
 
 
 def _strength(read: Reader, bundle: Bundle, task: Task, controls: tuple[Control, ...]) -> float:
@@ -182,7 +202,12 @@ def _default_guidance(bundle: Bundle, task: Task, controls: tuple[Control, ...])
 
 
 def _size(
-    read: Reader, bundle: Bundle, task: Task, start: StartImages, controls: tuple[Control, ...]
+    read: Reader,
+    bundle: Bundle,
+    task: Task,
+    start: StartImages,
+    controls: tuple[Control, ...],
+    clip: Clip | None,
 ) -> tuple[int, int]:
     """Height and width; by default those of the bundle, or of the picture that diffusers' pipelines take them from.
 
@@ -191,7 +216,9 @@ def _size(
     """
     height, width, asked = bundle.default_height, bundle.default_width, None
     first = None
-    if task == "image-to-image" or (controls and start.images):
+    if clip is not None:
+        pass
+    elif task == "image-to-image" or (controls and start.images):
         first, asked = start.images[0], "image"
     elif controls:
         first, asked = controls[0].images[0], "control_image"

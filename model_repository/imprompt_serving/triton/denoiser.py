@@ -44,7 +44,8 @@ class TritonPythonModel:
         embeddings = {net.name: engine(f"controlnet_embedding_{net.name}") for net in bundle.controlnets}
         controlnets = {net.name: engine(f"controlnet_{net.name}") for net in bundle.controlnets}
         self._conditioner = Conditioner(bundle, projections, embeddings)
-        networks = Networks(bundle, engine("unet"), controlnets)
+        unets = {name: engine(name) for name in ("unet", "motion_unet")[: 1 if bundle.motion is None else 2]}
+        networks = Networks(bundle, unets, controlnets)
         with torch.no_grad():
             warm_up(bundle, self._conditioner, networks)
         self._metrics = Metrics(metrics.DENOISER, args["model_name"])

@@ -1,0 +1,31 @@
+"""AnimateDiff: the motion UNet of a bundle, made of its UNet and a motion adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import MotionAdapter, UNetMotionModel
+
+from imprompt_export.bundle import BundleError, BundleFile
+
+
+def load_motion_unet(bundle: BundleFile, unet: Any) -> Any | None:
+    """``unet`` with the motion modules of the bundle's adapter between its layers; None when it has no adapter.
+
+    Image prompt layers come along. LoRAs must be fused before: a motion UNet counts its layers otherwise than the
+    UNet that they were made for.
+
+    Raises:
+        BundleError: the adapter cannot be loaded, or is made for another UNet.
+    """
+    if bundle.motion_adapter is None:
+        return None
+    path = bundle.motion_adapter.path
+    if unet.config.addition_embed_type is not None or unet.config.in_channels != unet.config.out_channels:
+        raise BundleError("motion_adapter: clips are served for SD1.5 bases without mask input only")
+    try:
+        adapter = MotionAdapter.from_pretrained(bundle.locate(path), dtype=torch.float32)
+        return UNetMotionModel.from_unet2d(unet, adapter).eval()
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise BundleError(f"motion_adapter: {path} does not fit the base: {error}") from error

@@ -1,0 +1,70 @@
+"""The clip that a request asks for: its frames, the video it starts from, and the windows it runs in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from PIL import Image
+
+from imprompt_serving.errors import InvalidRequest
+from imprompt_serving.job import Context
+from imprompt_serving.pipeline import images
+from imprompt_serving.pipeline.reader import Reader
+from imprompt_serving.specs import Bundle
+
+MAX_FRAMES = 256
+"""Frames of all clips of a request that asks for several."""
+_CONTEXT = Context(length=16)
+"""What AnimateDiff's motion modules are trained for, and AnimateDiff-Evolved's default."""
+_MAX_STRIDE = 8
+_PARAMETERS = ("context_length", "context_stride", "context_overlap")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Clip:
+    """Frames of each clip, and the frames of the video to start from, if there is one."""
+
+    frames: int
+    video: tuple[Image.Image, ...]
+    context: Context
+
+
+def parse_clip(read: Reader, bundle: Bundle, clips: int) -> Clip | None:
+    """What a request says of its clips; None when it asks for pictures."""
+    video = read.data("video")
+    if not video and "num_frames" not in read:
+        for name in _PARAMETERS:
+            if name in read:
+                raise InvalidRequest(name, "needs num_frames or video")
+        return None
+    if bundle.motion is None:
+        raise InvalidRequest("num_frames", f"{bundle.name} has no motion adapter")
+    if "image" in read:
+        raise InvalidRequest("image", "starts pictures; clips start from video")
+    low, _, high = bundle.shapes.frames
+    frames = read.integer("num_frames", len(video), low, high)
+    if video and len(video) != frames:
+        raise InvalidRequest("video", f"{len(video)} frames for a clip of {frames}")
+    if not low <= frames <= high:
+        raise InvalidRequest("video", f"must have {low} to {high} frames, got {frames}")
+    if clips > 1 and clips * frames > MAX_FRAMES:
+        raise InvalidRequest(
+            "num_images_per_prompt",
+            f"{clips} clips of {frames} frames asked for; at most {MAX_FRAMES} frames in all",
+        )
+    return Clip(
+        frames=frames,
+        video=tuple(images.decode(frame, "video") for frame in video),
+        context=_context(read, frames, bundle.motion.window),
+    )
+
+
+def _context(read: Reader, frames: int, window: int) -> Context:
+    """Windows for a clip; without a word of the caller one that fits the motion modules has a single window."""
+    length = window if frames <= window else min(_CONTEXT.length, window)
+    length = read.integer("context_length", length, 2, window)
+    return Context(
+        length=length,
+        stride=read.integer("context_stride", _CONTEXT.stride, 1, _MAX_STRIDE),
+        overlap=read.integer("context_overlap", min(_CONTEXT.overlap, length - 1), 0, length - 1),
+    )

@@ -1,0 +1,89 @@
+"""A folder of face models that does not do is refused by name, before anything is exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import bundles
+from imprompt_export import BundleError, BundleFile
+from imprompt_export.faces import find_models
+from tiny import adapters, base
+from tiny.faces import make_face_models
+
+pytestmark = pytest.mark.skipif(not bundles.FACES, reason="needs insightface: install imprompt[face]")
+WIDTHS = {"portrait": 512}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_face_models(tmp_path / "buffalo")
+    adapters.make_adapter(tmp_path / "ip", "faceid_portrait")
+    base.make_sd15(tmp_path / "base")
+    return tmp_path
+
+
+def load(folder: Path, more: str = "", adapter: bool = True) -> BundleFile:
+    file = folder / "bundle.toml"
+    section = bundles.adapter("portrait", next((folder / "ip").glob("*.*")), folder / "ip", None) if adapter else ""
+    head = 'name = "tiny"\nbase = "base"\n'
+    file.write_text(f'{head}{section}\n[face_encoder]\npath = "buffalo"\n{more}')
+    return BundleFile.load(file)
+
+
+def test_detector_and_recogniser_are_found(folder: Path) -> None:
+    found = find_models(load(folder), WIDTHS)
+    assert {task: file.name for task, file in found.items()} == {
+        "detection": "det_10g.onnx",
+        "recognition": "w600k_r50.onnx",
+    }
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("det_size = [100, 640]", "det_size"),
+        ("det_size = [640]", "det_size"),
+        ("det_thresh = 1.5", "det_thresh"),
+        ("colour = 1", "colour"),
+    ],
+)
+def test_options_are_checked(folder: Path, more: str, said: str) -> None:
+    with pytest.raises(BundleError, match=said):
+        load(folder, more)
+
+
+def test_a_missing_folder(folder: Path) -> None:
+    (folder / "buffalo").rename(folder / "elsewhere")
+    with pytest.raises(BundleError, match=r"face_encoder\.path.*buffalo"):
+        load(folder)
+
+
+def test_a_bundle_without_adapters(folder: Path) -> None:
+    with pytest.raises(BundleError, match="no FaceID adapter"):
+        load(folder, adapter=False)
+
+
+def test_a_bundle_without_faceid_adapters(folder: Path) -> None:
+    with pytest.raises(BundleError, match="no FaceID adapter"):
+        find_models(load(folder), {})
+
+
+@pytest.mark.parametrize(("name", "task"), [("det_10g", "detection"), ("w600k_r50", "recognition")])
+def test_a_missing_model(folder: Path, name: str, task: str) -> None:
+    (folder / f"buffalo/{name}.onnx").unlink()
+    with pytest.raises(BundleError, match=rf"no {task} model among .*genderage\.onnx"):
+        find_models(load(folder), WIDTHS)
+
+
+def test_a_damaged_file(folder: Path) -> None:
+    (folder / "buffalo/det_10g.onnx").write_bytes(b"not a model")
+    with pytest.raises(BundleError, match=r"det_10g\.onnx cannot be loaded"):
+        find_models(load(folder), WIDTHS)
+
+
+def test_a_recogniser_of_another_width(folder: Path) -> None:
+    make_face_models(folder / "buffalo", width=192)
+    with pytest.raises(BundleError, match="width 192, but ip_adapter portrait takes 512"):
+        find_models(load(folder), WIDTHS)

@@ -1,0 +1,240 @@
+"""Clips: the frames of diffusers' AnimateDiff pipelines, through a running Triton that serves pictures too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+from diffusers import ControlNetModel, MotionAdapter
+
+from imprompt import InvalidRequest, Progress, Result
+from parity import MAX_LEVELS, MEAN_LEVELS, TELLABLE, assert_different, assert_same
+from served import Served
+from tiny import images, oracle
+
+STATUE = images.photo(1)
+PROMPT = "a photo of a cat"
+GUIDE = {"clip_sample": False, "timestep_spacing": "linspace", "beta_schedule": "linear", "steps_offset": 1}
+"""Scheduler options of the video example in diffusers' IP-Adapter guide."""
+FRAMES = 6
+RELIEFS = [images.control_image("depth", index) for index in range(FRAMES)]
+
+
+@pytest.fixture
+def control(served: Callable[[str], Served]) -> Served:
+    return served("control")
+
+
+@cache
+def pipeline(served: Served, cls: str, nets: tuple[str, ...] = ()) -> Any:
+    """A pipeline of diffusers over the bundle's checkpoints, with the guide's scheduler."""
+    components: dict[str, Any] = {"motion_adapter": MotionAdapter.from_pretrained(served.bundle.checkpoints / "motion")}
+    loaded = [ControlNetModel.from_pretrained(served.bundle.checkpoints / net) for net in nets]
+    if loaded:
+        components["controlnet"] = loaded if len(loaded) > 1 else loaded[0]
+    return served.bundle.oracle(
+        getattr(diffusers, cls), scheduler="DDIMScheduler", scheduler_config=GUIDE, **components
+    )
+
+
+def frames(result: Any) -> Any:
+    return np.stack([oracle.as_array(clip) for clip in result.frames])
+
+
+def assert_same_clip(result: Any, expected: Any) -> None:
+    largest, mean = oracle.picture_distance(frames(result), expected)
+    assert largest <= MAX_LEVELS, f"frames differ by {largest} levels (mean {mean:.3f})"
+    assert mean <= MEAN_LEVELS
+
+
+def assert_other_clip(result: Any, other: Any) -> None:
+    assert oracle.picture_distance(frames(result), other)[1] >= TELLABLE
+
+
+def both(served: Served, cls: str, nets: tuple[str, ...] = (), **arguments: Any) -> tuple[Any, Any]:
+    """The server's clip and diffusers' frames. Control images are those of all frames, net by net."""
+    pipe = pipeline(served, cls, nets)
+    pipe.set_ip_adapter_scale(0.6)
+    arguments = {"prompt": PROMPT, "num_inference_steps": 3, "ip_adapter_image": STATUE, **arguments}
+    theirs = dict(arguments)
+    if nets:
+        pictures = theirs.pop("control_image")
+        by_net = [pictures[index * FRAMES : (index + 1) * FRAMES] for index in range(len(nets))]
+        theirs["conditioning_frames"] = by_net if len(nets) > 1 else by_net[0]
+        arguments["controlnet"] = list(nets)
+    expected = oracle.generate(pipe, **theirs)
+    return generate(served, **{"seed": 0, **arguments}), expected
+
+
+def generate(served: Served, **arguments: Any) -> Any:
+    common = {"prompt": PROMPT, "num_inference_steps": 3, "scheduler": "DDIMScheduler", "scheduler_config": GUIDE}
+    if "ip_adapter_image" in arguments:
+        common["ip_adapter_scale"] = 0.6
+    return served.generate(**{**common, **arguments})
+
+
+def test_text_to_video_with_an_image_prompt(control: Served) -> None:
+    result, expected = both(control, "AnimateDiffPipeline", num_frames=FRAMES)
+    assert frames(result).shape == (1, FRAMES, 64, 64, 3)
+    assert result.images == []
+    assert_same_clip(result, expected)
+    other = generate(control, num_frames=FRAMES, ip_adapter_image=images.photo(2), seed=0)
+    assert_other_clip(result, frames(other))
+
+
+def test_frames_know_of_each_other(control: Served) -> None:
+    """Motion modules mix the frames: with another video in the last frames, the first ones change, too."""
+    arguments: dict[str, Any] = {"seed": 0, "strength": 0.6, "num_inference_steps": 4}
+    video = images.video(FRAMES)
+    one = generate(control, video=video, **arguments)
+    other = generate(control, video=[*video[:3], *images.video(3, seed=5)], **arguments)
+    assert_other_clip(one, frames(other))
+    assert oracle.picture_distance(frames(one)[:, :3], frames(other)[:, :3])[1] >= TELLABLE / 3
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param({"num_frames": 16, "num_inference_steps": 2}, id="16 frames"),
+        pytest.param({"num_frames": 1}, id="a single frame"),
+        pytest.param({"num_frames": 3, "height": 48, "width": 72}, id="not square"),
+        pytest.param({"num_frames": 3, "guidance_scale": 1.0}, id="no guidance"),
+        pytest.param({"num_frames": 3, "prompt": [PROMPT, "a red house"], "seed": [3, 4]}, id="two prompts"),
+        pytest.param({"num_frames": 3, "eta": 0.5}, id="eta"),
+    ],
+)
+def test_text_to_video(control: Served, arguments: dict[str, Any]) -> None:
+    assert_same_clip(*both(control, "AnimateDiffPipeline", **arguments))
+
+
+def test_scheduler_options_matter(control: Served) -> None:
+    result = generate(control, num_frames=2, seed=0)
+    assert_other_clip(result, frames(generate(control, num_frames=2, seed=0, scheduler_config={"clip_sample": False})))
+
+
+@pytest.mark.parametrize("strength", [0.5, None])
+def test_video_to_video(control: Served, strength: float | None) -> None:
+    arguments: dict[str, Any] = {"video": images.video(FRAMES), "num_inference_steps": 4}
+    if strength is not None:
+        arguments["strength"] = strength
+    result, expected = both(control, "AnimateDiffVideoToVideoPipeline", **arguments)
+    assert_same_clip(result, expected)
+    other = generate(control, **arguments | {"video": images.video(FRAMES, seed=5)}, ip_adapter_image=STATUE, seed=0)
+    assert_other_clip(result, frames(other))
+
+
+def test_controlnet_on_frames(control: Served) -> None:
+    arguments: dict[str, Any] = {"num_frames": FRAMES, "control_image": RELIEFS}
+    result, expected = both(control, "AnimateDiffControlNetPipeline", ("depth",), **arguments)
+    assert_same_clip(result, expected)
+    turned = generate(control, **arguments | {"control_image": RELIEFS[::-1]}, controlnet="depth",
+                      ip_adapter_image=STATUE, seed=0)  # fmt: skip
+    assert_other_clip(result, frames(turned))
+
+
+def test_two_controlnets_on_frames(control: Served) -> None:
+    edges = [images.control_image("canny", index) for index in range(FRAMES)]
+    window: dict[str, Any] = {"control_guidance_start": [0.0, 0.3], "controlnet_conditioning_scale": [0.7, 1.0]}
+    both_nets = ("depth", "canny")
+    arguments = {"num_frames": FRAMES, "control_image": RELIEFS + edges, **window}
+    assert_same_clip(*both(control, "AnimateDiffControlNetPipeline", both_nets, **arguments))
+
+
+def test_controlnet_on_the_frames_of_a_video(control: Served) -> None:
+    arguments = {"video": images.video(FRAMES), "control_image": RELIEFS, "strength": 0.7}
+    assert_same_clip(*both(control, "AnimateDiffVideoToVideoControlNetPipeline", ("depth",), **arguments))
+
+
+def test_a_clip_within_the_window_is_as_without_one(control: Served) -> None:
+    arguments: dict[str, Any] = {"num_frames": FRAMES, "seed": 0}
+    alone = generate(control, **arguments)
+    windowed = generate(control, context_length=FRAMES, context_overlap=2, **arguments)
+    assert_same_clip(windowed, frames(alone))
+
+
+def test_a_clip_longer_than_the_window(control: Served) -> None:
+    """It has all frames, each like its neighbours (as in clips of one window), and noise does not shine through."""
+    short = frames(generate(control, num_frames=16, seed=0))[0]
+    long = frames(generate(control, num_frames=40, seed=0))[0]
+    assert len(long) == 40
+    assert all(frame.std() > 0.5 * short.std() for frame in long)
+    assert _largest_jump(long) < 2 * _largest_jump(short)
+
+
+def _largest_jump(clip: Any) -> float:
+    return max(float(np.abs(a.astype(float) - b).mean()) for a, b in pairwise(clip))
+
+
+def test_windows_with_control_images_and_a_video(control: Served) -> None:
+    """A window gets the control images of its own frames: with windows of one look, all is as in a single window."""
+    still = [RELIEFS[0]] * 20
+    common: dict[str, Any] = {"controlnet": "depth", "num_frames": 20, "seed": 0, "context_length": 8}
+    one = generate(control, control_image=RELIEFS[0], **common)
+    each = generate(control, control_image=still, **common)
+    assert_same_clip(each, frames(one))
+    half = generate(control, control_image=[*still[:10], *[images.control_image("canny")] * 10], **common)
+    changed = np.abs(frames(half)[0].astype(float) - frames(one)[0]).mean(axis=(1, 2, 3))
+    assert changed[-4:].mean() > 2 * changed[:4].mean()
+
+
+def test_pictures_and_clips_at_the_same_time(control: Served) -> None:
+    requests: list[dict[str, Any]] = [
+        {"seed": 1, "num_frames": FRAMES},
+        {"seed": 2},
+        {"seed": 3, "num_frames": FRAMES, "control_image": RELIEFS, "controlnet": "canny"},
+        {"seed": 4, "control_image": RELIEFS[0], "controlnet": "depth"},
+        {"seed": 5, "num_frames": 12, "context_length": 8},
+    ]
+    alone = [generate(control, **request) for request in requests]
+    with ThreadPoolExecutor(len(requests)) as threads:
+        together = list(threads.map(lambda request: generate(control, **request), requests))
+    for one, other in zip(together, alone, strict=True):
+        if one.frames is None:
+            assert_same(one, oracle.as_array(other.images))
+        else:
+            assert_same_clip(one, frames(other))
+    assert_different(together[1], together[3])
+
+
+def test_latents(control: Served) -> None:
+    result = generate(control, num_frames=3, seed=0, output_type="latent")
+    assert result.latents is not None
+    assert result.latents.shape == (1, 4, 3, 8, 8)
+
+
+def test_progress_with_previews(control: Served) -> None:
+    arguments: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 3, "num_frames": 3, "preview": True}
+    *steps, result = control.client.stream(model="control", **arguments)
+    assert [step.step for step in steps if isinstance(step, Progress)] == [1, 2]
+    assert all(isinstance(step, Progress) and step.preview is not None for step in steps)
+    assert isinstance(result, Result)
+    assert result.frames is not None
+
+
+@pytest.mark.parametrize(
+    ("parameter", "arguments"),
+    [
+        ("num_frames", {"num_frames": 65}),
+        ("num_frames", {"num_frames": 0}),
+        ("video", {"video": images.video(3), "num_frames": 4}),
+        ("video", {"video": images.video(65)}),
+        ("image", {"image": STATUE, "num_frames": 4}),
+        ("strength", {"strength": 0.5, "num_frames": 4}),
+        ("control_image", {"control_image": RELIEFS[:3], "controlnet": "depth", "num_frames": 4}),
+        ("context_length", {"num_frames": 40, "context_length": 33}),
+        ("context_overlap", {"num_frames": 40, "context_length": 8, "context_overlap": 8}),
+        ("context_stride", {"num_frames": 40, "context_stride": 0}),
+        ("context_length", {"context_length": 8}),
+        ("num_images_per_prompt", {"num_frames": 64, "num_images_per_prompt": 5}),
+    ],
+)
+def test_bad_parameters_are_refused_by_name(control: Served, parameter: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        control.generate(prompt=PROMPT, num_inference_steps=1, **arguments)
+    assert caught.value.parameter == parameter, caught.value
