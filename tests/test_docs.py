@@ -15,9 +15,9 @@ import tritonclient.grpc
 
 import bundles
 import imprompt
-from conftest import Served
 from imprompt_export.bundle import BundleFile
 from imprompt_serving import protocol_table
+from served import Served
 from tiny import images
 from tiny.faces import people
 

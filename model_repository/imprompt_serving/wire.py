@@ -57,6 +57,7 @@ REQUEST: tuple[Tensor, ...] = (
     Tensor("scheduler", "STRING", ONE, "class name of a diffusers scheduler"),
     Tensor("scheduler_config", "STRING", ONE, "JSON object: values that replace the scheduler's configuration"),
     Tensor("output_type", "STRING", ONE, "`np` (pictures, default) or `latent`"),
+    Tensor("output_format", "STRING", ONE, "answer with files: `png`, `jpeg` or `webp`; clips: `gif` or `webp`"),
     Tensor("timeout", "FP64", ONE, "seconds after which the work on this request stops"),
     Tensor("priority", "INT32", ONE, "1 goes first, 9 last (default 5)"),
     Tensor("encode_image", "STRING", ONE, "adapter name: answer with the embeddings of `ip_adapter_image` only"),
@@ -116,6 +117,7 @@ STREAM_REQUEST: tuple[Tensor, ...] = (
 
 RESPONSE: tuple[Tensor, ...] = (
     Tensor("images", "UINT8", (-1, -1, -1, 3), "pictures [N, height, width, RGB]"),
+    Tensor("encoded", "STRING", MANY, "pictures (or clips) as files when `output_format` asks for them"),
     Tensor("latents", "FP32", (-1, -1, -1, -1), "latents [N, channels, h, w] when `output_type` is `latent`"),
     Tensor("seeds", "INT64", MANY, "the seed of each picture"),
     Tensor("nsfw_content_detected", "BOOL", MANY, "pictures that the safety checker blacked, when the base has one"),

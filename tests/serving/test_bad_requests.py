@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import Served
 from imprompt import InvalidRequest
+from served import Served
 from tiny import images
 
 SMALL: dict[str, Any] = {"prompt": "a photo of a cat", "num_inference_steps": 2}

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import Served
-from imprompt import Cancelled, DeadlineExceeded, InvalidRequest
+from imprompt import Cancelled, DeadlineExceeded, InvalidRequest, Progress, Result
 from parity import assert_different
+from served import Served
 from tiny import images
 from tiny.oracle import picture_distance
 
@@ -88,12 +88,20 @@ def test_bad_requests_do_not_harm_the_good_ones_beside_them(sd15: Served) -> Non
             assert picture_distance(one, other.result())[0] <= 1
 
 
+def progress(sd15: Served, **arguments: Any) -> list[Progress]:
+    events = list(sd15.client.stream(model="sd15", **CAT | arguments))
+    assert isinstance(events[-1], Result)
+    return [event for event in events if isinstance(event, Progress)]
+
+
 def test_progress_with_previews(sd15: Served) -> None:
-    events = list(sd15.client.stream(model="sd15", **CAT | {"num_inference_steps": 6}, preview=True, progress_every=2))
-    assert [event.step for event in events[:-1]][:2] == [2, 4]
-    assert events[0].preview.size == (64, 64)
-    assert np.asarray(events[0].preview).std() > 1
-    plain = list(sd15.client.stream(model="sd15", **CAT))
+    events = progress(sd15, num_inference_steps=6, preview=True, progress_every=2)
+    assert [event.step for event in events][:2] == [2, 4]
+    preview = events[0].preview
+    assert preview is not None
+    assert preview.size == (64, 64)
+    assert np.asarray(preview).std() > 1
+    plain = progress(sd15)
     assert [event.step for event in plain[:3]] == [1, 2, 3]
     assert plain[0].preview is None
 
@@ -103,7 +111,7 @@ LONG: dict[str, Any] = CAT | {"num_inference_steps": 999, "scheduler": "DDIMSche
 
 def test_a_caller_who_leaves_stops_the_work(sd15: Served) -> None:
     for event in sd15.client.stream(model="sd15", **LONG):
-        assert event.step == 1
+        assert isinstance(event, Progress)
         break
     assert_idle(sd15)
 

@@ -12,9 +12,9 @@ import pytest
 from diffusers import ControlNetModel
 from PIL import Image
 
-from conftest import Served
 from imprompt import InvalidRequest
 from parity import assert_different, assert_same
+from served import Served
 from tiny import images, oracle
 
 DEPTH, CANNY = images.control_image("depth"), images.control_image("canny", 1)

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 import bundles
-from conftest import Served
 from imprompt import InvalidRequest
 from imprompt_serving import errors
 from imprompt_serving.pipeline.models import strings
 from imprompt_serving.pipeline.request import parse
 from imprompt_serving.specs import Bundle
 from parity import assert_different, assert_same
+from served import Served
 from tiny import images, oracle
 from tiny.faces import people
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import Served
 from imprompt import InvalidRequest
 from parity import assert_different, assert_same
+from served import Served
 from tiny import images, oracle
 
 SMALL: dict[str, Any] = {"prompt": "a photo of a cat", "num_inference_steps": 4}

@@ -10,9 +10,9 @@ import pytest
 import torch
 from diffusers.image_processor import IPAdapterMaskProcessor
 
-from conftest import Served
 from imprompt import InvalidRequest
 from parity import assert_different, assert_same
+from served import Served
 from tiny import images, oracle
 
 PHOTOS = images.photos(10, seed=20)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import Served
 from parity import assert_different, assert_same
+from served import Served
 from tiny import images, oracle
 
 STATUE = images.photo(1)

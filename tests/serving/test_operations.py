@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from conftest import Served
 from imprompt import InvalidRequest
 from imprompt_serving import metrics
 from imprompt_serving.denoiser.policy import FIRST_PRIORITY, LAST_PRIORITY, PRIORITY_PATIENCE, START_PATIENCE
 from imprompt_serving.specs import Limits
+from served import Served
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "operations.md").read_text(encoding="utf-8")

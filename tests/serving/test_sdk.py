@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from conftest import Served
 from imprompt import AsyncClient, Cancelled, DeadlineExceeded, Progress, Result
 from imprompt.cli import app
 from parity import assert_same
+from served import Served
 from tiny import images
 
 SMALL: dict[str, Any] = {"model": "sd15", "prompt": "a photo of a cat", "num_inference_steps": 4, "seed": 0}

@@ -11,8 +11,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 
-from conftest import Served
 from parity import assert_different, assert_same
+from served import Served
 from tiny import images, oracle
 
 STATUE = images.photo(1)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 
-from conftest import Served
 from imprompt import InvalidRequest
 from parity import assert_different, assert_same
+from served import Served
 from tiny import images, oracle
 
 STATUE, OTHER = images.photo(1), images.photo(2)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from conftest import Served
 from imprompt_serving.capabilities import SCHEDULERS
 from parity import assert_different, assert_same
+from served import Served
 from tiny import images, oracle
 
 STATUE, OTHER = images.photo(1), images.photo(2, size=(120, 80))

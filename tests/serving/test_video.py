@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from diffusers import ControlNetModel, MotionAdapter
 
-from conftest import Served
 from imprompt import InvalidRequest, Progress, Result
 from parity import MAX_LEVELS, MEAN_LEVELS, TELLABLE, assert_different, assert_same
+from served import Served
 from tiny import images, oracle
 
 STATUE = images.photo(1)

@@ -12,6 +12,7 @@ from imprompt_serving.denoiser.batch import Batcher
 from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.loop import Denoiser, Listener
+from imprompt_serving.denoiser.networks import Networks
 from imprompt_serving.denoiser.preview import previews
 from imprompt_serving.errors import RequestError
 from imprompt_serving.job import AdapterUse, JobRequest
@@ -20,7 +21,7 @@ from imprompt_serving.specs import Bundle
 WAIT_S = 600.0
 
 
-def warm_up(bundle: Bundle, conditioner: Conditioner, networks: Callable[..., Tensor]) -> None:
+def warm_up(bundle: Bundle, conditioner: Conditioner, networks: Networks) -> None:
     """Denoise one picture of the smallest size with every adapter and mask, in one step.
 
     Raises:

@@ -7,9 +7,10 @@ import asyncio
 import numpy as np
 from PIL import Image
 
+from imprompt_serving.pipeline.encoded import clip_file, picture_file
 from imprompt_serving.pipeline.images import clip_pixels
 from imprompt_serving.pipeline.mask_crop import crop_region, overlay
-from imprompt_serving.pipeline.models import Models, Tensors
+from imprompt_serving.pipeline.models import Models, Tensors, strings
 from imprompt_serving.pipeline.request import Request
 from imprompt_serving.pipeline.stages import Stages
 from imprompt_serving.specs import Bundle
@@ -27,11 +28,16 @@ class Finisher:
     async def __call__(self, request: Request, latents: np.ndarray, stages: Stages) -> Tensors:
         if request.output_type == "latent":
             return {"latents": latents}
-        if latents.ndim == 5:
-            return await self._clips(latents, stages)
+        answer = await (self._clips(latents, stages) if latents.ndim == 5 else self._pictures(request, latents, stages))
+        if request.output_format is None:
+            return answer
+        with stages.measure("postprocess"):
+            return await asyncio.get_running_loop().run_in_executor(None, _files, answer, request.output_format)
+
+    async def _pictures(self, request: Request, latents: np.ndarray, stages: Stages) -> Tensors:
         with stages.measure("vae_decoder"):
             pictures = await self._decode(latents)
-        answer = {}
+        answer: Tensors = {}
         if self._bundle.safety_checker is not None:
             with stages.measure("safety_checker"):
                 unsafe = await self._unsafe(pictures)
@@ -75,6 +81,12 @@ class Finisher:
         pixels = [clip_pixels(Image.fromarray(picture), encoder) for picture in pictures]
         parts = await asyncio.gather(*(self._models.call(model, {"pixel_values": p[None]}) for p in pixels))
         return np.concatenate([part["nsfw"] for part in parts])[:, 0]
+
+
+def _files(answer: Tensors, kind: str) -> Tensors:
+    """The answer with its pictures or clips as files."""
+    encode, items = (clip_file, answer.pop("frames")) if "frames" in answer else (picture_file, answer.pop("images"))
+    return answer | {"encoded": strings(*(encode(item, kind) for item in items))}
 
 
 def _put_back(request: Request, pictures: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from imprompt_serving.job import SizeConditions, Task
 from imprompt_serving.pipeline import images
 from imprompt_serving.pipeline.clips import Clip, parse_clip
 from imprompt_serving.pipeline.controls import Control, parse_controls
+from imprompt_serving.pipeline.encoded import CLIP_FORMATS, PICTURE_FORMATS
 from imprompt_serving.pipeline.image_prompts import ImagePrompt, adapter_name, parse_image_prompts
 from imprompt_serving.pipeline.reader import Reader, spread
 from imprompt_serving.specs import Bundle
@@ -62,6 +63,7 @@ class Request:
     scheduler_config: dict[str, Any]
     sizes: SizeConditions
     output_type: str
+    output_format: str | None
     timeout: float | None
     encode_image: str | None
     priority: int
@@ -123,6 +125,7 @@ def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
         scheduler_config=read.json("scheduler_config", dict) or {},
         sizes=_size_conditions(read),
         output_type=read.choice("output_type", _OUTPUT_TYPES, "np"),
+        output_format=_output_format(read, PICTURE_FORMATS if clip is None else CLIP_FORMATS),
         timeout=timeout if math.isfinite(timeout) else None,
         encode_image=adapter_name(read.text("encode_image"), bundle, "encode_image"),
         priority=read.integer("priority", 5, 1, 9),
@@ -171,6 +174,14 @@ def _start(read: Reader, bundle: Bundle, pictures: int, clip: Clip | None) -> St
     if video:
         return StartImages(images=video)
     return StartImages(images=tuple(given["image"]), masks=tuple(given["mask_image"]), mask_crop=crop)
+
+
+def _output_format(read: Reader, formats: tuple[str, ...]) -> str | None:
+    if "output_format" in read and read.text("output_type") == "latent":
+        raise InvalidRequest(
+            "output_format", "latents are not pictures; leave one of output_format and output_type out"
+        )
+    return read.choice("output_format", formats, formats[0]) if "output_format" in read else None
 
 
 def _strength(read: Reader, bundle: Bundle, task: Task, controls: tuple[Control, ...]) -> float:

@@ -1,0 +1,89 @@
+"""What a tick costs beside the engine: `python -m imprompt_bench.overhead [--output FILE]`.
+
+The UNet is an engine that does nothing. Jobs are guided pictures of 512 x 512 with an image prompt; they share every
+call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from imprompt_bench.rig import Rig, save, sd15
+from imprompt_serving.denoiser.meter import Meter
+
+JOBS = (1, 4, 16)
+SCHEDULERS = ("DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+STEPS, SIZE = 50, 512
+
+
+class NullEngine:
+    """Answers at once with the same noise, as soon as all jobs are there."""
+
+    def __init__(self, rows: int) -> None:
+        generator = np.random.default_rng(0)
+        self._noise = generator.standard_normal((rows, 4, SIZE // 8, SIZE // 8)).astype(np.float32)
+        self.all_there = threading.Event()
+        self.rows: list[int] = []
+
+    def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self.all_there.wait()
+        self.rows.append(len(tensors["sample"]))
+        return {"noise_pred": self._noise[: self.rows[-1]]}
+
+
+class _Seconds(Meter):
+    def __init__(self) -> None:
+        self.ticks: list[tuple[int, float]] = []
+
+    def ticked(self, rows: int, seconds: float) -> None:
+        self.ticks.append((rows, seconds))
+
+
+def measure(jobs: int, scheduler: str) -> dict[str, Any]:
+    """Seconds of each tick that all ``jobs`` share."""
+    engine, meter = NullEngine(2 * jobs), _Seconds()
+    rig = Rig(sd15(rows=2 * jobs, adapters=("plain",)), engine, meter)
+    made = [rig.job(f"{i}", steps=STEPS, size=SIZE, seed=i, scheduler=scheduler) for i in range(jobs)]
+    waits = [rig.submit(job) for job in made]
+    began = time.perf_counter()
+    engine.all_there.set()
+    for wait in waits:
+        wait()
+    wall = time.perf_counter() - began
+    rig.denoiser.stop()
+    # Without the first ones: the jobs come together there, and the engine waits for them.
+    full = [seconds for rows, seconds in meter.ticks if rows == 2 * jobs][2:]
+    return {
+        "jobs": jobs,
+        "scheduler": scheduler,
+        "ticks": len(full),
+        "median_ms": round(statistics.median(full) * 1e3, 3),
+        "fastest_ms": round(min(full) * 1e3, 3),
+        "wall_ms_per_tick": round(wall / len(meter.ticks) * 1e3, 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/overhead.json"))
+    output = parser.parse_args().output
+    torch.set_num_threads(1)  # as in the denoiser
+    measure(1, SCHEDULERS[0])  # what is loaded at first use
+    results = [measure(jobs, scheduler) for jobs in JOBS for scheduler in SCHEDULERS]
+    print(f"{'jobs':>4}  {'scheduler':<28} {'median ms':>10} {'fastest ms':>11}")
+    for row in results:
+        print(f"{row['jobs']:>4}  {row['scheduler']:<28} {row['median_ms']:>10} {row['fastest_ms']:>11}")
+    save({"steps": STEPS, "size": SIZE, "overhead_per_tick": results}, output)
+
+
+if __name__ == "__main__":
+    main()

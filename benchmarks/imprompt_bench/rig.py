@@ -1,0 +1,149 @@
+"""A denoiser without a server: a bundle with the numbers of SD 1.5, random embeddings, and any engine as its UNet."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import threading
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imprompt_serving.denoiser.batch import Batcher
+from imprompt_serving.denoiser.conditioning import Conditioner
+from imprompt_serving.denoiser.job import Job
+from imprompt_serving.denoiser.loop import Denoiser, Listener
+from imprompt_serving.denoiser.meter import Meter
+from imprompt_serving.denoiser.networks import Networks
+from imprompt_serving.engines import Engine
+from imprompt_serving.job import AdapterUse, JobRequest
+from imprompt_serving.specs import Adapter, Bundle, CrossAttention, Range, Shapes, TextEncoder
+
+TOKENS, WIDTH, CLIP_WIDTH = 4, 768, 1024
+SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+VERSIONS = ("imprompt", "torch", "diffusers", "onnxruntime", "numpy")
+
+
+def sd15(*, rows: int, adapters: tuple[str, ...] = ()) -> Bundle:
+    """The shapes of SD 1.5, with plain adapters."""
+    levels = [0, 0, 1, 1, 2, 2, 2, 2, 2, 1, 1, 1, 0, 0, 0, 3]
+    return Bundle(
+        name="bench",
+        family="sd15",
+        latent_channels=4,
+        unet_channels=4,
+        vae_scale_factor=8,
+        vae_scaling_factor=0.18215,
+        default_height=512,
+        default_width=512,
+        scheduler="DDIMScheduler",
+        scheduler_config={**SCHEDULER, "clip_sample": False},
+        text_encoders=(TextEncoder(engine="text_encoder", max_length=77, pad_token_id=0, hidden_size=WIDTH),),
+        max_clip_skip=0,
+        layers=tuple(CrossAttention(name=f"layer_{index}", level=level) for index, level in enumerate(levels)),
+        transformer_per_block={"down": 2, "up": 3},
+        adapters=tuple(
+            Adapter(name=name, kind="plain", num_tokens=TOKENS, image_encoder="clip", embed_shape=(CLIP_WIDTH,))
+            for name in adapters
+        ),
+        shapes=Shapes(rows=Range(1, 2, rows)),
+    )
+
+
+class _Projection:
+    """In the place of an adapter's projection: the same tokens for every picture."""
+
+    def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"tokens": np.zeros((len(tensors["image_embeds"]), TOKENS, WIDTH), np.float32)}
+
+
+class Rig:
+    """Takes jobs as the server's denoiser does."""
+
+    def __init__(self, bundle: Bundle, unet: Engine, meter: Meter | None = None) -> None:
+        self.bundle = bundle
+        self._conditioner = Conditioner(bundle, {adapter.name: _Projection() for adapter in bundle.adapters})
+        self.denoiser = Denoiser(
+            Networks(bundle, {"unet": unet}, {}), Batcher(bundle), bundle.shapes.rows.max, bundle.limits, meter
+        )
+
+    def job(self, name: str, *, steps: int, size: int, seed: int = 0, scheduler: str | None = None) -> Job:
+        """A guided picture of ``size`` x ``size`` pixels."""
+        request = JobRequest(
+            id=name,
+            task="text-to-image",
+            height=size,
+            width=size,
+            num_inference_steps=steps,
+            num_images_per_prompt=1,
+            guidance_scale=7.5,
+            guidance_rescale=0.0,
+            eta=0.0,
+            strength=1.0,
+            seeds=(seed,),
+            scheduler=scheduler,
+            adapters=tuple(AdapterUse(name=adapter.name) for adapter in self.bundle.adapters),
+        )
+        tensors = self.embeddings(seed)
+        with torch.no_grad():
+            return Job(request, self.bundle, self._conditioner(request, tensors), tensors)
+
+    def embeddings(self, seed: int) -> dict[str, Tensor]:
+        """Text embeddings of both branches, and image embeddings, at random."""
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {}
+        for prefix in ("negative_", ""):
+            tensors[f"{prefix}prompt_embeds"] = torch.randn(1, 77, WIDTH, generator=generator)
+            for adapter in self.bundle.adapters:
+                tensors[f"{prefix}image_embeds_{adapter.name}"] = torch.randn(1, CLIP_WIDTH, generator=generator)
+        return tensors
+
+    def submit(self, job: Job) -> Callable[[], Tensor]:
+        """Start ``job``; the answer waits for its latents."""
+        ended, errors = threading.Event(), list[Exception]()
+
+        def fail(error: Exception) -> None:
+            errors.append(error)
+            ended.set()
+
+        self.denoiser.submit(job, Listener(lambda *_: None, lambda _: ended.set(), fail))
+
+        def wait() -> Tensor:
+            ended.wait()
+            if errors:
+                raise errors[0]
+            return job.latents
+
+        return wait
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers were measured on, and with."""
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "load_average": [round(value, 1) for value in os.getloadavg()],
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+    }
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def save(result: dict[str, Any], path: Path) -> None:
+    """Write ``result`` with the environment as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": environment(), **result}, indent=2) + "\n")

@@ -1,0 +1,30 @@
+"""Pictures and clips as files, for callers that ask for them with ``output_format``."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+PICTURE_FORMATS, CLIP_FORMATS = ("png", "jpeg", "webp"), ("gif", "webp")
+FRAME_MS = 125
+"""Eight frames a second: what AnimateDiff's motion modules are trained for."""
+_OPTIONS: dict[str, dict[str, Any]] = {"jpeg": {"quality": 95}, "webp": {"quality": 95}}
+
+
+def picture_file(picture: np.ndarray, kind: str) -> bytes:
+    """A picture [height, width, 3] as a file of one of ``PICTURE_FORMATS``."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, kind, **_OPTIONS.get(kind, {}))
+    return file.getvalue()
+
+
+def clip_file(frames: np.ndarray, kind: str) -> bytes:
+    """A clip [F, height, width, 3] as a file of one of ``CLIP_FORMATS``, which repeats."""
+    first, *rest = [Image.fromarray(frame) for frame in frames]
+    file = io.BytesIO()
+    options = _OPTIONS.get(kind, {})
+    first.save(file, kind, save_all=True, append_images=rest, duration=FRAME_MS, loop=0, **options)
+    return file.getvalue()
