@@ -174,3 +174,8 @@ def test_jobs_of_equal_size_finish_one_after_the_other() -> None:
         _serve(alive, plan([job.candidate() for job in alive], 8), tick)
         ends += [tick for job in alive if not job.steps]
     assert ends == [19] * 8 + [39] * 8
+
+
+def test_rows_of_clips_take_the_place_of_their_frames() -> None:
+    assert plan([Candidate("clip", 5, 0, True, frames=4)], 8) == [Share(0, 2)]
+    assert plan([Candidate("clip", 2, 0, True, frames=16)], 8) == [Share(0, 1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -12,6 +13,7 @@ import diffusers
 import numpy as np
 import pytest
 from diffusers import ControlNetModel, MotionAdapter
+from PIL import Image
 
 from imprompt import InvalidRequest, Progress, Result
 from parity import MAX_LEVELS, MEAN_LEVELS, TELLABLE, assert_different, assert_same
@@ -217,9 +219,31 @@ def test_progress_with_previews(control: Served) -> None:
     assert result.frames is not None
 
 
+@pytest.mark.parametrize("kind", ["gif", "webp"])
+def test_clips_as_files(control: Served, kind: str) -> None:
+    raw = generate(control, num_frames=3, seed=0)
+    result = generate(control, num_frames=3, seed=0, output_format=kind)
+    assert result.encoded is not None
+    assert Image.open(io.BytesIO(result.encoded[0])).format == kind.upper()
+    assert frames(result).shape == frames(raw).shape
+    assert np.abs(frames(result).astype(float) - frames(raw)).mean() < 40  # both lose some, gif most of the colours
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+def test_pictures_as_files(control: Served, kind: str) -> None:
+    raw = generate(control, seed=0, num_images_per_prompt=2)
+    result = generate(control, seed=0, num_images_per_prompt=2, output_format=kind)
+    assert [Image.open(io.BytesIO(data)).format for data in result.encoded] == [kind.upper()] * 2
+    difference = oracle.as_array(result.images).astype(float) - oracle.as_array(raw.images)
+    assert np.abs(difference).mean() <= (0 if kind == "png" else 12)
+
+
 @pytest.mark.parametrize(
     ("parameter", "arguments"),
     [
+        ("output_format", {"num_frames": 2, "output_format": "png"}),
+        ("output_format", {"output_format": "gif"}),
+        ("output_format", {"output_format": "png", "output_type": "latent"}),
         ("num_frames", {"num_frames": 65}),
         ("num_frames", {"num_frames": 0}),
         ("video", {"video": images.video(3), "num_frames": 4}),
