@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
-from conftest import Served
+from served import Served
 from imprompt import Progress, Result
 from tiny import images
 from tiny.oracle import picture_distance
