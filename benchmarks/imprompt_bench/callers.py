@@ -9,6 +9,7 @@ memory.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -73,12 +74,22 @@ def measure(engine: Engine, callers: int) -> dict[str, Any]:
     }
 
 
-@torch.inference_mode()
 def measure_diffusers(model: Any) -> dict[str, Any]:
-    """The loop of diffusers' pipeline, a picture after the other."""
+    """The loop of diffusers' pipeline, a picture after the other, with the number of threads that is fastest here."""
+    counts = range(1, (os.cpu_count() or 1) + 1)
+    seconds = {count: min(_diffusers_seconds(model, count, pictures=1) for _ in range(2)) for count in counts}
+    threads = min(seconds, key=seconds.__getitem__)
+    pictures = PICTURES // 2
+    seconds_each = _diffusers_seconds(model, threads, pictures=pictures) / pictures
+    return {"threads": threads, "pictures_per_second": round(1 / min(seconds_each, seconds[threads]), 3)}
+
+
+@torch.inference_mode()
+def _diffusers_seconds(model: Any, threads: int, *, pictures: int) -> float:
+    torch.set_num_threads(threads)
     scheduler = DDIMScheduler(**SCHEDULER, clip_sample=False)
     began = time.perf_counter()
-    for seed in range(PICTURES):
+    for seed in range(pictures):
         generator = torch.Generator().manual_seed(seed)
         text = torch.randn(2, 77, WIDTH, generator=generator)
         latents = torch.randn(1, 4, SIZE // 8, SIZE // 8, generator=generator)
@@ -87,7 +98,7 @@ def measure_diffusers(model: Any) -> dict[str, Any]:
             unconditional, conditional = model(torch.cat([latents] * 2), timestep, text).sample.chunk(2)
             noise = unconditional + GUIDANCE * (conditional - unconditional)
             latents = scheduler.step(noise, timestep, latents).prev_sample
-    return {"pictures_per_second": round(PICTURES / (time.perf_counter() - began), 3)}
+    return time.perf_counter() - began
 
 
 def main() -> None:
@@ -107,12 +118,14 @@ def main() -> None:
         del model
         torch.set_num_threads(1)  # as in the denoiser
         engine = load_engine(file, "onnxruntime")
-        measure(engine, 1)  # memory is laid out, and weights are packed, at first use
+        measure(engine, PICTURES)  # memory is laid out, and weights are packed, at first use
         result["callers"] = []
         for callers in CALLERS:
-            result["callers"].append(measure(engine, callers))
+            # The better of two: what else the machine does only makes it slower.
+            rounds = [measure(engine, callers) for _ in range(2)]
+            result["callers"].append(max(rounds, key=lambda row: row["pictures_per_second"]))
             print(result["callers"][-1], flush=True)
-    save(result, output)
+            save(result, output)
 
 
 if __name__ == "__main__":
