@@ -213,8 +213,9 @@ def test_latents(control: Served) -> None:
 def test_progress_with_previews(control: Served) -> None:
     arguments: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 3, "num_frames": 3, "preview": True}
     *steps, result = control.client.stream(model="control", **arguments)
-    assert [step.step for step in steps if isinstance(step, Progress)] == [1, 2]
-    assert all(isinstance(step, Progress) and step.preview is not None for step in steps)
+    progress = [step for step in steps if isinstance(step, Progress)]
+    assert [step.step for step in progress] == [1, 2, 3]
+    assert all(step.preview is not None for step in progress[:2])
     assert isinstance(result, Result)
     assert result.frames is not None
 
@@ -235,7 +236,7 @@ def test_pictures_as_files(control: Served, kind: str) -> None:
     result = generate(control, seed=0, num_images_per_prompt=2, output_format=kind)
     assert [Image.open(io.BytesIO(data)).format for data in result.encoded] == [kind.upper()] * 2
     difference = oracle.as_array(result.images).astype(float) - oracle.as_array(raw.images)
-    assert np.abs(difference).mean() <= (0 if kind == "png" else 12)
+    assert np.abs(difference).mean() <= (0 if kind == "png" else 20)
 
 
 @pytest.mark.parametrize(
