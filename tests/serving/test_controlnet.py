@@ -174,21 +174,27 @@ def test_t2i_adapter(served: Callable[[str], Served], name: str) -> None:
     one = served(name)
     adapter = T2IAdapter.from_pretrained(one.bundle.checkpoints / "sketch")
     family = "StableDiffusionXL" if name.startswith("sdxl") else "StableDiffusion"
-    pipe = one.bundle.oracle(getattr(diffusers, f"{family}AdapterPipeline"), scheduler=SCHEDULER, adapter=adapter)
+    cls = getattr(diffusers, f"{family}AdapterPipeline")  # that of SD1.5 takes no IP-Adapter
+    pipe = oracle.pipeline(one.bundle.checkpoints / "base", (), cls, scheduler=SCHEDULER, adapter=adapter)
     arguments: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 6}
-    if one.bundle.adapters:
-        pipe.set_ip_adapter_scale(0.6)
-        arguments |= {"ip_adapter_image": STATUE}
-    scales = {"adapter_conditioning_scale": 0.8, "adapter_conditioning_factor": 0.5}
-    expected = oracle.generate(pipe, image=DEPTH, **arguments, **scales)
-    if one.bundle.adapters:
-        arguments |= {"ip_adapter_scale": 0.6}
-    arguments |= {"seed": 0, "scheduler": SCHEDULER, "controlnet": "sketch", "control_image": DEPTH}
-    half = {"controlnet_conditioning_scale": 0.8, "control_guidance_end": 0.5}
-    result = one.generate(**arguments, **half)
+    expected = oracle.generate(pipe, image=DEPTH, adapter_conditioning_scale=0.8, **arguments)
+    arguments |= {"seed": 0, "scheduler": SCHEDULER, "controlnet": "sketch"}
+    arguments["controlnet_conditioning_scale"] = 0.8
+    result = one.generate(control_image=DEPTH, **arguments)
     assert_same(result, expected)
-    assert_different(result, one.generate(**arguments | {"control_image": CANNY}, **half))
-    assert_different(result, one.generate(**arguments, controlnet_conditioning_scale=0.8))
+    assert_different(result, one.generate(control_image=CANNY, **arguments))
+    if name == "sdxl_control":  # that of SD1.5 has no such parameter
+        half = oracle.generate(
+            pipe,
+            image=DEPTH,
+            prompt=PROMPT,
+            num_inference_steps=6,
+            adapter_conditioning_scale=0.8,
+            adapter_conditioning_factor=0.5,
+        )
+        ended = one.generate(control_image=DEPTH, control_guidance_end=0.5, **arguments)
+        assert_same(ended, half)
+        assert_different(ended, result)
 
 
 def test_t2i_adapter_beside_a_controlnet(control: Served) -> None:
