@@ -125,8 +125,8 @@ def _inpaint(folder: Path) -> list[str]:
 
 
 def _lcm(folder: Path) -> list[str]:
-    """An LCM-LoRA fused into a base with a safety checker."""
-    base.make_sd15(folder / "base", safety_checker=True)
+    """An LCM-LoRA fused into a distilled base (guidance is an input of its UNet) with a safety checker."""
+    base.make_sd15(folder / "base", safety_checker=True, time_cond_proj_dim=32)
     root = folder / "ip"
     adapters.make_image_encoder(root / "models/image_encoder")
     lora = control.make_lora(folder / "lora")

@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "imprompt": (),
     "imprompt_export": (*(f"imprompt_serving.{name}" for name in SPECS), "imprompt_serving.engines"),
     "imprompt_serving": (),
-    "imprompt_bench": ("imprompt",),
+    "imprompt_bench": ("imprompt", "imprompt_export", "imprompt_serving"),
     "imprompt_demo": ("imprompt", "imprompt_export", "imprompt_serving"),
 }
 LIGHT = ("pipeline", "engines", "specs", "wire", "config", "capabilities", "job", "errors")

@@ -61,3 +61,15 @@ def test_the_lora_matters(lcm: Served) -> None:
     )
     safe = [index for index, flagged in enumerate(result.nsfw_content_detected) if not flagged]
     assert_different([result.images[index] for index in safe], without[safe])
+
+
+def test_guidance_is_an_input_of_a_distilled_unet(lcm: Served) -> None:
+    seeds = list(range(6))
+    arguments = {**INSTANT, "guidance_scale": 6.0, "num_images_per_prompt": len(seeds), "seed": seeds}
+    result = generate(lcm, **arguments)
+    assert_same(result, oracle.generate(load(lcm), ip_adapter_image=STATUE, **arguments))
+    other = generate(lcm, **{**arguments, "guidance_scale": 1.0})
+    flags = zip(result.nsfw_content_detected, other.nsfw_content_detected, strict=True)
+    safe = [index for index, flagged in enumerate(flags) if not any(flagged)]
+    assert safe, "every picture is flagged: this proves nothing"
+    assert_different([result.images[index] for index in safe], [other.images[index] for index in safe])

@@ -1,0 +1,67 @@
+"""Previews: the clean latents are what they should be with every scheduler, and become small pictures."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from imprompt_serving.capabilities import SCHEDULERS
+from imprompt_serving.denoiser.preview import LONGEST_SIDE, predicted_latents, previews
+from imprompt_serving.denoiser.schedulers import make_scheduler, set_timesteps
+
+CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_clean_latents_from_a_perfect_prediction(name: str, prediction: str) -> None:
+    """Whatever a scheduler's scale of noise, the latents that noise was added to come out again."""
+    scheduler = make_scheduler(name, CONFIG, None, {"prediction_type": prediction}, 0)
+    set_timesteps(scheduler, 6)
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(1, 4, 8, 8, generator=generator) for _ in range(2))
+    timestep = scheduler.timesteps[2]
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(2)
+    model_input = scheduler.scale_model_input(scheduler.add_noise(clean, noise, timestep[None]), timestep)
+    alpha = scheduler.alphas_cumprod[timestep.round().long()]
+    output = noise if prediction == "epsilon" else alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+    predicted = predicted_latents(scheduler, timestep, model_input, output)
+    # Timesteps between two whole numbers (Karras-like spacing) are rounded: a preview need not be closer.
+    assert (predicted - clean).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((8, 8), (64, 64)), ((64, 64), (256, 256)), ((32, 96), (256, 85)), ((64, 48), (192, 256))]
+)
+def test_size_of_previews(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    """Latents [h, w] -> width and height."""
+    (data,) = previews(torch.zeros(1, 4, *size), "sd15")
+    image = Image.open(io.BytesIO(data))
+    assert image.format == "JPEG"
+    assert image.size == expected
+    assert max(image.size) <= LONGEST_SIDE
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_bright_latents_give_bright_previews(family: str) -> None:
+    levels = []
+    for value in (-3.0, 0.0, 3.0):
+        latents = torch.zeros(1, 4, 8, 8)
+        latents[:, 0] = value
+        levels.append(np.asarray(Image.open(io.BytesIO(previews(latents, family)[0]))).mean())
+    assert levels[0] < levels[1] - 50
+    assert levels[1] < levels[2] - 50
+
+
+def test_a_clip_shows_its_first_frame() -> None:
+    clip = torch.randn(2, 4, 5, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert previews(clip, "sd15") == previews(clip[:, :, 0], "sd15")
+
+
+def test_numbers_that_are_none_do_not_fail() -> None:
+    assert len(previews(torch.full((1, 4, 8, 8), float("nan")), "sd15")) == 1
