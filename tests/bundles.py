@@ -145,6 +145,7 @@ def _control(folder: Path) -> list[str]:
     return [
         f'\n[motion_adapter]\npath = "{motion.name}"\n',
         controlnet("depth", control.make_controlnet(folder / "depth", levels=2)),
+        t2i_adapter("sketch", control.make_t2i_adapter(folder / "sketch", levels=2)),
         controlnet("canny", control.make_controlnet(folder / "canny", levels=2, seed=1)),
         _plain(folder, levels=2),
     ]
@@ -153,7 +154,10 @@ def _control(folder: Path) -> list[str]:
 def _sdxl_control(folder: Path) -> list[str]:
     """A ControlNet for SDXL, small."""
     base.make_sdxl(folder / "base", layers_per_block=1)
-    return [controlnet("depth", control.make_controlnet(folder / "depth", family="sdxl", layers_per_block=1))]
+    return [
+        controlnet("depth", control.make_controlnet(folder / "depth", family="sdxl", layers_per_block=1)),
+        t2i_adapter("sketch", control.make_t2i_adapter(folder / "sketch", family="sdxl")),
+    ]
 
 
 def controlnet(name: str, folder: Path) -> str:
@@ -163,6 +167,11 @@ def controlnet(name: str, folder: Path) -> str:
 name = "{name}"
 path = "{folder.name}"
 """
+
+
+def t2i_adapter(name: str, folder: Path) -> str:
+    """A ``[[t2i_adapter]]`` section."""
+    return controlnet(name, folder).replace("controlnet", "t2i_adapter")
 
 
 def _plain(folder: Path, levels: int = 4) -> str:

@@ -61,6 +61,8 @@ class Parameters(TypedDict, total=False):
 
     control_image: Images | None
     """One for each net in `controlnet`."""
+    control_image_annotator: str | Sequence[str] | None
+    """What makes the control image of a photo: `none` (default) or `canny`; one for all nets, or one each."""
     controlnet: str | Sequence[str] | None
     """Names of ControlNets of the bundle (default: all of them)."""
     controlnet_conditioning_scale: float | Sequence[float] | None

@@ -41,6 +41,13 @@ class ControlNetSection(_Section, frozen=True):
     path: str
 
 
+class T2IAdapterSection(_Section, frozen=True):
+    """A T2I-Adapter: what requests call it, and its diffusers folder."""
+
+    name: str
+    path: str
+
+
 class MotionAdapterSection(_Section, frozen=True):
     """An AnimateDiff motion adapter: its diffusers folder."""
 
@@ -79,6 +86,7 @@ class BundleFile(_Section, frozen=True):
     base: str
     ip_adapter: tuple[IPAdapterSection, ...] = ()
     controlnet: tuple[ControlNetSection, ...] = ()
+    t2i_adapter: tuple[T2IAdapterSection, ...] = ()
     motion_adapter: MotionAdapterSection | None = None
     lora: tuple[LoraSection, ...] = ()
     face_encoder: FaceEncoderSection | None = None
@@ -138,6 +146,8 @@ class BundleFile(_Section, frozen=True):
             self.image_encoder(adapter)
         for net in self.controlnet:
             self.check_model(f"controlnet {net.name}", net.path)
+        for t2i in self.t2i_adapter:
+            self.check_model(f"t2i_adapter {t2i.name}", t2i.path)
         if self.motion_adapter is not None:
             self.check_model("motion_adapter", self.motion_adapter.path)
 
@@ -156,7 +166,11 @@ class BundleFile(_Section, frozen=True):
             raise BundleError("face_encoder: the bundle has no FaceID adapter that it could serve")
 
     def _named(self) -> dict[str, Sequence[Any]]:
-        return {"name": (self,), "ip_adapter.name": self.ip_adapter, "controlnet.name": self.controlnet}
+        return {
+            "name": (self,),
+            "ip_adapter.name": self.ip_adapter,
+            "controlnet.name, t2i_adapter.name": (*self.controlnet, *self.t2i_adapter),
+        }
 
     def locate(self, path: str) -> str:
         """A path relative to the bundle file as absolute; anything that is not there is taken for a hub id."""

@@ -11,7 +11,7 @@ import torch
 from diffusers import ControlNetModel, DiffusionPipeline
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from imprompt_export import adapters, control, faces, motion
+from imprompt_export import adapters, control, faces, motion, t2i
 from imprompt_export.bundle import BundleError, BundleFile
 from imprompt_serving.specs import AdapterKind
 
@@ -48,6 +48,7 @@ class Checkpoints:
     image_encoders: dict[str, CLIPVisionModelWithProjection]
     feature_extractors: dict[str, Any]
     controlnets: dict[str, ControlNetModel]
+    t2i_adapters: dict[str, Any]
     motion_unet: Any | None
     face_models: dict[str, Path]
 
@@ -76,6 +77,7 @@ def load(bundle: BundleFile) -> Checkpoints:
             for name, e in encoders.items()
         },
         controlnets=control.load_controlnets(bundle, pipeline.unet),
+        t2i_adapters=t2i.load_t2i_adapters(bundle, pipeline.unet),
         motion_unet=motion.load_motion_unet(bundle, pipeline.unet),
         face_models=faces.find_models(bundle, widths),
     )

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
-from imprompt_export import control, graphs, image_prompt, report
+from imprompt_export import control, graphs, image_prompt, report, t2i
 from imprompt_export.bundle import BundleFile
 from imprompt_export.checkpoints import Checkpoints, LoadedAdapter, load
 from imprompt_export.graphs import Graph
@@ -78,15 +78,21 @@ def bundle_graphs(bundle: BundleFile, checkpoints: Checkpoints) -> list[Graph]:
         todo.append(graphs.safety_checker(pipeline.safety_checker))
     for name, net in checkpoints.controlnets.items():
         todo += control.controlnet(name, net)
+    features = _features(checkpoints)
+    todo += [t2i.t2i_adapter(name, model, features) for name, model in checkpoints.t2i_adapters.items()]
     names, residuals = [adapter.name for adapter in checkpoints.adapters], _residuals(checkpoints)
     if checkpoints.motion_unet is not None:
         todo.append(graphs.unet(checkpoints.motion_unet, names, residuals, frames=True))
-    todo.append(graphs.unet(pipeline.unet, names, residuals))
+    todo.append(graphs.unet(pipeline.unet, names, residuals, features))
     return todo
 
 
 def _residuals(checkpoints: Checkpoints) -> tuple[specs.Residual, ...]:
     return control.residuals(checkpoints.pipeline.unet) if checkpoints.controlnets else ()
+
+
+def _features(checkpoints: Checkpoints) -> tuple[specs.Residual, ...]:
+    return t2i.features(checkpoints.pipeline.unet) if checkpoints.t2i_adapters else ()
 
 
 def describe(bundle: BundleFile, checkpoints: Checkpoints) -> specs.Bundle:
@@ -132,6 +138,13 @@ def describe(bundle: BundleFile, checkpoints: Checkpoints) -> specs.Bundle:
             for name, net in checkpoints.controlnets.items()
         ),
         residuals=_residuals(checkpoints),
+        t2i_adapters=tuple(
+            specs.T2IAdapter(
+                name=name, channels=model.config.in_channels, downscale_factor=model.config.downscale_factor
+            )
+            for name, model in checkpoints.t2i_adapters.items()
+        ),
+        features=_features(checkpoints),
         motion=_motion(checkpoints),
         shapes=bundle.shapes,
         limits=bundle.limits,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from imprompt_export import image_prompt
-from imprompt_serving.specs import Residual, level_size, residual_names
+from imprompt_serving.specs import Residual, feature_names, level_size, residual_names
 
 Axes = dict[str, float]
 Model = Any
@@ -242,8 +242,17 @@ def level_sizes(shapes: Iterable[Residual], h: int, w: int) -> Axes:
     return {axis: level_size(size, i) for i in levels for axis, size in zip(level_axes(i), (h, w), strict=True)}
 
 
-def unet(model: Model, adapters: list[str], residuals: Sequence[Residual] = (), *, frames: bool = False) -> Graph:
-    """The UNet of one denoising step; image prompts (see ``image_prompt``) and what ControlNets add are inputs.
+def unet(
+    model: Model,
+    adapters: list[str],
+    residuals: Sequence[Residual] = (),
+    features: Sequence[Residual] = (),
+    *,
+    frames: bool = False,
+) -> Graph:
+    """The UNet of one denoising step; image prompts (see ``image_prompt``) and what control adds are inputs.
+
+    ``residuals`` are those of ControlNets, ``features`` those of T2I-Adapters.
 
     With ``frames`` it is a motion UNet, whose rows are clips: ``sample`` has an axis of frames after the channels,
     residuals have one after the batch; prompts belong to all frames of a clip.
@@ -278,6 +287,10 @@ def unet(model: Model, adapters: list[str], residuals: Sequence[Residual] = (), 
     for name, shape in zip(control, residuals, strict=True):
         inputs.append(Input(name=name, shape=("batch", *clip, shape.channels, *level_axes(shape.level))))
 
+    intrablock = feature_names(len(features))
+    for name, shape in zip(intrablock, features, strict=True):
+        inputs.append(Input(name=name, shape=("batch", shape.channels, *level_axes(shape.level))))
+
     def run(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         if frames:
             tensors = _by_frame(tensors, control)
@@ -297,12 +310,13 @@ def unet(model: Model, adapters: list[str], residuals: Sequence[Residual] = (), 
             down_block_additional_residuals=tuple(down) or None,
             mid_block_additional_residual=middle,
             return_dict=False,
+            **({"down_intrablock_additional_residuals": [tensors[name] for name in intrablock]} if features else {}),
         )
 
     def axes(batch: int, h: int, w: int, groups: int, tokens: int, scale: float) -> Axes:
         resolutions = {f"q{i}": level_size(h, i) * level_size(w, i) for i in levels}
         counts = {f"groups_{name}": groups for name in adapters} | {f"tokens_{name}": tokens for name in adapters}
-        sizes = level_sizes(residuals, h, w) | ({"frames": 2 * batch} if frames else {})
+        sizes = level_sizes((*residuals, *features), h, w) | ({"frames": 2 * batch} if frames else {})
         return {"batch": batch, "text": 77, "scale": scale} | counts | resolutions | sizes
 
     return Graph(

@@ -19,7 +19,7 @@ from imprompt_serving.wire import Tensor
 _SHIM = '"""The code is in the package, so that every repository runs the version that is installed."""\n\n' + (
     'from imprompt_serving.triton.{module} import TritonPythonModel\n\n__all__ = ["TritonPythonModel"]\n'
 )
-_IN_DENOISER = ("unet", "image_projection_", "controlnet_", "motion_unet")
+_IN_DENOISER = ("unet", "image_projection_", "controlnet_", "motion_unet", "t2i_adapter_")
 _CACHED = ("text_encoder", "image_encoder_")
 _DTYPES = {"normal": "FP32", "unit": "FP32", "timestep": "FP32", "bias": "FP32", "scale": "FP32", "index": "INT64"}
 

@@ -46,7 +46,7 @@ def capabilities(bundle: Bundle) -> dict[str, Any]:
             }
             for adapter in bundle.adapters
         ],
-        "controlnets": [net.name for net in bundle.controlnets],
+        "controlnets": list(bundle.net_names),
         "video": bundle.motion is not None,
         "schedulers": list(SCHEDULERS),
         "defaults": {

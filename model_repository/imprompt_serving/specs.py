@@ -105,6 +105,14 @@ class ControlNet(msgspec.Struct, frozen=True, kw_only=True):
     global_pool: bool = False
 
 
+class T2IAdapter(msgspec.Struct, frozen=True, kw_only=True):
+    """A T2I-Adapter: channels of its control images (1 is grey), and what their sizes are multiples of."""
+
+    name: str
+    channels: int
+    downscale_factor: int
+
+
 class Motion(msgspec.Struct, frozen=True, kw_only=True):
     """A motion UNet: ``window`` is the largest number of frames that its motion modules see at once."""
 
@@ -147,6 +155,9 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     controlnets: tuple[ControlNet, ...] = ()
     residuals: tuple[Residual, ...] = ()
     """What ControlNets add: to each skip connection of the down blocks, and last to the middle block."""
+    t2i_adapters: tuple[T2IAdapter, ...] = ()
+    features: tuple[Residual, ...] = ()
+    """What T2I-Adapters add within the blocks."""
     motion: Motion | None = None
     shapes: Shapes = Shapes()
     limits: Limits = Limits()
@@ -177,6 +188,19 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
         """Names of ``residuals``, as outputs of ControlNets and inputs of the UNet."""
         return residual_names(len(self.residuals))
 
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """Names of ``features``, as inputs of the UNet and outputs of T2I-Adapters."""
+        return feature_names(len(self.features))
+
+    @property
+    def net_names(self) -> tuple[str, ...]:
+        """What requests may name as ``controlnet``."""
+        return (*(net.name for net in self.controlnets), *(adapter.name for adapter in self.t2i_adapters))
+
+    def t2i_adapter(self, name: str) -> T2IAdapter | None:
+        return next((adapter for adapter in self.t2i_adapters if adapter.name == name), None)
+
     def controlnet(self, name: str) -> ControlNet:
         return next(net for net in self.controlnets if net.name == name)
 
@@ -203,3 +227,8 @@ def level_size(size: int, level: int) -> int:
 def residual_names(count: int) -> tuple[str, ...]:
     """Names of ``count`` residuals: those of the down blocks and that of the middle block."""
     return (*(f"down_residual_{index}" for index in range(count - 1)), "mid_residual")
+
+
+def feature_names(count: int) -> tuple[str, ...]:
+    """Names of ``count`` features of T2I-Adapters."""
+    return tuple(f"intrablock_residual_{index}" for index in range(count))

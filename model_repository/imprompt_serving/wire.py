@@ -87,6 +87,12 @@ CONTROL_REQUEST: tuple[Tensor, ...] = (
         "control images as encoded pictures: one for each net, or one for each prompt (frame) of each net in turn",
     ),
     Tensor(
+        "control_image_annotator",
+        "STRING",
+        MANY,
+        "what makes the control image of a photo: `none` (default) or `canny`; one for all nets, or one each",
+    ),
+    Tensor(
         "controlnet_conditioning_scale", "FP64", MANY, "strength: one for all nets, or one each (default as diffusers)"
     ),
     Tensor(
@@ -97,7 +103,7 @@ CONTROL_REQUEST: tuple[Tensor, ...] = (
     ),
     Tensor("guess_mode", "BOOL", ONE, "nets act on the conditional branch only, and less on the finer residuals"),
 )
-"""Only bundles with ControlNets have these."""
+"""Only bundles with ControlNets or T2I-Adapters have these; a T2I-Adapter counts as a net."""
 
 VIDEO_REQUEST: tuple[Tensor, ...] = (
     Tensor("num_frames", "INT32", ONE, "frames of a clip; without it (and `video`) the answer is pictures"),
@@ -148,7 +154,7 @@ def request_tensors(bundle: Bundle, *, stream: bool) -> tuple[Tensor, ...]:
         for adapter in bundle.adapters
     )
     family = SDXL_REQUEST if bundle.family == "sdxl" else ()
-    control = CONTROL_REQUEST if bundle.controlnets else ()
+    control = CONTROL_REQUEST if bundle.controlnets or bundle.t2i_adapters else ()
     video = VIDEO_REQUEST if bundle.motion else ()
     return REQUEST + family + control + video + embeds + (STREAM_REQUEST if stream else ())
 
@@ -202,6 +208,7 @@ def job_tensors(bundle: Bundle) -> tuple[Tensor, ...]:
                 embeds.append(Tensor(f"{prefix}clip_embeds_{adapter.name}", "FP32", (-1, *adapter.clip_shape)))
     masks = (Tensor(f"ip_adapter_masks_{a.name}", "FP32", (-1, -1, -1)) for a in bundle.adapters)
     controls = (Tensor(f"control_image_{net.name}", "FP32", (-1, 3, -1, -1)) for net in bundle.controlnets)
+    t2i = (Tensor(f"control_image_{a.name}", "FP32", (-1, a.channels, -1, -1)) for a in bundle.t2i_adapters)
     moments = (-1, 2 * bundle.latent_channels, -1, -1)
     return (
         Tensor("job", "STRING", ONE),
@@ -210,6 +217,7 @@ def job_tensors(bundle: Bundle) -> tuple[Tensor, ...]:
         *embeds,
         *masks,
         *controls,
+        *t2i,
         Tensor("image_moments", "FP32", moments),
         Tensor("masked_image_moments", "FP32", moments),
         Tensor("mask", "FP32", (-1, 1, -1, -1)),

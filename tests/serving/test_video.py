@@ -235,7 +235,7 @@ def test_pictures_as_files(control: Served, kind: str) -> None:
     result = generate(control, seed=0, num_images_per_prompt=2, output_format=kind)
     assert [Image.open(io.BytesIO(data)).format for data in result.encoded] == [kind.upper()] * 2
     difference = oracle.as_array(result.images).astype(float) - oracle.as_array(raw.images)
-    assert np.abs(difference).mean() <= (0 if kind == "png" else 12)
+    assert np.abs(difference).mean() <= (0 if kind == "png" else 20)
 
 
 @pytest.mark.parametrize(

@@ -39,13 +39,13 @@ def make_controlnet(
     return Path(folder)
 
 
-def make_t2i_adapter(folder: str | Path, *, family: Family = "sd15", seed: int = 0) -> Path:
+def make_t2i_adapter(folder: str | Path, *, family: Family = "sd15", levels: int = 4, seed: int = 0) -> Path:
     """Writes a T2IAdapter (`full_adapter`, for SDXL `full_adapter_xl`); it takes an RGB picture."""
     kind, downscale_factor = {"sd15": ("full_adapter", 8), "sdxl": ("full_adapter_xl", 16)}[family]
     with private_rng():
         adapter = T2IAdapter(
             in_channels=3,
-            channels=[32, 64, 64, 64],
+            channels=[32, 64, 64, 64][:levels],
             num_res_blocks=2,
             downscale_factor=downscale_factor,
             adapter_type=kind,

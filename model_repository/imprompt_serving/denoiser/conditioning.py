@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from imprompt_serving.denoiser.control import Control, prepare_controls
+from imprompt_serving.denoiser.features import Features, prepare_features, total
 from imprompt_serving.denoiser.image_prompts import absent_inputs, adapter_inputs, group_scales
 from imprompt_serving.engines import Engine
 from imprompt_serving.errors import InvalidRequest
@@ -20,8 +21,16 @@ class Conditioning:
     """The conditioning of one job. Adapters with a start or an end have no effect outside of it."""
 
     def __init__(
-        self, request: JobRequest, inputs: dict[str, Tensor], pictures: int, controls: tuple[Control, ...] = ()
+        self,
+        request: JobRequest,
+        bundle: Bundle,
+        inputs: dict[str, Tensor],
+        pictures: int,
+        controls: tuple[Control, ...] = (),
+        features: tuple[Features, ...] = (),
     ) -> None:
+        self._bundle, self._features = bundle, features
+        self._size = (request.height // bundle.vae_scale_factor, request.width // bundle.vae_scale_factor)
         self.pictures = pictures
         self.controls = controls
         self._inputs = inputs
@@ -30,12 +39,19 @@ class Conditioning:
 
     def at(self, index: int, count: int) -> Mapping[str, Tensor]:
         """UNet inputs of call ``index`` of ``count``; equal conditioning is the same object."""
-        active = tuple(s <= index / count and (index + 1) / count <= e for s, e in self._windows.values())
-        if active not in self._variants:
+
+        def acts(start: float, end: float) -> bool:
+            return start <= index / count and (index + 1) / count <= end
+
+        active = tuple(acts(*window) for window in self._windows.values())
+        features = tuple(acts(part.start, part.end) for part in self._features)
+        if (*active, *features) not in self._variants:
             switched = zip(self._windows, active, strict=True)
             silent = {name: torch.zeros_like(self._inputs[name]) for name, on in switched if not on}
-            self._variants[active] = {**self._inputs, **silent}
-        return self._variants[active]
+            acting = [part for part, on in zip(self._features, features, strict=True) if on]
+            added = total(self._bundle, acting, len(self._inputs["encoder_hidden_states"]), self._size)
+            self._variants[*active, *features] = {**self._inputs, **silent, **added}
+        return self._variants[*active, *features]
 
 
 class Conditioner:
@@ -45,10 +61,14 @@ class Conditioner:
     """
 
     def __init__(
-        self, bundle: Bundle, projections: Mapping[str, Engine], control_embeddings: Mapping[str, Engine] | None = None
+        self,
+        bundle: Bundle,
+        projections: Mapping[str, Engine],
+        control_embeddings: Mapping[str, Engine] | None = None,
+        t2i_adapters: Mapping[str, Engine] | None = None,
     ) -> None:
         self._bundle, self._projections = bundle, projections
-        self._control_embeddings = control_embeddings or {}
+        self._control_embeddings, self._t2i_adapters = control_embeddings or {}, t2i_adapters or {}
 
     def __call__(self, request: JobRequest, tensors: Mapping[str, Tensor]) -> Conditioning:
         """The conditioning of ``request``, from its text and image embeddings."""
@@ -68,10 +88,10 @@ class Conditioner:
         if bundle.time_cond_proj_dim is not None:
             branches["timestep_cond"] = guidance_embedding(request.guidance_scale, bundle.time_cond_proj_dim)
         inputs |= {name: tensor.repeat_interleave(pictures, dim=0) for name, tensor in branches.items()}
-        controls = prepare_controls(
-            bundle, self._control_embeddings, request, tensors, pictures=pictures, branches=len(prefixes)
-        )
-        return Conditioning(request, inputs, pictures, controls)
+        sizes = {"pictures": pictures, "branches": len(prefixes)}
+        controls = prepare_controls(bundle, self._control_embeddings, request, tensors, **sizes)
+        features = prepare_features(bundle, self._t2i_adapters, request, tensors, **sizes)
+        return Conditioning(request, bundle, inputs, pictures, controls, features)
 
     def _image_prompts(
         self, request: JobRequest, tensors: Mapping[str, Tensor], prefixes: tuple[str, ...]

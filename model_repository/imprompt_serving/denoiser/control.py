@@ -42,10 +42,11 @@ def prepare_controls(
     branches: int,
 ) -> tuple[Control, ...]:
     """Embed the control images of ``request``, once for all of its steps."""
-    if not request.controls:
+    uses = [use for use in request.controls if use.name in embeddings]
+    if not uses:
         return ()
     # As in diffusers: the first net decides for all of them.
-    guess = request.guess_mode or bundle.controlnet(request.controls[0].name).global_pool
+    guess = request.guess_mode or bundle.controlnet(uses[0].name).global_pool
     return tuple(
         Control(
             name=use.name,
@@ -55,7 +56,7 @@ def prepare_controls(
             start=use.start,
             end=use.end,
         )
-        for use in request.controls
+        for use in uses
     )
 
 

@@ -9,8 +9,17 @@ from PIL import Image
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.job import ControlUse, Task
 from imprompt_serving.pipeline import images
+from imprompt_serving.pipeline.annotators import ANNOTATORS, annotate
 from imprompt_serving.pipeline.reader import Reader, spread
 from imprompt_serving.specs import Bundle
+
+_PARAMETERS = (
+    "controlnet",
+    "control_image_annotator",
+    "controlnet_conditioning_scale",
+    "control_guidance_start",
+    "control_guidance_end",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,6 +27,8 @@ class Control:
     """A ControlNet that a request uses: one image for all results, or one for each prompt; clips: for each frame."""
 
     images: tuple[Image.Image, ...]
+    mode: str
+    """Pillow's name for the channels that the net takes."""
     use: ControlUse
 
 
@@ -25,31 +36,43 @@ def parse_controls(read: Reader, bundle: Bundle, task: Task, prompts: int, frame
     """The ControlNets of a request in its order; none when it has no control image. ``frames`` is set for clips."""
     data, names = read.data("control_image"), read.texts("controlnet")
     if not data:
-        for name in ("controlnet", "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"):
+        for name in _PARAMETERS:
             if name in read:
                 raise InvalidRequest("control_image", f"{name} needs a control image")
         return ()
     names = _names(names, bundle)
+    if frames is not None and any(bundle.t2i_adapter(name) for name in names):
+        raise InvalidRequest("controlnet", "T2I-Adapters steer pictures, not clips")
     each = len(data) // len(names)
     several, what = (prompts, "prompt") if frames is None else (frames, "frame")
     if len(data) % len(names) or each not in (1, several):
         wanted = f"one for each of {', '.join(names)}" + (f", or {several} (one a {what})" if several > 1 else "")
         raise InvalidRequest("control_image", f"{wanted}; got {len(data)}")
-    pictures = [images.decode(picture, "control_image") for picture in data]
+    annotators = read.choices("control_image_annotator", ANNOTATORS)
+    annotators = spread("control_image_annotator", annotators, len(names), "none", "nets")
+    pictures = [
+        annotate(images.decode(picture, "control_image"), annotators[index // each])
+        for index, picture in enumerate(data)
+    ]
     return tuple(
-        Control(images=tuple(pictures[index * each : (index + 1) * each]), use=use)
+        Control(images=tuple(pictures[index * each : (index + 1) * each]), mode=_mode(bundle, use.name), use=use)
         for index, use in enumerate(_uses(read, names, 1.0 if frames else default_scale(bundle, task)))
     )
 
 
 def _names(names: tuple[str, ...], bundle: Bundle) -> tuple[str, ...]:
-    known = tuple(net.name for net in bundle.controlnets)
+    known = bundle.net_names
     for name in names:
         if name not in known:
             raise InvalidRequest("controlnet", f"no ControlNet {name!r}; {bundle.name} has {', '.join(known)}")
     if len(set(names)) < len(names):
         raise InvalidRequest("controlnet", f"each at most once, got {', '.join(names)}")
     return names or known
+
+
+def _mode(bundle: Bundle, name: str) -> str:
+    adapter = bundle.t2i_adapter(name)
+    return "L" if adapter is not None and adapter.channels == 1 else "RGB"
 
 
 def _uses(read: Reader, names: tuple[str, ...], default: float) -> list[ControlUse]:

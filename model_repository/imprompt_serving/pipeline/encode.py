@@ -202,5 +202,5 @@ def control_tensors(request: Request) -> Tensors:
         images = list(control.images)
         if box is not None:
             images = [fit_filled(image.crop(box), width, height) for image in images]
-        tensors[f"control_image_{control.use.name}"] = control_pixels(images, height, width)
+        tensors[f"control_image_{control.use.name}"] = control_pixels(images, height, width, control.mode)
     return tensors

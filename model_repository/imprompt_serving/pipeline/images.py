@@ -82,9 +82,9 @@ def vae_pixels(images: list[Image.Image], height: int, width: int) -> np.ndarray
     return 2.0 * _planes(resized) - 1.0
 
 
-def control_pixels(images: list[Image.Image], height: int, width: int) -> np.ndarray:
-    """Control images [N, 3, height, width] in 0..1 (``control_image_processor`` of diffusers' ControlNet pipelines)."""
-    return _planes([image.resize((width, height), Image.Resampling.LANCZOS).convert("RGB") for image in images])
+def control_pixels(images: list[Image.Image], height: int, width: int, mode: str = "RGB") -> np.ndarray:
+    """Control images [N, C, height, width] in 0..1 (``control_image_processor`` of diffusers' ControlNet pipelines)."""
+    return _planes([image.resize((width, height), Image.Resampling.LANCZOS).convert(mode) for image in images])
 
 
 def mask_pixels(masks: list[Image.Image], height: int, width: int) -> np.ndarray:

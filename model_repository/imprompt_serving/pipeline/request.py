@@ -224,14 +224,16 @@ def _size(
         first, asked = controls[0].images[0], "control_image"
     if first is not None:
         height, width = (size - size % bundle.vae_scale_factor for size in (first.height, first.width))
+    used = [bundle.t2i_adapter(control.use.name) for control in controls]
+    factor = max([8, *(adapter.downscale_factor for adapter in used if adapter is not None)])
     sizes = []
     for name, default in (("height", height), ("width", width)):
         low, _, high = getattr(bundle.shapes, name)
         value = read.integer(name, default, low, high)
         if not low <= value <= high:
             raise InvalidRequest(asked or name, f"{name} must be {low} to {high}, got {value}")
-        if value % 8:
-            raise InvalidRequest(name, f"must be a multiple of 8, got {value}")
+        if value % factor:
+            raise InvalidRequest(name, f"must be a multiple of {factor}, got {value}")
         sizes.append(value)
     return sizes[0], sizes[1]
 

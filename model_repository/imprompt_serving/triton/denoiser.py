@@ -43,7 +43,8 @@ class TritonPythonModel:
         projections = {adapter.name: engine(f"image_projection_{adapter.name}") for adapter in bundle.adapters}
         embeddings = {net.name: engine(f"controlnet_embedding_{net.name}") for net in bundle.controlnets}
         controlnets = {net.name: engine(f"controlnet_{net.name}") for net in bundle.controlnets}
-        self._conditioner = Conditioner(bundle, projections, embeddings)
+        t2i_adapters = {adapter.name: engine(f"t2i_adapter_{adapter.name}") for adapter in bundle.t2i_adapters}
+        self._conditioner = Conditioner(bundle, projections, embeddings, t2i_adapters)
         unets = {name: engine(name) for name in ("unet", "motion_unet")[: 1 if bundle.motion is None else 2]}
         networks = Networks(bundle, unets, controlnets)
         with torch.no_grad():

@@ -1,0 +1,75 @@
+"""T2I-Adapters: loaded, checked against the base, and their graph. They run once a request, not at each step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import T2IAdapter
+from torch import Tensor
+
+from imprompt_export.bundle import BundleError, BundleFile
+from imprompt_export.graphs import Axes, Graph, Input, level_axes, level_sizes
+from imprompt_serving.specs import Residual, feature_names
+
+
+def load_t2i_adapters(bundle: BundleFile, unet: Any) -> dict[str, Any]:
+    """The T2I-Adapters of ``bundle`` by name, in float32.
+
+    Raises:
+        BundleError: a folder holds no T2I-Adapter, or one for another base.
+    """
+    adapters = {}
+    for section in bundle.t2i_adapter:
+        what = f"t2i_adapter {section.name}"
+        try:
+            adapter = T2IAdapter.from_pretrained(bundle.locate(section.path), dtype=torch.float32)
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise BundleError(f"{what}: {section.path} cannot be loaded: {error}") from error
+        has, wants = list(adapter.config.channels), [feature.channels for feature in features(unet)]
+        xl = adapter.config.adapter_type == "full_adapter_xl"
+        if has != wants or xl != (unet.config.addition_embed_type is not None):
+            kind = adapter.config.adapter_type
+            raise BundleError(f"{what}: a {kind} of channels {has}; the base wants {wants}; it is for another family")
+        adapters[section.name] = adapter.eval()
+    return adapters
+
+
+def features(unet: Any) -> tuple[Residual, ...]:
+    """What a T2I-Adapter adds within the blocks of ``unet`` (``UNet2DConditionModel.forward``).
+
+    To the last layer of each down block with attention, to the output of each one without, and, for SDXL, to that of
+    the middle block.
+    """
+    channels, last = unet.config.block_out_channels, len(unet.config.block_out_channels) - 1
+    found = []
+    for level, (count, block) in enumerate(zip(channels, unet.config.down_block_types, strict=True)):
+        found.append(Residual(count, level if "CrossAttn" in block else min(level + 1, last)))
+    if unet.config.addition_embed_type is not None:
+        found.append(Residual(channels[-1], last))
+    return tuple(found)
+
+
+def t2i_adapter(name: str, model: Any, shapes: tuple[Residual, ...]) -> Graph:
+    """Control images in 0..1 -> features for the blocks of the UNet."""
+    channels, factor = model.config.in_channels, model.config.downscale_factor
+
+    def run(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return tuple(model(tensors["control_image"]))
+
+    def axes(batch: int, h: int, w: int) -> Axes:
+        return {"batch": batch, "height": 8 * h, "width": 8 * w} | level_sizes(shapes, h, w)
+
+    step = factor // 8
+    return Graph(
+        name=f"t2i_adapter_{name}",
+        module=model,
+        run=run,
+        inputs=(Input(name="control_image", shape=("batch", channels, "height", "width"), values="unit"),),
+        outputs={
+            key: ("batch", shape.channels, *level_axes(shape.level))
+            for key, shape in zip(feature_names(len(shapes)), shapes, strict=True)
+        },
+        checks=(axes(1, 8, 8), axes(2, 10 * step, 12 * step)),
+        tolerance=1e-3,
+    )

@@ -1,0 +1,56 @@
+"""What T2I-Adapters add within the blocks of the UNet: computed once a request, the same at each step they act."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from imprompt_serving.engines import Engine
+from imprompt_serving.job import JobRequest
+from imprompt_serving.specs import Bundle, level_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Features:
+    """The features of one T2I-Adapter, scaled, a row for each row of the job; active from ``start`` to ``end``."""
+
+    tensors: dict[str, Tensor]
+    start: float
+    end: float
+
+
+def prepare_features(
+    bundle: Bundle,
+    adapters: Mapping[str, Engine],
+    request: JobRequest,
+    tensors: Mapping[str, Tensor],
+    pictures: int,
+    branches: int,
+) -> tuple[Features, ...]:
+    """Run the T2I-Adapters of ``request``; one control image serves all pictures, or each prompt has its own."""
+    found = []
+    for use in request.controls:
+        if use.name not in adapters:
+            continue
+        images = tensors[f"control_image_{use.name}"]
+        answer = adapters[use.name].run({"control_image": images.numpy()})
+        each = pictures if len(images) == 1 else request.num_images_per_prompt
+        scaled = {
+            name: (torch.from_numpy(answer[name]) * use.scale).repeat_interleave(each, dim=0).repeat(branches, 1, 1, 1)
+            for name in bundle.feature_names
+        }
+        found.append(Features(tensors=scaled, start=use.start, end=use.end))
+    return tuple(found)
+
+
+def total(bundle: Bundle, features: Sequence[Features], rows: int, size: tuple[int, int]) -> dict[str, Tensor]:
+    """The sum of ``features`` as inputs of the UNet, for latents of ``size`` (height and width); zeros of none."""
+    made = {}
+    for name, (channels, level) in zip(bundle.feature_names, bundle.features, strict=True):
+        made[name] = torch.zeros(rows, channels, *(level_size(side, level) for side in size))
+        for part in features:
+            made[name] += part.tensors[name]
+    return made
