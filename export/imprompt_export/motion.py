@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +28,17 @@ def load_motion_unet(bundle: BundleFile, unet: Any) -> Any | None:
         raise BundleError("motion_adapter: clips are served for SD1.5 bases without mask input only")
     try:
         adapter = MotionAdapter.from_pretrained(bundle.locate(path), dtype=torch.float32)
-        return UNetMotionModel.from_unet2d(unet, adapter).eval()
+        with _without_projections(unet):
+            return UNetMotionModel.from_unet2d(unet, adapter).eval()
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise BundleError(f"motion_adapter: {path} does not fit the base: {error}") from error
+
+
+@contextmanager
+def _without_projections(unet: Any) -> Iterator[None]:
+    """``from_unet2d`` takes the attention inside a plus adapter's projection for a layer of the UNet, and fails."""
+    projections, unet.encoder_hid_proj = unet.encoder_hid_proj, None
+    try:
+        yield
+    finally:
+        unet.encoder_hid_proj = projections
