@@ -1,71 +1,66 @@
-"""`python -m imprompt_demo.train.measure BUNDLE --sheet FILE`: pictures and semantic metrics, with diffusers.
+"""What prompts do to pictures, measured through a running server: `python -m imprompt_demo.measure`.
 
-References come from seeds that training never saw. Metrics are printed as one JSON object.
+Image prompts come from seeds that training never saw. Each measurement is a small function that the tests call, too.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
 import random
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
-from diffusers import (
-    AnimateDiffPipeline,
-    ControlNetModel,
-    LCMScheduler,
-    MotionAdapter,
-    StableDiffusionControlNetPipeline,
-    StableDiffusionInpaintPipeline,
-    StableDiffusionPipeline,
-)
 from PIL import Image
 
-from .. import metrics
-from ..world import THINGS, Picture, picture, render, sample_layout, sample_look
+from imprompt import Client
+from imprompt_demo import metrics
+from imprompt_demo.metrics import Pixels
+from imprompt_demo.use_cases import LCM_MODEL, MODEL, SCALES, SETTINGS
+from imprompt_demo.world import SIZE, THINGS, Picture, clip, picture, render, sample_layout, sample_look
 
-STEPS, GUIDANCE = 25, 4.0
-SCALES = (0.0, 0.4, 0.8)
-_UNSEEN = 9_000_000
-Pixels = metrics.Pixels
+_UNSEEN, _CALLERS = 9_000_000, 8
+Found = dict[str, Any]
 
 
-class Studio:
-    """The bundle's pipelines."""
+class Sitter:
+    """Asks the server for many pictures at once and says what they show."""
 
-    def __init__(self, bundle: Path) -> None:
-        self.place = bundle / "checkpoints"
-        self.pipe = StableDiffusionPipeline.from_pretrained(str(self.place / "base"), torch_dtype=torch.float32)
-        self.pipe.set_progress_bar_config(disable=True)
-        self.classify = metrics.ThingClassifier(bundle)
+    def __init__(self, client: Client) -> None:
+        self._client = client
 
-    def use_adapter(self, kind: str) -> None:
-        """Load one of the two IP-Adapters."""
-        weights = {"plain": "ip-adapter_world.safetensors", "plus": "ip-adapter-plus_world.safetensors"}[kind]
-        self.pipe.unload_ip_adapter()
-        self.pipe.load_ip_adapter(str(self.place / "ip-adapter"), subfolder="models", weight_name=weights)
+    @cached_property
+    def classify(self) -> metrics.ThingClassifier:
+        """Zero-shot, with the CLIP of the bundle."""
+        return metrics.ThingClassifier()
 
-    def draw(self, prompts: list[str], seed: int = 0, pipe: Any = None, **options: Any) -> Pixels:
-        """One picture for each prompt, [B, 64, 64, 3]; picture i has seed `seed + i`."""
-        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-        settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "np"} | options
-        out = (pipe or self.pipe)(prompts, generator=generators, **settings).images
-        return (out * 255).round().astype(np.uint8)
+    def draw(self, requests: Iterable[dict[str, Any]], model: str = MODEL) -> list[Pixels]:
+        """A picture [64, 64, 3] for each request; request i has seed i unless it brings one."""
+        return self._all(requests, model, lambda result: result.images[0])
 
-    def draw_like(self, prompts: list[str], references: list[Image.Image], scale: float, **options: Any) -> Pixels:
-        """The same with an image prompt for each picture."""
-        self.pipe.set_ip_adapter_scale(scale)
-        embeds = [
-            self.pipe.prepare_ip_adapter_image_embeds([image], None, "cpu", 1, True)[0].chunk(2) for image in references
-        ]
-        both = [torch.cat([torch.cat([e[i] for e in embeds]) for i in (0, 1)])]
-        return self.draw(prompts, ip_adapter_image_embeds=both, **options)
+    def film(self, requests: Iterable[dict[str, Any]]) -> list[Pixels]:
+        """A clip [16, 64, 64, 3] for each request."""
+        size = {"num_frames": 16, "height": SIZE, "width": SIZE}
+        return self._all((size | request for request in requests), MODEL, lambda result: np.stack(result.frames[0]))
+
+    def shows(self, pictures: Iterable[Pixels], things: Iterable[str]) -> float:
+        """The share of pictures that show the thing beside them."""
+        return _share(a == b for a, b in zip(self.classify(list(pictures)), things, strict=True))
+
+    def _all(self, requests: Iterable[dict[str, Any]], model: str, part: Callable[[Any], Pixels]) -> list[Pixels]:
+        def one(numbered: tuple[int, dict[str, Any]]) -> Pixels:
+            seed, request = numbered
+            return part(self._client.generate(model=model, output_type="np", **SETTINGS | {"seed": seed} | request))
+
+        with ThreadPoolExecutor(_CALLERS) as callers:
+            return list(callers.map(one, enumerate(requests)))
 
 
 def unseen(count: int) -> list[Picture]:
-    """Reference pictures outside the training set."""
+    """Pictures of the world outside the training set."""
     return [picture(_UNSEEN + i) for i in range(count)]
 
 
@@ -75,212 +70,145 @@ def other_thing(reference: Picture, index: int) -> str:
     return names[index % len(names)]
 
 
-def text_metrics(studio: Studio, count: int = 48) -> dict[str, Any]:
-    """How often the picture shows the thing that the caption names; the classifier's own accuracy beside it."""
+def text(sitter: Sitter, count: int = 24) -> Found:
+    """How often the picture shows what the text names; the classifier's own accuracy beside it."""
     names = (list(THINGS) * count)[:count]
-    drawn = studio.draw([f"a {name}" for name in names])
-    real = unseen(200)
-    told = studio.classify([p.pixels for p in real])
+    real = unseen(120)
     return {
-        "thing_is_text": _share(a == b for a, b in zip(names, studio.classify(list(drawn)), strict=True)),
-        "classifier_on_world": _share(a == p.layout.thing for a, p in zip(told, real, strict=True)),
+        "thing_is_text": sitter.shows(sitter.draw({"prompt": f"a {name}"} for name in names), names),
+        "classifier_on_world": sitter.shows([p.pixels for p in real], [p.layout.thing for p in real]),
     }
 
 
-def image_metrics(studio: Studio, kind: str, count: int = 20) -> dict[str, Any]:
-    """Palette and texture distance to the reference at three scales, and whether the text still decides the thing."""
-    studio.use_adapter(kind)
+def image_prompt(sitter: Sitter, adapter: str, count: int = 20) -> Found:
+    """Distance of palette and texture to the reference at each scale, and whether the text still decides the thing."""
     references = unseen(count)
-    asked = [other_thing(p, i) for i, p in enumerate(references)]
+    asked = [other_thing(reference, i) for i, reference in enumerate(references)]
     palettes, textures, things = [], [], []
     for scale in SCALES:
-        drawn = studio.draw_like([f"a {name}" for name in asked], [p.image() for p in references], scale, seed=100)
+        drawn = sitter.draw(
+            {"prompt": f"a {thing}", "ip_adapter_image": {adapter: p.image()}, "ip_adapter_scale": scale}
+            for thing, p in zip(asked, references, strict=True)
+        )
         pairs = list(zip(drawn, references, strict=True))
         palettes.append([metrics.palette_distance(a, p.pixels) for a, p in pairs])
         textures.append([metrics.texture_distance(a, p.pixels) for a, p in pairs])
-        things.append(_share(a == b for a, b in zip(asked, studio.classify(list(drawn)), strict=True)))
-    colours, grain = np.array(palettes), np.array(textures)
+        things.append(sitter.shows(drawn, asked))
+    none, some, much = np.array(palettes)
     return {
-        "palette_distance": _means(colours),
-        "texture_distance": _means(grain),
-        "palette_nearer_at_0.8": _share(colours[2] < colours[0]),
-        "palette_nearer_at_0.4": _share(colours[1] < colours[0]),
-        "palette_grows_with_scale": _share((colours[2] < colours[1]) & (colours[1] < colours[0])),
+        "palette_distance": [round(float(row.mean()), 3) for row in (none, some, much)],
+        "texture_distance": [round(float(np.mean(row)), 3) for row in textures],
+        "palette_nearer": [_share(some < none), _share(much < none)],
         "thing_is_text": things,
     }
 
 
-def edge_metrics(studio: Studio, count: int = 16) -> dict[str, Any]:
-    """Gradients on the asked lines over gradients elsewhere, with and without the ControlNet; the caption is empty."""
-    net = ControlNetModel.from_pretrained(str(studio.place / "controlnet-edges"), torch_dtype=torch.float32)
-    studio.pipe.unload_ip_adapter()
-    pipe = StableDiffusionControlNetPipeline(**studio.pipe.components, controlnet=net)
-    pipe.set_progress_bar_config(disable=True)
+def inpainting(sitter: Sitter, count: int = 8) -> Found:
+    """Change outside the mask in levels of 255, and whether the new thing shows inside."""
+    rng, names = random.Random(3), list(THINGS)
+    before = [render(sample_look(rng), sample_layout(rng, names[i])) for i in range(count)]
+    masks = [_whole_cells(p) for p in before]
+    asked = [names[(i + 5) % len(names)] for i in range(count)]
+    after = sitter.draw(
+        {"prompt": f"a {thing}", "image": p.image(), "mask_image": mask, "strength": 1.0}
+        for thing, p, mask in zip(asked, before, masks, strict=True)
+    )
+    changes = [
+        metrics.outside_change(b, p.pixels, np.asarray(m) > 0) for b, p, m in zip(after, before, masks, strict=True)
+    ]
+    return {"outside_change": round(float(np.mean(changes)), 2), "thing_is_text": sitter.shows(after, asked)}
+
+
+def _whole_cells(shown: Picture, cell: int = 4) -> Image.Image:
+    """The object's mask grown to whole cells of the latents."""
+    covered = np.array(shown.mask_image().resize((SIZE // cell,) * 2, Image.Resampling.BOX)) > 0
+    return Image.fromarray(covered.astype(np.uint8) * 255).resize((SIZE, SIZE), Image.Resampling.NEAREST)
+
+
+def edges(sitter: Sitter, count: int = 12) -> Found:
+    """Gradients on the asked lines over gradients elsewhere, without and with the ControlNet; there is no text."""
     layouts = unseen(count)
-    images = [p.edge_image() for p in layouts]
-    agreement = {}
+    found: Found = {}
     for scale in (0.0, 1.0):
-        drawn = studio.draw(
-            [""] * count, pipe=pipe, image=images, guidance_scale=1.0, controlnet_conditioning_scale=scale
+        drawn = sitter.draw(
+            {
+                "prompt": "",
+                "guidance_scale": 1.0,
+                "control_image": p.edge_image(),
+                "controlnet_conditioning_scale": scale,
+            }
+            for p in layouts
         )
-        pairs = zip(drawn, layouts, strict=True)
-        agreement[f"edge_agreement_{scale}"] = float(np.mean([metrics.edge_agreement(d, p.edges) for d, p in pairs]))
-    told = studio.classify(list(drawn))
-    return agreement | {"thing_is_edges": _share(a == p.layout.thing for a, p in zip(told, layouts, strict=True))}
+        agreement = [metrics.edge_agreement(d, p.edges) for d, p in zip(drawn, layouts, strict=True)]
+        found[f"edge_agreement_{scale:g}"] = round(float(np.mean(agreement)), 2)
+        found[f"thing_is_edges_{scale:g}"] = sitter.shows(drawn, [p.layout.thing for p in layouts])
+    return found
 
 
-def lcm_metrics(studio: Studio, count: int = 24) -> dict[str, Any]:
-    """LCM-LoRA in 4 steps against 25 steps, and against 4 plain steps: distance of CLIP embeddings, and the thing."""
-    studio.pipe.unload_ip_adapter()
+def lcm(sitter: Sitter, count: int = 24) -> Found:
+    """LCM-LoRA in 4 steps and 4 plain steps against 25 plain steps: distance of CLIP embeddings, and the thing."""
     names = (list(THINGS) * count)[:count]
-    prompts = [f"a {name}" for name in names]
-    many, few = studio.draw(prompts), studio.draw(prompts, num_inference_steps=4)
-    usual = studio.pipe.scheduler
-    studio.pipe.load_lora_weights(str(studio.place / "lcm-lora"), weight_name="pytorch_lora_weights.safetensors")
-    studio.pipe.scheduler = LCMScheduler.from_config(usual.config)
-    fast = studio.draw(prompts, num_inference_steps=4, guidance_scale=1.0)
-    studio.pipe.unload_lora_weights()
-    studio.pipe.scheduler = usual
-    told = {"lcm_4": fast, "ddim_4": few, "ddim_25": many}
-    found = {
-        f"{key}_thing": _share(a == b for a, b in zip(names, studio.classify(list(drawn)), strict=True))
-        for key, drawn in told.items()
+    prompts = [{"prompt": f"a {name}"} for name in names]
+    few = {"num_inference_steps": 4}
+    fast = {"scheduler": "LCMScheduler", "guidance_scale": 1.0} | few
+    drawn = {
+        "ddim_25": sitter.draw(prompts),
+        "ddim_4": sitter.draw(prompt | few for prompt in prompts),
+        "lcm_4": sitter.draw((prompt | fast for prompt in prompts), LCM_MODEL),
     }
-    target = studio.classify.embeds(list(many))
-    for key in ("lcm_4", "ddim_4"):
-        cosine = (studio.classify.embeds(list(told[key])) * target).sum(1)
+    found: Found = {f"{key}_thing": sitter.shows(pictures, names) for key, pictures in drawn.items()}
+    target = sitter.classify.embeds(drawn["ddim_25"])
+    for key in ("ddim_4", "lcm_4"):
+        cosine = (sitter.classify.embeds(drawn[key]) * target).sum(1)
         found[f"{key}_clip_distance"] = round(float(1 - cosine.mean()), 3)
     return found
 
 
-def moving_pipe(studio: Studio) -> AnimateDiffPipeline:
-    """The AnimateDiff pipeline; call it after loading the adapter that it should use."""
-    adapter = MotionAdapter.from_pretrained(str(studio.place / "motion"), torch_dtype=torch.float32)
-    pipe = AnimateDiffPipeline(
-        **{k: v for k, v in studio.pipe.components.items() if k != "safety_checker"}, motion_adapter=adapter
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def motion_metrics(studio: Studio, count: int = 6) -> dict[str, Any]:
-    """Smoothness of clips, beside that of rendered clips, and palette distance of the frames to the reference."""
-    from ..world import clip
-
-    studio.use_adapter("plain")
-    pipe = moving_pipe(studio)
-    smooth, palettes = [], []
-    for i, reference in enumerate(unseen(count)):
-        frames = film(pipe, f"a {other_thing(reference, i)}", reference.image(), 0.8, i)
-        smooth.append(metrics.smoothness(frames))
-        palettes.append(np.mean([metrics.palette_distance(f, reference.pixels) for f in frames]))
+def motion(sitter: Sitter, count: int = 4) -> Found:
+    """Smoothness of clips beside that of rendered ones, and distance of the frames' palette to the reference."""
+    references = unseen(count)
+    found: Found = {}
+    for scale in (0.0, 0.8):
+        clips = sitter.film(
+            {"prompt": f"a {other_thing(p, i)}", "ip_adapter_image": {"plain": p.image()}, "ip_adapter_scale": scale}
+            for i, p in enumerate(references)
+        )
+        palettes = [
+            metrics.palette_distance(f, p.pixels) for c, p in zip(clips, references, strict=True) for f in c[::4]
+        ]
+        found[f"palette_distance_{scale:g}"] = round(float(np.mean(palettes)), 3)
     rng = random.Random(1)
-    real = [metrics.smoothness(clip(sample_look(rng), sample_layout(rng))) for _ in range(count)]
-    return {
-        "smoothness": round(float(np.mean(smooth)), 3),
-        "smoothness_of_world": round(float(np.mean(real)), 3),
-        "palette_distance_to_reference": round(float(np.mean(palettes)), 3),
-    }
+    real = [clip(sample_look(rng), sample_layout(rng)) for _ in range(count)]
+    found["smoothness"] = round(float(np.mean([metrics.smoothness(frames) for frames in clips])), 3)
+    found["smoothness_of_world"] = round(float(np.mean([metrics.smoothness(frames) for frames in real])), 3)
+    return found
 
 
-def film(pipe: AnimateDiffPipeline, prompt: str, reference: Image.Image, scale: float, seed: int) -> Pixels:
-    """A clip of 16 frames, [16, 64, 64, 3]."""
-    pipe.set_ip_adapter_scale(scale)
-    generator = torch.Generator().manual_seed(seed)
-    frames = pipe(
-        prompt,
-        num_frames=16,
-        ip_adapter_image=reference,
-        num_inference_steps=STEPS,
-        guidance_scale=GUIDANCE,
-        generator=generator,
-        output_type="np",
-        height=64,
-        width=64,
-    ).frames[0]
-    return (np.asarray(frames) * 255).round().astype(np.uint8)
-
-
-def sheet(studio: Studio, kinds: list[str], columns: int = 16) -> Image.Image:
-    """Text alone; then for each adapter the references and the pictures at three scales; then inpainting."""
-    names = (list(THINGS) * 2)[:columns]
-    rows: list[Iterable[Pixels]] = [studio.draw([f"a {name}" for name in names])]
-    described = ["a red star on a white background", "a blue fish with yellow stripes on a pink background"]
-    rows.append(studio.draw((described * columns)[:columns]))
-    references = unseen(columns)
-    asked = [f"a {other_thing(p, i)}" for i, p in enumerate(references)]
-    for kind in kinds:
-        studio.use_adapter(kind)
-        rows.append([p.pixels for p in references])
-        rows += [studio.draw_like(asked, [p.image() for p in references], scale, seed=100) for scale in SCALES]
-    return tile(rows)
-
-
-def tile(rows: list[Iterable[Pixels]], zoom: int = 2) -> Image.Image:
-    """Pictures in rows on white."""
-    lines = [np.concatenate([np.pad(p, ((1, 1), (1, 1), (0, 0)), constant_values=255) for p in row], 1) for row in rows]
-    image = Image.fromarray(np.concatenate(lines, 0))
-    return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
-
-
-def inpaint_metrics(studio: Studio, count: int = 8) -> dict[str, Any]:
-    """Change outside the mask in levels of 255, and whether the new thing shows inside."""
-    studio.pipe.unload_ip_adapter()
-    pipe = StableDiffusionInpaintPipeline(**studio.pipe.components, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    rng = random.Random(3)
-    outside, asked, drawn = [], [], []
-    for i in range(count):
-        look, names = sample_look(rng), list(THINGS)
-        before = render(look, sample_layout(rng, names[i]))
-        grown = np.array(before.mask_image().resize((16, 16), Image.Resampling.BOX)) > 0
-        mask = Image.fromarray(grown.astype(np.uint8) * 255).resize((64, 64), Image.Resampling.NEAREST)
-        asked.append(names[(i + 5) % len(names)])
-        after = studio.draw([f"a {asked[-1]}"], i, pipe, image=before.image(), mask_image=mask, strength=1.0)[0]
-        outside.append(metrics.outside_change(after, before.pixels, np.asarray(mask) > 0))
-        drawn.append(after)
-    told = studio.classify(drawn)
-    return {
-        "outside_change": float(np.mean(outside)),
-        "thing_is_text": _share(a == b for a, b in zip(asked, told, strict=True)),
-    }
-
-
-def main() -> None:
-    """Measure what the bundle holds."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--sheet", type=Path)
-    parser.add_argument("--only", default="text,plain,plus,edges,lcm,motion,inpaint")
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    studio = Studio(args.bundle)
-    has = {
-        kind: (studio.place / "ip-adapter/models" / name).exists()
-        for kind, name in (("plain", "ip-adapter_world.safetensors"), ("plus", "ip-adapter-plus_world.safetensors"))
-    }
-    if args.sheet:
-        sheet(studio, [kind for kind, there in has.items() if there]).save(args.sheet)
-    measures = {
-        "text": lambda: text_metrics(studio),
-        "plain": lambda: image_metrics(studio, "plain"),
-        "plus": lambda: image_metrics(studio, "plus"),
-        "edges": lambda: edge_metrics(studio),
-        "lcm": lambda: lcm_metrics(studio),
-        "motion": lambda: motion_metrics(studio),
-        "inpaint": lambda: inpaint_metrics(studio),
-    }
-    for name in filter(None, args.only.split(",")):
-        print(json.dumps({name: measures[name]()}), flush=True)
-
-
-def _share(truths: Iterable[bool]) -> float:
+def _share(truths: Iterable[Any]) -> float:
     return round(float(np.mean(list(truths))), 3)
 
 
-def _means(rows: np.ndarray[Any, Any]) -> list[float]:
-    return [round(float(value), 3) for value in rows.mean(1)]
+MEASUREMENTS: dict[str, Callable[[Sitter], Found]] = {
+    "text": text,
+    "plain": lambda sitter: image_prompt(sitter, "plain"),
+    "plus": lambda sitter: image_prompt(sitter, "plus"),
+    "inpainting": inpainting,
+    "edges": edges,
+    "lcm": lcm,
+    "motion": motion,
+}
+
+
+def main() -> None:
+    """Print one JSON object for each measurement."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--url", default="localhost:8001", help="a server with the models of the embedded bundle")
+    parser.add_argument("--only", default=",".join(MEASUREMENTS), help="comma separated")
+    options = parser.parse_args()
+    with Client(options.url) as client:
+        sitter = Sitter(client)
+        for name in options.only.split(","):
+            print(json.dumps({name: MEASUREMENTS[name](sitter)}), flush=True)
 
 
 if __name__ == "__main__":

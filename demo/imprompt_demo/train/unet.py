@@ -12,7 +12,7 @@ from .clip import WIDTH
 from .loop import Plan, fit
 from .text import Captions
 
-PLAN = Plan(steps=11000, batch=16, rate=1.5e-3, average=0.998, warmup=100)
+PLAN = Plan(steps=14000, batch=16, rate=1.5e-3, average=0.998, warmup=100)
 CHANNELS = (32, 64, 128)
 HEADS = 2
 _SHORT_FULL_EMPTY = (0.15, 0.77, 0.08)

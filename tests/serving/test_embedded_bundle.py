@@ -1,0 +1,84 @@
+"""The trained bundle means what it draws: image prompts, masks, lines, few steps and motion, through the server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from imprompt import Client
+from imprompt_demo import bundle_path, demo, measure
+from imprompt_serving.launcher import Server
+
+MEGABYTE = 10**6
+
+
+@pytest.fixture(scope="module")
+def client(request: pytest.FixtureRequest) -> Iterator[Client]:
+    """Of a server with the bundles that the demo exports."""
+    server = Server(demo.exported(Path(str(request.config.cache.mkdir("demo")))))
+    server.start()
+    try:
+        with Client(server.grpc_address) as client:
+            yield client
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def sitter(client: Client) -> measure.Sitter:
+    return measure.Sitter(client)
+
+
+def test_the_bundle_is_small() -> None:
+    assert sum(file.stat().st_size for file in bundle_path().rglob("*")) < 30 * MEGABYTE
+
+
+def test_the_demo_shows_every_use_case(client: Client, tmp_path: Path) -> None:
+    results = demo.show(client, tmp_path / "demo.png")
+    assert len(results) == 15
+    with Image.open(tmp_path / "demo.png") as sheet, Image.open(tmp_path / "demo.gif") as film:
+        assert sheet.height > 9 * 128
+        assert film.n_frames == 16
+
+
+def test_the_text_decides_the_thing(sitter: measure.Sitter) -> None:
+    found = measure.text(sitter)
+    assert found["classifier_on_world"] >= 0.9
+    assert found["thing_is_text"] >= 0.75
+
+
+@pytest.mark.parametrize("adapter", ["plain", "plus"])
+def test_the_image_prompt_decides_the_look(sitter: measure.Sitter, adapter: str) -> None:
+    found = measure.image_prompt(sitter, adapter)
+    none, some, much = found["palette_distance"]
+    assert none > some > much
+    assert found["palette_nearer"][1] >= 0.9
+    assert found["texture_distance"][2] < found["texture_distance"][0]
+    assert found["thing_is_text"][2] >= 0.6
+
+
+def test_inpainting_leaves_the_rest_alone(sitter: measure.Sitter) -> None:
+    found = measure.inpainting(sitter)
+    assert found["outside_change"] <= 8  # levels of 255, what the autoencoder alone does
+    assert found["thing_is_text"] >= 0.6
+
+
+def test_edges_are_where_they_were_asked(sitter: measure.Sitter) -> None:
+    found = measure.edges(sitter)
+    assert found["edge_agreement_1"] > 1.5 * found["edge_agreement_0"]
+    assert found["thing_is_edges_1"] > found["thing_is_edges_0"]
+
+
+def test_four_steps_of_lcm_are_near_to_twenty_five(sitter: measure.Sitter) -> None:
+    found = measure.lcm(sitter)
+    assert found["lcm_4_clip_distance"] < found["ddim_4_clip_distance"]
+    assert found["lcm_4_thing"] >= 0.6
+
+
+def test_clips_move_smoothly_in_the_look_of_the_reference(sitter: measure.Sitter) -> None:
+    found = measure.motion(sitter)
+    assert found["smoothness"] < 0.6  # 1 is noise
+    assert found["palette_distance_0.8"] < found["palette_distance_0"]
