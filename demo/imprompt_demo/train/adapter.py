@@ -19,7 +19,7 @@ from .data import LAYOUTS
 from .loop import Plan, fit
 from .text import Captions
 
-PLAN = Plan(steps=1200, batch=16, rate=1e-3, average=0.995)
+PLAN = Plan(steps=3000, batch=16, rate=1e-3, average=0.997)
 TOKENS = {"plain": 4, "plus": 16}
 _SHORT_FULL_EMPTY = (0.7, 0.1, 0.2)
 _NO_IMAGE = 0.08
