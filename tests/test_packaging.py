@@ -96,7 +96,7 @@ def test_processes_beside_the_denoiser_are_light() -> None:
     assert not {name for name in loaded if within(name, ("torch", "diffusers", "transformers", "scipy"))}
 
 
-@pytest.mark.parametrize("command", ["", "export", "serve", "generate", "models"])
+@pytest.mark.parametrize("command", ["", "export", "serve", "generate", "models", "bench"])
 def test_help(command: str) -> None:
     done = subprocess.run(
         [Path(sys.executable).with_name("imprompt"), *filter(None, [command]), "--help"],
