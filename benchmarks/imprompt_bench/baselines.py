@@ -1,21 +1,19 @@
-"""Other ways to the same picture: the server, diffusers (eager or compiled), and the engines without a server."""
+"""Other ways to the picture that the server makes: diffusers, eager or compiled, and the engines without a server."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from imprompt import Client
 from imprompt_bench.checkpoints import ADAPTER, Checkpoints
-from imprompt_bench.results import BenchError
+from imprompt_bench.systems import Answer, Arguments, System
 from imprompt_bench.workload import Workload
 from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.engines import Engine, load_engine
@@ -23,30 +21,6 @@ from imprompt_serving.job import AdapterUse, JobRequest
 from imprompt_serving.pipeline.images import clip_pixels
 from imprompt_serving.pipeline.text import PromptTokenizer
 from imprompt_serving.specs import Bundle
-
-MAX_LEVELS, MEAN_LEVELS = 2, 0.1
-"""Largest and mean difference of equal pictures, in levels of 255 (float32, few steps)."""
-
-Arguments = dict[str, Any]
-
-
-class Answer(NamedTuple):
-    """A picture [height, width, 3], uint8, and the seconds of each stage where they are known."""
-
-    picture: np.ndarray
-    timings: dict[str, float]
-
-
-System = Callable[[Arguments], Answer]
-"""Makes the picture of one request; arguments as ``Workload.request`` makes them."""
-
-
-def served(client: Client) -> System:
-    def generate(arguments: Arguments) -> Answer:
-        result = client.generate(**arguments, output_type="np")
-        return Answer(result.images[0], result.timings)
-
-    return generate
 
 
 class Diffusers:
@@ -176,27 +150,3 @@ def load_baseline(name: str, folder: Path, model: str, workload: Workload) -> Sy
     if name == "compiled":
         system.compile()
     return system
-
-
-def distance(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """Largest and mean difference of two uint8 pictures."""
-    difference = np.abs(a.astype(np.int16) - b.astype(np.int16))
-    return float(difference.max()), float(difference.mean())
-
-
-def check_same(name: str, answer: Answer, expected: Answer, *, exact: bool) -> list[float]:
-    """How far a baseline's picture is from the server's.
-
-    Args:
-        exact: whether both compute in float32; they must show the same picture then.
-
-    Raises:
-        BenchError: they do not: what is timed would not be the same work.
-    """
-    largest, mean = distance(answer.picture, expected.picture)
-    if exact and (largest > MAX_LEVELS or mean > MEAN_LEVELS):
-        raise BenchError(
-            f"{name} makes another picture than the server: {largest:g} levels apart at most, {mean:.3f} on average "
-            f"(allowed: {MAX_LEVELS} and {MEAN_LEVELS}); their times are not compared"
-        )
-    return [largest, mean]

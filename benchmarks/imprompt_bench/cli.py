@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import shlex
-import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
@@ -17,7 +17,7 @@ from rich.markup import escape
 from imprompt import ImpromptError
 from imprompt_bench import subject
 from imprompt_bench.presets import PRESETS
-from imprompt_bench.results import BenchError
+from imprompt_bench.results import BenchError, environment
 from imprompt_bench.session import SCENARIOS, Session
 from imprompt_bench.workload import Workload
 
@@ -37,8 +37,9 @@ console = Console(stderr=True, highlight=False)
 
 def main(arguments: Sequence[str]) -> int:
     """`imprompt bench`; returns the exit status."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import, which itself has warnings to give
     try:
-        app(args=list(arguments), prog_name="imprompt bench")
+        app(args=list(arguments), prog_name="imprompt bench", obj=shlex.join(["imprompt", "bench", *arguments]))
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     except ImportError as error:
@@ -79,6 +80,7 @@ def measure(
     if url is not None and (preset or baseline or model is None):
         raise typer.BadParameter("goes with --model, and without --preset and --baseline", param_hint="--url")
     name = preset.value if preset else "tiny"
+    around = environment()  # now: what the machine is busy with later is this run
     measured: AbstractContextManager[subject.Subject]
     if url is not None and model is not None:
         measured, baselines = nullcontext(subject.running(url, model, metrics)), list[str]()
@@ -94,13 +96,14 @@ def measure(
             steps=steps or defaults.steps,
             smallest=described["limits"]["height"][0],
         )
-        session = Session(subject=served, workload=workload, requests=requests or defaults.requests, console=console)
-        run = session.run(
-            [each.value for each in scenario or Scenario],
-            baselines,
-            callers or CALLERS,
-            shlex.join(["imprompt", *sys.argv[1:]]),
+        session = Session(
+            subject=served,
+            workload=workload,
+            requests=requests or defaults.requests,
+            environment=around,
+            console=console,
         )
+        run = session.run([each.value for each in scenario or Scenario], baselines, callers or CALLERS, context.obj)
     bundle = run.bundle
     path = output or RESULTS / f"{bundle['name']}-{bundle['backend']}-{bundle['precision']}.json"
     run.save(path)

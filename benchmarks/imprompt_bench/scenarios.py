@@ -13,10 +13,10 @@ import numpy as np
 
 from imprompt import Client
 from imprompt_bench import load
-from imprompt_bench.baselines import Arguments, System, check_same
 from imprompt_bench.results import BenchError, Measurement, Sample, ServerUse
 from imprompt_bench.stats import STABLE_WITHIN, poisson_arrivals, spread
 from imprompt_bench.subject import Subject
+from imprompt_bench.systems import Arguments, System, check_same
 from imprompt_bench.workload import Workload
 
 NUMBERS = 10_000

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 from rich.console import Console
 
 from imprompt import Client
-from imprompt_bench.results import BenchError, Measurement, Run, environment
+from imprompt_bench.results import BenchError, Measurement, Run
 from imprompt_bench.scenarios import Scenes, capacity
 from imprompt_bench.stats import PERCENTILES, percentile
 from imprompt_bench.subject import Subject
+from imprompt_bench.systems import System, served
 from imprompt_bench.workload import Workload
 
 SCENARIOS = ("latency", "closed", "open", "overload", "mixed", "growth")
@@ -27,6 +29,7 @@ class Session:
     subject: Subject
     workload: Workload
     requests: int
+    environment: dict[str, Any]
     console: Console
     measurements: list[Measurement] = field(default_factory=list)
     parity: dict[str, list[float]] = field(default_factory=dict)
@@ -37,7 +40,6 @@ class Session:
         Raises:
             BenchError: a baseline makes another picture, or a scenario got none.
         """
-        around = environment()  # before this run is what the machine is busy with
         arithmetic = self._arithmetic()
         scenes = Scenes(subject=self.subject, workload=self.workload, requests=self.requests)
         if "latency" in scenarios:
@@ -48,7 +50,7 @@ class Session:
             self._keep(scenes.growth())
         return Run(
             command=command,
-            environment=around,
+            environment=self.environment,
             bundle={
                 "name": self.subject.model,
                 "backend": self.subject.capabilities["backend"],
@@ -71,13 +73,13 @@ class Session:
         return {"unet_flop": unet_flop(unet, self.workload.size), "gemm_flops": gemm_flops()}
 
     def _latency(self, scenes: Scenes, baselines: Sequence[str]) -> None:
-        from imprompt_bench.baselines import System, load_baseline, served
-
         with ExitStack() as stack:
             systems: dict[str, System] = {"imprompt": served(stack.enter_context(Client(self.subject.url)))}
             for name in baselines:
                 if self.subject.folder is None:
                     raise BenchError("baselines need the checkpoints: measure a preset")
+                from imprompt_bench.baselines import load_baseline
+
                 systems[name] = load_baseline(name, self.subject.folder, self.subject.model, self.workload)
             exact = self.subject.capabilities["precision"] == "fp32"
             measured, self.parity = scenes.latency(systems, exact=exact)
