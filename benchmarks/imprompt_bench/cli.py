@@ -70,9 +70,7 @@ def measure(
     requests: Annotated[int | None, typer.Option(help="Samples of each point.", min=1)] = None,
     callers: Annotated[list[int] | None, typer.Option(help="Of `closed`; may be repeated.", min=1)] = None,
     work: Annotated[Path | None, typer.Option(help="Folder that keeps what is exported, for the next time.")] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="JSON to write (default: in benchmarks/results).")
-    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSON to write.")] = Path("imprompt-bench.json"),
 ) -> None:
     """Measure latency, throughput, and what a server does under load; raw samples go to a JSON file."""
     if context.invoked_subcommand is not None:
@@ -104,10 +102,8 @@ def measure(
             console=console,
         )
         run = session.run([each.value for each in scenario or Scenario], baselines, callers or CALLERS, context.obj)
-    bundle = run.bundle
-    path = output or RESULTS / f"{bundle['name']}-{bundle['backend']}-{bundle['precision']}.json"
-    run.save(path)
-    print(path)
+    run.save(output)
+    print(output)
 
 
 @app.command()
