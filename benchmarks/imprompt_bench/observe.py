@@ -36,12 +36,14 @@ class Snapshot(NamedTuple):
 
 
 def count(page: str, bundle: str) -> dict[str, float]:
-    """``COUNTERS`` of the models of ``bundle``, summed, from a page in the form of Prometheus."""
+    """``COUNTERS`` of denoiser and encoders of ``bundle``, summed, from a page in the form of Prometheus."""
     totals = dict.fromkeys(COUNTERS, 0.0)
     named = {metric: name for name, metric in COUNTERS.items()}
     for line in _LINE.finditer(page):
-        model = re.search(r'model="([^"]*)"', line["labels"] or "")
-        if line["name"] in named and model and f"{model[1]}_".startswith(f"{bundle}_"):
+        model = re.search(
+            rf'model="{bundle}_(denoiser|text_encoder|text_encoder_2|image_encoder_\w+)"', line["labels"] or ""
+        )
+        if line["name"] in named and model:
             totals[named[line["name"]]] += float(line["value"])
     return totals
 

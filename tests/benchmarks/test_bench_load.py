@@ -66,7 +66,7 @@ def test_counters_of_one_bundle() -> None:
             'imprompt_tick_rows_count{model="sd15_denoiser"} 3',
             'imprompt_tick_rows_sum{model="sd15_denoiser"} 12',
             'imprompt_tick_rows_bucket{model="sd15_denoiser",le="1"} 0',
-            'imprompt_tick_rows_count{model="sd15xl_denoiser"} 100',
+            'imprompt_tick_rows_count{model="sd15_face_denoiser"} 100',
             'nv_cache_num_hits_per_model{model="sd15_text_encoder",version="1"} 5',
             'nv_cache_num_hits_per_model{model="sd15_image_encoder_plain",version="1"} 2',
             'imprompt_jobs_refused_total{limit="rows",model="sd15_denoiser"} 1',
