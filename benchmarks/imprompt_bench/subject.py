@@ -124,8 +124,8 @@ def engine_sizes(repository: Path) -> dict[str, float]:
     sizes: dict[str, float] = {}
     for file in repository.glob("*/1/*"):
         if file.suffix not in (".py", ".json", "") and file.is_file():
-            part = file.name.partition(".")[0]
-            name = file.parts[-3] if part == "model" else f"{file.parts[-3]}/{part}"
+            model, part = file.parts[-3], file.name.partition(".")[0]
+            name = f"{model}/{part}" if model.endswith("_denoiser") else model
             sizes[name] = sizes.get(name, 0.0) + file.stat().st_size / 2**20
     return sizes
 
