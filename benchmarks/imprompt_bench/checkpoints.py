@@ -93,13 +93,13 @@ def parameters(preset: Preset) -> dict[str, int]:
 
 
 def check_memory(preset: Preset) -> None:
-    """Refuse what an export would not fit: all weights in PyTorch, and those of the UNet twice more in its engine.
+    """Refuse what an export would not fit: all weights in PyTorch, and those of the UNet once more in its engine.
 
     Raises:
         BenchError: there is not that much memory.
     """
     counts = parameters(preset)
-    gib = 4 * (sum(counts.values()) + 2 * counts["unet"]) / 2**30
+    gib = 4 * (sum(counts.values()) + counts["unet"]) / 2**30
     available = psutil.virtual_memory().available / 2**30
     if gib > available:
         raise BenchError(f"the export takes about {gib:.0f} GiB of memory; {available:.0f} GiB are free")

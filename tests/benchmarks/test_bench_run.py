@@ -13,6 +13,7 @@ from imprompt_bench.checkpoints import check_memory, parameters, write
 from imprompt_bench.presets import PRESETS
 from imprompt_bench.results import BenchError, Run
 from imprompt_bench.session import SCENARIOS
+from imprompt_bench.subject import engine_sizes
 from imprompt_bench.systems import Answer, check_same, served
 from imprompt_bench.workload import Workload
 from imprompt_export.bundle import BundleFile
@@ -108,10 +109,18 @@ def test_full_size_is_full_size() -> None:
     assert round(parameters(PRESETS["sdxl"])["unet"] / 1e6) == 2567
 
 
+def test_sizes_of_engines_hold_their_weights(tmp_path: Path) -> None:
+    files = ("m_denoiser/1/unet.onnx", "m_denoiser/1/unet.onnx.data", "m_vae_decoder/1/model.onnx", "m/1/bundle.json")
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_bytes(bytes(2**19))
+    assert engine_sizes(tmp_path) == {"m_denoiser/unet": 1.0, "m_vae_decoder": 0.5}
+
+
 def test_an_export_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = type("Memory", (), {"available": 2**30})
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
-    with pytest.raises(BenchError, match=r"takes about 13 GiB of memory; 1 GiB"):
+    with pytest.raises(BenchError, match=r"takes about 10 GiB of memory; 1 GiB"):
         check_memory(PRESETS["sd15"])
     check_memory(PRESETS["tiny"])
 
