@@ -97,7 +97,7 @@ PRESETS = {
         motion=True,
         size=256,
         steps=4,
-        requests=24,
+        requests=16,
     ),
     "sd15": Preset(
         family="sd15",

@@ -135,7 +135,7 @@ class Scenes:
         for number in (1, 2, 4):
             yield "pictures", number, {"num_images_per_prompt": number}
         lowest, highest = limits.get("frames", (0, 0))
-        for frames in (8, 16, 32):
+        for frames in (4, 8, 16):
             if lowest <= frames <= highest:
                 yield "frames", frames, {"num_frames": frames}
 
