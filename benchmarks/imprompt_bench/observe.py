@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import psutil
 
-from imprompt_bench.results import ServerUse
+from imprompt_bench.results import BenchError, ServerUse
 
 SETTLE_S = 0.3
 """The models' metrics are told by a thread of their own."""
@@ -58,9 +58,7 @@ class Observer:
 
     def snapshot(self) -> Snapshot:
         time.sleep(SETTLE_S)
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(f"http://{self.metrics_address}/metrics", timeout=10) as answer:
-            counters = count(answer.read().decode(), self.bundle)
+        counters = count(self._page(), self.bundle)
         cpu, memory = 0.0, dict[str, float]()
         for name, pid in self.pids.items():
             with suppress(psutil.NoSuchProcess):
@@ -69,6 +67,14 @@ class Observer:
                 cpu += times.user + times.system
                 memory[name] = process.memory_info().rss / 2**20
         return Snapshot(time.perf_counter(), counters, cpu, memory)
+
+    def _page(self) -> str:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(f"http://{self.metrics_address}/metrics", timeout=10) as answer:
+                return str(answer.read().decode())
+        except OSError as error:
+            raise BenchError(f"no metrics at {self.metrics_address}: {error}; --metrics says where") from error
 
     @contextmanager
     def watch(self) -> Iterator[Callable[[], ServerUse]]:

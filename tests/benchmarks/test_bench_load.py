@@ -8,9 +8,9 @@ import time
 import pytest
 
 from imprompt_bench.load import closed_loop, open_loop
-from imprompt_bench.observe import count
+from imprompt_bench.observe import Observer, count
 from imprompt_bench.plots import spans
-from imprompt_bench.results import Sample
+from imprompt_bench.results import BenchError, Sample
 from imprompt_bench.workload import POOL, Workload
 
 SLOW_S = 0.05
@@ -74,6 +74,11 @@ def test_counters_of_one_bundle() -> None:
     )
     counted = count(page, "sd15")
     assert counted == {"unet_calls": 3, "rows": 12, "cache_hits": 7, "cache_misses": 0, "refused": 1}
+
+
+def test_a_server_without_metrics_is_named() -> None:
+    with pytest.raises(BenchError, match=r"no metrics at 127\.0\.0\.1:1: .*--metrics"):
+        Observer(bundle="sd15", metrics_address="127.0.0.1:1").snapshot()
 
 
 def test_requests_have_prompts_and_pictures_of_their_own() -> None:
