@@ -1,7 +1,7 @@
 """Architectures that are measured with random weights, and what is asked of each when nothing else is said.
 
 `sd15` and `sdxl` are the public configurations (stable-diffusion-v1-5, stable-diffusion-xl-base-1.0, and ViT-H with
-the plain adapter of h94/IP-Adapter). `mid` is SD 1.5 at a quarter of the width, `tiny` far less. Speed does not depend
+the plain adapter of h94/IP-Adapter). `small` is SD 1.5 at a quarter of the width, `tiny` far less. Speed does not depend
 on the values of weights.
 """
 
@@ -88,7 +88,7 @@ PRESETS = {
         steps=4,
         requests=48,
     ),
-    "mid": Preset(
+    "small": Preset(
         family="sd15",
         unet=_unet((80, 160, 320, 320), 192, 64, layers_per_block=2, norm_num_groups=16, attention_head_dim=4),
         text=(_text(192, 12, 3, "quick_gelu"),),
