@@ -1,8 +1,8 @@
 """Architectures that are measured with random weights, and what is asked of each when nothing else is said.
 
 `sd15` and `sdxl` are the public configurations (stable-diffusion-v1-5, stable-diffusion-xl-base-1.0, and ViT-H with
-the plain adapter of h94/IP-Adapter). `small` is SD 1.5 at a quarter of the width, `tiny` far less. Speed does not depend
-on the values of weights.
+the plain adapter of h94/IP-Adapter). `small` is SD 1.5 at a quarter of the width, `tiny` far less. Speed does not
+depend on the values of weights.
 """
 
 from __future__ import annotations
