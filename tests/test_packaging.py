@@ -84,6 +84,11 @@ def test_the_client_is_light() -> None:
     assert not {name for name in loaded_by("imprompt", "imprompt.cli") if within(name, heavy)}
 
 
+def test_measuring_a_server_that_runs_is_light() -> None:
+    heavy = ("torch", "diffusers", "transformers", "onnxruntime", "imprompt_export", "imprompt_serving")
+    assert not {name for name in loaded_by("imprompt_bench.cli") if within(name, heavy)}
+
+
 def test_processes_beside_the_denoiser_are_light() -> None:
     """Each Python model is a process; all but the denoiser do without torch."""
     light = [
@@ -96,7 +101,7 @@ def test_processes_beside_the_denoiser_are_light() -> None:
     assert not {name for name in loaded if within(name, ("torch", "diffusers", "transformers", "scipy"))}
 
 
-@pytest.mark.parametrize("command", ["", "export", "serve", "generate", "models"])
+@pytest.mark.parametrize("command", ["", "export", "serve", "generate", "models", "bench"])
 def test_help(command: str) -> None:
     done = subprocess.run(
         [Path(sys.executable).with_name("imprompt"), *filter(None, [command]), "--help"],

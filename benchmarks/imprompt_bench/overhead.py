@@ -1,4 +1,4 @@
-"""What a tick costs beside the engine: `python -m imprompt_bench.overhead [--output FILE]`.
+"""What a tick costs beside the engine: `imprompt bench overhead`.
 
 The UNet is an engine that does nothing. Jobs are guided pictures of 512 x 512 with an image prompt; they share every
 call.
@@ -6,7 +6,7 @@ call.
 
 from __future__ import annotations
 
-import argparse
+import json
 import statistics
 import threading
 import time
@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from imprompt_bench.rig import Rig, save, sd15
+from imprompt_bench.results import environment
+from imprompt_bench.rig import Rig, sd15
 from imprompt_serving.denoiser.meter import Meter
 
 JOBS = (1, 4, 16)
@@ -72,18 +73,14 @@ def measure(jobs: int, scheduler: str) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/overhead.json"))
-    output = parser.parse_args().output
+def measure_all(output: Path) -> None:
+    """Measure every number of jobs with every scheduler, print the table, and write it to ``output``."""
     torch.set_num_threads(1)  # as in the denoiser
     measure(1, SCHEDULERS[0])  # what is loaded at first use
     results = [measure(jobs, scheduler) for jobs in JOBS for scheduler in SCHEDULERS]
     print(f"{'jobs':>4}  {'scheduler':<28} {'median ms':>10} {'fastest ms':>11}")
     for row in results:
         print(f"{row['jobs']:>4}  {row['scheduler']:<28} {row['median_ms']:>10} {row['fastest_ms']:>11}")
-    save({"steps": STEPS, "size": SIZE, "overhead_per_tick": results}, output)
-
-
-if __name__ == "__main__":
-    main()
+    kept = {"environment": environment(), "steps": STEPS, "size": SIZE, "overhead_per_tick": results}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(kept, indent=2) + "\n")

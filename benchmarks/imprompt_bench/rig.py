@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import os
-import platform
 import threading
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from imprompt_bench.checkpoints import SCHEDULER
 from imprompt_serving.denoiser.batch import Batcher
 from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.job import Job
@@ -27,8 +21,6 @@ from imprompt_serving.job import AdapterUse, JobRequest
 from imprompt_serving.specs import Adapter, Bundle, CrossAttention, Range, Shapes, TextEncoder
 
 TOKENS, WIDTH, CLIP_WIDTH = 4, 768, 1024
-SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-VERSIONS = ("imprompt", "torch", "diffusers", "onnxruntime", "numpy")
 
 
 def sd15(*, rows: int, adapters: tuple[str, ...] = ()) -> Bundle:
@@ -122,28 +114,3 @@ class Rig:
             return job.latents
 
         return wait
-
-
-def environment() -> dict[str, Any]:
-    """What the numbers were measured on, and with."""
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "load_average": [round(value, 1) for value in os.getloadavg()],
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
-    }
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def save(result: dict[str, Any], path: Path) -> None:
-    """Write ``result`` with the environment as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(), **result}, indent=2) + "\n")

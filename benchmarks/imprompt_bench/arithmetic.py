@@ -1,0 +1,45 @@
+"""What the machine could do at best: the operations of a UNet call, and the rate of a matrix product."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+
+EDGE = 2048
+REPEATS = 8
+
+
+def unet_flop(folder: Path, size: int) -> float:
+    """Floating-point operations of the UNet at ``folder`` for one guided picture (two rows), without image prompts.
+
+    Counted by torch on shapes alone, so that the size of the UNet does not matter.
+    """
+    config = UNet2DConditionModel.load_config(folder)
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model = UNet2DConditionModel.from_config(config)
+        added = {}
+        if model.config.addition_embed_type:
+            pooled = model.config.projection_class_embeddings_input_dim - 6 * model.config.addition_time_embed_dim
+            added = {"text_embeds": torch.empty(2, pooled), "time_ids": torch.empty(2, 6)}
+        text = torch.empty(2, 77, model.config.cross_attention_dim)
+        model(torch.empty(2, 4, size // 8, size // 8), torch.empty(2), text, added_cond_kwargs=added)
+    return float(counter.get_total_flops())
+
+
+def gemm_flops() -> float:
+    """Operations per second of a float32 matrix product of 2048 x 2048, on all cores; the best of a few."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    a, b = torch.randn(EDGE, EDGE), torch.randn(EDGE, EDGE)
+    seconds = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - began)
+    torch.set_num_threads(threads)
+    return 2 * EDGE**3 / min(seconds)

@@ -1,0 +1,152 @@
+"""Other ways to the picture that the server makes: diffusers, eager or compiled, and the engines without a server."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+
+from imprompt_bench.checkpoints import ADAPTER, Checkpoints
+from imprompt_bench.systems import Answer, Arguments, System
+from imprompt_bench.workload import Workload
+from imprompt_serving.denoiser.conditioning import Conditioner
+from imprompt_serving.engines import Engine, load_engine
+from imprompt_serving.job import AdapterUse, JobRequest
+from imprompt_serving.pipeline.images import clip_pixels
+from imprompt_serving.pipeline.text import PromptTokenizer
+from imprompt_serving.specs import Bundle
+
+
+class Diffusers:
+    """diffusers' pipeline over the same checkpoints."""
+
+    def __init__(self, folder: Path) -> None:
+        checkpoints = Checkpoints(folder=folder)
+        self._pipeline: Any = DiffusionPipeline.from_pretrained(
+            checkpoints.base, dtype=torch.float32, local_files_only=True
+        )
+        self._pipeline.load_ip_adapter(
+            str(folder), subfolder="models", weight_name=checkpoints.weight_name, local_files_only=True
+        )
+        self._pipeline.set_progress_bar_config(disable=True)
+
+    def choose_threads(self, arguments: Arguments) -> None:
+        """From here on use all cores or one thread, whichever makes this picture sooner."""
+
+        def seconds(threads: int) -> float:
+            torch.set_num_threads(threads)
+            began = time.perf_counter()
+            self(arguments)
+            return time.perf_counter() - began
+
+        self(arguments)  # memory is laid out at first use
+        torch.set_num_threads(min((1, os.cpu_count() or 1), key=seconds))
+
+    def compile(self) -> None:
+        """Compile the UNet at its next call, with the number of threads that is set now."""
+        self._pipeline.unet = torch.compile(self._pipeline.unet)
+
+    def __call__(self, arguments: Arguments) -> Answer:
+        given = {name: value for name, value in arguments.items() if name not in ("model", "seed", "ip_adapter_image")}
+        generator = torch.Generator("cpu").manual_seed(arguments["seed"])
+        pictures = self._pipeline(
+            **given, ip_adapter_image=arguments["ip_adapter_image"][ADAPTER], generator=generator, output_type="pil"
+        ).images
+        return Answer(np.asarray(pictures[0]), {})
+
+
+class BareLoop:
+    """The exported engines in this process, called one after the other, and diffusers' scheduler: no server at all."""
+
+    def __init__(self, repository: Path, name: str) -> None:
+        self._folder = repository / f"{name}_denoiser" / "1"
+        bundle = self._bundle = Bundle.load(self._folder)
+
+        def model(part: str) -> Engine:
+            return load_engine(repository / f"{name}_{part}" / "1" / "model.onnx", bundle.backend)
+
+        self._text = [
+            (PromptTokenizer(repository / name / "1", encoder), model(encoder.engine))
+            for encoder in bundle.text_encoders
+        ]
+        (self._image_encoder,) = bundle.image_encoders
+        self._image = model(f"image_encoder_{self._image_encoder.name}")
+        self._vae = model("vae_decoder")
+        self._unet = load_engine(self._folder / "unet.onnx", bundle.backend)
+        projection = load_engine(self._folder / f"image_projection_{ADAPTER}.onnx", bundle.backend)
+        self._conditioner = Conditioner(bundle, {ADAPTER: projection})
+
+    @torch.inference_mode()
+    def __call__(self, arguments: Arguments) -> Answer:
+        latents = self._denoise(arguments, self._conditioning(arguments))
+        return Answer(self._vae.run({"latents": latents.numpy()})["images"][0], {})
+
+    def _conditioning(self, arguments: Arguments) -> dict[str, np.ndarray]:
+        """UNet inputs beside latents and timestep, a row for each branch."""
+        tensors: dict[str, torch.Tensor] = {}
+        for prefix in ("negative_", ""):
+            embeds = self._embeds(arguments[f"{prefix}prompt"])
+            tensors |= {f"{prefix}{name}": torch.from_numpy(value) for name, value in embeds.items()}
+        pixels = [clip_pixels(image, self._image_encoder) for image in arguments["ip_adapter_image"][ADAPTER]]
+        features = torch.from_numpy(self._image.run({"pixel_values": np.stack(pixels)})["image_embeds"])
+        tensors |= {f"image_embeds_{ADAPTER}": features, f"negative_image_embeds_{ADAPTER}": torch.zeros_like(features)}
+        conditioning = self._conditioner(_job(arguments), tensors).at(0, 1)
+        return {name: tensor.numpy() for name, tensor in conditioning.items()}
+
+    def _embeds(self, prompt: str) -> dict[str, np.ndarray]:
+        answers = [
+            engine.run({"input_ids": tokenizer(prompt), "clip_skip": np.zeros((1, 1), np.int64)})
+            for tokenizer, engine in self._text
+        ]
+        embeds = {"prompt_embeds": np.concatenate([answer["hidden_states"] for answer in answers], axis=-1)}
+        return embeds | ({"pooled_prompt_embeds": answers[-1]["text_embeds"]} if self._bundle.pooled_size else {})
+
+    def _denoise(self, arguments: Arguments, conditioning: dict[str, np.ndarray]) -> torch.Tensor:
+        bundle = self._bundle
+        scheduler = getattr(diffusers, bundle.scheduler).from_config(bundle.scheduler_config)
+        scheduler.set_timesteps(arguments["num_inference_steps"])
+        generator = torch.Generator("cpu").manual_seed(arguments["seed"])
+        size = (arguments["height"] // bundle.vae_scale_factor, arguments["width"] // bundle.vae_scale_factor)
+        latents = torch.randn(1, bundle.latent_channels, *size, generator=generator) * scheduler.init_noise_sigma
+        for timestep in scheduler.timesteps:
+            sample = scheduler.scale_model_input(torch.cat([latents] * 2), timestep)
+            inputs = {"sample": sample.numpy(), "timestep": np.full(2, timestep, np.float32), **conditioning}
+            unconditional, conditional = torch.from_numpy(self._unet.run(inputs)["noise_pred"]).chunk(2)
+            noise = unconditional + arguments["guidance_scale"] * (conditional - unconditional)
+            latents = scheduler.step(noise, timestep, latents).prev_sample
+        return latents
+
+
+def _job(arguments: Arguments) -> JobRequest:
+    """What the layout of the conditioning depends on."""
+    return JobRequest(
+        id="bare",
+        task="text-to-image",
+        height=arguments["height"],
+        width=arguments["width"],
+        num_inference_steps=arguments["num_inference_steps"],
+        num_images_per_prompt=1,
+        guidance_scale=arguments["guidance_scale"],
+        guidance_rescale=0.0,
+        eta=0.0,
+        strength=1.0,
+        seeds=(arguments["seed"],),
+        adapters=(AdapterUse(name=ADAPTER),),
+    )
+
+
+def load_baseline(name: str, folder: Path, model: str, workload: Workload) -> System:
+    """A baseline over what was made in ``folder``: `eager`, `compiled` or `bare`."""
+    if name == "bare":
+        return BareLoop(folder / "repository", model)
+    system = Diffusers(folder)
+    system.choose_threads(workload.request(0, num_inference_steps=1))
+    if name == "compiled":
+        system.compile()
+    return system

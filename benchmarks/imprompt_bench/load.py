@@ -1,0 +1,85 @@
+"""Requests at a server: one after the other, from a number of callers, or at given times whatever the server does."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from imprompt import AsyncClient, ImpromptError, Overloaded
+from imprompt_bench.results import Sample
+
+Ask = Callable[[int, float | None], Awaitable[Sample]]
+"""Sends the request of an index; the time at which it was due, or None for at once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Planned:
+    """Arguments of a request, what kind of traffic it is, and after how many seconds its caller leaves."""
+
+    arguments: dict[str, Any]
+    kind: str = ""
+    leaves_after: float | None = None
+
+
+def run(url: str, plan: Callable[[int], Planned], traffic: Callable[[Ask], Awaitable[list[Sample]]]) -> list[Sample]:
+    """The samples of ``traffic``. A refused request is not sent again: the refusal is what happened to it."""
+
+    async def measure() -> list[Sample]:
+        async with AsyncClient(url, max_retries=0) as client:
+            began = time.perf_counter()
+
+            async def ask(index: int, intended: float | None) -> Sample:
+                return await _ask(client, plan(index), index, intended, began)
+
+            return await traffic(ask)
+
+    return asyncio.run(measure())
+
+
+async def closed_loop(ask: Ask, count: int, callers: int) -> list[Sample]:
+    """``callers`` ask for ``count`` in all; each sends its next request when it has the answer to its last."""
+    numbers = iter(range(count))
+
+    async def caller() -> list[Sample]:
+        return [await ask(index, None) for index in numbers]
+
+    return [sample for own in await asyncio.gather(*(caller() for _ in range(callers))) for sample in own]
+
+
+async def open_loop(ask: Ask, arrivals: Sequence[float]) -> list[Sample]:
+    """A request at each of ``arrivals`` (seconds from now), however many are unanswered."""
+    began = time.perf_counter()
+
+    async def arrival(index: int, at: float) -> Sample:
+        await asyncio.sleep(began + at - time.perf_counter())
+        return await ask(index, at)
+
+    return await asyncio.gather(*(arrival(index, at) for index, at in enumerate(arrivals)))
+
+
+async def _ask(client: AsyncClient, planned: Planned, index: int, intended: float | None, began: float) -> Sample:
+    sent = time.perf_counter() - began
+    status, pictures, timings = "ok", 0, dict[str, float]()
+    try:
+        async with asyncio.timeout(planned.leaves_after):
+            result = await client.generate(**planned.arguments)
+        pictures, timings = len(result.images) or len(result.frames or ()), result.timings
+    except Overloaded:
+        status = "refused"
+    except ImpromptError as error:
+        status = type(error).__name__
+    except TimeoutError:
+        status = "left"
+    return Sample(
+        index=index,
+        intended=sent if intended is None else intended,
+        sent=sent,
+        ended=time.perf_counter() - began,
+        status=status,
+        kind=planned.kind,
+        pictures=pictures,
+        timings=timings,
+    )

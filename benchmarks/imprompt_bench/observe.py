@@ -1,0 +1,96 @@
+"""What the server says of itself (its metrics page), and what its processes take (psutil)."""
+
+from __future__ import annotations
+
+import re
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import psutil
+
+from imprompt_bench.results import BenchError, ServerUse
+
+SETTLE_S = 0.3
+"""The models' metrics are told by a thread of their own."""
+_LINE = re.compile(r"(?P<name>\w+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$", re.MULTILINE)
+COUNTERS = {
+    "unet_calls": "imprompt_tick_rows_count",
+    "rows": "imprompt_tick_rows_sum",
+    "cache_hits": "nv_cache_num_hits_per_model",
+    "cache_misses": "nv_cache_num_misses_per_model",
+    "refused": "imprompt_jobs_refused_total",
+}
+
+
+class Snapshot(NamedTuple):
+    """Counters of a bundle's models, and CPU seconds and resident MiB by process."""
+
+    at: float
+    counters: dict[str, float]
+    cpu: float
+    memory_mib: dict[str, float]
+
+
+def count(page: str, bundle: str) -> dict[str, float]:
+    """``COUNTERS`` of denoiser and encoders of ``bundle``, summed, from a page in the form of Prometheus."""
+    totals = dict.fromkeys(COUNTERS, 0.0)
+    named = {metric: name for name, metric in COUNTERS.items()}
+    for line in _LINE.finditer(page):
+        model = re.search(
+            rf'model="{bundle}_(denoiser|text_encoder|text_encoder_2|image_encoder_\w+)"', line["labels"] or ""
+        )
+        if line["name"] in named and model:
+            totals[named[line["name"]]] += float(line["value"])
+    return totals
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Observer:
+    """Looks at the server of ``bundle``; ``pids`` are its processes by name, when they are on this machine."""
+
+    bundle: str
+    metrics_address: str
+    pids: dict[str, int] = field(default_factory=dict)
+
+    def snapshot(self) -> Snapshot:
+        time.sleep(SETTLE_S)
+        counters = count(self._page(), self.bundle)
+        cpu, memory = 0.0, dict[str, float]()
+        for name, pid in self.pids.items():
+            with suppress(psutil.NoSuchProcess):
+                process = psutil.Process(pid)
+                times = process.cpu_times()
+                cpu += times.user + times.system
+                memory[name] = process.memory_info().rss / 2**20
+        return Snapshot(time.perf_counter(), counters, cpu, memory)
+
+    def _page(self) -> str:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(f"http://{self.metrics_address}/metrics", timeout=10) as answer:
+                return str(answer.read().decode())
+        except OSError as error:
+            raise BenchError(f"no metrics at {self.metrics_address}: {error}; --metrics says where") from error
+
+    @contextmanager
+    def watch(self) -> Iterator[Callable[[], ServerUse]]:
+        """Between here and the call of what is handed out."""
+        before = self.snapshot()
+
+        def use() -> ServerUse:
+            after = self.snapshot()
+            change = {name: value - before.counters[name] for name, value in after.counters.items()}
+            rows = change.pop("rows")
+            seconds = after.at - before.at - SETTLE_S
+            return ServerUse(
+                **change,
+                rows_per_call=rows / max(change["unet_calls"], 1),
+                cores=(after.cpu - before.cpu) / seconds if self.pids else None,
+                memory_mib=after.memory_mib,
+            )
+
+        yield use

@@ -1,0 +1,94 @@
+"""Latency against load, and where the time of one request goes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+
+from imprompt_bench.results import Measurement, Run, Sample
+from imprompt_bench.stats import PERCENTILES, percentile
+
+matplotlib.use("Agg")
+# Text as text, and nothing that differs from one drawing of the same numbers to the next.
+matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "imprompt", "font.size": 9})
+
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+
+_BEFORE = ("admission",)
+_ENCODERS = (("text_encoder",), ("preprocess", "image_encoder"), ("vae_encoder",))
+_AFTER = ("queue", "denoise", "vae_decoder", "safety_checker", "postprocess")
+
+
+def spans(timings: Mapping[str, float]) -> list[tuple[str, float, float]]:
+    """Stage, begin and length in seconds: the encoders begin together, all else follows one another."""
+    made, at = [], 0.0
+    for stage in _BEFORE:
+        made.append((stage, at, timings.get(stage, 0.0)))
+        at += timings.get(stage, 0.0)
+    ends = [at]
+    for chain in _ENCODERS:
+        begin = at
+        for stage in chain:
+            made.append((stage, begin, timings.get(stage, 0.0)))
+            begin += timings.get(stage, 0.0)
+        ends.append(begin)
+    at = max(ends)
+    for stage in _AFTER:
+        made.append((stage, at, timings.get(stage, 0.0)))
+        at += timings.get(stage, 0.0)
+    return [span for span in made if span[0] in timings]
+
+
+def typical(samples: Sequence[Sample]) -> Sample:
+    """The sample of median latency."""
+    return sorted(samples, key=lambda sample: sample.latency)[len(samples) // 2]
+
+
+def draw(run: Run, name: str, folder: Path) -> list[Path]:
+    """Write the plots of ``run`` as SVG into ``folder``; those whose scenarios it has."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    if run.of("closed") and run.of("open"):
+        figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+        _latency(axes[0], run.of("closed"), "callers")
+        _latency(axes[1], run.of("open"), "arrivals, share of capacity")
+        written.append(_save(figure, folder / f"bench-{name}-load.svg"))
+    served = [measurement for measurement in run.of("latency") if measurement.label == "imprompt"]
+    if served:
+        figure, axis = plt.subplots(figsize=(8, 2.4), layout="constrained")
+        _waterfall(axis, typical(served[0].samples))
+        written.append(_save(figure, folder / f"bench-{name}-request.svg"))
+    return written
+
+
+def _latency(axis: Axes, measurements: Sequence[Measurement], label: str) -> None:
+    values = [measurement.value or 0.0 for measurement in measurements]
+    for q in PERCENTILES:
+        estimates = [percentile(measurement.latencies(), q) for measurement in measurements]
+        (line,) = axis.plot(values, [estimate.value for estimate in estimates], marker="o", ms=3, label=f"p{q}")
+        low, high = [e.low for e in estimates], [e.high for e in estimates]
+        axis.fill_between(values, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axis.set(xlabel=label, ylabel="latency, s", ylim=(0, None), xticks=values)
+    axis.legend(frameon=False)
+
+
+def _waterfall(axis: Axes, sample: Sample) -> None:
+    stages = spans(sample.timings)
+    for row, (_, begin, length) in enumerate(stages):
+        axis.barh(row, length, left=begin, height=0.7, color="C0")
+        axis.annotate(f" {length:.3f} s", (begin + length, row), va="center", fontsize=7)
+    axis.axvline(sample.latency, color="grey", linewidth=0.8, linestyle=":")
+    axis.set(
+        yticks=range(len(stages)), yticklabels=[stage for stage, _, _ in stages], xlabel="s; dotted: the answer is here"
+    )
+    axis.set_xlim(0, 1.1 * sample.latency)
+    axis.invert_yaxis()
+
+
+def _save(figure: plt.Figure, path: Path) -> Path:
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+    return path

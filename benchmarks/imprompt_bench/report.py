@@ -1,0 +1,258 @@
+"""Results as the tables of `docs/performance.md`: `imprompt bench report`.
+
+What stands between `<!-- results -->` and `<!-- end -->` is made anew: a section for each JSON file of a run, and the
+overhead of the denoiser's loop.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from imprompt_bench.results import Measurement, Run
+from imprompt_bench.stats import Estimate, percentile, ratio
+
+OVERHEAD = "overhead.json"
+_PLACE = re.compile(r"(<!-- results -->\n).*?(<!-- end -->)", re.DOTALL)
+_SYSTEMS = {
+    "imprompt": "imprompt, served",
+    "eager": "diffusers, eager",
+    "compiled": "diffusers, `torch.compile`",
+    "bare": "the same engines without a server",
+}
+_STAGES = ("total", "admission", "text_encoder", "preprocess", "image_encoder", "queue", "denoise", "vae_decoder")
+
+
+def write(results: Path, page: Path) -> None:
+    """Fill ``page`` from the files in ``results``, and draw their plots into `images` beside it."""
+    from imprompt_bench.plots import draw
+
+    for name, run in runs(results).items():
+        draw(run, name, page.parent / "images")
+    page.write_text(filled(page.read_text(encoding="utf-8"), results, page.parent / "images"), encoding="utf-8")
+
+
+def runs(results: Path) -> dict[str, Run]:
+    """Every run in ``results`` by the name of its file."""
+    return {file.stem: Run.load(file) for file in sorted(results.glob("*.json")) if file.name != OVERHEAD}
+
+
+def filled(page: str, results: Path, images: Path) -> str:
+    """``page`` with its results made anew."""
+    parts = [section(name, run, images) for name, run in runs(results).items()]
+    if (results / OVERHEAD).exists():
+        parts.append(overhead(json.loads((results / OVERHEAD).read_text())))
+    return _PLACE.sub(lambda place: f"{place[1]}{''.join(parts)}{place[2]}", page)
+
+
+def section(name: str, run: Run, images: Path) -> str:
+    """One run."""
+    bundle = run.bundle
+    blocks = [
+        f"## {bundle['name']}, {bundle['backend']}, {bundle['precision']}",
+        f"Requests of {bundle['size']} x {bundle['size']} pixels in {bundle['steps']} steps, with guidance, an image "
+        "prompt and a prompt of their own.",
+        _machine(run.environment),
+        f"```sh\n{run.command}\n```",
+    ]
+    tables: tuple[tuple[str, Callable[[Run], str]], ...] = (
+        ("One request at a time", _latency),
+        ("Where the time of a request goes", _stages),
+        ("Distance to the arithmetic limit", _arithmetic),
+        ("Throughput against callers", _closed),
+        ("Arrivals at random", _open),
+        ("Overload and recovery", _overload),
+        ("Mixed traffic", _mixed),
+        ("What more of one thing costs", _growth),
+        ("Export and start", _setup),
+    )
+    blocks += [f"### {title}\n\n{text}" for title, make in tables if (text := make(run))]
+    blocks += [f"![{plot}](images/bench-{name}-{plot}.svg)" for plot in ("load", "request") if _has(images, name, plot)]
+    return "\n\n".join(["", *blocks]).lstrip("\n") + "\n\n"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; every column but the first is numbers."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _has(images: Path, name: str, plot: str) -> bool:
+    return (images / f"bench-{name}-{plot}.svg").exists()
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    load = environment["load_average"][0]
+    busy = f" **The machine was busy with other work (load {load}): these numbers show directions only.**"
+    return (
+        f"{environment['cpu']}, {environment['cores']} cores, {environment['memory_gib']} GiB, {environment['date']}; "
+        f"Python {environment['python']}, {versions}.{busy if load > environment['cores'] / 2 else ''}"
+    )
+
+
+def _between(estimate: Estimate, digits: int = 3) -> str:
+    return f"{estimate.value:.{digits}f} ({estimate.low:.{digits}f} to {estimate.high:.{digits}f})"
+
+
+def _percentiles(measurement: Measurement) -> list[str]:
+    values = measurement.latencies()
+    return [_between(percentile(values, q)) for q in (50, 90, 99)] if values else ["-"] * 3
+
+
+def _stable(measurement: Measurement) -> str:
+    return "yes" if measurement.stable else "**no**"
+
+
+def _latency(run: Run) -> str:
+    measured = {measurement.label: measurement for measurement in run.of("latency")}
+    if not measured:
+        return ""
+    own, rows = measured["imprompt"].latencies(), []
+    for name, measurement in measured.items():
+        against = "" if name == "imprompt" else _between(ratio(own, measurement.latencies()), 2)
+        apart = " / ".join(f"{value:.2g}" for value in run.parity.get(name, ()))
+        count = str(len(measurement.samples))
+        rows.append([_SYSTEMS[name], *_percentiles(measurement), against, apart, count, _stable(measurement)])
+    header = ["", "p50 s", "p90 s", "p99 s", "imprompt takes times", "levels apart, max / mean", "samples", "stable"]
+    return table(header, rows)
+
+
+def _stages(run: Run) -> str:
+    samples = [sample for measurement in run.of("latency") for sample in measurement.samples if sample.timings]
+    if not samples:
+        return ""
+    rows = []
+    for stage in _STAGES:
+        values = [sample.timings.get(stage, 0.0) for sample in samples]
+        share = median(values) / median([sample.latency for sample in samples])
+        rows.append([f"`{stage}`", _between(percentile(values, 50), 4), f"{100 * share:.1f}"])
+    return table(["stage", "p50 s", "% of the caller's"], rows)
+
+
+def _arithmetic(run: Run) -> str:
+    samples = [sample for measurement in run.of("latency") for sample in measurement.samples if sample.timings]
+    if not run.arithmetic or not samples:
+        return ""
+    flop, rate = run.arithmetic["unet_flop"], run.arithmetic["gemm_flops"]
+    limit = flop * run.bundle["steps"] / rate
+    denoise = median([sample.timings["denoise"] for sample in samples])
+    rows = [
+        ["operations of a UNet call, both branches, TFLOP", f"{flop / 1e12:.4g}"],
+        ["rate of a float32 matrix product, GFLOP/s", f"{rate / 1e9:.0f}"],
+        ["seconds of all UNet calls at that rate", f"{limit:.3f}"],
+        ["seconds of `denoise`, median", f"{denoise:.3f}"],
+        ["times the limit", f"{denoise / limit:.2f}"],
+    ]
+    return table(["", "value"], rows)
+
+
+def _closed(run: Run) -> str:
+    measured = run.of("closed")
+    rows = []
+    for point in measured:
+        gain = point.pictures_per_second / measured[0].pictures_per_second
+        rate = [f"{point.pictures_per_second:.3f}", f"{gain:.2f}"]
+        rows.append([f"{point.value:g}", *rate, *_percentiles(point), *_server(point), _stable(point)])
+    header = ["callers", "pictures/s", "times one caller", "p50 s", "p90 s", "p99 s", *_SERVER, "stable"]
+    return table(header, rows) if rows else ""
+
+
+_SERVER = ("rows a call", "cores", "memory MiB")
+
+
+def _server(measurement: Measurement) -> list[str]:
+    server = measurement.server
+    if server is None:
+        return ["", "", ""]
+    cores = "" if server.cores is None else f"{server.cores:.2f}"
+    memory = f"{sum(server.memory_mib.values()):.0f}" if server.memory_mib else ""
+    return [f"{server.rows_per_call:.2f}", cores, memory]
+
+
+def _open(run: Run) -> str:
+    rows = [
+        [f"{point.value:g}", f"{point.pictures_per_second:.3f}", *_percentiles(point), *_server(point), _stable(point)]
+        for point in run.of("open")
+    ]
+    header = ["share of capacity", "pictures/s", "p50 s", "p90 s", "p99 s", *_SERVER, "stable"]
+    return table(header, rows) if rows else ""
+
+
+def _overload(run: Run) -> str:
+    rows = []
+    for point in run.of("overload"):
+        refusals = point.latencies("refused")
+        refused = f"{100 * len(refusals) / len(point.samples):.0f}"
+        until = f"{median(refusals):.3f}" if refusals else ""
+        recovery = f"{point.notes['recovery_s']:.1f}" if "recovery_s" in point.notes else ""
+        if point.label == "after" and not recovery:
+            recovery = f"not within {point.seconds:.0f}"
+        rows.append([point.label, str(len(point.samples)), refused, until, *_percentiles(point), recovery])
+    header = ["", "requests", "% refused", "s to refuse", "p50 s", "p90 s", "p99 s", "recovered after s"]
+    return table(header, rows) if rows else ""
+
+
+def _mixed(run: Run) -> str:
+    rows = []
+    for point in run.of("mixed"):
+        for kind in ("all", *sorted({sample.kind for sample in point.samples})):
+            own = [sample for sample in point.samples if kind in ("all", sample.kind)]
+            statuses = [str(sum(sample.status == status for sample in own)) for status in ("ok", "left", "refused")]
+            values = [sample.latency for sample in own if sample.status == "ok"]
+            rows.append(
+                [kind, *statuses, *([_between(percentile(values, q)) for q in (50, 90)] if values else ["", ""])]
+            )
+        if point.server is not None:
+            looked = point.server.cache_hits + point.server.cache_misses
+            hits = f"{point.server.cache_hits:.0f} of {looked:.0f}"
+            text = f"Answered by the response cache: {hits}; rows a call: {point.server.rows_per_call:.2f}."
+            return table(["image prompts", "served", "left", "refused", "p50 s", "p90 s"], rows) + f"\n\n{text}"
+    return ""
+
+
+def _growth(run: Run) -> str:
+    rows = []
+    first: dict[str, Measurement] = {}
+    for point in run.of("growth"):
+        base = first.setdefault(point.label, point)
+        times = ratio(point.latencies(), base.latencies())
+        latency = _between(percentile(point.latencies(), 50))
+        rows.append([f"{point.label}: {point.value:g}", latency, _between(times, 2), _stable(point)])
+    return table(["", "p50 s", "times the first", "stable"], rows) if rows else ""
+
+
+def _setup(run: Run) -> str:
+    setup = run.setup
+    if not setup:
+        return ""
+    rows = [
+        ["weights, millions", ", ".join(f"{name} {count / 1e6:.4g}" for name, count in setup["parameters"].items())],
+        ["export, s", f"{setup['export_s']:.0f}"],
+        ["export, most memory, MiB", f"{setup['export_peak_mib']:.0f}"],
+        ["from start to ready, s", f"{setup['ready_s']:.1f}"],
+        ["memory when ready, MiB", f"{sum(setup['memory_mib'].values()):.0f}"],
+        *([f"memory of `{name}`, MiB", f"{mib:.0f}"] for name, mib in setup["memory_mib"].items()),
+        *([f"engine `{name}`, MiB", f"{mib:.1f}"] for name, mib in sorted(setup["engines_mib"].items())),
+    ]
+    return table(["", "value"], rows)
+
+
+def overhead(result: dict[str, Any]) -> str:
+    """What `imprompt bench overhead` found."""
+    rows = [
+        [row["scheduler"], str(row["jobs"]), f"{row['median_ms']:.3f}", f"{row['fastest_ms']:.3f}"]
+        for row in result["overhead_per_tick"]
+    ]
+    text = (
+        f"## The denoiser's loop alone\n\nWhat a step costs beside the UNet, for jobs of {result['size']} x "
+        f"{result['size']} pixels that share every call; the UNet is an engine that does nothing.\n\n"
+    )
+    header = ["scheduler", "jobs", "median ms a step", "fastest ms"]
+    return (
+        f"{text}{_machine(result['environment'])}\n\n```sh\nimprompt bench overhead\n```\n\n{table(header, rows)}\n\n"
+    )

@@ -1,0 +1,109 @@
+"""Callers wait for their answers, arrivals do not; server counters are read as they are written."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from imprompt_bench.load import closed_loop, open_loop
+from imprompt_bench.observe import Observer, count
+from imprompt_bench.plots import spans
+from imprompt_bench.results import BenchError, Sample
+from imprompt_bench.workload import POOL, Workload
+
+SLOW_S = 0.05
+WORKLOAD = Workload(model="m", adapter="plain", size=64, steps=4, smallest=32)
+
+
+class Server:
+    """Takes one request at a time, each for `SLOW_S`."""
+
+    def __init__(self) -> None:
+        self.busy, self.waiting, self.most = asyncio.Lock(), 0, 0
+        self.began = time.perf_counter()
+
+    async def ask(self, index: int, intended: float | None) -> Sample:
+        sent = time.perf_counter() - self.began
+        self.waiting += 1
+        self.most = max(self.most, self.waiting)
+        async with self.busy:
+            await asyncio.sleep(SLOW_S)
+        self.waiting -= 1
+        ended = time.perf_counter() - self.began
+        return Sample(index=index, intended=sent if intended is None else intended, sent=sent, ended=ended)
+
+
+def test_callers_wait_for_their_answers() -> None:
+    async def measure() -> tuple[Server, list[Sample]]:
+        server = Server()
+        return server, await closed_loop(server.ask, 12, 3)
+
+    server, samples = asyncio.run(measure())
+    assert sorted(sample.index for sample in samples) == list(range(12))
+    assert server.most == 3
+
+
+def test_arrivals_come_whatever_the_server_does() -> None:
+    """All are due at once; the last of eight waits for the seven before it, and its latency says so."""
+
+    async def measure() -> tuple[Server, list[Sample]]:
+        server = Server()
+        return server, await open_loop(server.ask, [0.01] * 8)
+
+    server, samples = asyncio.run(measure())
+    assert server.most == 8
+    latencies = sorted(sample.latency for sample in samples)
+    assert latencies[-1] >= 8 * SLOW_S
+    assert latencies[0] < 4 * SLOW_S
+
+
+def test_counters_of_one_bundle() -> None:
+    page = "\n".join(
+        [
+            "# HELP imprompt_tick_rows Rows",
+            'imprompt_tick_rows_count{model="sd15_denoiser"} 3',
+            'imprompt_tick_rows_sum{model="sd15_denoiser"} 12',
+            'imprompt_tick_rows_bucket{model="sd15_denoiser",le="1"} 0',
+            'imprompt_tick_rows_count{model="sd15_face_denoiser"} 100',
+            'nv_cache_num_hits_per_model{model="sd15_text_encoder",version="1"} 5',
+            'nv_cache_num_hits_per_model{model="sd15_image_encoder_plain",version="1"} 2',
+            'imprompt_jobs_refused_total{limit="rows",model="sd15_denoiser"} 1',
+        ]
+    )
+    counted = count(page, "sd15")
+    assert counted == {"unet_calls": 3, "rows": 12, "cache_hits": 7, "cache_misses": 0, "refused": 1}
+
+
+def test_a_server_without_metrics_is_named() -> None:
+    with pytest.raises(BenchError, match=r"no metrics at 127\.0\.0\.1:1: .*--metrics"):
+        Observer(bundle="sd15", metrics_address="127.0.0.1:1").snapshot()
+
+
+def test_requests_have_prompts_and_pictures_of_their_own() -> None:
+    first, second = (WORKLOAD.request(index) for index in (1, 2))
+    assert first["prompt"] != second["prompt"]
+    assert first["ip_adapter_image"]["plain"][0].tobytes() != second["ip_adapter_image"]["plain"][0].tobytes()
+    assert WORKLOAD.request(1) == first
+
+
+def test_mixed_traffic_is_mixed() -> None:
+    planned = [WORKLOAD.mixed(index, 1.0) for index in range(100)]
+    assert {plan.arguments["height"] for plan in planned} == {32, 64}
+    assert {plan.arguments["num_inference_steps"] for plan in planned} == {2, 4, 8}
+    assert {plan.kind for plan in planned} == {"text", "image", "repeated"}
+    assert len({plan.arguments["prompt"] for plan in planned if plan.kind == "repeated"}) == POOL
+    assert all(("ip_adapter_image" in plan.arguments) == (plan.kind != "text") for plan in planned)
+    leaving = [plan.leaves_after for plan in planned if plan.leaves_after is not None]
+    assert 5 <= len(leaving) <= 30
+    assert all(0 < seconds < 1 for seconds in leaving)
+
+
+def test_spans_of_a_request_overlap_where_the_stages_do() -> None:
+    timings = {"admission": 1, "text_encoder": 4, "preprocess": 1, "image_encoder": 2, "queue": 0.5, "denoise": 9}
+    placed = {stage: (begin, length) for stage, begin, length in spans(timings)}
+    assert placed["text_encoder"] == (1, 4)
+    assert placed["image_encoder"] == (2, 2)
+    assert placed["denoise"] == pytest.approx((5.5, 9))
+    assert "vae_encoder" not in placed
