@@ -15,8 +15,10 @@ from imprompt_serving.triton.tensors import arrays, response
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        backend = json.loads(args["model_config"])["parameters"]["engine_backend"]["string_value"]
-        self._engine = load_engine(Path(args["model_repository"], args["model_version"], "model.onnx"), backend)
+        parameters = json.loads(args["model_config"])["parameters"]
+        backend, threads = (parameters[f"engine_{key}"]["string_value"] for key in ("backend", "threads"))
+        path = Path(args["model_repository"], args["model_version"], "model")
+        self._engine = load_engine(path, backend, threads=int(threads))
 
     def execute(self, requests: list[Any]) -> list[Any]:
         inputs = [arrays(request) for request in requests]
