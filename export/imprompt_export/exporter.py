@@ -16,7 +16,7 @@ from imprompt_export import control, graphs, image_prompt, openvino_ir, report, 
 from imprompt_export.bundle import BundleFile
 from imprompt_export.checkpoints import Checkpoints, LoadedAdapter, load
 from imprompt_export.graphs import Graph
-from imprompt_export.int8 import quantize_bundle
+from imprompt_export.int8 import check_quality, quantize_bundle
 from imprompt_export.onnx_graph import export_onnx
 from imprompt_export.parity import check, compare
 from imprompt_export.repository import write_models
@@ -59,6 +59,7 @@ def export(bundle_path: str | Path, repository: str | Path, console: Console | N
                 progress.update(task, description="quantizing to int8", total=None)
                 checkpoints.pipeline.unet.to("meta")  # its weights are in the engine; quantization wants the memory
                 files, made.int8 = quantize_bundle(spec, checkpoints, files, bundle.engine.min_snr_db)
+                check_quality(made.int8)
             models = Path(work, "models")
             write_models(models, spec, bundle.engine.host, {graph.name: graph for graph in todo}, files, checkpoints)
             report.save(made, models / bundle.name, spec)

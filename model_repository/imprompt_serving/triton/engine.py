@@ -16,9 +16,9 @@ from imprompt_serving.triton.tensors import arrays, response
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         parameters = json.loads(args["model_config"])["parameters"]
-        backend, threads = (parameters[f"engine_{key}"]["string_value"] for key in ("backend", "threads"))
+        given = {name: value["string_value"] for name, value in parameters.items()}
         path = Path(args["model_repository"], args["model_version"], "model")
-        self._engine = load_engine(path, backend, threads=int(threads))
+        self._engine = load_engine(path, given["engine_backend"], threads=int(given.get("engine_threads", 0)))
 
     def execute(self, requests: list[Any]) -> list[Any]:
         inputs = [arrays(request) for request in requests]
