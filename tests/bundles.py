@@ -160,6 +160,13 @@ def _sdxl_control(folder: Path) -> list[str]:
     ]
 
 
+def _openvino(folder: Path) -> list[str]:
+    """Engines of OpenVINO: a ControlNet and the plain adapter, on a UNet of two resolutions."""
+    base.make_sd15(folder / "base", levels=2)
+    depth = controlnet("depth", control.make_controlnet(folder / "depth", levels=2))
+    return ['\n[engine]\nbackend = "openvino"\n', depth, _plain(folder, levels=2)]
+
+
 def controlnet(name: str, folder: Path) -> str:
     """A ``[[controlnet]]`` section."""
     return f"""
@@ -190,6 +197,7 @@ MAKERS: dict[str, Callable[[Path], list[str]]] = {
     "lcm": _lcm,
     "control": _control,
     "sdxl_control": _sdxl_control,
+    "openvino": _openvino,
 }
 
 

@@ -20,10 +20,10 @@ ROOMS = {
     "imprompt_demo": ROOT / "demo",
 }
 SPECS = ("specs", "wire", "config", "capabilities")
-"""Modules of `imprompt_serving` that say what a bundle is; the exporter goes by them."""
+"""Modules of `imprompt_serving` that say what a bundle is; the exporter goes by them, and runs its denoiser."""
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "imprompt": (),
-    "imprompt_export": (*(f"imprompt_serving.{name}" for name in SPECS), "imprompt_serving.engines"),
+    "imprompt_export": tuple(f"imprompt_serving.{name}" for name in (*SPECS, "engines", "denoiser", "job")),
     "imprompt_serving": (),
     "imprompt_bench": ("imprompt", "imprompt_export", "imprompt_serving"),
     "imprompt_demo": ("imprompt", "imprompt_export", "imprompt_serving"),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
+from imprompt_serving.engines import BACKENDS
 from imprompt_serving.specs import Limits, Shapes
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -72,11 +74,16 @@ class LoraSection(_Section, frozen=True):
 
 
 class EngineSection(_Section, frozen=True):
-    """What the engines are compiled to, and who hosts the encoders and the VAE."""
+    """What the engines are compiled to, and who hosts the encoders and the VAE.
 
-    backend: Literal["onnxruntime"] = "onnxruntime"
-    precision: Literal["fp32"] = "fp32"
-    host: Literal["python", "native"] = "python"
+    ``threads`` of one call on the CPU, 0 for one a core. ``min_snr_db``: how good int8 must be (``int8.Quality``).
+    """
+
+    backend: str = "onnxruntime"
+    precision: str = "fp32"
+    host: str = "python"
+    threads: int = 0
+    min_snr_db: float = 10.0
 
 
 class BundleFile(_Section, frozen=True):
@@ -137,6 +144,7 @@ class BundleFile(_Section, frozen=True):
             raise BundleError(f"shapes.image_tokens: must be ascending padding buckets, got {list(tokens)}")
         if self.limits.waiting_rows < 0 or not 0 <= self.limits.waiting_seconds < float("inf"):
             raise BundleError("limits: waiting_rows and waiting_seconds must not be negative")
+        self._check_engine(self.engine)
         for lora in self.lora:
             root = Path(self.locate(lora.path))
             if root.is_dir() and lora.weight_name and not (root / (lora.subfolder or "") / lora.weight_name).is_file():
@@ -153,6 +161,19 @@ class BundleFile(_Section, frozen=True):
 
         if self.face_encoder is not None:
             self._check_face_encoder(self.face_encoder)
+
+    def _check_engine(self, engine: EngineSection) -> None:
+        backend = BACKENDS[_one_of("engine.backend", engine.backend, BACKENDS)]
+        _one_of(f"engine.precision (with {engine.backend})", engine.precision, backend.precisions)
+        _one_of(f"engine.host (with {engine.backend})", engine.host, backend.hosts)
+        if engine.threads < 0:
+            raise BundleError(f"engine.threads: 0 (one a core) or more, got {engine.threads}")
+        packages = {"openvino": "openvino"} if engine.backend == "openvino" else {}
+        packages |= {"nncf": "int8"} if engine.precision == "int8" else {}
+        missing = [package for package in packages if find_spec(package) is None]
+        if missing:
+            extras = ",".join(packages[package] for package in missing)
+            raise BundleError(f"engine: {', '.join(missing)} is not installed: install imprompt[export,{extras}]")
 
     def _check_face_encoder(self, section: FaceEncoderSection) -> None:
         folder = self.folder / section.path
@@ -211,6 +232,12 @@ class BundleFile(_Section, frozen=True):
                 "set image_encoder_folder (false for FaceID adapters)"
             )
         return root, subfolder
+
+
+def _one_of(key: str, value: str, allowed: Iterable[str]) -> str:
+    if value not in allowed:
+        raise BundleError(f"{key}: {value!r} is none of {', '.join(allowed)}")
+    return value
 
 
 def _decode_path(kind: type, value: object) -> object:

@@ -12,17 +12,18 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
-from imprompt_export import control, graphs, image_prompt, report, t2i
+from imprompt_export import control, graphs, image_prompt, openvino_ir, report, t2i
 from imprompt_export.bundle import BundleFile
 from imprompt_export.checkpoints import Checkpoints, LoadedAdapter, load
 from imprompt_export.graphs import Graph
+from imprompt_export.int8 import check_quality, quantize_bundle
 from imprompt_export.onnx_graph import export_onnx
 from imprompt_export.parity import check, compare
 from imprompt_export.repository import write_models
 from imprompt_serving import specs
 
 
-def export(bundle_path: str | Path, repository: str | Path, console: Console | None = None) -> list[report.Row]:
+def export(bundle_path: str | Path, repository: str | Path, console: Console | None = None) -> report.Report:
     """Export the bundle at ``bundle_path`` into ``repository`` and compare each engine with PyTorch.
 
     Models of other bundles in ``repository`` stay; those of a bundle of the same name are replaced, once everything
@@ -30,7 +31,7 @@ def export(bundle_path: str | Path, repository: str | Path, console: Console | N
 
     Raises:
         BundleError: something in the bundle file or its checkpoints does not fit; nothing was written.
-        ParityError: an engine does not compute what PyTorch does; nothing was written.
+        ParityError: an engine does not compute what PyTorch does, or is too far from it in int8; nothing was written.
     """
     console = console or Console(stderr=True)
     bundle = BundleFile.load(bundle_path)
@@ -41,25 +42,36 @@ def export(bundle_path: str | Path, repository: str | Path, console: Console | N
         spec = describe(bundle, checkpoints)
         todo = bundle_graphs(bundle, checkpoints)
         progress.update(task, total=len(todo))
-        rows = []
+        made = report.Report()
         # Beside the repository: a server that starts meanwhile must not see half a model.
         with tempfile.TemporaryDirectory(prefix=f".{bundle.name}-", dir=_made(repository).parent) as work:
             files = {}
             for graph in todo:
                 progress.update(task, description=f"exporting {graph.name}")
                 start = time.perf_counter()
-                files[graph.name] = Path(work, graph.name, "model.onnx")
-                export_onnx(graph, files[graph.name])
+                files[graph.name] = build(graph, Path(work, graph.name), bundle.engine.backend)
                 seconds = time.perf_counter() - start
                 compared = compare(graph, files[graph.name], bundle.engine.backend)
-                rows += [report.Row.of(row, export_seconds=seconds) for row in compared]
+                made.engines += [report.Row.of(row, export_seconds=seconds) for row in compared]
                 check(compared)
                 progress.advance(task)
+            if bundle.engine.precision == "int8":
+                progress.update(task, description="quantizing to int8", total=None)
+                checkpoints.pipeline.unet.to("meta")  # its weights are in the engine; quantization wants the memory
+                files, made.int8 = quantize_bundle(spec, checkpoints, files, bundle.engine.min_snr_db)
+                check_quality(made.int8)
             models = Path(work, "models")
             write_models(models, spec, bundle.engine.host, {graph.name: graph for graph in todo}, files, checkpoints)
-            report.save(rows, models / bundle.name, spec)
+            report.save(made, models / bundle.name, spec)
             _replace(models, Path(repository), bundle.name)
-    return rows
+    return made
+
+
+def build(graph: Graph, folder: Path, backend: str) -> Path:
+    """Write the engine of ``graph`` in fp32 to ``folder``; returns what its runner loads."""
+    file = folder / f"{graph.name}.onnx"
+    export_onnx(graph, file)
+    return openvino_ir.convert(file) if backend == "openvino" else file
 
 
 def bundle_graphs(bundle: BundleFile, checkpoints: Checkpoints) -> list[Graph]:
@@ -150,6 +162,7 @@ def describe(bundle: BundleFile, checkpoints: Checkpoints) -> specs.Bundle:
         limits=bundle.limits,
         backend=bundle.engine.backend,
         precision=bundle.engine.precision,
+        threads=bundle.engine.threads,
     )
 
 

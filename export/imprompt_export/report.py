@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
+from rich.console import Group
 from rich.table import Table
 
 from imprompt_export import parity
+from imprompt_export.int8 import Quality
 from imprompt_serving import specs
 
 FILE_NAME = "export.json"
-_VERSIONS = ("imprompt", "torch", "diffusers", "transformers", "onnx", "onnxruntime")
+_VERSIONS = ("imprompt", "torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "nncf")
 
 
 class Row(parity.Row, frozen=True, kw_only=True):
@@ -26,21 +29,46 @@ class Row(parity.Row, frozen=True, kw_only=True):
         return cls(**msgspec.structs.asdict(row), export_seconds=export_seconds)
 
 
-def save(rows: list[Row], folder: Path, spec: specs.Bundle) -> None:
-    """Write ``rows`` beside the pipeline model, with the versions that made the engines."""
+class Report(msgspec.Struct, kw_only=True):
+    """What an export found out of its engines: all of them against PyTorch, and those in int8 against fp32."""
+
+    engines: list[Row] = []
+    int8: list[Quality] = []
+
+
+def save(made: Report, folder: Path, spec: specs.Bundle) -> None:
+    """Write ``made`` beside the pipeline model, with the versions that made the engines."""
     content = {
         "bundle": spec.name,
         "backend": spec.backend,
         "precision": spec.precision,
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in _VERSIONS},
-        "engines": rows,
+        "versions": {name: version(name) for name in _VERSIONS if find_spec(name)},
+        **msgspec.structs.asdict(made),
     }
     (folder / FILE_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(content)) + b"\n")
 
 
-def table(rows: list[Row]) -> Table:
-    """``rows`` for the terminal."""
+def table(made: Report) -> Group:
+    """``made`` for the terminal."""
+    return Group(_engines(made.engines), *([_int8(made.int8)] if made.int8 else []))
+
+
+def _int8(rows: list[Quality]) -> Table:
+    made = Table("in int8", "calls", "signal to noise, dB", "in the worst call", "wanted", "pictures differ by")
+    for row in rows:
+        made.add_row(
+            row.engine,
+            str(row.calls),
+            f"{row.snr_db:.1f}",
+            f"{row.worst_snr_db:.1f}",
+            f"{row.min_snr_db:g}",
+            f"{row.picture_distance:.1f} levels",
+        )
+    return made
+
+
+def _engines(rows: list[Row]) -> Table:
     made = Table("engine", "size", "export s", "call s", "max abs difference", "allowed")
     for row in rows:
         sizes = " ".join(f"{axis}={size}" for axis, size in row.sizes.items() if not axis.startswith("q"))

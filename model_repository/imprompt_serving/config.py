@@ -50,6 +50,7 @@ def engine(
     *,
     backend: str,
     host: str,
+    threads: int,
     max_batch_size: int,
     cache: bool = False,
 ) -> pb.ModelConfig:
@@ -59,6 +60,7 @@ def engine(
     else:
         config = _python_model(name, decoupled=False)
         config.parameters["engine_backend"].string_value = backend
+        config.parameters["engine_threads"].string_value = str(threads)
     config.max_batch_size = max_batch_size
     config.dynamic_batching.SetInParent()
     config.response_cache.enable = cache

@@ -163,6 +163,8 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     limits: Limits = Limits()
     backend: str = "onnxruntime"
     precision: str = "fp32"
+    threads: int = 0
+    """Threads of one call of an engine on the CPU; 0 for one a core."""
 
     @property
     def levels(self) -> tuple[int, ...]:

@@ -46,7 +46,10 @@ def write(folder: Path, text: str) -> Path:
     [
         (BASE + "colour = 3", "colour"),
         (BASE + ADAPTER + "scale = 0.5", "scale"),
-        (BASE + '[engine]\nbackend = "abacus"', "abacus"),
+        (BASE + '[engine]\nbackend = "abacus"', "'abacus' is none of onnxruntime, "),
+        (BASE + '[engine]\nprecision = "int8"', r"engine.precision \(with onnxruntime\): 'int8' is none of fp32"),
+        (BASE + '[engine]\nbackend = "openvino"\nhost = "native"', "engine.host"),
+        (BASE + "[engine]\nthreads = -1", "engine.threads"),
         (BASE + "[shapes]\nheight = [512, 64, 1024]", "shapes.height"),
         (BASE + "[shapes]\nwidth = [60, 64, 64]", "multiples of 8"),
         (BASE + "[shapes]\nrows = [1, 2]", "rows"),

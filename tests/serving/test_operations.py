@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from imprompt import InvalidRequest
@@ -108,3 +109,15 @@ def test_metrics_count_what_happens(sd15: Served) -> None:
     assert since('imprompt_requests_total{model="sd15",status="OK"}') == 1
     assert since('imprompt_requests_total{model="sd15",status="INVALID_ARGUMENT"}') == 1
     assert since('imprompt_stage_seconds_count{model="sd15",stage="denoise"}') == 1
+
+
+def test_only_the_denoiser_holds_torch(served: Any) -> None:
+    server: Served = served("sd15")
+    server.generate(**CAT)
+    holding = set()
+    for instance, pid in server.server.stub_pids.items():
+        maps = psutil.Process(pid).memory_maps()
+        assert maps
+        if any("libtorch" in mapped.path for mapped in maps):
+            holding.add(instance.removesuffix("_0_0"))
+    assert holding == {"sd15_denoiser"}

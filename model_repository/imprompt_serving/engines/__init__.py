@@ -8,19 +8,36 @@ from typing import Protocol
 
 import numpy as np
 
+from imprompt_serving.engines.backends import BACKENDS, Backend, EngineError
+
+__all__ = ["BACKENDS", "Backend", "Engine", "EngineError", "load_engine"]
+
 
 class Engine(Protocol):
     """A compiled graph. Tensors go in and come out by name."""
 
     def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """One call; inputs are C-contiguous."""
+        """One call; inputs are C-contiguous, outputs are the caller's to keep."""
         ...
 
 
-def load_engine(path: Path, backend: str, *, threads: int | None = None) -> Engine:
-    """The runner for ``path``, which was exported for ``backend``."""
-    if backend == "onnxruntime":
+def load_engine(path: Path, backend: str, *, threads: int = 0) -> Engine:
+    """The runner for ``path``, which was exported for ``backend`` and gets the ending of its files.
+
+    Args:
+        threads: of one call, on the CPU; 0 for one a core.
+
+    Raises:
+        EngineError: the package of the backend is not installed.
+    """
+    path = path.with_suffix(BACKENDS[backend].suffix)
+    try:
+        if backend == "openvino":
+            from imprompt_serving.engines.openvino import OpenVinoEngine
+
+            return OpenVinoEngine(path, threads=threads)
         from imprompt_serving.engines.onnxruntime import OnnxRuntimeEngine
 
         return OnnxRuntimeEngine(path, threads=threads)
-    raise ValueError(f"no engine runner for backend {backend!r}")
+    except ModuleNotFoundError as error:
+        raise EngineError(f"{error}: install imprompt[{BACKENDS[backend].extra}] where the engines run") from None

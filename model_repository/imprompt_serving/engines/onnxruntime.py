@@ -12,7 +12,7 @@ import onnxruntime
 class OnnxRuntimeEngine:
     """An ``InferenceSession`` behind the engine interface; safe to call from several threads."""
 
-    def __init__(self, path: Path, *, threads: int | None = None) -> None:
+    def __init__(self, path: Path, *, threads: int = 0) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         if threads:

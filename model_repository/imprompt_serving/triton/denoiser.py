@@ -13,12 +13,11 @@ import numpy as np
 import torch
 
 from imprompt_serving import metrics
+from imprompt_serving.denoiser.assembly import assemble
 from imprompt_serving.denoiser.batch import Batcher
-from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.line import Load
 from imprompt_serving.denoiser.loop import Denoiser, Listener
-from imprompt_serving.denoiser.networks import Networks
 from imprompt_serving.denoiser.preview import previews
 from imprompt_serving.denoiser.warm_up import warm_up
 from imprompt_serving.engines import load_engine
@@ -37,16 +36,9 @@ class TritonPythonModel:
         folder = Path(args["model_repository"], args["model_version"])
         bundle = self._bundle = Bundle.load(folder)
 
-        def engine(name: str) -> Any:
-            return load_engine(folder / f"{name}.onnx", bundle.backend)
-
-        projections = {adapter.name: engine(f"image_projection_{adapter.name}") for adapter in bundle.adapters}
-        embeddings = {net.name: engine(f"controlnet_embedding_{net.name}") for net in bundle.controlnets}
-        controlnets = {net.name: engine(f"controlnet_{net.name}") for net in bundle.controlnets}
-        t2i_adapters = {adapter.name: engine(f"t2i_adapter_{adapter.name}") for adapter in bundle.t2i_adapters}
-        self._conditioner = Conditioner(bundle, projections, embeddings, t2i_adapters)
-        unets = {name: engine(name) for name in ("unet", "motion_unet")[: 1 if bundle.motion is None else 2]}
-        networks = Networks(bundle, unets, controlnets)
+        self._conditioner, networks = assemble(
+            bundle, lambda name: load_engine(folder / name, bundle.backend, threads=bundle.threads)
+        )
         with torch.no_grad():
             warm_up(bundle, self._conditioner, networks)
         self._metrics = Metrics(metrics.DENOISER, args["model_name"])

@@ -15,8 +15,10 @@ from imprompt_serving.triton.tensors import arrays, response
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        backend = json.loads(args["model_config"])["parameters"]["engine_backend"]["string_value"]
-        self._engine = load_engine(Path(args["model_repository"], args["model_version"], "model.onnx"), backend)
+        parameters = json.loads(args["model_config"])["parameters"]
+        given = {name: value["string_value"] for name, value in parameters.items()}
+        path = Path(args["model_repository"], args["model_version"], "model")
+        self._engine = load_engine(path, given["engine_backend"], threads=int(given.get("engine_threads", 0)))
 
     def execute(self, requests: list[Any]) -> list[Any]:
         inputs = [arrays(request) for request in requests]

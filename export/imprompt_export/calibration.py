@@ -1,0 +1,176 @@
+"""Denoising runs of a bundle without a server: what its networks see at each step.
+
+Everything but the networks of a step is taken from the checkpoints: prompts are encoded by the pipeline's own text
+encoders, and image prompts are pictures that the bundle itself has made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from imprompt_export import graphs
+from imprompt_export.checkpoints import Checkpoints
+from imprompt_serving.denoiser.assembly import assemble
+from imprompt_serving.denoiser.batch import Batcher, Part
+from imprompt_serving.denoiser.job import Job
+from imprompt_serving.engines import Engine
+from imprompt_serving.job import AdapterUse, ControlUse, JobRequest
+from imprompt_serving.specs import Adapter, Bundle
+
+Arrays = Mapping[str, np.ndarray]
+GUIDANCE_SCALE = 7.5
+NEGATIVE_PROMPT = "blurry, low quality"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One request. Runs of different ``steps`` meet different timesteps, all over their range."""
+
+    prompt: str
+    steps: int
+    seed: int
+    scale: float = 0.0
+    """Of every image prompt; 0 for none."""
+    controlled: bool = False
+    """Whether every ControlNet and T2I-Adapter acts."""
+
+
+RUNS = (
+    Run(prompt="a photo of a dog in a park, sunny day", steps=7, seed=0),
+    Run(prompt="a portrait of a woman, oil painting", steps=8, seed=1, scale=1.0),
+    Run(prompt="a red car in front of an old house", steps=9, seed=2, scale=0.6, controlled=True),
+    Run(prompt="", steps=10, seed=3, scale=0.8),
+)
+"""For calibration."""
+HELD_OUT = Run(prompt="a bowl of fruit on a wooden table, best quality", steps=8, seed=4, scale=0.7, controlled=True)
+"""For judging what came of it."""
+
+
+class Recorder:
+    """An engine that keeps what goes in and what comes out."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.inputs: list[Arrays] = []
+        self.outputs: list[Arrays] = []
+
+    def run(self, tensors: Arrays) -> dict[str, np.ndarray]:
+        answer = self._engine.run(tensors)
+        self.inputs.append(tensors)
+        self.outputs.append(answer)
+        return answer
+
+
+class Studio:
+    """Makes pictures of the usual size of ``bundle``, with the engines that ``engine`` gives by name."""
+
+    def __init__(self, bundle: Bundle, checkpoints: Checkpoints, engine: Callable[[str], Engine]) -> None:
+        self.bundle = msgspec.structs.replace(bundle, motion=None)
+        self._checkpoints = checkpoints
+        self._conditioner, self._networks = assemble(self.bundle, engine)
+
+    @torch.inference_mode()
+    def picture(self, run: Run, prompt_picture: np.ndarray | None = None) -> np.ndarray:
+        """The picture of ``run``, uint8 [H, W, 3]; ``prompt_picture`` is its image prompt and control image."""
+        request, tensors = self._request(run), self._tensors(run, prompt_picture)
+        job = Job(request, self.bundle, self._conditioner(request, tensors), tensors)
+        batcher = Batcher(self.bundle)
+        while not job.done:
+            parts = [Part(job, 0, job.rows)]
+            job.fill(self._networks(parts, batcher.inputs(parts)))
+        decoder = graphs.vae_decoder(self._checkpoints.pipeline.vae)
+        return decoder.run({"latents": job.latents})[0][0].numpy()
+
+    def _request(self, run: Run) -> JobRequest:
+        bundle, shapes = self.bundle, self.bundle.shapes
+        return JobRequest(
+            id="calibration",
+            task="inpainting" if bundle.unet_channels != bundle.latent_channels else "text-to-image",
+            height=shapes.height.opt,
+            width=shapes.width.opt,
+            num_inference_steps=run.steps,
+            num_images_per_prompt=1,
+            guidance_scale=GUIDANCE_SCALE,
+            guidance_rescale=0.0,
+            eta=0.0,
+            strength=1.0,
+            seeds=(run.seed,),
+            adapters=tuple(AdapterUse(name=a.name, scale=run.scale) for a in bundle.adapters if run.scale),
+            controls=tuple(ControlUse(name=name) for name in bundle.net_names if run.controlled),
+        )
+
+    def _tensors(self, run: Run, picture: np.ndarray | None) -> dict[str, Tensor]:
+        shapes = self.bundle.shapes
+        size = shapes.height.opt, shapes.width.opt
+        unit = torch.zeros(1, 3, *size) if picture is None else torch.from_numpy(picture).permute(2, 0, 1)[None] / 255
+        tensors = self._texts(run.prompt)
+        for adapter in self.bundle.adapters if run.scale else ():
+            tensors |= self._image_prompt(adapter, run.seed, unit)
+        for name in self.bundle.net_names if run.controlled else ():
+            t2i = self.bundle.t2i_adapter(name)
+            grey = t2i is not None and t2i.channels == 1
+            tensors[f"control_image_{name}"] = unit.mean(1, keepdim=True) if grey else unit
+        if self.bundle.unet_channels != self.bundle.latent_channels:
+            tensors |= self._mask(unit)
+        return tensors
+
+    def _texts(self, prompt: str) -> dict[str, Tensor]:
+        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        encoded = self._checkpoints.pipeline.encode_prompt(
+            prompt=prompt,
+            device="cpu",
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=True,
+            negative_prompt=NEGATIVE_PROMPT,
+        )
+        return dict(zip(names, encoded, strict=False))
+
+    def _image_prompt(self, adapter: Adapter, seed: int, unit: Tensor) -> dict[str, Tensor]:
+        """Two image prompts, the picture and its mirror image: more tokens than one, and so padding among them."""
+        features = None
+        if adapter.image_encoder is not None:
+            features = self._image_features(adapter, torch.cat([unit, unit.flip(-1)]))
+        if not adapter.uses_face:
+            assert features is not None
+            return dict(zip(_both("image_embeds", adapter), features, strict=True))
+        generator = torch.Generator().manual_seed(seed)
+        faces = F.normalize(torch.randn(2, *adapter.embed_shape, generator=generator), dim=-1)
+        tensors = dict(zip(_both("image_embeds", adapter), (faces, torch.zeros_like(faces)), strict=True))
+        if features is not None:
+            tensors |= zip(_both("clip_embeds", adapter), features, strict=True)
+        return tensors
+
+    def _image_features(self, adapter: Adapter, unit: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the pictures, and of the unconditional branch."""
+        assert adapter.image_encoder is not None
+        model: Any = self._checkpoints.image_encoders[adapter.image_encoder]
+        processor = self._checkpoints.feature_extractors[adapter.image_encoder]
+        pixels = processor(unit.clamp(0, 1), do_rescale=False, return_tensors="pt").pixel_values
+        if not adapter.uses_hidden_states:
+            embeds = model(pixels).image_embeds
+            return embeds, torch.zeros_like(embeds)
+        both = [model(p, output_hidden_states=True).hidden_states[-2] for p in (pixels, torch.zeros_like(pixels))]
+        return both[0], both[1]
+
+    def _mask(self, unit: Tensor) -> dict[str, Tensor]:
+        """Inpainting: the left half of the picture is to be made anew."""
+        pipeline = self._checkpoints.pipeline
+        kept = torch.ones_like(unit)
+        kept[..., : unit.shape[-1] // 2] = 0
+        encoder = graphs.vae_encoder(pipeline.vae, pipeline.vae_scale_factor)
+        moments = encoder.run({"sample": (2 * unit - 1) * kept})[0]
+        mask = 1 - kept[:, :1, :: pipeline.vae_scale_factor, :: pipeline.vae_scale_factor]
+        return {"mask": mask, "masked_image_moments": moments}
+
+
+def _both(name: str, adapter: Adapter) -> tuple[str, str]:
+    """The names of a tensor in the conditional and the unconditional branch."""
+    return f"{name}_{adapter.name}", f"negative_{name}_{adapter.name}"

@@ -1,0 +1,39 @@
+"""OpenVINO in process, on the CPU."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino
+
+SETTINGS: dict[str, Any] = {
+    "PERFORMANCE_HINT": "LATENCY",  # one call at a time, on all cores
+    # Arithmetic as the weights are: CPUs with bfloat16 or AMX would otherwise round everything to it.
+    "INFERENCE_PRECISION_HINT": "f32",
+    # Sessions of several processes share the cores: pinned threads of two of them would wait for the same one.
+    "ENABLE_CPU_PINNING": False,
+}
+
+
+class OpenVinoEngine:
+    """A compiled model behind the engine interface; safe to call from several threads, one after the other.
+
+    Weights stay in the file that is mapped, but for those that the CPU wants in another order.
+    """
+
+    def __init__(self, path: Path, *, threads: int = 0) -> None:
+        settings = SETTINGS | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
+        self._request = openvino.Core().compile_model(str(path), "CPU", settings).create_infer_request()
+        self._inputs = {port.any_name for port in self._request.model_inputs}
+        self._outputs = [port.any_name for port in self._request.model_outputs]
+        self._lock = threading.Lock()
+
+    def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        feeds = {name: value for name, value in tensors.items() if name in self._inputs}
+        with self._lock:
+            answer = self._request.infer(feeds, share_inputs=True)  # outputs are copies
+        return dict(zip(self._outputs, answer.values(), strict=True))
