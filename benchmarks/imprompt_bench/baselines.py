@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,10 @@ class BareLoop:
         self._folder = repository / f"{name}_denoiser" / "1"
         bundle = self._bundle = Bundle.load(self._folder)
 
+        load = partial(load_engine, backend=bundle.backend, threads=bundle.threads)
+
         def model(part: str) -> Engine:
-            return load_engine(repository / f"{name}_{part}" / "1" / "model.onnx", bundle.backend)
+            return load(repository / f"{name}_{part}" / "1" / "model.onnx")
 
         self._text = [
             (PromptTokenizer(repository / name / "1", encoder), model(encoder.engine))
@@ -78,8 +81,8 @@ class BareLoop:
         (self._image_encoder,) = bundle.image_encoders
         self._image = model(f"image_encoder_{self._image_encoder.name}")
         self._vae = model("vae_decoder")
-        self._unet = load_engine(self._folder / "unet.onnx", bundle.backend)
-        projection = load_engine(self._folder / f"image_projection_{ADAPTER}.onnx", bundle.backend)
+        self._unet = load(self._folder / "unet.onnx")
+        projection = load(self._folder / f"image_projection_{ADAPTER}.onnx")
         self._conditioner = Conditioner(bundle, {ADAPTER: projection})
 
     @torch.inference_mode()

@@ -24,7 +24,7 @@ from imprompt import Client, Result
 from imprompt_demo import bundle_path, sheet
 from imprompt_demo.use_cases import MODEL, STYLES, Studio
 from imprompt_export import export
-from imprompt_export.report import Row, table
+from imprompt_export.report import Report, table
 from imprompt_serving.launcher import Server
 
 BUNDLES = ("bundle.toml", "bundle-lcm.toml")
@@ -89,14 +89,14 @@ def exported(work: Path, *, verbose: bool = False) -> Path:
     shutil.rmtree(repository, ignore_errors=True)
     with ProcessPoolExecutor(len(BUNDLES), multiprocessing.get_context("spawn")) as processes:
         exports = [processes.submit(_export, bundle_path() / name, repository) for name in BUNDLES]
-        for rows in [future.result() for future in exports]:
+        for report in [future.result() for future in exports]:
             if verbose:
-                console.print(table(rows))
+                console.print(table(report))
     key_file.write_text(key)
     return repository
 
 
-def _export(bundle: Path, repository: Path) -> list[Row]:
+def _export(bundle: Path, repository: Path) -> Report:
     """In a process of its own; only the larger bundle shows its progress."""
     for library in (diffusers_logging, transformers_logging):  # their notes would bury the demo's own
         library.set_verbosity_error()

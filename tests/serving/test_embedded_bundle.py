@@ -41,7 +41,7 @@ def test_the_demo_shows_every_use_case(client: Client, tmp_path: Path) -> None:
     assert len(results) == 15
     with Image.open(tmp_path / "demo.png") as sheet, Image.open(tmp_path / "demo.gif") as film:
         assert sheet.height > 9 * 128
-        assert film.n_frames == 16
+        assert getattr(film, "n_frames", 1) == 16
 
 
 def test_the_text_decides_the_thing(sitter: measure.Sitter) -> None:
