@@ -131,7 +131,7 @@ class Studio:
             ip_adapter_scale=0.8,
             seed=6,
         )
-        (frames,) = result.frames or ()
+        (frames,) = result.frames or [[]]
         shown = [(f"frame {index}", frames[index]) for index in (0, 4, 8, 12)]
         row = Row(title='AnimateDiff\n"a heart"', cells=[("image prompt", style.image()), *shown])
         return row, [_beside(style.image(), frame) for frame in frames]
