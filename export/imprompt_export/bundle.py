@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
+from imprompt_serving.engines import BACKENDS
 from imprompt_serving.specs import Limits, Shapes
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -72,11 +73,17 @@ class LoraSection(_Section, frozen=True):
 
 
 class EngineSection(_Section, frozen=True):
-    """What the engines are compiled to, and who hosts the encoders and the VAE."""
+    """What the engines are compiled to, and who hosts the encoders and the VAE.
 
-    backend: Literal["onnxruntime"] = "onnxruntime"
-    precision: Literal["fp32"] = "fp32"
-    host: Literal["python", "native"] = "python"
+    ``targets``: compute capabilities that engines of TensorRT-RTX are made for. ``refit``: whether the weights of
+    TensorRT's engines can be replaced later.
+    """
+
+    backend: str = "onnxruntime"
+    precision: str = "fp32"
+    host: str = "python"
+    targets: tuple[str, ...] = ("SM80", "SM86", "SM89", "SM120")
+    refit: bool = False
 
 
 class BundleFile(_Section, frozen=True):
@@ -135,6 +142,9 @@ class BundleFile(_Section, frozen=True):
         tokens = self.shapes.image_tokens
         if not tokens or tokens[0] < 1 or list(tokens) != sorted(set(tokens)):
             raise BundleError(f"shapes.image_tokens: must be ascending padding buckets, got {list(tokens)}")
+        if self.shapes.regions < 1:
+            raise BundleError(f"shapes.regions: must be at least 1, got {self.shapes.regions}")
+        self._check_engine(self.engine)
         if self.limits.waiting_rows < 0 or not 0 <= self.limits.waiting_seconds < float("inf"):
             raise BundleError("limits: waiting_rows and waiting_seconds must not be negative")
         for lora in self.lora:
@@ -153,6 +163,16 @@ class BundleFile(_Section, frozen=True):
 
         if self.face_encoder is not None:
             self._check_face_encoder(self.face_encoder)
+
+    def _check_engine(self, engine: EngineSection) -> None:
+        backend = _one_of("engine.backend", engine.backend, BACKENDS)
+        _one_of(f"engine.precision (with {engine.backend})", engine.precision, BACKENDS[backend].precisions)
+        _one_of(f"engine.host (with {engine.backend})", engine.host, BACKENDS[backend].hosts)
+        if engine.refit and not BACKENDS[backend].compiled:
+            raise BundleError(f"engine.refit: is for TensorRT's engines; {backend} has nothing to refit")
+        for target in engine.targets:
+            if not re.fullmatch(r"SM\d{2,3}", target):
+                raise BundleError(f"engine.targets: compute capabilities such as SM89, got {target!r}")
 
     def _check_face_encoder(self, section: FaceEncoderSection) -> None:
         folder = self.folder / section.path
@@ -211,6 +231,12 @@ class BundleFile(_Section, frozen=True):
                 "set image_encoder_folder (false for FaceID adapters)"
             )
         return root, subfolder
+
+
+def _one_of(key: str, value: str, allowed: Iterable[str]) -> str:
+    if value not in allowed:
+        raise BundleError(f"{key}: {value!r} is none of {', '.join(allowed)}")
+    return value
 
 
 def _decode_path(kind: type, value: object) -> object:

@@ -26,12 +26,16 @@ class Row(parity.Row, frozen=True, kw_only=True):
         return cls(**msgspec.structs.asdict(row), export_seconds=export_seconds)
 
 
-def save(rows: list[Row], folder: Path, spec: specs.Bundle) -> None:
-    """Write ``rows`` beside the pipeline model, with the versions that made the engines."""
+def save(rows: list[Row], folder: Path, spec: specs.Bundle, *, run_by: str | None) -> None:
+    """Write ``rows`` beside the pipeline model, with the versions that made the engines.
+
+    ``run_by``: the backend that ran the engines for the comparison; None if nothing could.
+    """
     content = {
         "bundle": spec.name,
         "backend": spec.backend,
         "precision": spec.precision,
+        "run_by": run_by,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in _VERSIONS},
         "engines": rows,

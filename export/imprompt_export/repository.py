@@ -11,8 +11,10 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from imprompt_export.checkpoints import Checkpoints
 from imprompt_export.graphs import Graph
+from imprompt_export.profiles import batch
 from imprompt_serving import config
 from imprompt_serving.capabilities import capabilities
+from imprompt_serving.engines import BACKENDS
 from imprompt_serving.specs import Bundle
 from imprompt_serving.wire import Tensor
 
@@ -32,7 +34,7 @@ def write_models(
     files: Mapping[str, Path],
     checkpoints: Checkpoints,
 ) -> None:
-    """Write every model of ``bundle`` under ``root``; ``files`` (an ONNX file for each graph) are moved there."""
+    """Write every model of ``bundle`` under ``root``; ``files`` (an engine for each graph) are moved there."""
     described = json.dumps(capabilities(bundle))
     for stream in (False, True):
         model = config.pipeline(bundle, stream=stream, capabilities=described)
@@ -48,10 +50,10 @@ def write_models(
             shutil.copyfile(file, folder_of_faces / f"{name}.onnx")
     for name, graph in graphs.items():
         if name.startswith(_IN_DENOISER):
-            _move(files[name], folder, f"{name}.onnx")
+            _move(files[name], folder, name)
         else:
             model = _engine_config(bundle, host, graph)
-            _move(files[name], _write(root, bundle, model, "engine" if host == "python" else None), "model.onnx")
+            _move(files[name], _write(root, bundle, model, "engine" if host == "python" else None), "model")
 
 
 def _write(root: Path, bundle: Bundle, model: pb.ModelConfig, module: str | None) -> Path:
@@ -77,7 +79,7 @@ def _engine_config(bundle: Bundle, host: str, graph: Graph) -> pb.ModelConfig:
         outputs,
         backend=bundle.backend,
         host=host,
-        max_batch_size=bundle.shapes.rows.max,
+        max_batch_size=batch(graph, bundle).max if BACKENDS[bundle.backend].compiled else bundle.shapes.rows.max,
         cache=graph.name.startswith(_CACHED),
     )
 
@@ -86,12 +88,10 @@ def _dims(shape: tuple[int | str, ...]) -> tuple[int, ...]:
     return tuple(-1 if isinstance(size, str) else size for size in shape[1:])
 
 
-def _move(file: Path, folder: Path, name: str) -> None:
-    """Move an ONNX file and its external data, whose name is written into it and so stays."""
-    for extra in file.parent.iterdir():
-        if extra != file:
-            extra.rename(folder / extra.name)
-    file.rename(folder / name)
+def _move(file: Path, folder: Path, stem: str) -> None:
+    """Move an engine and what lies beside it; the name of external data is written into an ONNX file and so stays."""
+    for part in [part for part in file.parent.iterdir() if part.is_file()]:
+        part.rename(folder / (part.name if part.suffix == ".data" else f"{stem}{part.suffix}"))
 
 
 def _save_tokenizers(folder: Path, bundle: Bundle, checkpoints: Checkpoints) -> None:

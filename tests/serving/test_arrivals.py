@@ -13,8 +13,8 @@ import numpy as np
 import psutil
 import pytest
 
-from served import Served
 from imprompt import Progress, Result
+from served import Served
 from tiny import images
 from tiny.oracle import picture_distance
 

@@ -8,6 +8,10 @@ from typing import Protocol
 
 import numpy as np
 
+from imprompt_serving.engines.backends import BACKENDS, Backend, EngineError
+
+__all__ = ["BACKENDS", "Backend", "Engine", "EngineError", "load_engine"]
+
 
 class Engine(Protocol):
     """A compiled graph. Tensors go in and come out by name."""
@@ -17,8 +21,19 @@ class Engine(Protocol):
         ...
 
 
-def load_engine(path: Path, backend: str, *, threads: int | None = None) -> Engine:
-    """The runner for ``path``, which was exported for ``backend``."""
+def load_engine(path: Path, backend: str, *, threads: int | None = None, device: str = "") -> Engine:
+    """The runner for ``path``, which was exported for ``backend``.
+
+    With a ``device`` of torch's (``cuda:0``) the runner is a ``DeviceEngine`` of ``imprompt_serving.gpu`` too.
+    """
+    if BACKENDS[backend].compiled:
+        from imprompt_serving.gpu.tensorrt import TensorRTEngine
+
+        return TensorRTEngine(path, backend, device=device or "cuda")
+    if backend == "onnxruntime" and device.startswith("cuda"):
+        from imprompt_serving.gpu.onnxruntime import OnnxRuntimeDeviceEngine
+
+        return OnnxRuntimeDeviceEngine(path, device)
     if backend == "onnxruntime":
         from imprompt_serving.engines.onnxruntime import OnnxRuntimeEngine
 

@@ -21,8 +21,9 @@ from imprompt_serving.denoiser.loop import Denoiser, Listener
 from imprompt_serving.denoiser.networks import Networks
 from imprompt_serving.denoiser.preview import previews
 from imprompt_serving.denoiser.warm_up import warm_up
-from imprompt_serving.engines import load_engine
+from imprompt_serving.engines import BACKENDS, load_engine
 from imprompt_serving.errors import RequestError
+from imprompt_serving.gpu import device_of
 from imprompt_serving.job import Admission, JobRequest
 from imprompt_serving.specs import Bundle
 from imprompt_serving.triton.metrics import DenoiserMeter, Metrics
@@ -37,18 +38,20 @@ class TritonPythonModel:
         folder = Path(args["model_repository"], args["model_version"])
         bundle = self._bundle = Bundle.load(folder)
 
+        device = self._device = device_of(bundle.backend)
+
         def engine(name: str) -> Any:
-            return load_engine(folder / f"{name}.onnx", bundle.backend)
+            return load_engine(folder / f"{name}{BACKENDS[bundle.backend].suffix}", bundle.backend, device=str(device))
 
         projections = {adapter.name: engine(f"image_projection_{adapter.name}") for adapter in bundle.adapters}
         embeddings = {net.name: engine(f"controlnet_embedding_{net.name}") for net in bundle.controlnets}
         controlnets = {net.name: engine(f"controlnet_{net.name}") for net in bundle.controlnets}
         t2i_adapters = {adapter.name: engine(f"t2i_adapter_{adapter.name}") for adapter in bundle.t2i_adapters}
-        self._conditioner = Conditioner(bundle, projections, embeddings, t2i_adapters)
+        self._conditioner = Conditioner(bundle, projections, embeddings, t2i_adapters, device)
         unets = {name: engine(name) for name in ("unet", "motion_unet")[: 1 if bundle.motion is None else 2]}
         networks = Networks(bundle, unets, controlnets)
         with torch.no_grad():
-            warm_up(bundle, self._conditioner, networks)
+            warm_up(bundle, self._conditioner, networks, device)
         self._metrics = Metrics(metrics.DENOISER, args["model_name"])
         meter = DenoiserMeter(self._metrics)
         self._denoiser = Denoiser(networks, Batcher(bundle), bundle.shapes.rows.max, bundle.limits, meter)
@@ -77,7 +80,7 @@ class TritonPythonModel:
             return
         request = msgspec.json.decode(tensors.pop("job")[0], type=JobRequest)
         given = {name: torch.from_numpy(value) for name, value in tensors.items()}
-        job = Job(request, self._bundle, self._conditioner(request, given), given)
+        job = Job(request, self._bundle, self._conditioner(request, given), given, self._device)
         family = self._bundle.family
         listener = Listener(
             progress=lambda step, steps, predicted: sender.send(response(_progress(step, steps, predicted, family))),
@@ -107,7 +110,7 @@ def _result(job: Job) -> dict[str, np.ndarray]:
     started = job.started or job.arrived
     timings = {"queue": started - job.arrived, "denoise": time.monotonic() - started}
     return {
-        "latents": job.latents.numpy(),
+        "latents": job.latents.cpu().numpy(),
         "timings": texts(json.dumps(timings)),
         **_progress(job.steps, job.steps, None, ""),
     }

@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from imprompt_serving.engines import load_engine
+from imprompt_serving.engines import BACKENDS, load_engine
 from imprompt_serving.triton.tensors import arrays, response
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         backend = json.loads(args["model_config"])["parameters"]["engine_backend"]["string_value"]
-        self._engine = load_engine(Path(args["model_repository"], args["model_version"], "model.onnx"), backend)
+        file = f"model{BACKENDS[backend].suffix}"
+        self._engine = load_engine(Path(args["model_repository"], args["model_version"], file), backend)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         inputs = [arrays(request) for request in requests]
