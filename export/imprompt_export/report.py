@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
-from importlib.metadata import version
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import msgspec
@@ -13,7 +15,7 @@ from imprompt_export import parity
 from imprompt_serving import specs
 
 FILE_NAME = "export.json"
-_VERSIONS = ("imprompt", "torch", "diffusers", "transformers", "onnx", "onnxruntime")
+_VERSIONS = ("imprompt", "torch", "diffusers", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu")
 
 
 class Row(parity.Row, frozen=True, kw_only=True):
@@ -37,10 +39,17 @@ def save(rows: list[Row], folder: Path, spec: specs.Bundle, *, run_by: str | Non
         "precision": spec.precision,
         "run_by": run_by,
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in _VERSIONS},
+        "versions": dict(_versions()),
         "engines": rows,
     }
     (folder / FILE_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(content)) + b"\n")
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    """Those that are installed: there is one ONNX Runtime or the other."""
+    for name in _VERSIONS:
+        with contextlib.suppress(PackageNotFoundError):
+            yield name, version(name)
 
 
 def table(rows: list[Row]) -> Table:
