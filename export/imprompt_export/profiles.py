@@ -44,7 +44,8 @@ def _sizes(bundle: Bundle) -> dict[str, Range]:
     shapes, factor = bundle.shapes, bundle.vae_scale_factor
     length = bundle.text_encoders[0].max_length
     found = {"height": shapes.height, "width": shapes.width, "text": Range(length, length, length)}
-    found["images"] = Range(1, 1, shapes.rows.max)
+    fewest = min((adapter.num_tokens for adapter in bundle.adapters), default=1)
+    found["images"] = Range(1, 1, max(shapes.image_tokens[-1] // fewest, shapes.regions))
     height, width = (Range(*(size // factor for size in sizes)) for sizes in (shapes.height, shapes.width))
     levels = {0, *bundle.levels, *(shape.level for shape in (*bundle.residuals, *bundle.features))}
     for level in levels:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,10 @@ def test_the_script(tmp_path: Path) -> None:
     options = "--preset tiny --device cpu --precision fp32 --size 64 --callers 1 --steps 2 --repeats 1".split()
     chosen = [part for name in engines for part in ("--engine", name)]
     done = subprocess.run(
-        [sys.executable, SCRIPT, *options, *chosen, "-o", tmp_path / "gpu.json"], capture_output=True, text=True
+        [sys.executable, SCRIPT, *options, *chosen, "-o", tmp_path / "gpu.json"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "gpu.json").read_text())["results"]["tiny"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+import torch
 from diffusers import UNet2DConditionModel
 
 from imprompt_export import graphs, image_prompt
@@ -68,6 +69,12 @@ def test_without_regions_there_is_one_profile() -> None:
     spec = bundle(msgspec.structs.replace(SHAPES, regions=1))
     (only,) = profiles(graphs.unet(unet(), ["plus"]), spec)
     assert only["ip_tokens_plus"][2] == (16, 1, 64, 48)
+
+
+def test_as_many_pictures_are_projected_as_a_request_may_have() -> None:
+    graph = graphs.image_projection("plus", torch.nn.Identity(), {"image_embeds": (257, 80)})
+    (only,) = profiles(graph, bundle())
+    assert only["image_embeds"] == ((1, 257, 80), (1, 257, 80), (64 // 16, 257, 80))
 
 
 def test_odd_sizes_are_halved_as_convolutions_do() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from diffusers.models.embeddings import ImageProjection
 from google.protobuf import text_format
 from onnx import TensorProto, helper
 from rich.console import Console
@@ -18,6 +19,8 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 import bundles
 from imprompt_export import BundleError, EngineError, export
+from imprompt_export.graphs import image_projection
+from imprompt_export.onnx_graph import export_onnx
 from imprompt_export.profiles import Profile
 from imprompt_export.tensorrt import Builder
 from imprompt_serving import config, engines
@@ -177,6 +180,23 @@ def test_engines_that_can_take_each_others_weights(tmp_path: Path) -> None:
             refitting.build(files[1], tmp_path / "out.plan", [PROFILE])
         with pytest.raises(EngineError, match=r"engine\.refit needs the GPU"):
             builder(refit=True).build(files[0], engine, [PROFILE])
+
+
+def test_exported_graphs_are_told_apart(tmp_path: Path) -> None:
+    """The same weights are the same model, others are another model of the same architecture."""
+
+    def info(name: str, seed: int) -> EngineInfo:
+        torch.manual_seed(seed)
+        layer = ImageProjection(image_embed_dim=64, cross_attention_dim=48, num_image_text_embeds=4)
+        graph = image_projection("plain", layer.eval(), {"image_embeds": (64,)})
+        export_onnx(graph, tmp_path / name / "net.onnx", torch.float16)
+        profile = {"image_embeds": ((1, 64), (1, 64), (4, 64))}
+        return Builder("tensorrt_rtx", targets=["SM89"])._info(tmp_path / name / "net.onnx", [profile])
+
+    first, again, other = info("a", 0), info("b", 0), info("c", 1)
+    assert first == again
+    assert first.architecture == other.architecture
+    assert first.model != other.model
 
 
 @pytest.mark.gpu
