@@ -101,6 +101,11 @@ class Case:
         prompts = {"groups_plus": 1, "tokens_plus": TOKENS}
         return {"batch": rows, "text": 77, "h": side, "w": side, "scale": SCALE, **prompts, **queries}
 
+    def graphs(self, shapes: list[Axes]) -> list[tuple[Graph, list[Axes]]]:
+        """The UNet, and the VAE, which has a row for two of the UNet's; with the axes that each is called at."""
+        pictures = [axes | {"batch": axes["batch"] // 2} for axes in shapes]
+        return [(self.unet, shapes), (self.decoder, pictures)]
+
     def inputs(self, rows: int, size: int, device: str) -> Tensors:
         """Inputs of the UNet: everything at random but what a request without region masks has."""
         tensors = self.unet.example(self.axes(rows, size), seed=rows)
@@ -175,7 +180,8 @@ def _diffusers(case: Case, options: argparse.Namespace, make: Callable[[Any], An
 
 def aot_inductor(case: Case, shapes: list[Axes], work: Path, options: argparse.Namespace) -> tuple[Run, Run]:
     """torch.export and AOTInductor: needs nothing but torch (and its compiler). An artifact for each shape."""
-    return tuple(_inductor(graph, shapes, work, options) for graph in (case.unet, case.decoder))  # type: ignore[return-value]
+    unet, vae = (_inductor(graph, sizes, work, options) for graph, sizes in case.graphs(shapes))
+    return unet, vae
 
 
 def _inductor(graph: Graph, shapes: list[Axes], work: Path, options: argparse.Namespace) -> Run:
@@ -205,7 +211,8 @@ def exported(backend: str) -> Callable[..., tuple[Run, Run]]:
     def make(case: Case, shapes: list[Axes], work: Path, options: argparse.Namespace) -> tuple[Run, Run]:
         if backend == "onnxruntime":
             import onnxruntime  # noqa: F401
-        return tuple(_exported(graph, backend, shapes, work, options) for graph in (case.unet, case.decoder))  # type: ignore[return-value]
+        unet, vae = (_exported(graph, backend, sizes, work, options) for graph, sizes in case.graphs(shapes))
+        return unet, vae
 
     return make
 
