@@ -41,5 +41,5 @@ $(VENV)/.installed: $(PACKAGING) | $(VENV)/pyvenv.cfg
 	@touch $@
 
 $(VENV)/.installed-dev: $(PACKAGING) | $(VENV)/pyvenv.cfg
-	$(INSTALL) ".[export,server,openvino,int8,face,bench,dev]"
+	$(INSTALL) ".[export,server,openvino,int8,face,rtx,bench,dev]"
 	@touch $@ $(VENV)/.installed

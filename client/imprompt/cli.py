@@ -72,13 +72,16 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 def export(
     bundle: Annotated[Path, typer.Argument(help="Bundle file (TOML).")],
     repository: Annotated[Path, typer.Option("--output", "-o", help="Model repository to write to.")],
+    refit_from: Annotated[
+        Path | None, typer.Option(help="Folder with TensorRT engines of the same architecture, to give new weights.")
+    ] = None,
 ) -> None:
     """Turn a checkpoint set into models of a Triton repository, and check each against PyTorch."""
     package, report = _load("imprompt_export", "export"), _load("imprompt_export.report", "export")
     parity = _load("imprompt_export.parity", "export")
     try:
-        rows = package.export(bundle, repository)
-    except (package.BundleError, parity.ParityError, OSError) as error:
+        rows = package.export(bundle, repository, refit_from=refit_from)
+    except (package.BundleError, package.EngineError, parity.ParityError, OSError) as error:
         _fail(str(error))
     out.print(report.table(rows))
 

@@ -2,5 +2,6 @@
 
 from imprompt_export.bundle import BundleError, BundleFile
 from imprompt_export.exporter import export
+from imprompt_serving.engines import EngineError
 
-__all__ = ["BundleError", "BundleFile", "export"]
+__all__ = ["BundleError", "BundleFile", "EngineError", "export"]

@@ -77,6 +77,8 @@ class EngineSection(_Section, frozen=True):
     """What the engines are compiled to, and who hosts the encoders and the VAE.
 
     ``threads`` of one call on the CPU, 0 for one a core. ``min_snr_db``: how good int8 must be (``int8.Quality``).
+    ``targets``: compute capabilities that engines of TensorRT-RTX are made for. ``refit``: whether the weights of
+    TensorRT's engines can be replaced later.
     """
 
     backend: str = "onnxruntime"
@@ -84,6 +86,8 @@ class EngineSection(_Section, frozen=True):
     host: str = "python"
     threads: int = 0
     min_snr_db: float = 10.0
+    targets: tuple[str, ...] = ("SM80", "SM86", "SM89", "SM120")
+    refit: bool = False
 
 
 class BundleFile(_Section, frozen=True):
@@ -142,6 +146,8 @@ class BundleFile(_Section, frozen=True):
         tokens = self.shapes.image_tokens
         if not tokens or tokens[0] < 1 or list(tokens) != sorted(set(tokens)):
             raise BundleError(f"shapes.image_tokens: must be ascending padding buckets, got {list(tokens)}")
+        if self.shapes.regions < 1:
+            raise BundleError(f"shapes.regions: must be at least 1, got {self.shapes.regions}")
         if self.limits.waiting_rows < 0 or not 0 <= self.limits.waiting_seconds < float("inf"):
             raise BundleError("limits: waiting_rows and waiting_seconds must not be negative")
         self._check_engine(self.engine)
@@ -174,6 +180,11 @@ class BundleFile(_Section, frozen=True):
         if missing:
             extras = ",".join(packages[package] for package in missing)
             raise BundleError(f"engine: {', '.join(missing)} is not installed: install imprompt[export,{extras}]")
+        if engine.refit and not backend.compiled:
+            raise BundleError(f"engine.refit: is for TensorRT's engines; {engine.backend} has nothing to refit")
+        for target in engine.targets:
+            if not re.fullmatch(r"SM\d{2,3}", target):
+                raise BundleError(f"engine.targets: compute capabilities such as SM89, got {target!r}")
 
     def _check_face_encoder(self, section: FaceEncoderSection) -> None:
         folder = self.folder / section.path

@@ -9,7 +9,7 @@ from diffusers import ControlNetModel
 from torch import Tensor, nn
 
 from imprompt_export.bundle import BundleError, BundleFile
-from imprompt_export.graphs import Axes, Graph, Input, added_conditions, level_axes, level_sizes
+from imprompt_export.graphs import Axes, Graph, Input, added_conditions, added_input, level_axes, level_sizes
 from imprompt_serving.specs import Residual, residual_names
 
 
@@ -95,9 +95,9 @@ def _net(name: str, model: Any) -> Graph:
     names = residual_names(len(shapes))
     inputs = [
         Input(name="sample", shape=("batch", config.in_channels, "h", "w")),
-        Input(name="timestep", shape=("batch",), values="timestep"),
+        Input(name="timestep", shape=("batch",), values="timestep", exact=True),
         Input(name="encoder_hidden_states", shape=("batch", "text", config.cross_attention_dim)),
-        *(Input(name=key, shape=("batch", size)) for key, size in added.items()),
+        *(added_input(key, size) for key, size in added.items()),
         Input(name="control_embedding", shape=("batch", config.block_out_channels[0], "h", "w")),
         Input(name="conditioning_scale", shape=("batch", len(shapes)), values="scale"),
     ]

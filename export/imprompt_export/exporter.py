@@ -5,36 +5,52 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TaskID, TimeElapsedColumn
 
 from imprompt_export import control, graphs, image_prompt, openvino_ir, report, t2i
-from imprompt_export.bundle import BundleFile
+from imprompt_export.bundle import BundleError, BundleFile
 from imprompt_export.checkpoints import Checkpoints, LoadedAdapter, load
 from imprompt_export.graphs import Graph
 from imprompt_export.int8 import check_quality, quantize_bundle
 from imprompt_export.onnx_graph import export_onnx
-from imprompt_export.parity import check, compare
+from imprompt_export.parity import check, check_runner, compare
+from imprompt_export.precision import dtype_of
+from imprompt_export.profiles import profiles
 from imprompt_export.repository import write_models
+from imprompt_export.tensorrt import Builder
 from imprompt_serving import specs
+from imprompt_serving.engines import BACKENDS
 
 
-def export(bundle_path: str | Path, repository: str | Path, console: Console | None = None) -> report.Report:
+def export(
+    bundle_path: str | Path,
+    repository: str | Path,
+    console: Console | None = None,
+    refit_from: Path | None = None,
+) -> report.Report:
     """Export the bundle at ``bundle_path`` into ``repository`` and compare each engine with PyTorch.
 
     Models of other bundles in ``repository`` stay; those of a bundle of the same name are replaced, once everything
-    is exported and checked.
+    is exported and checked. TensorRT's engines under ``refit_from`` are given the weights of the bundle instead of
+    being built again (``Builder``).
 
     Raises:
         BundleError: something in the bundle file or its checkpoints does not fit; nothing was written.
         ParityError: an engine does not compute what PyTorch does, or is too far from it in int8; nothing was written.
+        EngineError: an engine cannot be compiled; nothing was written.
     """
     console = console or Console(stderr=True)
     bundle = BundleFile.load(bundle_path)
+    builder = _builder(bundle, refit_from)
+    runner = check_runner(bundle.engine.backend, bundle.engine.precision)
+    if runner is None:
+        console.print(f"{bundle.engine.precision} cannot be run here: the engines will not be compared with PyTorch")
     columns = (SpinnerColumn(), *Progress.get_default_columns()[:2], TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("loading checkpoints", total=None)
@@ -49,11 +65,21 @@ def export(bundle_path: str | Path, repository: str | Path, console: Console | N
             for graph in todo:
                 progress.update(task, description=f"exporting {graph.name}")
                 start = time.perf_counter()
-                files[graph.name] = build(graph, Path(work, graph.name), bundle.engine.backend)
+                source = Path(work, graph.name, f"{graph.name}.onnx")
+                export_onnx(graph, source, dtype_of(graph, bundle.engine.precision))
+                files[graph.name] = source
+                if builder is not None:
+                    files[graph.name] = source.parent / "engine" / f"{graph.name}.plan"
+                    told = partial(_tell, progress, task, graph.name)
+                    builder.build(source, files[graph.name], profiles(graph, spec), told)
+                elif bundle.engine.backend == "openvino":
+                    files[graph.name] = openvino_ir.convert(source)
                 seconds = time.perf_counter() - start
-                compared = compare(graph, files[graph.name], bundle.engine.backend)
-                made.engines += [report.Row.of(row, export_seconds=seconds) for row in compared]
-                check(compared)
+                if runner is not None:
+                    ran = files[graph.name] if runner == bundle.engine.backend else source
+                    compared = compare(graph, ran, runner, bundle.engine.precision)
+                    made.engines += [report.Row.of(row, export_seconds=seconds) for row in compared]
+                    check(compared)
                 progress.advance(task)
             if bundle.engine.precision == "int8":
                 progress.update(task, description="quantizing to int8", total=None)
@@ -62,16 +88,23 @@ def export(bundle_path: str | Path, repository: str | Path, console: Console | N
                 check_quality(made.int8)
             models = Path(work, "models")
             write_models(models, spec, bundle.engine.host, {graph.name: graph for graph in todo}, files, checkpoints)
-            report.save(made, models / bundle.name, spec)
+            report.save(made, models / bundle.name, spec, run_by=runner)
             _replace(models, Path(repository), bundle.name)
     return made
 
 
-def build(graph: Graph, folder: Path, backend: str) -> Path:
-    """Write the engine of ``graph`` in fp32 to ``folder``; returns what its runner loads."""
-    file = folder / f"{graph.name}.onnx"
-    export_onnx(graph, file)
-    return openvino_ir.convert(file) if backend == "openvino" else file
+def _builder(bundle: BundleFile, refit_from: Path | None) -> Builder | None:
+    """What compiles the engines, for backends that need it."""
+    engine = bundle.engine
+    if BACKENDS[engine.backend].compiled:
+        return Builder(engine.backend, targets=engine.targets, refit=engine.refit, refit_from=refit_from)
+    if refit_from is not None:
+        raise BundleError(f"--refit-from is for TensorRT's engines; engine.backend is {engine.backend}")
+    return None
+
+
+def _tell(progress: Progress, task: TaskID, name: str, line: str) -> None:
+    progress.update(task, description=f"building {name}: {line}")
 
 
 def bundle_graphs(bundle: BundleFile, checkpoints: Checkpoints) -> list[Graph]:
@@ -85,7 +118,10 @@ def bundle_graphs(bundle: BundleFile, checkpoints: Checkpoints) -> list[Graph]:
         todo.append(graphs.text_encoder("text_encoder_2", pipeline.text_encoder_2, length, penultimate=True))
     todo += [graphs.image_encoder(name, model) for name, model in checkpoints.image_encoders.items()]
     todo += [graphs.image_projection(a.name, a.projection, a.embeds) for a in checkpoints.adapters]
-    todo += [graphs.vae_encoder(pipeline.vae, pipeline.vae_scale_factor), graphs.vae_decoder(pipeline.vae)]
+    # As in diffusers' SDXL pipelines: this VAE's numbers are too large for fp16.
+    upcast = xl and bundle.engine.precision == "fp16" and bool(pipeline.vae.config.force_upcast)
+    todo.append(graphs.vae_encoder(pipeline.vae, pipeline.vae_scale_factor, full_precision=upcast))
+    todo.append(graphs.vae_decoder(pipeline.vae, full_precision=upcast))
     if getattr(pipeline, "safety_checker", None) is not None:
         todo.append(graphs.safety_checker(pipeline.safety_checker))
     for name, net in checkpoints.controlnets.items():

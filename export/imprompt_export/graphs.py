@@ -25,6 +25,8 @@ class Input:
     shape: tuple[int | str, ...]
     values: Literal["normal", "unit", "scale", "timestep", "index", "bias"] = "normal"
     below: int = 0
+    exact: bool = False
+    """Stays in float32 whatever the engine's precision: the numbers are too large or too close for fewer bits."""
 
     def draw(self, axes: Axes, generator: torch.Generator) -> Tensor:
         """Example values; ``index`` draws integers below ``below``, ``scale`` is 1 or less times ``axes["scale"]``."""
@@ -61,6 +63,8 @@ class Graph:
     tolerance: float = 2e-4
     """Largest difference to PyTorch, as a share of the largest output value (levels of 255 for pictures)."""
     output_dtypes: dict[str, str] = field(default_factory=dict)
+    full_precision: bool = False
+    """Computes in float32 whatever the engine's precision."""
 
     def example(self, axes: Axes, seed: int = 0) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -124,7 +128,7 @@ def image_encoder(name: str, model: Model) -> Graph:
     )
 
 
-def vae_encoder(vae: Model, factor: int) -> Graph:
+def vae_encoder(vae: Model, factor: int, *, full_precision: bool = False) -> Graph:
     """Picture in -1..1 -> mean and log-variance of its latents (not scaled)."""
     channels = vae.config.latent_channels
 
@@ -138,6 +142,7 @@ def vae_encoder(vae: Model, factor: int) -> Graph:
         run=run,
         inputs=(Input(name="sample", shape=("batch", 3, "height", "width")),),
         outputs={"moments": ("batch", 2 * channels, "h", "w")},
+        full_precision=full_precision,
         checks=(
             {"batch": 1, "height": 8 * factor, "width": 8 * factor},
             {"batch": 2, "height": 8 * factor, "width": 12 * factor},
@@ -146,7 +151,7 @@ def vae_encoder(vae: Model, factor: int) -> Graph:
     )
 
 
-def vae_decoder(vae: Model) -> Graph:
+def vae_decoder(vae: Model, *, full_precision: bool = False) -> Graph:
     """Scaled latents -> uint8 pictures [B, height, width, 3], rounded as diffusers' ``VaeImageProcessor`` does."""
     config = vae.config
     # SDXL pipelines take VAEs whose latents have a mean and a deviation of their own.
@@ -157,7 +162,7 @@ def vae_decoder(vae: Model) -> Graph:
 
     def run(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         latents = tensors["latents"] * std / config.scaling_factor + mean
-        picture = vae.decode(latents).sample
+        picture = vae.decode(latents.to(vae.dtype)).sample.float()
         levels = ((picture * 0.5 + 0.5).clamp(0, 1) * 255).round()
         return (levels.permute(0, 2, 3, 1).to(torch.uint8),)
 
@@ -165,9 +170,10 @@ def vae_decoder(vae: Model) -> Graph:
         name="vae_decoder",
         module=vae,
         run=run,
-        inputs=(Input(name="latents", shape=("batch", config.latent_channels, "h", "w")),),
+        inputs=(Input(name="latents", shape=("batch", config.latent_channels, "h", "w"), exact=True),),
         outputs={"images": ("batch", "height", "width", 3)},
         output_dtypes={"images": "UINT8"},
+        full_precision=full_precision,
         checks=({"batch": 1, "h": 8, "w": 8}, {"batch": 2, "h": 8, "w": 12}),
         tolerance=1.0,
     )
@@ -216,6 +222,7 @@ def safety_checker(model: Model) -> Graph:
         inputs=(Input(name="pixel_values", shape=("batch", 3, size, size)),),
         outputs={"nsfw": ("batch", 1)},
         output_dtypes={"nsfw": "BOOL"},
+        full_precision=True,  # small, and a rounding error could decide
         checks=({"batch": 1}, {"batch": 3}),
     )
 
@@ -229,6 +236,11 @@ def added_conditions(model: Model) -> dict[str, int]:
         "text_embeds": model.add_embedding.linear_1.in_features - time_ids * model.config.addition_time_embed_dim,
         "time_ids": time_ids,
     }
+
+
+def added_input(name: str, size: int) -> Input:
+    """One of ``added_conditions``; sizes in pixels go through sines, which fewer bits would spoil."""
+    return Input(name=name, shape=("batch", size), exact=name == "time_ids")
 
 
 def level_axes(level: int) -> tuple[str, str]:
@@ -268,11 +280,11 @@ def unet(
 
     inputs = [
         Input(name="sample", shape=("batch", config.in_channels, *clip, "h", "w")),
-        Input(name="timestep", shape=("batch",), values="timestep"),
+        Input(name="timestep", shape=("batch",), values="timestep", exact=True),
         Input(name="encoder_hidden_states", shape=("batch", "text", config.cross_attention_dim)),
     ]
     added = added_conditions(model)
-    inputs += [Input(name=name, shape=("batch", size)) for name, size in added.items()]
+    inputs += [added_input(name, size) for name, size in added.items()]
     if config.time_cond_proj_dim is not None:
         inputs.append(Input(name="timestep_cond", shape=("batch", config.time_cond_proj_dim)))
     for name in adapters:

@@ -11,26 +11,13 @@ from typing import Any
 
 import torch
 from onnxscript import opset18 as op
-from torch import Tensor, nn
 
 from imprompt_export.graphs import Axes, Graph
+from imprompt_export.precision import Positional, cast
 
 OPSET = 18
 _EXTERNAL_DATA_FROM = 1 << 30
 """Bytes of weights from which they get a file of their own (an ONNX file holds 2 GiB at most)."""
-
-
-class _Positional(nn.Module):
-    """A graph as a module of positional tensors, which is what ``torch.export`` takes."""
-
-    def __init__(self, graph: Graph) -> None:
-        super().__init__()
-        self.module = graph.module
-        self._graph = graph
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        names = (tensor.name for tensor in self._graph.inputs)
-        return self._graph.run(dict(zip(names, tensors, strict=True)))
 
 
 def trace_axes(graph: Graph) -> Axes:
@@ -38,14 +25,21 @@ def trace_axes(graph: Graph) -> Axes:
     return graph.checks[-1]
 
 
-def export_onnx(graph: Graph, path: Path) -> None:
-    """Trace ``graph`` and write it to ``path`` with its names for tensors and axes."""
+def export_onnx(graph: Graph, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Trace ``graph``, computed in ``dtype``, and write it to ``path`` with its names for tensors and axes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights = sum(parameter.numel() * dtype.itemsize for parameter in graph.module.parameters())
+    with cast(graph.module, dtype):  # until the file is written: the program refers to the weights
+        _trace(graph, dtype).save(path, external_data=weights > _EXTERNAL_DATA_FROM)
+
+
+def _trace(graph: Graph, dtype: torch.dtype) -> torch.onnx.ONNXProgram:
     example = graph.example(trace_axes(graph))
     dynamic = tuple(
         {axis: torch.export.Dim.AUTO for axis, size in enumerate(tensor.shape) if isinstance(size, str)}
         for tensor in graph.inputs
     )
-    module = _Positional(graph).eval()
+    module = Positional(graph, dtype).eval()
     with torch.no_grad(), _quiet():
         program = torch.export.export(
             module, tuple(example.values()), dynamic_shapes={"tensors": dynamic}, strict=False
@@ -65,9 +59,7 @@ def export_onnx(graph: Graph, path: Path) -> None:
         for axis, size in enumerate(shape):
             if isinstance(size, str):
                 value.shape[axis] = size
-    weights = sum(p.numel() * p.element_size() for p in graph.module.parameters())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    onnx_program.save(path, external_data=weights > _EXTERNAL_DATA_FROM)
+    return onnx_program
 
 
 def _repeat_interleave(tensor: Any, repeats: Any, dim: int = 0, output_size: Any = None) -> Any:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from imprompt_export.graphs import Graph
-from imprompt_serving.engines import load_engine
+from imprompt_export.precision import TOLERANCE
+from imprompt_serving.engines import BACKENDS, load_engine
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,9 +32,21 @@ class ParityError(RuntimeError):
     """An exported engine does not compute what PyTorch does."""
 
 
-def compare(graph: Graph, path: Path, backend: str) -> list[Row]:
-    """Run ``graph`` in PyTorch and ``path`` in its engine at every size of ``graph.checks``."""
+def check_runner(backend: str, precision: str) -> str | None:
+    """The backend that can run engines here for the comparison; None if there is none.
+
+    Engines that need a GPU which is not there are compared by their ONNX graph, in the same types, on the CPU. ONNX
+    Runtime has no bf16 there.
+    """
+    if torch.cuda.is_available() or (not BACKENDS[backend].compiled and precision != "bf16"):
+        return backend
+    return None if precision == "bf16" else "onnxruntime"
+
+
+def compare(graph: Graph, path: Path, backend: str, precision: str = "fp32") -> list[Row]:
+    """Run ``graph`` in PyTorch (in float32) and ``path`` in its engine at every size of ``graph.checks``."""
     engine = load_engine(path, backend)
+    tolerance = graph.tolerance * (1.0 if graph.full_precision else TOLERANCE[precision])
     rows = []
     for seed, axes in enumerate(graph.checks):
         example = graph.example(axes, seed)
@@ -46,7 +59,7 @@ def compare(graph: Graph, path: Path, backend: str) -> list[Row]:
         for name, value in zip(graph.outputs, expected, strict=True):
             reference = value.numpy().astype(np.float64)
             difference = max(difference, float(np.abs(reference - answer[name].astype(np.float64)).max()))
-            allowed = max(allowed, graph.tolerance * (np.abs(reference).max() if value.is_floating_point() else 1.0))
+            allowed = max(allowed, tolerance * (np.abs(reference).max() if value.is_floating_point() else 1.0))
         rows.append(Row(engine=graph.name, sizes=axes, seconds=seconds, difference=difference, allowed=float(allowed)))
     return rows
 

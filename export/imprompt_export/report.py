@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
-from importlib.metadata import version
-from importlib.util import find_spec
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import msgspec
@@ -16,7 +17,10 @@ from imprompt_export.int8 import Quality
 from imprompt_serving import specs
 
 FILE_NAME = "export.json"
-_VERSIONS = ("imprompt", "torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "nncf")
+_VERSIONS = (
+    *("imprompt", "torch", "diffusers", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "nncf"),
+    *("tensorrt-cu13", "tensorrt-rtx-cu13-bindings"),
+)
 
 
 class Row(parity.Row, frozen=True, kw_only=True):
@@ -36,17 +40,28 @@ class Report(msgspec.Struct, kw_only=True):
     int8: list[Quality] = []
 
 
-def save(made: Report, folder: Path, spec: specs.Bundle) -> None:
-    """Write ``made`` beside the pipeline model, with the versions that made the engines."""
+def save(made: Report, folder: Path, spec: specs.Bundle, *, run_by: str | None) -> None:
+    """Write ``made`` beside the pipeline model, with the versions that made the engines.
+
+    ``run_by``: the backend that ran the engines for the comparison; None if nothing could.
+    """
     content = {
         "bundle": spec.name,
         "backend": spec.backend,
         "precision": spec.precision,
+        "run_by": run_by,
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in _VERSIONS if find_spec(name)},
+        "versions": dict(_versions()),
         **msgspec.structs.asdict(made),
     }
     (folder / FILE_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(content)) + b"\n")
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    """Those that are installed."""
+    for name in _VERSIONS:
+        with contextlib.suppress(PackageNotFoundError):
+            yield name, version(name)
 
 
 def table(made: Report) -> Group:

@@ -11,8 +11,10 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from imprompt_export.checkpoints import Checkpoints
 from imprompt_export.graphs import Graph
+from imprompt_export.profiles import batch
 from imprompt_serving import config
 from imprompt_serving.capabilities import capabilities
+from imprompt_serving.engines import BACKENDS
 from imprompt_serving.specs import Bundle
 from imprompt_serving.wire import Tensor
 
@@ -78,7 +80,7 @@ def _engine_config(bundle: Bundle, host: str, graph: Graph) -> pb.ModelConfig:
         backend=bundle.backend,
         host=host,
         threads=bundle.threads,
-        max_batch_size=bundle.shapes.rows.max,
+        max_batch_size=batch(graph, bundle).max if BACKENDS[bundle.backend].compiled else bundle.shapes.rows.max,
         cache=graph.name.startswith(_CACHED),
     )
 

@@ -11,6 +11,9 @@ from imprompt_serving import wire
 from imprompt_serving.specs import Bundle
 from imprompt_serving.wire import Tensor
 
+_PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
+"""What Triton calls the files of its own backends."""
+
 
 def to_pbtxt(config: pb.ModelConfig) -> str:
     return str(text_format.MessageToString(config))
@@ -56,7 +59,7 @@ def engine(
 ) -> pb.ModelConfig:
     """An engine with dynamic batching: hosted by a Python model, or by Triton's own backend (``host = "native"``)."""
     if host == "native":
-        config = pb.ModelConfig(name=name, backend=backend)
+        config = pb.ModelConfig(name=name, backend=backend, platform=_PLATFORMS[backend])
     else:
         config = _python_model(name, decoupled=False)
         config.parameters["engine_backend"].string_value = backend

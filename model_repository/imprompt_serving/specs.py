@@ -28,6 +28,8 @@ class Shapes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     rows: Range = Range(1, 2, 16)
     frames: Range = Range(1, 16, 32)
     image_tokens: tuple[int, ...] = (4, 16, 64, 257, 1028)
+    regions: int = 8
+    """Region masks of one adapter."""
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -16,9 +16,11 @@ from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.job import JobRequest
 from imprompt_serving.specs import Adapter, Bundle
 
+CPU = torch.device("cpu")
+
 
 class Conditioning:
-    """The conditioning of one job. Adapters with a start or an end have no effect outside of it."""
+    """The conditioning of one job, on ``device``. Adapters with a start or an end have no effect outside of it."""
 
     def __init__(
         self,
@@ -28,8 +30,9 @@ class Conditioning:
         pictures: int,
         controls: tuple[Control, ...] = (),
         features: tuple[Features, ...] = (),
+        device: torch.device = CPU,
     ) -> None:
-        self._bundle, self._features = bundle, features
+        self._bundle, self._features, self._device = bundle, features, device
         self._size = (request.height // bundle.vae_scale_factor, request.width // bundle.vae_scale_factor)
         self.pictures = pictures
         self.controls = controls
@@ -50,7 +53,8 @@ class Conditioning:
             silent = {name: torch.zeros_like(self._inputs[name]) for name, on in switched if not on}
             acting = [part for part, on in zip(self._features, features, strict=True) if on]
             added = total(self._bundle, acting, len(self._inputs["encoder_hidden_states"]), self._size)
-            self._variants[*active, *features] = {**self._inputs, **silent, **added}
+            tensors = {**self._inputs, **silent, **added}
+            self._variants[*active, *features] = {name: tensor.to(self._device) for name, tensor in tensors.items()}
         return self._variants[*active, *features]
 
 
@@ -66,8 +70,9 @@ class Conditioner:
         projections: Mapping[str, Engine],
         control_embeddings: Mapping[str, Engine] | None = None,
         t2i_adapters: Mapping[str, Engine] | None = None,
+        device: torch.device = CPU,
     ) -> None:
-        self._bundle, self._projections = bundle, projections
+        self._bundle, self._projections, self._device = bundle, projections, device
         self._control_embeddings, self._t2i_adapters = control_embeddings or {}, t2i_adapters or {}
 
     def __call__(self, request: JobRequest, tensors: Mapping[str, Tensor]) -> Conditioning:
@@ -90,8 +95,9 @@ class Conditioner:
         inputs |= {name: tensor.repeat_interleave(pictures, dim=0) for name, tensor in branches.items()}
         sizes = {"pictures": pictures, "branches": len(prefixes)}
         controls = prepare_controls(bundle, self._control_embeddings, request, tensors, **sizes)
+        controls = tuple(control.to(self._device) for control in controls)
         features = prepare_features(bundle, self._t2i_adapters, request, tensors, **sizes)
-        return Conditioning(request, bundle, inputs, pictures, controls, features)
+        return Conditioning(request, bundle, inputs, pictures, controls, features, self._device)
 
     def _image_prompts(
         self, request: JobRequest, tensors: Mapping[str, Tensor], prefixes: tuple[str, ...]
@@ -119,6 +125,9 @@ class Conditioner:
         return torch.from_numpy(self._projections[adapter.name].run(embeds)["tokens"])
 
     def _check_count(self, adapter: Adapter, tokens: Tensor, *, masked: bool) -> None:
+        if masked and len(tokens) > self._bundle.shapes.regions:
+            most = self._bundle.shapes.regions
+            raise InvalidRequest("ip_adapter_masks", f"{adapter.name}: {len(tokens)} masks; at most {most} are served")
         count, limit = tokens.shape[1] * (1 if masked else len(tokens)), self._bundle.shapes.image_tokens[-1]
         if count > limit:
             raise InvalidRequest(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,10 @@ class Control:
     first_row: int
     start: float
     end: float
+
+    def to(self, device: torch.device) -> Control:
+        """The same on ``device``."""
+        return replace(self, embedding=self.embedding.to(device), scale=self.scale.to(device))
 
     def acts(self, index: int, count: int) -> bool:
         """Whether it acts in call ``index`` of ``count`` (``controlnet_keep`` of diffusers' pipelines)."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from imprompt_serving.denoiser.conditioning import Conditioning
+from imprompt_serving.denoiser.conditioning import CPU, Conditioning
 from imprompt_serving.denoiser.control import Control
 from imprompt_serving.denoiser.line import Load
 from imprompt_serving.denoiser.preview import predicted_latents
@@ -23,10 +23,16 @@ class Job:
     """A row is one latent sample in one guidance branch: the unconditional rows of all pictures, then the others.
 
     A picture may be a clip; one that runs in windows has these rows for each window, one window after the other.
+    Latents live on ``device``; noise is drawn on the CPU, so that a seed means the same picture everywhere.
     """
 
     def __init__(
-        self, request: JobRequest, bundle: Bundle, conditioning: Conditioning, tensors: Mapping[str, Tensor]
+        self,
+        request: JobRequest,
+        bundle: Bundle,
+        conditioning: Conditioning,
+        tensors: Mapping[str, Tensor],
+        device: torch.device = CPU,
     ) -> None:
         self.request = request
         self.id = request.id
@@ -44,7 +50,7 @@ class Job:
         set_timesteps(self._scheduler, request.num_inference_steps)
         generator = generators(request.seeds)
         self._step_arguments = step_arguments(self._scheduler, eta=request.eta, generator=generator)
-        self._start = start(request, bundle, tensors, self._scheduler, generator, self.pictures)
+        self._start = start(request, bundle, tensors, self._scheduler, generator, self.pictures).to(device)
         self.latents = self._start.latents
         self._timesteps = self._start.timesteps
         self._conditioning = conditioning
@@ -114,7 +120,7 @@ class Job:
                 scaled = torch.cat([scaled, self._start.channels], dim=1)
             views = [scaled] if len(self.windows) < 2 else [scaled[:, :, list(window)] for window in self.windows]
             self._model_input = torch.cat([view for view in views for _ in range(self.branches)])
-        return self._model_input, timestep.to(torch.float32).expand(self.rows)
+        return self._model_input, timestep.to(self.latents.device, torch.float32).expand(self.rows)
 
     def fill(self, noise_pred: Tensor) -> None:
         """Take the UNet's output for the next ``len(noise_pred)`` pending rows; steps when it was the last.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,9 +12,10 @@ from imprompt_serving.denoiser.batch import Part
 from imprompt_serving.denoiser.control import Control
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.engines import Engine
+from imprompt_serving.gpu import call
 from imprompt_serving.specs import Bundle, level_size
 
-Arrays = dict[str, np.ndarray]
+Tensors = dict[str, Tensor]
 _TEXT = ("encoder_hidden_states", "text_embeds", "time_ids")
 
 
@@ -36,62 +36,66 @@ class Networks:
 
     def __init__(self, bundle: Bundle, unets: Mapping[str, Engine], controlnets: Mapping[str, Engine]) -> None:
         self._bundle, self._unets, self._controlnets = bundle, unets, controlnets
-        self._zeros: Arrays = {}
+        self._zeros: Tensors = {}
         self._zeros_of: tuple[int, ...] = ()
 
     def __call__(self, parts: Sequence[Part], inputs: Mapping[str, Tensor]) -> Tensor:
         """The noise that the UNet predicts for ``inputs``, the rows of ``parts`` one after the other."""
-        arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-        clips = arrays["sample"].ndim == 5
+        tensors = dict(inputs)
+        clips = tensors["sample"].ndim == 5
         if self._bundle.controlnets:
-            arrays |= self._residuals(parts, arrays, clips)
+            tensors |= self._residuals(parts, tensors, clips)
         unet = self._unets["motion_unet" if clips else "unet"]
-        return torch.from_numpy(unet.run(arrays)["noise_pred"])
+        return call(unet, tensors)["noise_pred"]
 
-    def _residuals(self, parts: Sequence[Part], arrays: Arrays, clips: bool) -> Arrays:
+    def _residuals(self, parts: Sequence[Part], tensors: Tensors, clips: bool) -> Tensors:
         """What the ControlNets of all rows add; each net runs once, over the rows that use it."""
         uses = _uses(parts)
-        rows, frames = arrays["sample"].shape[0], arrays["sample"].shape[2] if clips else 1
-        size = (rows, frames, *arrays["sample"].shape[-2:])
+        rows, frames = tensors["sample"].shape[0], tensors["sample"].shape[2] if clips else 1
+        size = (rows, frames, *tensors["sample"].shape[-2:])
+        device = tensors["sample"].device
         if uses:
-            total = self._empty(*size)
+            total = self._empty(size, device)
             for name in dict.fromkeys(use.control.name for use in uses):
-                self._add(total, name, [use for use in uses if use.control.name == name], arrays)
+                self._add(total, name, [use for use in uses if use.control.name == name], tensors)
         else:
             if self._zeros_of != size:
-                self._zeros, self._zeros_of = self._empty(*size), size
+                self._zeros, self._zeros_of = self._empty(size, device), size
             total = self._zeros
         return total if clips else {name: value[:, 0] for name, value in total.items()}
 
-    def _add(self, total: Arrays, name: str, uses: list[_Use], arrays: Arrays) -> None:
+    def _add(self, total: Tensors, name: str, uses: list[_Use], tensors: Tensors) -> None:
         """Add what ControlNet ``name`` says of the rows that use it, a slice of its frames at a time."""
-        inputs = self._control_inputs(uses, arrays)
+        inputs = self._control_inputs(uses, tensors)
         places = [row for use in uses for row in use.rows]
         frames, limit = len(inputs["sample"]) // len(places), self._bundle.shapes.rows.max
         for first in range(0, len(inputs["sample"]), limit):
-            answer = self._controlnets[name].run({key: value[first : first + limit] for key, value in inputs.items()})
+            answer = call(self._controlnets[name], {key: value[first : first + limit] for key, value in inputs.items()})
             for residual, value in answer.items():
-                index = np.arange(first, first + len(value))
-                total[residual][np.array(places)[index // frames], index % frames] += value
+                index = torch.arange(first, first + len(value))
+                total[residual][torch.tensor(places)[index // frames], index % frames] += value
 
-    def _control_inputs(self, uses: list[_Use], arrays: Arrays) -> Arrays:
+    def _control_inputs(self, uses: list[_Use], tensors: Tensors) -> Tensors:
         """Inputs of one ControlNet, a row for each frame; without the mask that inpainting UNets take."""
         places = [row for use in uses for row in use.rows]
         embedding = torch.cat([use.embedding for use in uses])
         scale = torch.cat([use.control.scale.expand(len(use.rows), -1) for use in uses])
-        sample = arrays["sample"][places, : self._bundle.latent_channels]
+        sample = tensors["sample"][places, : self._bundle.latent_channels]
         if sample.ndim == 5:
-            sample = np.ascontiguousarray(sample.swapaxes(1, 2)).reshape(-1, sample.shape[1], *sample.shape[3:])
+            sample = sample.transpose(1, 2).flatten(0, 1)
         frames = embedding.shape[1]
-        by_row = {name: arrays[name][places] for name in ("timestep", *_TEXT) if name in arrays}
-        by_row["conditioning_scale"] = scale.numpy()
-        by_frame = {name: value.repeat(frames, axis=0) for name, value in by_row.items()}
-        return {"sample": sample, "control_embedding": embedding.flatten(0, 1).numpy(), **by_frame}
+        by_row = {name: tensors[name][places] for name in ("timestep", *_TEXT) if name in tensors}
+        by_row["conditioning_scale"] = scale
+        by_frame = {name: value.repeat_interleave(frames, dim=0) for name, value in by_row.items()}
+        return {"sample": sample, "control_embedding": embedding.flatten(0, 1), **by_frame}
 
-    def _empty(self, rows: int, frames: int, height: int, width: int) -> Arrays:
-        """Residuals of zero [rows, F, C, h, w]."""
+    def _empty(self, size: tuple[int, ...], device: torch.device) -> Tensors:
+        """Residuals of zero [rows, F, C, h, w] for latents of ``size`` (rows, frames, height, width)."""
+        rows, frames, height, width = size
         return {
-            name: np.zeros((rows, frames, channels, level_size(height, level), level_size(width, level)), np.float32)
+            name: torch.zeros(
+                rows, frames, channels, level_size(height, level), level_size(width, level), device=device
+            )
             for name, (channels, level) in zip(self._bundle.residual_names, self._bundle.residuals, strict=True)
         }
 

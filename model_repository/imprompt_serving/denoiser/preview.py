@@ -46,7 +46,7 @@ def previews(latents: Tensor, family: str) -> list[bytes]:
     if latents.ndim == 5:
         latents = latents[:, :, 0]
     factors, offsets = _RGB[family]
-    rgb = torch.einsum("nchw,cd->nhwd", latents.float(), torch.tensor(factors)) + torch.tensor(offsets)
+    rgb = torch.einsum("nchw,cd->nhwd", latents.float().cpu(), torch.tensor(factors)) + torch.tensor(offsets)
     pixels = ((rgb + 1) * 127.5).nan_to_num().clamp(0, 255).to(torch.uint8).numpy()
     return [_jpeg(Image.fromarray(picture)) for picture in pixels]
 

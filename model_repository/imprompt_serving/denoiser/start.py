@@ -6,7 +6,7 @@ Random numbers are drawn in the order in which diffusers' pipelines draw them, s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,12 @@ class Start:
     steps: int
     blend: tuple[Tensor, Tensor, Tensor] | None = None
     channels: Tensor | None = None
+
+    def to(self, device: torch.device) -> Start:
+        """The same with its pictures on ``device``; timesteps stay with the scheduler, on the CPU."""
+        blend = self.blend and (self.blend[0].to(device), self.blend[1].to(device), self.blend[2].to(device))
+        channels = None if self.channels is None else self.channels.to(device)
+        return replace(self, latents=self.latents.to(device), blend=blend, channels=channels)
 
 
 def generators(seeds: tuple[int, ...]) -> Generators:

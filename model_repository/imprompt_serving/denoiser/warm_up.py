@@ -21,7 +21,7 @@ from imprompt_serving.specs import Bundle
 WAIT_S = 600.0
 
 
-def warm_up(bundle: Bundle, conditioner: Conditioner, networks: Networks) -> None:
+def warm_up(bundle: Bundle, conditioner: Conditioner, networks: Networks, device: torch.device) -> None:
     """Denoise one picture of the smallest size with every adapter and mask, in one step.
 
     Raises:
@@ -45,7 +45,7 @@ def warm_up(bundle: Bundle, conditioner: Conditioner, networks: Networks) -> Non
         preview=True,
     )
     tensors = _tensors(bundle, height, width)
-    job = Job(request, bundle, conditioner(request, tensors), tensors)
+    job = Job(request, bundle, conditioner(request, tensors), tensors, device)
     ended, errors = threading.Event(), list[RequestError]()
 
     def fail(error: RequestError) -> None:

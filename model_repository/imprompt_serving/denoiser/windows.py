@@ -45,9 +45,9 @@ def windows(step: int, frames: int, context: Context) -> list[Window]:
 def merge(noise_pred: Tensor, views: Sequence[Window], frames: int) -> Tensor:
     """The outputs of all windows [W * N, C, L, h, w], those of a window together, as one a clip [N, C, F, h, w]."""
     parts = noise_pred.chunk(len(views))
-    total = torch.zeros(*parts[0].shape[:2], frames, *parts[0].shape[3:])
-    weights = torch.zeros(frames)
-    weight = pyramid(len(views[0]))
+    total = noise_pred.new_zeros(*parts[0].shape[:2], frames, *parts[0].shape[3:])
+    weights = noise_pred.new_zeros(frames)
+    weight = pyramid(len(views[0])).to(noise_pred.device)
     for part, view in zip(parts, views, strict=True):
         index = list(view)
         total[:, :, index] += part * weight[:, None, None]

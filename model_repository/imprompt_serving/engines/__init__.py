@@ -21,8 +21,10 @@ class Engine(Protocol):
         ...
 
 
-def load_engine(path: Path, backend: str, *, threads: int = 0) -> Engine:
+def load_engine(path: Path, backend: str, *, threads: int = 0, device: str = "") -> Engine:
     """The runner for ``path``, which was exported for ``backend`` and gets the ending of its files.
+
+    With a ``device`` of torch's (``cuda:0``) the runner is a ``DeviceEngine`` of ``imprompt_serving.gpu`` too.
 
     Args:
         threads: of one call, on the CPU; 0 for one a core.
@@ -32,10 +34,18 @@ def load_engine(path: Path, backend: str, *, threads: int = 0) -> Engine:
     """
     path = path.with_suffix(BACKENDS[backend].suffix)
     try:
+        if BACKENDS[backend].compiled:
+            from imprompt_serving.gpu.tensorrt import TensorRTEngine
+
+            return TensorRTEngine(path, backend, device=device or "cuda")
         if backend == "openvino":
             from imprompt_serving.engines.openvino import OpenVinoEngine
 
             return OpenVinoEngine(path, threads=threads)
+        if device.startswith("cuda"):
+            from imprompt_serving.gpu.onnxruntime import OnnxRuntimeDeviceEngine
+
+            return OnnxRuntimeDeviceEngine(path, device)
         from imprompt_serving.engines.onnxruntime import OnnxRuntimeEngine
 
         return OnnxRuntimeEngine(path, threads=threads)

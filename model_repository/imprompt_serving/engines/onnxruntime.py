@@ -9,17 +9,25 @@ import numpy as np
 import onnxruntime
 
 
+def session(path: Path, *, threads: int = 0, gpu: int = 0) -> onnxruntime.InferenceSession:
+    """A session on the GPU where ONNX Runtime has been built for one and finds it, or else on the CPU."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads:
+        options.intra_op_num_threads = threads
+    # Sessions of several processes share the cores: a spinning pool would take them from the others.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    wanted: dict[str, dict[str, int]] = {"CUDAExecutionProvider": {"device_id": gpu}, "CPUExecutionProvider": {}}
+    available = onnxruntime.get_available_providers()
+    providers = [(name, settings) for name, settings in wanted.items() if name in available]
+    return onnxruntime.InferenceSession(str(path), options, providers=providers)
+
+
 class OnnxRuntimeEngine:
     """An ``InferenceSession`` behind the engine interface; safe to call from several threads."""
 
     def __init__(self, path: Path, *, threads: int = 0) -> None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        if threads:
-            options.intra_op_num_threads = threads
-        # Sessions of several processes share the cores: a spinning pool would take them from the others.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._session = session(path, threads=threads)
         self._inputs = {value.name for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
 

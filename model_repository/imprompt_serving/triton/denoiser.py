@@ -20,8 +20,9 @@ from imprompt_serving.denoiser.line import Load
 from imprompt_serving.denoiser.loop import Denoiser, Listener
 from imprompt_serving.denoiser.preview import previews
 from imprompt_serving.denoiser.warm_up import warm_up
-from imprompt_serving.engines import load_engine
+from imprompt_serving.engines import Engine, load_engine
 from imprompt_serving.errors import RequestError
+from imprompt_serving.gpu import device_of
 from imprompt_serving.job import Admission, JobRequest
 from imprompt_serving.specs import Bundle
 from imprompt_serving.triton.metrics import DenoiserMeter, Metrics
@@ -36,11 +37,14 @@ class TritonPythonModel:
         folder = Path(args["model_repository"], args["model_version"])
         bundle = self._bundle = Bundle.load(folder)
 
-        self._conditioner, networks = assemble(
-            bundle, lambda name: load_engine(folder / name, bundle.backend, threads=bundle.threads)
-        )
+        device = self._device = device_of(bundle.backend)
+
+        def engine(name: str) -> Engine:
+            return load_engine(folder / name, bundle.backend, threads=bundle.threads, device=str(device))
+
+        self._conditioner, networks = assemble(bundle, engine, device)
         with torch.no_grad():
-            warm_up(bundle, self._conditioner, networks)
+            warm_up(bundle, self._conditioner, networks, device)
         self._metrics = Metrics(metrics.DENOISER, args["model_name"])
         meter = DenoiserMeter(self._metrics)
         self._denoiser = Denoiser(networks, Batcher(bundle), bundle.shapes.rows.max, bundle.limits, meter)
@@ -69,7 +73,7 @@ class TritonPythonModel:
             return
         request = msgspec.json.decode(tensors.pop("job")[0], type=JobRequest)
         given = {name: torch.from_numpy(value) for name, value in tensors.items()}
-        job = Job(request, self._bundle, self._conditioner(request, given), given)
+        job = Job(request, self._bundle, self._conditioner(request, given), given, self._device)
         family = self._bundle.family
         listener = Listener(
             progress=lambda step, steps, predicted: sender.send(response(_progress(step, steps, predicted, family))),
@@ -99,7 +103,7 @@ def _result(job: Job) -> dict[str, np.ndarray]:
     started = job.started or job.arrived
     timings = {"queue": started - job.arrived, "denoise": time.monotonic() - started}
     return {
-        "latents": job.latents.numpy(),
+        "latents": job.latents.cpu().numpy(),
         "timings": texts(json.dumps(timings)),
         **_progress(job.steps, job.steps, None, ""),
     }

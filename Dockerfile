@@ -1,0 +1,25 @@
+# imprompt on NVIDIA's container of Triton. See docs/gpu.md; not built by the tests.
+ARG TRITON=26.07
+FROM nvcr.io/nvidia/tritonserver:${TRITON}-py3
+
+# Engines are loaded by the version of TensorRT that built them: the Python package in that of the image.
+RUN --mount=type=cache,target=/root/.cache/pip \
+    version="$(dpkg-query --showformat='${Version}' --show libnvinfer10 2>/dev/null \
+        || dpkg-query --showformat='${Version}' --show libnvinfer11)" \
+    && pip install --break-system-packages "tensorrt-cu13==${version%%-*}.*"
+
+WORKDIR /opt/imprompt
+COPY pyproject.toml README.md LICENSE ./
+COPY client client
+COPY export export
+COPY model_repository model_repository
+COPY benchmarks benchmarks
+COPY demo demo
+# Without the extra `server`, which brings the Triton of pip and its limit on numpy.
+RUN --mount=type=cache,target=/root/.cache/pip \
+    pip install --break-system-packages ".[export]" psutil scipy tokenizers torchsde
+
+EXPOSE 8000 8001 8002
+HEALTHCHECK --start-period=10m CMD curl --fail --silent localhost:8000/v2/health/ready
+CMD ["tritonserver", "--model-repository=/repository", "--disable-auto-complete-config", \
+     "--cache-config=local,size=268435456", "--exit-on-error=true"]

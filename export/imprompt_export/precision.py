@@ -1,0 +1,56 @@
+"""Graphs in the types that their engines compute in, with inputs and outputs that stay as they are.
+
+Tensors between models are float32 whatever the precision: casts are the first and the last thing that a graph does, and
+compilers fuse them with what is next to them. The types are those of the graph, because strongly typed compilers
+(TensorRT 11, TensorRT-RTX) take them from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from imprompt_export.graphs import Graph
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
+"""What graphs are traced in; int8 engines are quantized afterwards."""
+TOLERANCE = {"fp32": 1.0, "fp16": 16.0, "bf16": 128.0, "int8": 1.0}
+"""By how much a graph's tolerance grows. Measured on the test bundles in fp16: six times; bf16 has three bits less."""
+
+
+def dtype_of(graph: Graph, precision: str) -> torch.dtype:
+    """The type that ``graph`` computes in."""
+    return torch.float32 if graph.full_precision else DTYPES[precision]
+
+
+class Positional(nn.Module):
+    """A graph that computes in ``dtype``, as a module of positional tensors, which is what ``torch.export`` takes."""
+
+    def __init__(self, graph: Graph, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.module = graph.module
+        self._graph, self._dtype = graph, dtype
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        inputs = {
+            spec.name: tensor.to(self._dtype) if tensor.is_floating_point() and not spec.exact else tensor
+            for spec, tensor in zip(self._graph.inputs, tensors, strict=True)
+        }
+        return tuple(out.float() if out.is_floating_point() else out for out in self._graph.run(inputs))
+
+
+@contextlib.contextmanager
+def cast(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """The weights of ``module`` in ``dtype``, for the time being."""
+    tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
+    originals = [tensor.data for tensor in tensors]
+    for tensor in tensors:
+        tensor.data = tensor.data.to(dtype)
+    try:
+        yield
+    finally:
+        for tensor, original in zip(tensors, originals, strict=True):
+            tensor.data = original

@@ -1,0 +1,251 @@
+"""ONNX file -> TensorRT or TensorRT-RTX engine, or an engine whose weights are replaced.
+
+Networks are strongly typed: types are those of the ONNX graph (https://docs.nvidia.com/deeplearning/tensorrt/).
+TensorRT builds for the GPU that it runs on. TensorRT-RTX needs none: its engines are finished where they run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import onnx
+
+from imprompt_export.profiles import Profile
+from imprompt_serving.engines import EngineError
+from imprompt_serving.engines.tensorrt_package import EngineInfo, EngineTensor, tensorrt
+
+Report = Callable[[str], None]
+"""Takes a line about what the builder is doing."""
+
+
+class Builder:
+    """Builds engines for one backend, and keeps what it built.
+
+    Args:
+        targets: compute capabilities for TensorRT-RTX, such as ``SM89``.
+        refit: whether the weights of the engines can be replaced later.
+        refit_from: a folder, such as a repository; an engine in it that differs in its weights alone is given the new
+            weights instead of being built again.
+        cache: where engines and timings are kept between exports.
+    """
+
+    def __init__(
+        self,
+        backend: str,
+        *,
+        targets: Sequence[str] = (),
+        refit: bool = False,
+        refit_from: Path | None = None,
+        cache: Path | None = None,
+    ) -> None:
+        self._backend, self._refit = backend, refit or refit_from is not None
+        self._package = tensorrt(backend)
+        self._logger = self._package.Logger(self._package.Logger.ERROR)
+        self._targets = self._known(targets) if backend == "tensorrt_rtx" else ()
+        self._target = "+".join(self._targets) or gpu_name()
+        self._cache = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "imprompt", "engines")
+        self._donors = dict(_engines(refit_from)) if refit_from else {}
+
+    def _known(self, targets: Sequence[str]) -> tuple[str, ...]:
+        known = [name for name in self._package.ComputeCapability.__members__ if name.startswith("SM")]
+        if not targets or not set(targets) <= set(known):
+            raise EngineError(f"engine.targets: {', '.join(targets)}; {self._backend} builds for {', '.join(known)}")
+        return tuple(targets)
+
+    def build(self, source: Path, engine: Path, profiles: Sequence[Profile], report: Report = lambda _: None) -> None:
+        """Compile ``source``, whose inputs have the ranges of ``profiles``, into the file ``engine``.
+
+        An engine of the same model, settings, version and GPU that was built before is taken as it is.
+
+        Raises:
+            EngineError: the graph was refused, or there is no such engine to take the other weights of.
+        """
+        info = self._info(source, profiles)
+        kept = self._cache / f"{_digest(info)}.plan"
+        if not kept.exists():
+            self._cache.mkdir(parents=True, exist_ok=True)
+            content, described = self._refitted(source, info) or self._built(source, info, profiles, report)
+            described.save(kept)
+            made = kept.with_suffix(f".{os.getpid()}")
+            made.write_bytes(content)
+            made.rename(kept)  # a build that is broken off leaves no engine
+        engine.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(kept, engine)
+        EngineInfo.load(kept).save(engine)
+
+    def _info(self, source: Path, profiles: Sequence[Profile]) -> EngineInfo:
+        return EngineInfo(
+            backend=self._backend,
+            version=self._package.__version__,
+            target=self._target,
+            model=_file_hash(source),
+            architecture=_architecture(source),
+            settings=_digest([profiles, self._refit]),
+            refit=self._refit,
+        )
+
+    def _built(
+        self, source: Path, info: EngineInfo, profiles: Sequence[Profile], report: Report
+    ) -> tuple[Any, EngineInfo]:
+        trt = self._package
+        builder = trt.Builder(self._logger)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, self._logger)
+        if not parser.parse_from_file(str(source)):
+            raise EngineError(f"{self._backend} cannot read {source.stem}: {_errors(parser)}")
+        config = builder.create_builder_config()
+        made = [_profile(builder, network, profile) for profile in profiles]
+        for profile in made:
+            config.add_optimization_profile(profile)
+        if self._refit:
+            config.set_flag(trt.BuilderFlag.REFIT)
+        if self._targets:
+            config.num_compute_capabilities = len(self._targets)
+            for index, target in enumerate(self._targets):
+                config.set_compute_capability(trt.ComputeCapability.__members__[target], index)
+        timings = self._cache / f"{_digest([trt.__version__, self._target])}.timings"
+        if not self._targets:  # TensorRT-RTX times nothing before it runs
+            known = timings.read_bytes() if timings.exists() else b""
+            config.set_timing_cache(config.create_timing_cache(known), False)
+        monitor = config.progress_monitor = _monitor(trt, report)
+        engine = builder.build_serialized_network(network, config)
+        if engine is None:
+            hint = " (engine.refit needs the GPU to be there)" if self._refit and self._targets else ""
+            raise EngineError(f"{self._backend} cannot build {source.stem}{hint}; see its messages above")
+        if not self._targets:
+            timings.write_bytes(config.get_timing_cache().serialize())
+        del monitor  # must outlive the build
+        return engine, _described(info, network, made)
+
+    def _refitted(self, source: Path, info: EngineInfo) -> tuple[Any, EngineInfo] | None:
+        """A donor's engine with the weights of ``source``; None without donors."""
+        if not self._donors:
+            return None
+        wanted = _kind(info)
+        if wanted not in self._donors:
+            raise EngineError(
+                f"--refit-from: no engine there has the architecture of {source.stem}, the same [shapes], "
+                f"was made to take weights (engine.refit), and by {info.backend} {info.version} for {info.target}"
+            )
+        trt = self._package
+        engine = trt.Runtime(self._logger).deserialize_cuda_engine(self._donors[wanted].read_bytes())
+        if engine is None:
+            raise EngineError(f"--refit-from: {self._donors[wanted]} cannot be loaded; a refit needs the GPU")
+        refitter = trt.OnnxParserRefitter(trt.Refitter(engine, self._logger), self._logger)
+        if not refitter.refit_from_file(str(source)):
+            raise EngineError(f"--refit-from: {source.stem}: {_errors(refitter)}")
+        donor = EngineInfo.load(self._donors[wanted])
+        return _serialized(trt, engine), msgspec.structs.replace(donor, model=info.model)
+
+
+def gpu_name() -> str:
+    """Name and compute capability of the first GPU.
+
+    Raises:
+        EngineError: there is none.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise EngineError("TensorRT builds engines on the GPU that they are for, and there is none here")
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()} SM{major}{minor}"
+
+
+def _serialized(trt: Any, engine: Any) -> Any:
+    """All of an engine: its weights, and that it takes others."""
+    config = engine.create_serialization_config()
+    config.clear_flag(trt.SerializationFlag.EXCLUDE_WEIGHTS)
+    config.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
+    return engine.serialize_with_config(config)
+
+
+def _profile(builder: Any, network: Any, profile: Profile) -> Any:
+    """``profile`` for the inputs that the graph has; the exporter drops those that it does not use."""
+    made = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        name = network.get_input(index).name
+        made.set_shape(name, *profile[name])
+    return made
+
+
+def _described(info: EngineInfo, network: Any, profiles: Sequence[Any]) -> EngineInfo:
+    """``info`` with the inputs and outputs of ``network``."""
+    inputs, outputs = {}, {}
+    for tensor in (network.get_input(index) for index in range(network.num_inputs)):
+        ranges = tuple(tuple(tuple(shape) for shape in profile.get_shape(tensor.name)) for profile in profiles)
+        inputs[tensor.name] = EngineTensor(dtype=tensor.dtype.name, shape=tuple(tensor.shape), profiles=ranges)
+    for tensor in (network.get_output(index) for index in range(network.num_outputs)):
+        outputs[tensor.name] = EngineTensor(dtype=tensor.dtype.name, shape=tuple(tensor.shape))
+    return msgspec.structs.replace(info, inputs=inputs, outputs=outputs)
+
+
+def _monitor(trt: Any, report: Report) -> Any:
+    """The builder's phases as lines."""
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._steps[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            report(f"{phase_name} {step + 1}/{self._steps.get(phase_name, step + 1)}")
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._steps.pop(phase_name, None)
+
+    return Monitor()
+
+
+def _engines(folder: Path) -> list[tuple[str, Path]]:
+    """Engines under ``folder`` that take weights, by what they have in common with those that can give them."""
+    found = []
+    for file in sorted(folder.rglob("*.plan")):
+        info = EngineInfo.load(file)
+        if info.refit:
+            found.append((_kind(info), file))
+    if not found:
+        raise EngineError(f"--refit-from: no engine in {folder} was made to take weights (engine.refit = true)")
+    return found
+
+
+def _kind(info: EngineInfo) -> str:
+    """What engines must agree in to take each other's weights."""
+    return _digest([info.backend, info.version, info.target, info.architecture, info.settings])
+
+
+def _architecture(source: Path) -> str:
+    """A hash of the graph in ``source`` without the values of its weights."""
+    model = onnx.load(source, load_external_data=False)
+    for weight in model.graph.initializer:
+        for field in ("raw_data", "external_data", "float_data", "int32_data"):
+            weight.ClearField(field)
+    return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
+
+
+def _file_hash(source: Path) -> str:
+    """A hash of an ONNX file and its external data."""
+    digest = hashlib.sha256()
+    for file in sorted(source.parent.glob(f"{source.name}*")):
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(msgspec.to_builtins(value), sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _errors(parser: Any) -> str:
+    return "; ".join(str(parser.get_error(index)) for index in range(parser.num_errors)) or "no reason given"

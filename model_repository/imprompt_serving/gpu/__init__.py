@@ -1,0 +1,47 @@
+"""Engine runners on a GPU: tensors stay on the device between calls. Loads torch; lighter processes do without."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from imprompt_serving.engines import BACKENDS, Engine
+
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+"""Names and shapes of a call's inputs: calls that are alike in them can share buffers and CUDA graphs."""
+
+
+@runtime_checkable
+class DeviceEngine(Protocol):
+    """An engine that takes and gives tensors where they are."""
+
+    def run_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One call on the engine's device. The answer is the caller's own."""
+        ...
+
+
+def device_of(backend: str, index: int = 0) -> torch.device:
+    """Where the denoiser keeps its tensors with engines of ``backend``."""
+    on_gpu = BACKENDS[backend].compiled or (backend == "onnxruntime" and _onnxruntime_has_cuda())
+    return torch.device("cuda", index) if on_gpu and torch.cuda.is_available() else torch.device("cpu")
+
+
+def _onnxruntime_has_cuda() -> bool:
+    import onnxruntime
+
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+def call(engine: Engine, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Run ``engine`` on torch tensors: in place on their device if it can, or else through arrays."""
+    if isinstance(engine, DeviceEngine):
+        return engine.run_tensors(tensors)
+    answer = engine.run({name: tensor.contiguous().numpy() for name, tensor in tensors.items()})
+    return {name: torch.from_numpy(value) for name, value in answer.items()}
+
+
+def key_of(tensors: Mapping[str, Tensor]) -> Shapes:
+    return tuple((name, tuple(tensor.shape)) for name, tensor in sorted(tensors.items()))

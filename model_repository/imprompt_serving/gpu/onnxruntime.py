@@ -1,0 +1,81 @@
+"""ONNX Runtime on torch tensors, by IOBinding: nothing passes through the host."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imprompt_serving.engines.onnxruntime import session
+from imprompt_serving.gpu import key_of
+from imprompt_serving.gpu.recent import Recent
+
+SHAPES = 64
+"""Shapes whose outputs' shapes are remembered."""
+_TYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(uint8)": torch.uint8,
+    "tensor(int64)": torch.int64,
+    "tensor(bool)": torch.bool,
+}
+
+
+class OnnxRuntimeDeviceEngine:
+    """A session whose inputs and outputs are torch tensors on ``device`` (``cuda:0``, or ``cpu``)."""
+
+    def __init__(self, path: Path, device: str) -> None:
+        self._device = torch.device(device)
+        self._session = session(path, gpu=self._device.index or 0)
+        self._inputs = {value.name for value in self._session.get_inputs()}
+        self._outputs = {value.name: _TYPES[value.type] for value in self._session.get_outputs()}
+        self._shapes: Recent[list[tuple[int, ...]]] = Recent(SHAPES)
+        self._turn = threading.Lock()
+
+    def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        given = {name: torch.from_numpy(value).to(self._device) for name, value in tensors.items()}
+        return {name: value.cpu().numpy() for name, value in self.run_tensors(given).items()}
+
+    def run_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs are allocated by torch, in the shapes that an earlier call with such inputs gave."""
+        given = {name: tensor.contiguous() for name, tensor in tensors.items() if name in self._inputs}
+        with self._turn:
+            shapes = self._shapes.get(key_of(given), lambda: self._run_once(given))
+            answer = {
+                name: torch.empty(shape, dtype=dtype, device=self._device)
+                for (name, dtype), shape in zip(self._outputs.items(), shapes, strict=True)
+            }
+            binding = self._bound(given)
+            for name, tensor in answer.items():
+                binding.bind_output(name, *self._place(tensor))
+            self._execute(binding)
+        return answer
+
+    def _run_once(self, given: Mapping[str, Tensor]) -> list[tuple[int, ...]]:
+        """Shapes of the outputs, which only the engine knows."""
+        binding = self._bound(given)
+        for name in self._outputs:
+            binding.bind_output(name, self._device.type, self._device.index or 0)
+        self._execute(binding)
+        return [tuple(value.shape()) for value in binding.get_outputs()]
+
+    def _bound(self, given: Mapping[str, Tensor]) -> Any:
+        binding = self._session.io_binding()
+        for name, tensor in given.items():
+            binding.bind_input(name, *self._place(tensor))
+        return binding
+
+    def _execute(self, binding: Any) -> None:
+        """Torch and the session work on streams of their own: each waits for the other."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+
+    def _place(self, tensor: Tensor) -> tuple[str, int, Any, tuple[int, ...], int]:
+        element = torch.empty(0, dtype=tensor.dtype).numpy().dtype
+        return self._device.type, self._device.index or 0, element, tuple(tensor.shape), tensor.data_ptr()

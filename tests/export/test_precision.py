@@ -1,0 +1,98 @@
+"""Graphs in half precision: what is cast, what is not, and that nothing stays cast."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto
+from transformers import CLIPVisionModelWithProjection
+
+from imprompt_export import graphs
+from imprompt_export.bundle import BundleFile
+from imprompt_export.checkpoints import load
+from imprompt_export.exporter import bundle_graphs
+from imprompt_export.onnx_graph import export_onnx
+from imprompt_export.parity import check_runner, compare
+from imprompt_export.precision import Positional, dtype_of
+from tiny import base
+from tiny.weights import randomize
+
+
+@pytest.fixture(scope="module")
+def graph() -> graphs.Graph:
+    model = randomize(CLIPVisionModelWithProjection(base.vision_config("vit_h")), 1).eval()
+    return graphs.image_encoder("plain", model)
+
+
+def test_an_fp16_graph(graph: graphs.Graph, tmp_path: Path) -> None:
+    """Weights and arithmetic in fp16, inputs and outputs in float32, and the module as it was."""
+    before = {name: tensor.clone() for name, tensor in graph.module.state_dict().items()}
+    file = tmp_path / "graph.onnx"
+    export_onnx(graph, file, torch.float16)
+    model = onnx.load(file).graph
+    weights = {w.data_type for w in model.initializer if len(w.dims) > 1}
+    assert weights == {TensorProto.FLOAT16}
+    assert {v.type.tensor_type.elem_type for v in (*model.input, *model.output)} == {TensorProto.FLOAT}
+    for row in compare(graph, file, "onnxruntime", "fp16"):
+        assert 0 < row.difference <= row.allowed
+        assert row.difference > graph.tolerance / 10  # it is no float32 graph
+    after = graph.module.state_dict()
+    assert all(
+        tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]) for name, tensor in after.items()
+    )
+
+
+def test_a_wrong_weight_is_noticed_in_fp16(graph: graphs.Graph, tmp_path: Path) -> None:
+    export_onnx(graph, tmp_path / "graph.onnx", torch.float16)
+    weight = next(p for p in graph.module.parameters() if p.dim() > 1)
+    weight.data.mul_(1.3)
+    try:
+        rows = compare(graph, tmp_path / "graph.onnx", "onnxruntime", "fp16")
+    finally:
+        weight.data.div_(1.3)
+    assert not any(row.passed for row in rows)
+
+
+def test_exact_inputs_are_not_cast() -> None:
+    """A timestep of 951.3 is 951.5 in fp16, and 952 in bf16."""
+    seen = {}
+
+    def run(tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        seen.update(tensors)
+        return (tensors["sample"],)
+
+    inputs = (
+        graphs.Input(name="sample", shape=(1,)),
+        graphs.Input(name="timestep", shape=(1,), values="timestep", exact=True),
+        graphs.Input(name="input_ids", shape=(1,), values="index", below=5),
+    )
+    graph = graphs.Graph(
+        name="any", module=torch.nn.Identity(), run=run, inputs=inputs, outputs={"sample": (1,)}, checks=({},)
+    )
+    (answer,) = Positional(graph, torch.bfloat16)(*graph.example({}).values())
+    assert [seen[tensor.name].dtype for tensor in inputs] == [torch.bfloat16, torch.float32, torch.int64]
+    assert answer.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("family", "precision", "kept"), [("sdxl", "fp16", True), ("sdxl", "bf16", False)])
+def test_the_vae_of_sdxl_stays_in_float32(tmp_path: Path, family: str, precision: str, kept: bool) -> None:
+    base.make_sdxl(tmp_path / "base", layers_per_block=1)
+    engine = f'[engine]\nbackend = "tensorrt"\nprecision = "{precision}"\n'
+    (tmp_path / "bundle.toml").write_text(f'name = "tiny"\nbase = "base"\n{engine}')
+    bundle = BundleFile.load(tmp_path / "bundle.toml")
+    types = {graph.name: dtype_of(graph, precision) for graph in bundle_graphs(bundle, load(bundle))}
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    assert types["vae_decoder"] == types["vae_encoder"] == (torch.float32 if kept else half)
+    assert types["unet"] == types["text_encoder_2"] == half
+
+
+def test_who_compares() -> None:
+    """Without a GPU, the graph of an engine is compared on the CPU; bf16 is not to be had there."""
+    if torch.cuda.is_available() or "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("there is a GPU")
+    assert check_runner("onnxruntime", "fp16") == check_runner("tensorrt_rtx", "fp16") == "onnxruntime"
+    assert check_runner("tensorrt", "bf16") is check_runner("onnxruntime", "bf16") is None

@@ -1,0 +1,255 @@
+"""TensorRT's engines as far as they can be had without a GPU: TensorRT-RTX builds, and nothing can be run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+import torch
+from diffusers.models.embeddings import ImageProjection
+from google.protobuf import text_format
+from onnx import TensorProto, helper
+from rich.console import Console
+from tritonclient.grpc import model_config_pb2 as pb
+
+import bundles
+from imprompt_export import BundleError, EngineError, export
+from imprompt_export.graphs import image_projection
+from imprompt_export.onnx_graph import export_onnx
+from imprompt_export.profiles import Profile
+from imprompt_export.tensorrt import Builder
+from imprompt_serving import config, engines
+from imprompt_serving.engines.tensorrt_package import EngineInfo, tensorrt
+from imprompt_serving.wire import Tensor
+from tiny import base, control
+
+trt = pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed: imprompt[rtx]")
+ENGINE = """
+[engine]
+backend = "tensorrt_rtx"
+precision = "fp16"
+targets = ["SM89"]
+
+[shapes]
+height = [32, 64, 128]
+width = [32, 64, 96]
+rows = [1, 2, 8]
+frames = [8, 8, 8]
+regions = 1
+"""
+TARGETS = ("SM80", "SM86", "SM89", "SM120")
+PROFILE: Profile = {"x": ((1, 4), (2, 4), (8, 4))}
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with one of everything, built for compute capability 8.9."""
+    folder = tmp_path_factory.mktemp("rtx")
+    base.make_sd15(folder / "base", levels=2)
+    control.make_motion_adapter(folder / "motion", levels=2)
+    net = bundles.controlnet("depth", control.make_controlnet(folder / "depth", levels=2))
+    sections = f'\n[motion_adapter]\npath = "motion"\n{net}{bundles._plain(folder, levels=2)}{ENGINE}'
+    (folder / "bundle.toml").write_text(f'name = "tiny"\nbase = "base"\n{sections}')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        export(folder / "bundle.toml", folder / "repository", Console(quiet=True))
+    return folder / "repository"
+
+
+def test_every_graph_is_built(repository: Path) -> None:
+    denoiser = {file.stem for file in (repository / "tiny_denoiser/1").glob("*.plan")}
+    assert denoiser == {
+        *("unet", "motion_unet", "controlnet_depth", "controlnet_embedding_depth", "image_projection_plain")
+    }
+    hosted = {file.parents[1].name for file in repository.glob("*/1/model.plan")}
+    assert hosted == {f"tiny_{n}" for n in ("text_encoder", "image_encoder_plain", "vae_encoder", "vae_decoder")}
+    assert not list(repository.rglob("*.onnx"))
+    report = msgspec.json.decode((repository / "tiny/export.json").read_bytes())
+    assert (report["backend"], report["run_by"]) == ("tensorrt_rtx", "onnxruntime")
+
+
+def test_inputs_outputs_and_ranges_of_the_unet(repository: Path) -> None:
+    """As the builder understood the graph; types between models are float32 (docs/graphs.md)."""
+    engine = repository / "tiny_denoiser/1/unet.plan"
+    info = EngineInfo.load(engine)
+    assert (info.target, info.version, info.refit) == ("SM89", trt.__version__, False)
+    assert {tensor.dtype for tensor in (*info.inputs.values(), *info.outputs.values())} == {"FLOAT"}
+    sample, tokens = info.inputs["sample"], info.inputs["ip_tokens_plain"]
+    assert sample.shape == (-1, 4, -1, -1)
+    assert sample.profiles == (((1, 4, 4, 4), (2, 4, 8, 8), (8, 4, 16, 12)),)
+    assert tokens.profiles == (((1, 1, 1, 48), (2, 1, 4, 48), (8, 1, 1028, 48)),)
+    assert info.outputs["noise_pred"].shape == (-1, 4, -1, -1)
+    assert {"ip_scale_plain", "ip_bias_plain", "ip_mask_plain_0", "mid_residual"} <= info.inputs.keys()
+    content = engine.read_bytes()
+    assert all(name.encode() in content for name in (*info.inputs, *info.outputs))
+
+
+def test_inputs_of_the_others(repository: Path) -> None:
+    info = {file.stem: EngineInfo.load(file) for file in (repository / "tiny_denoiser/1").glob("*.plan")}
+    info |= {f.parents[1].name.removeprefix("tiny_"): EngineInfo.load(f) for f in repository.glob("*/1/model.plan")}
+    motion = info["motion_unet"].inputs["sample"]
+    assert (motion.shape, motion.profiles[0][2]) == ((-1, 4, -1, -1, -1), (1, 4, 8, 16, 12))
+    assert info["controlnet_depth"].inputs["conditioning_scale"].profiles[0][2][0] == 8
+    assert info["text_encoder"].inputs["input_ids"].dtype == "INT64"
+    assert info["vae_decoder"].outputs["images"].dtype == "UINT8"
+    assert info["vae_decoder"].inputs["latents"].profiles == (((1, 4, 4, 4), (1, 4, 8, 8), (2, 4, 16, 12)),)
+    assert info["vae_encoder"].inputs["sample"].profiles[0][2] == (2, 3, 128, 96)
+
+
+def test_triton_asks_for_no_more_than_an_engine_takes(repository: Path) -> None:
+    for engine in repository.glob("*/1/model.plan"):
+        parsed = text_format.Parse((engine.parents[1] / "config.pbtxt").read_text(), pb.ModelConfig())
+        largest = {tensor.profiles[0][2][0] for tensor in EngineInfo.load(engine).inputs.values()}
+        assert largest == {parsed.max_batch_size}
+
+
+def test_triton_hosts_tensorrt_itself() -> None:
+    tensors = [Tensor("latents", "FP32", (4, -1, -1))], [Tensor("images", "UINT8", (-1, -1, 3))]
+    made = config.engine("vae_decoder", *tensors, backend="tensorrt", host="native", max_batch_size=2)
+    parsed = text_format.Parse(config.to_pbtxt(made), pb.ModelConfig())
+    assert (parsed.backend, parsed.platform, parsed.max_batch_size) == ("tensorrt", "tensorrt_plan", 2)
+    assert parsed.HasField("dynamic_batching")
+    assert not parsed.instance_group  # Triton's default: one on each GPU
+    hosted = config.engine("vae_decoder", *tensors, backend="tensorrt", host="python", max_batch_size=2)
+    assert (hosted.backend, hosted.parameters["engine_backend"].string_value) == ("python", "tensorrt")
+
+
+def write(file: Path, weight: float = 1.0, operator: str = "MatMul") -> Path:
+    """A graph of one operator with one weight."""
+    weights = helper.make_tensor("weight", TensorProto.FLOAT, [4, 4], [weight] * 16)
+    node = helper.make_node(operator, ["x", "weight"], ["y"])
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4]) for name in "xy"]
+    graph = helper.make_graph([node], "graph", ends[:1], ends[1:], [weights])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), file)
+    return file
+
+
+def test_a_second_build_is_skipped(tmp_path: Path) -> None:
+    """The same model, settings and version: taken from the cache, without a word of the builder."""
+    told: list[str] = []
+    engine = tmp_path / "out/engine.plan"
+
+    def build(source: Path, profile: Profile = PROFILE, target: str = "SM89") -> bool:
+        told.clear()
+        builder = Builder("tensorrt_rtx", targets=[target], cache=tmp_path / "cache")
+        builder.build(source, engine, [profile], told.append)
+        return bool(told)
+
+    first = write(tmp_path / "a/one.onnx")
+    assert build(first)
+    content = engine.read_bytes()
+    assert not build(write(tmp_path / "b/two.onnx"))
+    assert engine.read_bytes() == content
+    assert build(write(tmp_path / "c/one.onnx", weight=2.0))
+    assert build(first, {"x": ((1, 4), (2, 4), (9, 4))})
+    assert build(first, target="SM120")
+    assert not build(first)
+    shutil.rmtree(tmp_path / "cache")
+    assert build(first)
+
+
+def test_engines_that_can_take_each_others_weights(tmp_path: Path) -> None:
+    """Those of equal graphs, built for it. Both building and refitting them needs a GPU; finding them does not."""
+
+    def builder(**arguments: Any) -> Builder:
+        return Builder("tensorrt_rtx", targets=["SM89"], cache=tmp_path / "cache", **arguments)
+
+    files = [
+        write(tmp_path / f"{name}/net.onnx", weight, operator)
+        for name, weight, operator in (("a", 1.0, "MatMul"), ("b", 2.0, "MatMul"), ("c", 1.0, "Gemm"))
+    ]
+    donor, other, gemm = (builder(refit=True)._info(file, [PROFILE]) for file in files)
+    assert donor.architecture == other.architecture != gemm.architecture
+    assert donor.model != other.model
+    engine = tmp_path / "a/net.plan"
+    builder().build(files[0], engine, [PROFILE])
+    with pytest.raises(EngineError, match="was made to take weights"):
+        builder(refit_from=engine.parent)
+    donor.save(engine)
+    refitting = builder(refit_from=engine.parent)
+    with pytest.raises(EngineError, match="no engine there has the architecture of net"):
+        refitting.build(files[2], tmp_path / "out.plan", [PROFILE])
+    if not torch.cuda.is_available():
+        with pytest.raises(EngineError, match="a refit needs the GPU"):
+            refitting.build(files[1], tmp_path / "out.plan", [PROFILE])
+        with pytest.raises(EngineError, match=r"engine\.refit needs the GPU"):
+            builder(refit=True).build(files[0], engine, [PROFILE])
+
+
+def test_exported_graphs_are_told_apart(tmp_path: Path) -> None:
+    """The same weights are the same model, others are another model of the same architecture."""
+
+    def info(name: str, seed: int) -> EngineInfo:
+        torch.manual_seed(seed)
+        layer = ImageProjection(image_embed_dim=64, cross_attention_dim=48, num_image_text_embeds=4)
+        graph = image_projection("plain", layer.eval(), {"image_embeds": (64,)})
+        export_onnx(graph, tmp_path / name / "net.onnx", torch.float16)
+        profile = {"image_embeds": ((1, 64), (1, 64), (4, 64))}
+        return Builder("tensorrt_rtx", targets=["SM89"])._info(tmp_path / name / "net.onnx", [profile])
+
+    first, again, other = info("a", 0), info("b", 0), info("c", 1)
+    assert first == again
+    assert first.architecture == other.architecture
+    assert first.model != other.model
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+def test_weights_there_and_back(tmp_path: Path) -> None:
+    """A -> B -> A: each engine computes with the weights that it was given last."""
+    sources = {name: write(tmp_path / name / "net.onnx", weight) for name, weight in (("a", 1.0), ("b", 2.0))}
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    Builder("tensorrt_rtx", targets=TARGETS, cache=tmp_path / "0", refit=True).build(
+        sources["a"], tmp_path / "0/net.plan", [PROFILE]
+    )
+    answers = [engines.load_engine(tmp_path / "0/net.plan", "tensorrt_rtx").run({"x": x})["y"]]
+    for step, name in enumerate("ba", start=1):
+        builder = Builder(
+            "tensorrt_rtx", targets=TARGETS, cache=tmp_path / f"cache{step}", refit_from=tmp_path / str(step - 1)
+        )
+        builder.build(sources[name], tmp_path / f"{step}/net.plan", [PROFILE])
+        answers.append(engines.load_engine(tmp_path / f"{step}/net.plan", "tensorrt_rtx").run({"x": x})["y"])
+    np.testing.assert_array_equal(answers[1], 2 * answers[0])
+    np.testing.assert_array_equal(answers[2], answers[0])
+
+
+def test_refit_without_an_engine(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"made to take weights \(engine\.refit = true\)"):
+        Builder("tensorrt_rtx", targets=["SM89"], refit_from=tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "bundle.toml").write_text('name = "tiny"\nbase = "base"\n')
+    with pytest.raises(BundleError, match=r"--refit-from is for TensorRT.s engines; engine\.backend is onnxruntime"):
+        export(tmp_path / "bundle.toml", tmp_path / "repository", refit_from=tmp_path)
+
+
+def test_a_graph_that_is_refused(tmp_path: Path) -> None:
+    builder = Builder("tensorrt_rtx", targets=["SM89"], cache=tmp_path / "cache")
+    with pytest.raises(EngineError, match=r"cannot read broken: .*NoSuchOperator"):
+        builder.build(write(tmp_path / "broken.onnx", operator="NoSuchOperator"), tmp_path / "broken.plan", [PROFILE])
+
+
+def test_a_target_that_does_not_exist() -> None:
+    with pytest.raises(EngineError, match=r"SM90; tensorrt_rtx builds for SM75, .*SM89"):
+        Builder("tensorrt_rtx", targets=["SM90"])
+
+
+def test_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(EngineError, match=r'"tensorrt" needs tensorrt: pip install "imprompt\[gpu\]"'):
+        tensorrt("tensorrt")
+    monkeypatch.setattr(trt, "__version__", "1.1.0")
+    with pytest.raises(EngineError, match=r"tensorrt_rtx 1\.1\.0 is too old; 1\.4 or newer"):
+        tensorrt("tensorrt_rtx")
+
+
+def test_engines_without_a_gpu(tmp_path: Path, repository: Path) -> None:
+    engine = repository / "tiny_text_encoder/1/model.plan"
+    with pytest.raises(EngineError, match=r"model\.plan is an engine of tensorrt_rtx, which needs an NVIDIA GPU"):
+        engines.load_engine(engine, "tensorrt_rtx")
+    with pytest.raises(EngineError, match=rf"built by tensorrt_rtx {trt.__version__}, but 9\.9 is installed here"):
+        EngineInfo.check(engine, "9.9")

@@ -1,0 +1,143 @@
+"""Runners that keep tensors on a device. On the CPU: all that does not need CUDA itself; the rest is marked ``gpu``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from imprompt_export.tensorrt import Builder
+from imprompt_serving.engines import EngineError, load_engine
+from imprompt_serving.gpu import DeviceEngine, call, device_of
+from imprompt_serving.gpu.onnxruntime import OnnxRuntimeDeviceEngine
+from imprompt_serving.gpu.recent import Recent
+from imprompt_serving.gpu.tensorrt import GRAPHS, TensorRTEngine, profile_for
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+PROFILES = [
+    {"sample": ((1, 4, 8), (16, 4, 64)), "tokens": ((1, 1), (16, 64))},
+    {"sample": ((1, 4, 8), (16, 4, 128)), "tokens": ((1, 1), (16, 16))},
+]
+
+
+@pytest.mark.parametrize(
+    ("sample", "tokens", "profile"), [((2, 4, 64), (2, 64), 0), ((2, 4, 128), (2, 16), 1), ((1, 4, 8), (1, 1), 0)]
+)
+def test_the_first_profile_that_fits(sample: tuple[int, ...], tokens: tuple[int, ...], profile: int) -> None:
+    assert profile_for((("sample", sample), ("tokens", tokens)), PROFILES) == profile
+
+
+@pytest.mark.parametrize("sample", [(17, 4, 8), (1, 3, 8), (1, 4, 129), (1, 4)])
+def test_shapes_that_no_profile_takes(sample: tuple[int, ...]) -> None:
+    with pytest.raises(
+        EngineError, match=r"takes sample of \[1, 4, 8\] to \[16, 4, 64\] or .*, not \[.*see \[shapes\]"
+    ):
+        profile_for((("sample", sample), ("tokens", (1, 1))), PROFILES)
+
+
+def test_what_was_used_last_is_kept() -> None:
+    made: list[str] = []
+    recent: Recent[str] = Recent(2)
+
+    def get(key: str) -> str:
+        return recent.get(key, lambda: made.append(key) or key)  # type: ignore[func-returns-value]
+
+    assert [get(key) for key in "abacab"] == list("abacab")
+    assert made == ["a", "b", "c", "b"]
+
+
+def test_a_value_makes_room_before_the_next_is_made() -> None:
+    """Buffers of a shape are freed before those of another are allocated."""
+    alive: set[int] = set()
+
+    class Buffer:
+        def __init__(self) -> None:
+            assert not alive
+            alive.add(id(self))
+
+        def __del__(self) -> None:
+            alive.discard(id(self))
+
+    recent: Recent[Buffer] = Recent(1)
+    for key in "abc":
+        recent.get(key, Buffer)
+    assert len(alive) == 1
+
+
+def write(file: Path) -> Path:
+    """y = 2 x, and the mean of x along its last axis; one input that nothing uses is not there."""
+    nodes = [helper.make_node("Mul", ["x", "two"], ["y"]), helper.make_node("ReduceMean", ["x", "last"], ["mean"])]
+    constants = [
+        helper.make_tensor("two", TensorProto.FLOAT, [], [2.0]),
+        helper.make_tensor("last", TensorProto.INT64, [1], [-1]),
+    ]
+    shapes = {"x": ["rows", "w"], "y": ["rows", "w"], "mean": ["rows", 1]}
+    x, y, mean = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items())
+    graph = helper.make_graph(nodes, "graph", [x], [y, mean], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), file)
+    return file
+
+
+def check(engine: DeviceEngine, device: str) -> None:
+    """Answers of several shapes, one of them twice; earlier ones are not written into again."""
+    answers = []
+    for rows, width in ((1, 3), (4, 2), (1, 3), (2, 5)):
+        x = torch.randn(width, rows, device=device).T  # not contiguous
+        answer = engine.run_tensors({"x": x, "unused": torch.ones(1, device=device)})
+        answers.append((x, answer))
+    for x, answer in answers:
+        assert answer["y"].device == x.device
+        torch.testing.assert_close(answer["y"], 2 * x)
+        torch.testing.assert_close(answer["mean"], x.mean(-1, keepdim=True))
+
+
+def test_onnxruntime_on_tensors(tmp_path: Path) -> None:
+    """By IOBinding, as on a GPU, with the CPU for a device."""
+    engine = OnnxRuntimeDeviceEngine(write(tmp_path / "model.onnx"), "cpu")
+    check(engine, "cpu")
+    x = np.ones((2, 3), np.float32)
+    np.testing.assert_array_equal(engine.run({"x": x})["y"], 2 * x)
+
+
+def test_both_kinds_of_engines_are_called_alike(tmp_path: Path) -> None:
+    file = write(tmp_path / "model.onnx")
+    x = torch.arange(6.0).reshape(2, 3)
+    for engine in (load_engine(file, "onnxruntime"), OnnxRuntimeDeviceEngine(file, "cpu")):
+        assert torch.equal(call(engine, {"x": x})["y"], 2 * x)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt", "tensorrt_rtx"])
+def test_without_a_gpu_tensors_stay_on_the_cpu(backend: str) -> None:
+    assert device_of(backend) == torch.device("cpu")
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_onnxruntime_on_a_gpu(tmp_path: Path) -> None:
+    engine = load_engine(write(tmp_path / "model.onnx"), "onnxruntime", device="cuda:0")
+    assert isinstance(engine, OnnxRuntimeDeviceEngine)
+    check(engine, "cuda:0")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt_rtx"])
+def test_tensorrt_on_a_gpu(tmp_path: Path, backend: str) -> None:
+    """More shapes than graphs are kept, and each answer right."""
+    try:
+        builder = Builder(backend, targets=("SM80", "SM86", "SM89", "SM120"), cache=tmp_path / "cache")
+    except EngineError as error:
+        pytest.skip(str(error))
+    builder.build(write(tmp_path / "model.onnx"), tmp_path / "model.plan", [{"x": ((1, 1), (2, 4), (8, 64))}])
+    engine = TensorRTEngine(tmp_path / "model.plan", backend)
+    check(engine, "cuda")
+    for width in (*range(1, GRAPHS + 3), 1):
+        x = torch.randn(3, width, device="cuda")
+        torch.testing.assert_close(engine.run_tensors({"x": x})["y"], 2 * x)
+    with pytest.raises(EngineError, match="takes x of"):
+        engine.run_tensors({"x": torch.zeros(9, 4, device="cuda")})
