@@ -190,7 +190,7 @@ def test_exported_graphs_are_told_apart(tmp_path: Path) -> None:
         layer = ImageProjection(image_embed_dim=64, cross_attention_dim=48, num_image_text_embeds=4)
         graph = image_projection("plain", layer.eval(), {"image_embeds": (64,)})
         export_onnx(graph, tmp_path / name / "net.onnx", torch.float16)
-        profile = {"image_embeds": ((1, 64), (1, 64), (4, 64))}
+        profile: Profile = {"image_embeds": ((1, 64), (1, 64), (4, 64))}
         return Builder("tensorrt_rtx", targets=["SM89"])._info(tmp_path / name / "net.onnx", [profile])
 
     first, again, other = info("a", 0), info("b", 0), info("c", 1)
