@@ -53,7 +53,7 @@ def engine(
     *,
     backend: str,
     host: str,
-    threads: int,
+    threads: int = 0,
     max_batch_size: int,
     cache: bool = False,
 ) -> pb.ModelConfig:

@@ -49,7 +49,7 @@ def write(folder: Path, text: str) -> Path:
         (BASE + '[engine]\nbackend = "abacus"', "'abacus' is none of onnxruntime, "),
         (
             BASE + '[engine]\nprecision = "int8"',
-            r"engine.precision \(with onnxruntime\): 'int8' is none of fp32, fp16, bf16",
+            r"engine.precision \(with onnxruntime\): 'int8' is none of fp32, fp16",
         ),
         (BASE + '[engine]\nbackend = "openvino"\nhost = "native"', "engine.host"),
         (BASE + "[engine]\nthreads = -1", "engine.threads"),
