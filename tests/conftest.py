@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,9 @@ from imprompt import Client
 from imprompt_serving.launcher import Server
 from served import Served
 
+_FIRST = ["sd15", "control", "sdxl_control", "sd15_face", "inpaint", "sdxl", "lcm", "openvino"]
+"""Bundles in the order in which the tests ask for them."""
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_torch_thread() -> None:
@@ -21,10 +26,16 @@ def _one_torch_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def bundle(request: pytest.FixtureRequest) -> Callable[[str], bundles.Made]:
-    """Exported bundles by name."""
+def bundle(request: pytest.FixtureRequest) -> Iterator[Callable[[str], bundles.Made]]:
+    """Exported bundles by name. When the whole suite runs, all of them are made ahead, beside the tests."""
     cache = Path(str(request.config.cache.mkdir("bundles")))
-    return lambda name: bundles.make(name, cache)
+    if request.config.args_source != pytest.Config.ArgsSource.TESTPATHS:
+        yield lambda name: bundles.make(name, cache)
+        return
+    pool = ProcessPoolExecutor(2, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
+    ahead = {name: pool.submit(bundles.make, name, cache) for name in sorted(bundles.MAKERS, key=_FIRST.index)}
+    yield lambda name: ahead[name].result()
+    pool.shutdown(wait=False, cancel_futures=True)
 
 
 @pytest.fixture(scope="session")

@@ -33,9 +33,9 @@ class Sitter:
         self._client = client
 
     @cached_property
-    def classify(self) -> metrics.ThingClassifier:
-        """Zero-shot, with the CLIP of the bundle."""
-        return metrics.ThingClassifier()
+    def judge(self) -> metrics.Judge:
+        """Networks of the bundle that look at the pictures."""
+        return metrics.Judge()
 
     def draw(self, requests: Iterable[dict[str, Any]], model: str = MODEL) -> list[Pixels]:
         """A picture [64, 64, 3] for each request; request i has seed i unless it brings one."""
@@ -48,7 +48,7 @@ class Sitter:
 
     def shows(self, pictures: Iterable[Pixels], things: Iterable[str]) -> float:
         """The share of pictures that show the thing beside them."""
-        return _share(a == b for a, b in zip(self.classify(list(pictures)), things, strict=True))
+        return _share(a == b for a, b in zip(self.judge.things(list(pictures)), things, strict=True))
 
     def _all(self, requests: Iterable[dict[str, Any]], model: str, part: Callable[[Any], Pixels]) -> list[Pixels]:
         def one(numbered: tuple[int, dict[str, Any]]) -> Pixels:
@@ -157,9 +157,9 @@ def lcm(sitter: Sitter, count: int = 24) -> Found:
         "lcm_4": sitter.draw((prompt | fast for prompt in prompts), LCM_MODEL),
     }
     found: Found = {f"{key}_thing": sitter.shows(pictures, names) for key, pictures in drawn.items()}
-    target = sitter.classify.embeds(drawn["ddim_25"])
+    target = sitter.judge.embeds(drawn["ddim_25"])
     for key in ("ddim_4", "lcm_4"):
-        cosine = (sitter.classify.embeds(drawn[key]) * target).sum(1)
+        cosine = (sitter.judge.embeds(drawn[key]) * target).sum(1)
         found[f"{key}_clip_distance"] = round(float(1 - cosine.mean()), 3)
     return found
 

@@ -3,6 +3,7 @@
 Pictures are uint8 arrays [H, W, 3]. All distances are 0 for equal pictures and grow with difference.
 """
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.torch import load_file
+from torch import nn
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from . import bundle_path
@@ -82,23 +84,35 @@ def smoothness(frames: Pixels) -> float:
     return float(steps / (np.mean(pairs) + 1e-9))
 
 
-class ThingClassifier:
-    """Tells which thing a picture shows, zero-shot, with the CLIP of the bundle."""
+def thing_network() -> nn.Sequential:
+    """Pictures [B, 3, 64, 64] from -1 to 1 to a score for each thing, [B, 12]; untrained, 0.1 million weights."""
+    layers: list[nn.Module] = []
+    for before, after in pairwise((3, 24, 48, 64, 64)):
+        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 16, len(THINGS)))
+
+
+class Judge:
+    """Tells what pictures show, by the networks of the bundle."""
 
     def __init__(self, bundle: Path | None = None) -> None:
         checkpoints = (bundle or bundle_path()) / "checkpoints"
         folder = checkpoints / "ip-adapter" / "models" / "image_encoder"
         self._encoder = CLIPVisionModelWithProjection.from_pretrained(folder).float().eval()
         self._processor = CLIPImageProcessor.from_pretrained(folder)
-        self._things = load_file(checkpoints / "things.safetensors")["thing_embeds"].float()
+        self._network = thing_network().eval()
+        weights = load_file(checkpoints / "things.safetensors")
+        self._network.load_state_dict({name: value.float() for name, value in weights.items()})
 
     @torch.no_grad()
     def embeds(self, pictures: list[Pixels]) -> torch.Tensor:
-        """Unit image embeddings, [B, 128]."""
+        """Unit image embeddings of CLIP, [B, 128]. They tell looks apart, less so things."""
         pixels = self._processor(images=list(pictures), return_tensors="pt").pixel_values
         return F.normalize(self._encoder(pixels).image_embeds, dim=-1)
 
-    def __call__(self, pictures: list[Pixels]) -> list[str]:
+    @torch.no_grad()
+    def things(self, pictures: list[Pixels]) -> list[str]:
         """The most likely thing in each picture."""
+        pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
         names = list(THINGS)
-        return [names[i] for i in (self.embeds(pictures) @ self._things.T).argmax(1).tolist()]
+        return [names[i] for i in self._network(pixels).argmax(1).tolist()]

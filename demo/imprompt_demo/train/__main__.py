@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from .family import Family
 
-STAGES = ("vae", "clip", "unet", "plain", "plus", "controlnet", "lcm", "motion", "publish")
+STAGES = ("vae", "clip", "unet", "plain", "plus", "controlnet", "lcm", "motion", "things", "publish")
 
 
 def main() -> None:

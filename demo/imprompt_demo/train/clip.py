@@ -14,7 +14,6 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from ..world import THINGS, sample_layout, sample_look
 from .data import Pictures
 from .loop import Plan, fit
 from .words import LENGTH, full_caption, save_tokenizer
@@ -79,17 +78,6 @@ def train(folder: Path, data: Pictures, plan: Plan = PLAN) -> Towers:
 
     fit("clip", folder, model, plan, loss, seed=2)
     return model
-
-
-@torch.no_grad()
-def thing_embeds(model: Towers) -> Tensor:
-    """One unit vector for each thing, [12, 128]: the mean over descriptions of many looks. A zero-shot classifier."""
-    rng = random.Random(0)
-    rows = []
-    for thing in THINGS:
-        captions = [full_caption(sample_look(rng), sample_layout(rng, thing), rng) for _ in range(200)]
-        rows.append(F.normalize(model.text_embeds(captions).mean(0), dim=0))
-    return torch.stack(rows)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from .data import Pictures
 from .loop import Plan, fit
 from .text import Captions
 
-PLAN = Plan(steps=1500, batch=16, rate=6e-4, average=0.995)
+PLAN = Plan(steps=4000, batch=16, rate=6e-4, average=0.995)
 _SHORT_FULL_EMPTY = (0.5, 0.2, 0.3)
 
 

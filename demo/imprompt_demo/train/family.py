@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
-from . import adapter, clip, controlnet, lcm, motion, publish, text, unet, vae
+from . import adapter, clip, controlnet, lcm, motion, publish, text, things, unet, vae
 from .data import Pictures, pictures
 from .loop import Plan, load_mean
 
@@ -57,6 +57,8 @@ class Family:
             case "motion":
                 material = motion.clips(self.vae, self.towers)
                 motion.train(unet=self.unet, material=material, **plan(motion.PLAN))
+            case "things":
+                things.train(data=self.data, **plan(things.PLAN))
             case "publish":
                 publish.publish(self.folder, self.folder / "bundle")
             case _:

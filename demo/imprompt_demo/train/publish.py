@@ -10,7 +10,8 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
 
-from . import adapter, clip, controlnet, diffusion, lcm, motion
+from ..metrics import thing_network
+from . import adapter, controlnet, diffusion, lcm, motion
 from .loop import load_mean
 
 BUNDLE = """\
@@ -129,7 +130,9 @@ def publish(run: Path, out: Path) -> None:
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(student))
         halves = {key: value.detach().half().contiguous() for key, value in layers.items()}
         StableDiffusionPipeline.save_lora_weights(place / "lcm-lora", unet_lora_layers=halves)
-    save_file({"thing_embeds": clip.thing_embeds(towers)}, place / "things.safetensors")
+    if "things" in done:
+        judge = load_mean("things", run, thing_network()).half()
+        save_file(judge.state_dict(), place / "things.safetensors")
     towers.vision.half().save_pretrained(folder / "image_encoder")
     processor.save_pretrained(folder / "image_encoder")
     pipe.to(torch.float16).save_pretrained(place / "base")
