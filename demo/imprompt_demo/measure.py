@@ -33,9 +33,9 @@ class Sitter:
         self._client = client
 
     @cached_property
-    def judge(self) -> metrics.Judge:
-        """Networks of the bundle that look at the pictures."""
-        return metrics.Judge()
+    def classify(self) -> metrics.ThingClassifier:
+        """Looks at the pictures."""
+        return metrics.ThingClassifier()
 
     def draw(self, requests: Iterable[dict[str, Any]], model: str = MODEL) -> list[Pixels]:
         """A picture [64, 64, 3] for each request; request i has seed i unless it brings one."""
@@ -48,7 +48,7 @@ class Sitter:
 
     def shows(self, pictures: Iterable[Pixels], things: Iterable[str]) -> float:
         """The share of pictures that show the thing beside them."""
-        return _share(a == b for a, b in zip(self.judge.things(list(pictures)), things, strict=True))
+        return _share(a == b for a, b in zip(self.classify(list(pictures)), things, strict=True))
 
     def _all(self, requests: Iterable[dict[str, Any]], model: str, part: Callable[[Any], Pixels]) -> list[Pixels]:
         def one(numbered: tuple[int, dict[str, Any]]) -> Pixels:
@@ -145,23 +145,26 @@ def edges(sitter: Sitter, count: int = 12) -> Found:
     return found
 
 
-def lcm(sitter: Sitter, count: int = 24) -> Found:
-    """LCM-LoRA in 4 steps and 4 plain steps against 25 plain steps: distance of CLIP embeddings, and the thing."""
-    names = (list(THINGS) * count)[:count]
-    prompts = [{"prompt": f"a {name}"} for name in names]
-    few = {"num_inference_steps": 4}
-    fast = {"scheduler": "LCMScheduler", "guidance_scale": 1.0} | few
-    drawn = {
-        "ddim_25": sitter.draw(prompts),
-        "ddim_4": sitter.draw(prompt | few for prompt in prompts),
-        "lcm_4": sitter.draw((prompt | fast for prompt in prompts), LCM_MODEL),
+def lcm(sitter: Sitter, count: int = 16) -> Found:
+    """Four steps with the LCM-LoRA beside 25 plain steps of the same prompts: distance of palettes, and the thing."""
+    references = unseen(count)
+    asked = [other_thing(reference, i) for i, reference in enumerate(references)]
+    requests = [
+        {"prompt": f"a {thing}", "ip_adapter_image": {"plain": p.image()}, "ip_adapter_scale": 0.8}
+        for thing, p in zip(asked, references, strict=True)
+    ]
+    many = sitter.draw(requests)
+    fast = {"scheduler": "LCMScheduler", "num_inference_steps": 4, "guidance_scale": 1.0}
+    few = sitter.draw((request | fast for request in requests), LCM_MODEL)
+    shifted = [*many[1:], many[0]]
+    near, far = (
+        [metrics.palette_distance(a, b) for a, b in zip(few, others, strict=True)] for others in (many, shifted)
+    )
+    return {
+        "palette_distance": round(float(np.mean(near)), 3),
+        "palette_distance_to_others": round(float(np.mean(far)), 3),
+        "thing_is_text": [sitter.shows(many, asked), sitter.shows(few, asked)],
     }
-    found: Found = {f"{key}_thing": sitter.shows(pictures, names) for key, pictures in drawn.items()}
-    target = sitter.judge.embeds(drawn["ddim_25"])
-    for key in ("ddim_4", "lcm_4"):
-        cosine = (sitter.judge.embeds(drawn[key]) * target).sum(1)
-        found[f"{key}_clip_distance"] = round(float(1 - cosine.mean()), 3)
-    return found
 
 
 def motion(sitter: Sitter, count: int = 4) -> Found:

@@ -8,11 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import nn
-from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from . import bundle_path
 from .world import THINGS
@@ -92,26 +90,16 @@ def thing_network() -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 16, len(THINGS)))
 
 
-class Judge:
-    """Tells what pictures show, by the networks of the bundle."""
+class ThingClassifier:
+    """Tells which thing a picture shows, by a network of the bundle that was trained on the world."""
 
     def __init__(self, bundle: Path | None = None) -> None:
-        checkpoints = (bundle or bundle_path()) / "checkpoints"
-        folder = checkpoints / "ip-adapter" / "models" / "image_encoder"
-        self._encoder = CLIPVisionModelWithProjection.from_pretrained(folder).float().eval()
-        self._processor = CLIPImageProcessor.from_pretrained(folder)
+        weights = load_file((bundle or bundle_path()) / "checkpoints" / "things.safetensors")
         self._network = thing_network().eval()
-        weights = load_file(checkpoints / "things.safetensors")
         self._network.load_state_dict({name: value.float() for name, value in weights.items()})
 
     @torch.no_grad()
-    def embeds(self, pictures: list[Pixels]) -> torch.Tensor:
-        """Unit image embeddings of CLIP, [B, 128]. They tell looks apart, less so things."""
-        pixels = self._processor(images=list(pictures), return_tensors="pt").pixel_values
-        return F.normalize(self._encoder(pixels).image_embeds, dim=-1)
-
-    @torch.no_grad()
-    def things(self, pictures: list[Pixels]) -> list[str]:
+    def __call__(self, pictures: list[Pixels]) -> list[str]:
         """The most likely thing in each picture."""
         pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
         names = list(THINGS)

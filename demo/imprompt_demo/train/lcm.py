@@ -16,9 +16,10 @@ from . import diffusion
 from .loop import Plan, fit
 from .text import Captions
 
-PLAN = Plan(steps=500, batch=12, rate=1e-3, average=0.98, weight_decay=0.0)
+PLAN = Plan(steps=1500, batch=12, rate=1e-3, average=0.98, weight_decay=0.0)
 _RANK = 16
 _GRID = 20  # timesteps between two points of the teacher's grid: 50 of 1,000, LCMScheduler's default
+_STEP = 6 * _GRID  # of the teacher: few hops from noise to picture, so that what is learnt at the end arrives soon
 _GUIDANCE = (2.0, 5.0)
 _SHORT_FULL_EMPTY = (0.6, 0.35, 0.05)
 
@@ -44,7 +45,7 @@ def train(
         text, _ = captions.draw(rows, _SHORT_FULL_EMPTY, generator)
         noise = torch.randn(plan.batch, 4, 16, 16, generator=generator)
         late = torch.randint(1, 50, (plan.batch,), generator=generator) * _GRID + _GRID - 1
-        early = late - _GRID
+        early = (late - _STEP).clamp(min=_GRID - 1)
         noisy = diffusion.noised(latents[rows], noise, late)
         low, high = _GUIDANCE
         guidance = low + (high - low) * torch.rand(plan.batch, 1, 1, 1, generator=generator)
