@@ -234,7 +234,11 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     class ParityError(Exception):
         pass
 
-    content: dict[str, Any] = {"BundleError": BundleError, "export": lambda bundle, repository: ["row"]}
+    class EngineError(Exception):
+        """As in `imprompt_export`."""
+
+    content: dict[str, Any] = {"BundleError": BundleError, "EngineError": EngineError}
+    content["export"] = lambda bundle, repository, refit_from: ["row"]
     parity = {"ParityError": ParityError}
     report = {"table": lambda rows: f"table of {rows}"}
     install(monkeypatch, imprompt_export__parity=parity, imprompt_export__report=report)
@@ -248,9 +252,9 @@ def test_export_prints_its_table(run: Any, exporter: dict[str, Any]) -> None:
     assert (outcome.exit_code, outcome.stdout) == (0, "table of ['row']\n")
 
 
-@pytest.mark.parametrize("kind", ["BundleError", "ParityError"])
+@pytest.mark.parametrize("kind", ["BundleError", "EngineError", "ParityError"])
 def test_export_that_fails_says_why(run: Any, exporter: dict[str, Any], kind: str) -> None:
-    def fail(bundle: Path, repository: Path) -> None:
+    def fail(bundle: Path, repository: Path, refit_from: Path | None) -> None:
         raise exporter[kind](f"{bundle}: [engine] is wrong")
 
     exporter["module"].export = fail

@@ -16,7 +16,7 @@ from .loop import Plan, fit
 from .unet import CHANNELS, HEADS
 from .words import full_caption, short_caption
 
-PLAN = Plan(steps=800, batch=1, rate=1e-3, average=0.99)
+PLAN = Plan(steps=1600, batch=1, rate=1e-3, average=0.99)
 FRAMES = 16
 CLIPS = 250
 
