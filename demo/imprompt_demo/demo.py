@@ -15,6 +15,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from diffusers.utils import logging as diffusers_logging
 from rich.console import Console
 from rich.table import Table
@@ -97,7 +98,8 @@ def exported(work: Path, *, verbose: bool = False) -> Path:
 
 
 def _export(bundle: Path, repository: Path) -> Report:
-    """In a process of its own; only the larger bundle shows its progress."""
+    """In a process of its own, on one core; only the larger bundle shows its progress."""
+    torch.set_num_threads(1)
     for library in (diffusers_logging, transformers_logging):  # their notes would bury the demo's own
         library.set_verbosity_error()
         library.disable_progress_bar()

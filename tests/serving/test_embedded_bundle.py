@@ -46,8 +46,8 @@ def test_the_demo_shows_every_use_case(client: Client, tmp_path: Path) -> None:
 
 def test_the_text_decides_the_thing(sitter: measure.Sitter) -> None:
     found = measure.text(sitter)
-    assert found["classifier_on_world"] >= 0.9
-    assert found["thing_is_text"] >= 0.75
+    assert found["classifier_on_world"] >= 0.95
+    assert found["thing_is_text"] >= 0.9
 
 
 @pytest.mark.parametrize("adapter", ["plain", "plus"])
@@ -57,28 +57,28 @@ def test_the_image_prompt_decides_the_look(sitter: measure.Sitter, adapter: str)
     assert none > some > much
     assert found["palette_nearer"][1] >= 0.9
     assert found["texture_distance"][2] < found["texture_distance"][0]
-    assert found["thing_is_text"][2] >= 0.6
+    assert found["thing_is_text"][2] >= 0.75
 
 
 def test_inpainting_leaves_the_rest_alone(sitter: measure.Sitter) -> None:
     found = measure.inpainting(sitter)
-    assert found["outside_change"] <= 8  # levels of 255, what the autoencoder alone does
-    assert found["thing_is_text"] >= 0.6
+    assert found["outside_change"] <= 10  # levels of 255, what the autoencoder alone does
+    assert found["thing_is_text"] >= 0.5
 
 
 def test_edges_are_where_they_were_asked(sitter: measure.Sitter) -> None:
     found = measure.edges(sitter)
     assert found["edge_agreement_1"] > 1.5 * found["edge_agreement_0"]
-    assert found["thing_is_edges_1"] > found["thing_is_edges_0"]
+    assert found["thing_is_edges_1"] > found["thing_is_edges_0"] + 0.4
 
 
 def test_four_steps_of_lcm_look_like_twenty_five(sitter: measure.Sitter) -> None:
     found = measure.lcm(sitter)
     assert found["palette_distance"] < 0.8 * found["palette_distance_to_others"]
-    assert found["thing_is_text"][1] >= 0.6
+    assert found["thing_is_text"][1] >= 0.8
 
 
 def test_clips_move_smoothly_in_the_look_of_the_reference(sitter: measure.Sitter) -> None:
     found = measure.motion(sitter)
-    assert found["smoothness"] < 0.6  # 1 is noise
+    assert found["smoothness"] < 0.85  # 1 is noise
     assert found["palette_distance_0.8"] < found["palette_distance_0"]
