@@ -16,7 +16,7 @@ from imprompt import Client
 from imprompt_serving.launcher import Server
 from served import Served
 
-_FIRST = ["sd15", "control", "sdxl_control", "sd15_face", "inpaint", "sdxl", "lcm", "openvino"]
+_FIRST = ["sd15", "openvino", "control", "sdxl_control", "sd15_face", "lcm", "sdxl", "inpaint"]
 """Bundles in the order in which the tests ask for them."""
 
 
