@@ -32,7 +32,7 @@ def bundle(request: pytest.FixtureRequest) -> Iterator[Callable[[str], bundles.M
     if request.config.args_source != pytest.Config.ArgsSource.TESTPATHS:
         yield lambda name: bundles.make(name, cache)
         return
-    pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
+    pool = ProcessPoolExecutor(2, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
     ahead = {name: pool.submit(bundles.make, name, cache) for name in sorted(bundles.MAKERS, key=_FIRST.index)}
     yield lambda name: ahead[name].result()
     pool.shutdown(wait=False, cancel_futures=True)
