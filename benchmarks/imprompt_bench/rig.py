@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -13,7 +12,7 @@ from imprompt_bench.checkpoints import SCHEDULER
 from imprompt_serving.denoiser.batch import Batcher
 from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.job import Job
-from imprompt_serving.denoiser.loop import Denoiser, Listener
+from imprompt_serving.denoiser.loop import Denoiser, Outcome
 from imprompt_serving.denoiser.meter import Meter
 from imprompt_serving.denoiser.networks import Networks
 from imprompt_serving.engines import Engine
@@ -99,18 +98,13 @@ class Rig:
 
     def submit(self, job: Job) -> Callable[[], Tensor]:
         """Start ``job``; the answer waits for its latents."""
-        ended, errors = threading.Event(), list[Exception]()
-
-        def fail(error: Exception) -> None:
-            errors.append(error)
-            ended.set()
-
-        self.denoiser.submit(job, Listener(lambda *_: None, lambda _: ended.set(), fail))
+        outcome = Outcome()
+        self.denoiser.submit(job, outcome)
 
         def wait() -> Tensor:
-            ended.wait()
-            if errors:
-                raise errors[0]
+            outcome.ended.wait()
+            if outcome.error:
+                raise outcome.error
             return job.latents
 
         return wait

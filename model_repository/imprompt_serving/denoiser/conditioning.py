@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from imprompt_serving.denoiser.control import Control, prepare_controls
+from imprompt_serving.denoiser.control import Control, acts, prepare_controls
 from imprompt_serving.denoiser.features import Features, prepare_features, total
 from imprompt_serving.denoiser.image_prompts import absent_inputs, adapter_inputs, group_scales
 from imprompt_serving.engines import Engine
@@ -42,12 +42,8 @@ class Conditioning:
 
     def at(self, index: int, count: int) -> Mapping[str, Tensor]:
         """UNet inputs of call ``index`` of ``count``; equal conditioning is the same object."""
-
-        def acts(start: float, end: float) -> bool:
-            return start <= index / count and (index + 1) / count <= end
-
-        active = tuple(acts(*window) for window in self._windows.values())
-        features = tuple(acts(part.start, part.end) for part in self._features)
+        active = tuple(acts(*window, index, count) for window in self._windows.values())
+        features = tuple(acts(part.start, part.end, index, count) for part in self._features)
         if (*active, *features) not in self._variants:
             switched = zip(self._windows, active, strict=True)
             silent = {name: torch.zeros_like(self._inputs[name]) for name, on in switched if not on}

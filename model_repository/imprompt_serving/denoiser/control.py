@@ -13,6 +13,11 @@ from imprompt_serving.job import ControlUse, JobRequest
 from imprompt_serving.specs import Bundle
 
 
+def acts(start: float, end: float, index: int, count: int) -> bool:
+    """Whether call ``index`` of ``count`` is among those from ``start`` to ``end`` (diffusers: ``controlnet_keep``)."""
+    return start <= index / count and (index + 1) / count <= end
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Control:
     """A ControlNet in one job, as its engine takes it.
@@ -31,10 +36,6 @@ class Control:
     def to(self, device: torch.device) -> Control:
         """The same on ``device``."""
         return replace(self, embedding=self.embedding.to(device), scale=self.scale.to(device))
-
-    def acts(self, index: int, count: int) -> bool:
-        """Whether it acts in call ``index`` of ``count`` (``controlnet_keep`` of diffusers' pipelines)."""
-        return index / count >= self.start and (index + 1) / count <= self.end
 
 
 def prepare_controls(

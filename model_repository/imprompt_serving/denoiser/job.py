@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from imprompt_serving.denoiser.conditioning import CPU, Conditioning
-from imprompt_serving.denoiser.control import Control
+from imprompt_serving.denoiser.control import Control, acts
 from imprompt_serving.denoiser.line import Load
 from imprompt_serving.denoiser.preview import predicted_latents
 from imprompt_serving.denoiser.schedulers import make_scheduler, set_timesteps, step_arguments
@@ -109,7 +109,8 @@ class Job:
 
     def controls(self) -> list[Control]:
         """The ControlNets that act in the current step."""
-        return [control for control in self._conditioning.controls if control.acts(self._index, len(self._timesteps))]
+        count = len(self._timesteps)
+        return [use for use in self._conditioning.controls if acts(use.start, use.end, self._index, count)]
 
     def model_input(self) -> tuple[Tensor, Tensor]:
         """Latents [rows, C, h, w] (clips: [rows, C, F, h, w]) and timesteps [rows] of the current step."""

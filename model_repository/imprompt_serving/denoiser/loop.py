@@ -44,6 +44,19 @@ class Listener:
         self.progress, self.finish, self.fail = progress, finish, fail
 
 
+class Outcome(Listener):
+    """A listener for who waits for the end: ``ended`` is set then, and ``error`` is what went wrong, if anything."""
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+        self.error: RequestError | None = None
+        super().__init__(lambda *_: None, lambda _: self.ended.set(), self._failed)
+
+    def _failed(self, error: RequestError) -> None:
+        self.error = error
+        self.ended.set()
+
+
 class Denoiser:
     """Continuous batching of denoising steps: a job joins or leaves between any two ticks."""
 

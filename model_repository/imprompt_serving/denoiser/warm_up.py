@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from imprompt_serving.denoiser.batch import Batcher
 from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.job import Job
-from imprompt_serving.denoiser.loop import Denoiser, Listener
+from imprompt_serving.denoiser.loop import Denoiser, Outcome
 from imprompt_serving.denoiser.networks import Networks
 from imprompt_serving.denoiser.preview import previews
 from imprompt_serving.errors import RequestError
@@ -46,20 +43,13 @@ def warm_up(bundle: Bundle, conditioner: Conditioner, networks: Networks, device
     )
     tensors = _tensors(bundle, height, width)
     job = Job(request, bundle, conditioner(request, tensors), tensors, device)
-    ended, errors = threading.Event(), list[RequestError]()
-
-    def fail(error: RequestError) -> None:
-        errors.append(error)
-        ended.set()
-
-    ignore: Callable[..., None] = lambda *_: None  # noqa: E731
-    denoiser = Denoiser(networks, Batcher(bundle), bundle.shapes.rows.max)
-    denoiser.submit(job, Listener(ignore, lambda _: ended.set(), fail))
-    if not ended.wait(WAIT_S):
+    denoiser, outcome = Denoiser(networks, Batcher(bundle), bundle.shapes.rows.max), Outcome()
+    denoiser.submit(job, outcome)
+    if not outcome.ended.wait(WAIT_S):
         raise RequestError(f"the first step was not done after {WAIT_S:g} seconds")
     denoiser.stop()
-    if errors:
-        raise errors[0]
+    if outcome.error:
+        raise outcome.error
     if job.predicted is not None:
         previews(job.predicted, bundle.family)
 
