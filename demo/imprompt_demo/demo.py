@@ -8,6 +8,7 @@ import multiprocessing
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -100,6 +101,7 @@ def exported(work: Path, *, verbose: bool = False) -> Path:
 def _export(bundle: Path, repository: Path) -> Report:
     """In a process of its own, on one core; only the larger bundle shows its progress."""
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", module="peft")
     for library in (diffusers_logging, transformers_logging):  # their notes would bury the demo's own
         library.set_verbosity_error()
         library.disable_progress_bar()

@@ -14,11 +14,7 @@ from ..metrics import thing_network
 from . import adapter, controlnet, diffusion, lcm, motion
 from .loop import load_mean
 
-BUNDLE = """\
-# A family of tiny models trained on the picture world of `imprompt_demo`; see MODEL_CARD.md.
-name = "world"
-base = "checkpoints/base"
-
+_ADAPTERS = """
 [[ip_adapter]]
 name = "plain"
 path = "checkpoints/ip-adapter"
@@ -30,58 +26,42 @@ name = "plus"
 path = "checkpoints/ip-adapter"
 subfolder = "models"
 weight_name = "ip-adapter-plus_world.safetensors"
+"""
+_ENGINE = """
+[engine]
+backend = "onnxruntime"
+precision = "fp32"
+host = "python"
 
+[shapes]
+height = [64, 64, 128]
+width = [64, 64, 128]
+rows = [1, 2, 32]
+"""
+BUNDLE = f"""\
+# A family of tiny models trained on the picture world of `imprompt_demo`; see MODEL_CARD.md.
+name = "world"
+base = "checkpoints/base"
+{_ADAPTERS}
 [[controlnet]]
 name = "edges"
 path = "checkpoints/controlnet-edges"
 
 [motion_adapter]
 path = "checkpoints/motion"
-
-[engine]
-backend = "onnxruntime"
-precision = "fp32"
-host = "python"
-
-[shapes]
-height = [64, 64, 128]
-width = [64, 64, 128]
-rows = [1, 2, 32]
-frames = [8, 16, 16]
+{_ENGINE}frames = [8, 16, 16]
 image_tokens = [4, 16, 64]
 """
-LCM_BUNDLE = """\
+LCM_BUNDLE = f"""\
 # The same base with the LCM-LoRA fused: LCMScheduler, 4 steps, guidance 1.
 name = "world_lcm"
 base = "checkpoints/base"
-
-[[ip_adapter]]
-name = "plain"
-path = "checkpoints/ip-adapter"
-subfolder = "models"
-weight_name = "ip-adapter_world.safetensors"
-
-[[ip_adapter]]
-name = "plus"
-path = "checkpoints/ip-adapter"
-subfolder = "models"
-weight_name = "ip-adapter-plus_world.safetensors"
-
+{_ADAPTERS}
 [[lora]]
 path = "checkpoints/lcm-lora"
 weight_name = "pytorch_lora_weights.safetensors"
 scale = 1.0
-
-[engine]
-backend = "onnxruntime"
-precision = "fp32"
-host = "python"
-
-[shapes]
-height = [64, 64, 128]
-width = [64, 64, 128]
-rows = [1, 2, 32]
-image_tokens = [4, 16, 64]
+{_ENGINE}image_tokens = [4, 16, 64]
 """
 
 
