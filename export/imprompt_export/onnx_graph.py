@@ -8,9 +8,11 @@ import logging
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from onnxscript import opset18 as op
+from onnxscript.rewriter.rules.common import slice_split_rule
 
 from imprompt_export.graphs import Axes, Graph
 from imprompt_export.precision import Positional, cast
@@ -40,7 +42,7 @@ def _trace(graph: Graph, dtype: torch.dtype) -> torch.onnx.ONNXProgram:
         for tensor in graph.inputs
     )
     module = Positional(graph, dtype).eval()
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), _without_slice_split():
         program = torch.export.export(
             module, tuple(example.values()), dynamic_shapes={"tensors": dynamic}, strict=False
         )
@@ -72,6 +74,11 @@ def _repeat_interleave(tensor: Any, repeats: Any, dim: int = 0, output_size: Any
     ones = op.Constant(value_ints=[1] * (len(tensor.shape) - 1))
     repeated = op.Expand(op.Unsqueeze(tensor, one), op.Concat(one, op.Reshape(repeats, rest), ones, axis=0))
     return op.Reshape(repeated, op.Concat(rest, op.Shape(tensor, start=1), axis=0))
+
+
+def _without_slice_split() -> contextlib.AbstractContextManager[Any]:
+    """Leave out the one rewrite that tries every pair of Slices: it takes longest by far and never applies here."""
+    return mock.patch.object(slice_split_rule, "try_rewrite", return_value=None)
 
 
 @contextlib.contextmanager
