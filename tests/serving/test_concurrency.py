@@ -64,6 +64,31 @@ def test_a_picture_alone_is_the_picture_among_fifteen_strangers(sd15: Served) ->
             assert_different(list(one), list(alone[0]))
 
 
+@pytest.mark.parametrize("way", ["unary", "stream"])
+def test_eight_callers_share_the_calls_of_the_unet(sd15: Served, way: str) -> None:
+    """No step runs alone while others of its shape wait: a call has room for four guided pictures."""
+    steps, callers = 100, 8
+
+    def ask(seed: int) -> None:
+        arguments = CAT | {"num_inference_steps": steps, "seed": seed, "scheduler": "DDIMScheduler"}
+        if way == "unary":
+            sd15.generate(**arguments)
+        else:
+            assert isinstance(list(sd15.client.stream(model="sd15", **arguments))[-1], Result)
+
+    before = sd15.metrics()
+    with ThreadPoolExecutor(callers) as pool:
+        list(pool.map(ask, range(callers)))
+    time.sleep(0.3)
+    after = sd15.metrics()
+    calls, rows = (
+        after[name] - before[name]
+        for name in (f'imprompt_tick_rows_{kind}{{model="sd15_denoiser"}}' for kind in ("count", "sum"))
+    )
+    assert rows == callers * steps * 2
+    assert rows / calls > 6, f"{rows / calls:.1f} rows a call"
+
+
 def test_bad_requests_do_not_harm_the_good_ones_beside_them(sd15: Served) -> None:
     """Refused before, while and after the job of the denoiser is made."""
     bad: list[dict[str, Any]] = [

@@ -63,16 +63,18 @@ class TritonPythonModel:
         limits, shapes = self._bundle.limits, self._bundle.shapes
         self._models = TritonModels(limits.waiting_rows + 2 * shapes.rows.max + _MORE_THREADS)
         self._pipeline = Pipeline(self._bundle, folder, self._models)
-        self._leaving: set[asyncio.Future[Tensors]] = set()
+        self._tasks: set[asyncio.Future[Any]] = set()
         self._metrics = Metrics(metrics.PIPELINE, args["model_name"])
         self._in_flight = self._metrics.of(metrics.IN_FLIGHT)
         policy = json.loads(args["model_config"]).get("model_transaction_policy", {})
         self._streaming = bool(policy.get("decoupled", False))
 
     async def execute(self, requests: list[Any]) -> None:
+        """Take the requests, and wait for none of them: before this returns Triton brings a unary model no others."""
         # Triton makes its calls in the default executor, which has few threads: slow ones would keep up all others.
         asyncio.get_running_loop().set_default_executor(self._models.calls)
-        await asyncio.gather(*map(self._answer, requests))
+        for request in requests:
+            self._keep(asyncio.ensure_future(self._answer(request)))
 
     async def _answer(self, request: Any) -> None:
         """Exactly one final answer, whatever happens."""
@@ -123,8 +125,7 @@ class TritonPythonModel:
                 if not work.done():
                     # It has to tell the denoiser, which may take a tick: the caller need not wait for that.
                     work.cancel()
-                    self._leaving.add(work)
-                    work.add_done_callback(self._left)
+                    self._keep(work)
                     raise
         answer = work.result()
         for stage, seconds in json.loads(answer["timings"][0]).items() if "timings" in answer else ():
@@ -132,7 +133,12 @@ class TritonPythonModel:
                 self._metrics.observe(metrics.STAGE_SECONDS, stage, seconds)
         return answer
 
-    def _left(self, work: asyncio.Future[Tensors]) -> None:
-        self._leaving.discard(work)
-        if not work.cancelled() and work.exception() is not None:
-            logger.warning("a request that was broken off: %s", work.exception())
+    def _keep(self, task: asyncio.Future[Any]) -> None:
+        """Let ``task`` run to its end: the event loop itself may forget it."""
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Future[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.warning("nobody was told of this error: %s", task.exception())
