@@ -117,11 +117,12 @@ def _sdxl(folder: Path) -> list[str]:
 
 
 def _inpaint(folder: Path) -> list[str]:
-    """A UNet of nine input channels."""
+    """A UNet of nine input channels; two denoisers (on a CPU both are there)."""
     base.make_sd15(folder / "base", in_channels=9)
     root = folder / "ip"
     adapters.make_image_encoder(root / "models/image_encoder")
-    return [adapter("plain", adapters.make_adapter(root, "plain"), root, "models/image_encoder")]
+    plain = adapter("plain", adapters.make_adapter(root, "plain"), root, "models/image_encoder")
+    return ["\n[engine]\ndevices = [0, 1]\n", plain]
 
 
 def _lcm(folder: Path) -> list[str]:

@@ -41,7 +41,7 @@ def count(page: str, bundle: str) -> dict[str, float]:
     named = {metric: name for name, metric in COUNTERS.items()}
     for line in _LINE.finditer(page):
         model = re.search(
-            rf'model="{bundle}_(denoiser|text_encoder|text_encoder_2|image_encoder_\w+)"', line["labels"] or ""
+            rf'model="{bundle}_(denoiser(_\d+)?|text_encoder|text_encoder_2|image_encoder_\w+)"', line["labels"] or ""
         )
         if line["name"] in named and model:
             totals[named[line["name"]]] += float(line["value"])

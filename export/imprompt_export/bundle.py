@@ -76,7 +76,7 @@ class LoraSection(_Section, frozen=True):
 class EngineSection(_Section, frozen=True):
     """What the engines are compiled to, and who hosts the encoders and the VAE.
 
-    ``threads`` of one call on the CPU, 0 for one a core. ``min_snr_db``: how good int8 must be (``int8.Quality``).
+    ``threads`` of one call on the CPU, 0 for one a core. ``devices``: GPUs that have a denoiser each. ``min_snr_db``: how good int8 must be (``int8.Quality``).
     ``targets``: compute capabilities that engines of TensorRT-RTX are made for. ``refit``: whether the weights of
     TensorRT's engines can be replaced later.
     """
@@ -85,6 +85,7 @@ class EngineSection(_Section, frozen=True):
     precision: str = "fp32"
     host: str = "python"
     threads: int = 0
+    devices: tuple[int, ...] = ()
     min_snr_db: float = 10.0
     targets: tuple[str, ...] = ("SM80", "SM86", "SM89", "SM120")
     refit: bool = False
@@ -174,6 +175,8 @@ class BundleFile(_Section, frozen=True):
         _one_of(f"engine.host (with {engine.backend})", engine.host, backend.hosts)
         if engine.threads < 0:
             raise BundleError(f"engine.threads: 0 (one a core) or more, got {engine.threads}")
+        if min(engine.devices, default=0) < 0 or len(set(engine.devices)) < len(engine.devices):
+            raise BundleError(f"engine.devices: numbers of GPUs, each once, got {list(engine.devices)}")
         packages = {"openvino": "openvino"} if engine.backend == "openvino" else {}
         packages |= {"nncf": "int8"} if engine.precision == "int8" else {}
         missing = [package for package in packages if find_spec(package) is None]

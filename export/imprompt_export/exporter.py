@@ -199,6 +199,7 @@ def describe(bundle: BundleFile, checkpoints: Checkpoints) -> specs.Bundle:
         backend=bundle.engine.backend,
         precision=bundle.engine.precision,
         threads=bundle.engine.threads,
+        devices=bundle.engine.devices,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,7 +42,7 @@ def write_models(
         folder = _write(root, bundle, model, "pipeline")
         _save_tokenizers(folder, bundle, checkpoints)
         bundle.save(folder)
-    folder = _write(root, bundle, config.denoiser(bundle), "denoiser")
+    folder, *others = (_write(root, bundle, config.denoiser(bundle, name), "denoiser") for name in bundle.denoisers)
     bundle.save(folder)
     if bundle.face_encoder:
         folder_of_faces = _write(root, bundle, config.face_encoder(bundle), "face_encoder")
@@ -54,6 +55,8 @@ def write_models(
         else:
             model = _engine_config(bundle, host, graph)
             _move(files[name], _write(root, bundle, model, "engine" if host == "python" else None), "model")
+    for other in others:
+        _link(folder, other)
 
 
 def _write(root: Path, bundle: Bundle, model: pb.ModelConfig, module: str | None) -> Path:
@@ -73,6 +76,7 @@ def _engine_config(bundle: Bundle, host: str, graph: Graph) -> pb.ModelConfig:
     outputs = [
         Tensor(name, graph.output_dtypes.get(name, "FP32"), _dims(shape)) for name, shape in graph.outputs.items()
     ]
+    compiled = BACKENDS[bundle.backend].compiled
     return config.engine(
         bundle.model(graph.name),
         inputs,
@@ -80,7 +84,9 @@ def _engine_config(bundle: Bundle, host: str, graph: Graph) -> pb.ModelConfig:
         backend=bundle.backend,
         host=host,
         threads=bundle.threads,
-        max_batch_size=batch(graph, bundle).max if BACKENDS[bundle.backend].compiled else bundle.shapes.rows.max,
+        # ONNX Runtime hosted by Python may be the one for CPUs, which Triton would refuse on a GPU.
+        devices=bundle.devices if compiled or host == "native" else (),
+        max_batch_size=batch(graph, bundle).max if compiled else bundle.shapes.rows.max,
         cache=graph.name.startswith(_CACHED),
     )
 
@@ -93,6 +99,16 @@ def _move(file: Path, folder: Path, stem: str) -> None:
     """Move an engine and what lies beside it; the name of external data is written into an ONNX file and so stays."""
     for part in [part for part in file.parent.iterdir() if part.is_file()]:
         part.rename(folder / (part.name if part.suffix == ".data" else f"{stem}{part.suffix}"))
+
+
+def _link(folder: Path, other: Path) -> None:
+    """Give ``other`` the files of ``folder`` that it lacks; they stay on the disk once where hard links can be made."""
+    for file in folder.iterdir():
+        if not (other / file.name).exists():
+            try:
+                os.link(file, other / file.name)
+            except OSError:
+                shutil.copyfile(file, other / file.name)
 
 
 def _save_tokenizers(folder: Path, bundle: Bundle, checkpoints: Checkpoints) -> None:

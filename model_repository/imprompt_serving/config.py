@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
@@ -29,9 +29,9 @@ def pipeline(bundle: Bundle, *, stream: bool, capabilities: str) -> pb.ModelConf
     return config
 
 
-def denoiser(bundle: Bundle) -> pb.ModelConfig:
-    """The denoiser: a job as JSON with its tensors, answered by progress and latents."""
-    config = _python_model(bundle.model("denoiser"), decoupled=True)
+def denoiser(bundle: Bundle, name: str) -> pb.ModelConfig:
+    """A denoiser: a job as JSON with its tensors, answered by progress and latents."""
+    config = _python_model(name, decoupled=True)
     _add(config, wire.job_tensors(bundle), wire.JOB_RESPONSE)
     for tensor in config.input:
         tensor.optional = True
@@ -54,16 +54,23 @@ def engine(
     backend: str,
     host: str,
     threads: int = 0,
+    devices: Sequence[int] = (),
     max_batch_size: int,
     cache: bool = False,
 ) -> pb.ModelConfig:
-    """An engine with dynamic batching: hosted by a Python model, or by Triton's own backend (``host = "native"``)."""
+    """An engine with dynamic batching: hosted by a Python model, or by Triton's own backend (``host = "native"``).
+
+    With ``devices`` it has an instance on each of these GPUs.
+    """
     if host == "native":
         config = pb.ModelConfig(name=name, backend=backend, platform=_PLATFORMS[backend])
     else:
         config = _python_model(name, decoupled=False)
         config.parameters["engine_backend"].string_value = backend
         config.parameters["engine_threads"].string_value = str(threads)
+    if devices:
+        del config.instance_group[:]
+        config.instance_group.add(kind=pb.ModelInstanceGroup.KIND_GPU, count=1, gpus=devices)
     config.max_batch_size = max_batch_size
     config.dynamic_batching.SetInParent()
     config.response_cache.enable = cache

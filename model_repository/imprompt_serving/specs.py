@@ -167,6 +167,8 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     precision: str = "fp32"
     threads: int = 0
     """Threads of one call of an engine on the CPU; 0 for one a core."""
+    devices: tuple[int, ...] = ()
+    """GPUs that serve it; none: the first one."""
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -211,6 +213,13 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     def model(self, part: str) -> str:
         """Name of the Triton model that serves ``part`` of this bundle."""
         return f"{self.name}_{part}"
+
+    @property
+    def denoisers(self) -> dict[str, int]:
+        """The Triton models of its denoisers and the GPU of each; they have a number in the name if they are several."""
+        if len(self.devices) < 2:
+            return {self.model("denoiser"): next(iter(self.devices), 0)}
+        return {self.model(f"denoiser_{gpu}"): gpu for gpu in self.devices}
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

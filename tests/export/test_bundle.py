@@ -53,6 +53,8 @@ def write(folder: Path, text: str) -> Path:
         ),
         (BASE + '[engine]\nbackend = "openvino"\nhost = "native"', "engine.host"),
         (BASE + "[engine]\nthreads = -1", "engine.threads"),
+        (BASE + "[engine]\ndevices = [0, 0]", "engine.devices.*each once"),
+        (BASE + "[engine]\ndevices = [-1]", "engine.devices"),
         (BASE + '[engine]\nprecision = "fp4"', "engine.precision.*fp4.*fp32, fp16, bf16"),
         (BASE + '[engine]\nbackend = "tensorrt_rtx"\nhost = "native"', "engine.host.*tensorrt_rtx.*none of python"),
         (BASE + "[engine]\nrefit = true", "engine.refit.*onnxruntime"),

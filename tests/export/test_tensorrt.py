@@ -119,6 +119,14 @@ def test_triton_hosts_tensorrt_itself() -> None:
     assert (hosted.backend, hosted.parameters["engine_backend"].string_value) == ("python", "tensorrt")
 
 
+@pytest.mark.parametrize("host", ["native", "python"])
+def test_an_engine_has_an_instance_on_each_gpu_that_is_named(host: str) -> None:
+    tensors = [Tensor("latents", "FP32", (4, -1, -1))], [Tensor("images", "UINT8", (-1, -1, 3))]
+    made = config.engine("vae", *tensors, backend="tensorrt", host=host, devices=(0, 3), max_batch_size=2)
+    (group,) = made.instance_group
+    assert (group.kind, list(group.gpus), group.count) == (pb.ModelInstanceGroup.KIND_GPU, [0, 3], 1)
+
+
 def write(file: Path, weight: float = 1.0, operator: str = "MatMul") -> Path:
     """A graph of one operator with one weight."""
     weights = helper.make_tensor("weight", TensorProto.FLOAT, [4, 4], [weight] * 16)

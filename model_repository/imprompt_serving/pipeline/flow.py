@@ -12,8 +12,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from imprompt_serving.errors import InvalidRequest, Overloaded, RequestError
+from imprompt_serving.errors import InvalidRequest, RequestError
 from imprompt_serving.job import Admission, JobRequest
+from imprompt_serving.pipeline.dispatch import Dispatcher
 from imprompt_serving.pipeline.encode import ImagePromptEncoder, TextPromptEncoder, control_tensors, encode_start
 from imprompt_serving.pipeline.finish import Finisher
 from imprompt_serving.pipeline.models import Models, Tensors, raise_for_error, strings
@@ -30,6 +31,7 @@ class Pipeline:
         self._text = TextPromptEncoder(bundle, folder, models)
         self._images = ImagePromptEncoder(bundle, models)
         self._finish = Finisher(bundle, models)
+        self._dispatcher = Dispatcher(bundle, models)
 
     async def generate(
         self, request: Request, job_id: str | None = None, progress: Callable[[Tensors], None] | None = None
@@ -45,23 +47,18 @@ class Pipeline:
         if request.encode_image is not None:
             return await self._embeddings_only(request, request.encode_image)
         stages, began = Stages(), time.perf_counter()
-        job_id = job_id or uuid.uuid4().hex
-        try:
-            with stages.measure("admission"):
-                await self._admit(request, job_id)
+        admission = self._admission(request, job_id or uuid.uuid4().hex)
+        with stages.measure("admission"):
+            denoiser = await self._dispatcher.admit(admission)
+        async with self._dispatcher.place(denoiser, admission):
             text, embeds, start = await asyncio.gather(
                 self._text.encode(request, stages),
                 self._images.encode(request, stages),
                 encode_start(request, self._bundle, self._models, stages),
             )
             tensors = {**text, **embeds, **start, **control_tensors(request)}
-            job = self._job(request, job_id, time.perf_counter() - began, quiet=progress is None)
-            latents = await self._denoise(job, tensors, progress, stages)
-        except Overloaded:
-            raise
-        except BaseException:
-            await self._tell_denoiser(cancel=job_id)
-            raise
+            job = self._job(request, admission.id, time.perf_counter() - began, quiet=progress is None)
+            latents = await self._denoise(denoiser, job, tensors, progress, stages)
         answer = await self._finish(request, latents, stages)
         per_picture = len(request.seeds) == request.pictures
         answer["seeds"] = np.array(request.seeds * (1 if per_picture else request.pictures), np.int64)
@@ -69,18 +66,12 @@ class Pipeline:
         answer["timings"] = strings(json.dumps(stages.seconds))
         return answer
 
-    async def _admit(self, request: Request, job_id: str) -> None:
-        """A place in the denoiser's line, before any other work is done for a request that is refused then."""
+    def _admission(self, request: Request, job_id: str) -> Admission:
+        """What a request will cost a denoiser."""
         frames = 1 if request.clip is None else request.clip.frames
         rows = request.pictures * frames * (2 if self._bundle.guided(request.guidance_scale) else 1)
         share = 1.0 if request.task == "text-to-image" else request.strength
-        asked = Admission(id=job_id, rows=rows, steps=max(round(request.num_inference_steps * share), 1))
-        await self._tell_denoiser(admit=msgspec.json.encode(asked))
-
-    async def _tell_denoiser(self, **message: str | bytes) -> None:
-        tensors = {name: strings(value) for name, value in message.items()}
-        async for answer in self._models.stream(self._bundle.model("denoiser"), tensors):
-            raise_for_error(answer)
+        return Admission(id=job_id, rows=rows, steps=max(round(request.num_inference_steps * share), 1))
 
     async def _embeddings_only(self, request: Request, adapter: str) -> Tensors:
         for prompt in request.image_prompts:
@@ -121,11 +112,16 @@ class Pipeline:
         )
 
     async def _denoise(
-        self, job: JobRequest, tensors: Tensors, progress: Callable[[Tensors], None] | None, stages: Stages
+        self,
+        denoiser: str,
+        job: JobRequest,
+        tensors: Tensors,
+        progress: Callable[[Tensors], None] | None,
+        stages: Stages,
     ) -> np.ndarray:
         tensors = {"job": strings(msgspec.json.encode(job)), **tensors}
         with stages.measure("denoiser"):
-            async for answer in self._models.stream(self._bundle.model("denoiser"), tensors):
+            async for answer in self._models.stream(denoiser, tensors):
                 raise_for_error(answer)
                 if progress:
                     progress({name: answer[name] for name in ("step", "steps", "preview") if name in answer})

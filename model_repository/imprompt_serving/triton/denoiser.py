@@ -37,7 +37,7 @@ class TritonPythonModel:
         folder = Path(args["model_repository"], args["model_version"])
         bundle = self._bundle = Bundle.load(folder)
 
-        device = self._device = device_of(bundle.backend)
+        device = self._device = device_of(bundle.backend, bundle.denoisers[args["model_name"]])
 
         def engine(name: str) -> Engine:
             return load_engine(folder / name, bundle.backend, threads=bundle.threads, device=str(device))

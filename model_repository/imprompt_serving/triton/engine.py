@@ -18,7 +18,9 @@ class TritonPythonModel:
         parameters = json.loads(args["model_config"])["parameters"]
         given = {name: value["string_value"] for name, value in parameters.items()}
         path = Path(args["model_repository"], args["model_version"], "model")
-        self._engine = load_engine(path, given["engine_backend"], threads=int(given.get("engine_threads", 0)))
+        device = f"cuda:{args['model_instance_device_id']}" if args["model_instance_kind"] == "GPU" else ""
+        threads = int(given.get("engine_threads", 0))
+        self._engine = load_engine(path, given["engine_backend"], threads=threads, device=device)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         inputs = [arrays(request) for request in requests]
