@@ -76,7 +76,8 @@ class LoraSection(_Section, frozen=True):
 class EngineSection(_Section, frozen=True):
     """What the engines are compiled to, and who hosts the encoders and the VAE.
 
-    ``threads`` of one call on the CPU, 0 for one a core. ``devices``: GPUs that have a denoiser each. ``min_snr_db``: how good int8 must be (``int8.Quality``).
+    ``threads`` of one call on the CPU, 0 for one a core. ``devices``: GPUs that have a denoiser each.
+    ``min_snr_db``: how good int8 must be (``int8.Quality``).
     ``targets``: compute capabilities that engines of TensorRT-RTX are made for. ``refit``: whether the weights of
     TensorRT's engines can be replaced later.
     """

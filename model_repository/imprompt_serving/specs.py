@@ -216,7 +216,7 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def denoisers(self) -> dict[str, int]:
-        """The Triton models of its denoisers and the GPU of each; they have a number in the name if they are several."""
+        """The Triton models of its denoisers and the GPU of each; with a number in the name if they are several."""
         if len(self.devices) < 2:
             return {self.model("denoiser"): next(iter(self.devices), 0)}
         return {self.model(f"denoiser_{gpu}"): gpu for gpu in self.devices}

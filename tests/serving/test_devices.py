@@ -73,7 +73,7 @@ def test_a_cancel_finds_its_job(two: Served) -> None:
         arguments = REQUEST | {"num_inference_steps": 100, "seed": seed}
         stream = two.client.stream(model="inpaint", **arguments)
         assert isinstance(next(stream), Progress)
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
 
     before = count(two, "imprompt_jobs_ended_total", ',outcome="cancelled"')
     with ThreadPoolExecutor(2) as pool:
@@ -135,7 +135,7 @@ def test_a_full_line_sends_a_job_to_the_next(two: Served) -> None:
         assert await chosen.admit(asked(1)) == DENOISERS[0]
         with pytest.raises(Overloaded, match="full"):
             await chosen.admit(asked(1))
-        assert ("cancel" not in {what for _, what in lines.told}), "a refused job is not there"
+        assert "cancel" not in {what for _, what in lines.told}, "a refused job is not there"
 
     asyncio.run(play())
 

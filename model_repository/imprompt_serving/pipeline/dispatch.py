@@ -47,7 +47,7 @@ class Dispatcher:
 
     @asynccontextmanager
     async def place(self, model: str, asked: Admission) -> AsyncIterator[None]:
-        """While the job ``asked``, admitted to ``model``, is prepared and runs; whatever breaks it off stops it there."""
+        """While the job ``asked``, admitted to ``model``, is prepared and runs; what breaks it off stops it there."""
         try:
             yield
         except Overloaded:
