@@ -12,6 +12,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from torch._inductor import config as inductor
 
 from imprompt_bench.checkpoints import ADAPTER, Checkpoints
 from imprompt_bench.systems import Answer, Arguments, System
@@ -50,7 +51,8 @@ class Diffusers:
         torch.set_num_threads(min((1, os.cpu_count() or 1), key=seconds))
 
     def compile(self) -> None:
-        """Compile the UNet at its next call, with the number of threads that is set now."""
+        """Compile the UNet at its next call: for the number of threads that is set now, its weights as constants."""
+        inductor.freezing = True
         self._pipeline.unet = torch.compile(self._pipeline.unet)
 
     def __call__(self, arguments: Arguments) -> Answer:

@@ -1,7 +1,7 @@
 """Results as the tables of `docs/performance.md`: `imprompt bench report`.
 
-What stands between `<!-- results -->` and `<!-- end -->` is made anew: a section for each JSON file of a run, and the
-overhead of the denoiser's loop.
+What stands between `<!-- results -->` and `<!-- end -->` is made anew: what all runs say of the baselines, a section
+for each JSON file of a run, and the overhead of the denoiser's loop.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PLACE = re.compile(r"(<!-- results -->\n).*?(<!-- end -->)", re.DOTALL)
 _SYSTEMS = {
     "imprompt": "imprompt, served",
     "eager": "diffusers, eager",
-    "compiled": "diffusers, `torch.compile`",
+    "compiled": "diffusers, `torch.compile` (frozen)",
     "bare": "the same engines without a server",
 }
 _STAGES = ("total", "admission", "text_encoder", "preprocess", "image_encoder", "queue", "denoise", "vae_decoder")
@@ -43,19 +43,51 @@ def runs(results: Path) -> dict[str, Run]:
 
 def filled(page: str, results: Path, images: Path) -> str:
     """``page`` with its results made anew."""
-    parts = [section(name, run, images) for name, run in runs(results).items()]
+    measured = runs(results)
+    parts = [summary(list(measured.values())), *(section(name, run, images) for name, run in measured.items())]
     if (results / OVERHEAD).exists():
         parts.append(overhead(json.loads((results / OVERHEAD).read_text())))
     return _PLACE.sub(lambda place: f"{place[1]}{''.join(parts)}{place[2]}", page)
 
 
+def summary(measured: Sequence[Run]) -> str:
+    """The server against each baseline, over the files that measured the same requests."""
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for run in measured:
+        systems = {measurement.label: measurement.latencies() for measurement in run.of("latency")}
+        if len(systems) > 1:
+            row = rows.setdefault((_title(run), *_requests(run)), {})
+            own = systems.pop("imprompt")
+            row.setdefault("seconds", _between(percentile(own, 50), 2))
+            row.update({name: _between(ratio(own, latencies), 2) for name, latencies in systems.items()})
+    if not rows:
+        return ""
+    columns = ["seconds", *(name for name in _SYSTEMS if name != "imprompt")]
+    header = ["", "pixels", "steps", "p50 s", *(f"times {_SYSTEMS[name]}" for name in columns[1:])]
+    text = "What a served request takes, and how many times what the others take (below 1: it is faster).\n\n"
+    return (
+        "## Against the baselines\n\n"
+        + text
+        + table(header, [[*key, *(row.get(name, "") for name in columns)] for key, row in rows.items()])
+        + "\n\n"
+    )
+
+
+def _title(run: Run) -> str:
+    return f"{run.bundle['name']}, {run.bundle['backend']}, {run.bundle['precision']}"
+
+
+def _requests(run: Run) -> tuple[str, str]:
+    return f"{run.bundle['size']} x {run.bundle['size']}", str(run.bundle["steps"])
+
+
 def section(name: str, run: Run, images: Path) -> str:
     """One run."""
-    bundle = run.bundle
+    pixels, steps = _requests(run)
     blocks = [
-        f"## {bundle['name']}, {bundle['backend']}, {bundle['precision']}",
-        f"Requests of {bundle['size']} x {bundle['size']} pixels in {bundle['steps']} steps, with guidance, an image "
-        "prompt and a prompt of their own.",
+        f"## `{name}`",
+        f"{_title(run)}: requests of {pixels} pixels in {steps} steps, with guidance, an image prompt and a prompt of "
+        "their own.",
         _machine(run.environment),
         f"```sh\n{run.command}\n```",
     ]
@@ -153,12 +185,14 @@ def _arithmetic(run: Run) -> str:
 
 def _closed(run: Run) -> str:
     measured = run.of("closed")
+    others = {other.label: 1 / median(other.latencies()) for other in run.of("latency") if other.label != "imprompt"}
     rows = []
     for point in measured:
-        gain = point.pictures_per_second / measured[0].pictures_per_second
-        rate = [f"{point.pictures_per_second:.3f}", f"{gain:.2f}"]
-        rows.append([f"{point.value:g}", *rate, *_percentiles(point), *_server(point), _stable(point)])
-    header = ["callers", "pictures/s", "times one caller", "p50 s", "p90 s", "p99 s", *_SERVER, "stable"]
+        rate = point.pictures_per_second
+        times = [f"{rate / other:.2f}" for other in (measured[0].pictures_per_second, *others.values())]
+        rows.append([f"{point.value:g}", f"{rate:.3f}", *times, *_percentiles(point), *_server(point), _stable(point)])
+    against = ["times one caller", *(f"times {_SYSTEMS[name]}, one after the other" for name in others)]
+    header = ["callers", "pictures/s", *against, "p50 s", "p90 s", "p99 s", *_SERVER, "stable"]
     return table(header, rows) if rows else ""
 
 

@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 from onnxscript import opset18 as op
+from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
 from onnxscript.rewriter.rules.common import slice_split_rule
 
 from imprompt_export.graphs import Axes, Graph
@@ -52,7 +53,10 @@ def _trace(graph: Graph, dtype: torch.dtype) -> torch.onnx.ONNXProgram:
             opset_version=OPSET,
             input_names=[tensor.name for tensor in graph.inputs],
             output_names=list(graph.outputs),
-            custom_translation_table={torch.ops.aten.repeat_interleave.self_int: _repeat_interleave},
+            custom_translation_table={
+                torch.ops.aten.repeat_interleave.self_int: _repeat_interleave,
+                torch.ops.aten.scaled_dot_product_attention.default: _attention,
+            },
         )
     assert onnx_program is not None  # it is with dynamo=True
     model = onnx_program.model.graph
@@ -74,6 +78,30 @@ def _repeat_interleave(tensor: Any, repeats: Any, dim: int = 0, output_size: Any
     ones = op.Constant(value_ints=[1] * (len(tensor.shape) - 1))
     repeated = op.Expand(op.Unsqueeze(tensor, one), op.Concat(one, op.Reshape(repeats, rest), ones, axis=0))
     return op.Reshape(repeated, op.Concat(rest, op.Shape(tensor, start=1), axis=0))
+
+
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Attention without a mask as the four operators that engines know how to join; any other by onnxscript.
+
+    onnxscript's own turns the key around by way of shapes that are computed at each call, and OpenVINO 2026.4 gives
+    wrong answers for it: after a call with one query, to the next with sixteen.
+    """
+    if attn_mask is not None or is_causal or enable_gqa:
+        return aten_scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    factor = op.CastLike(op.Constant(value_float=scale or query.shape[-1] ** -0.5), query)
+    scores = op.MatMul(op.Mul(query, factor), op.Transpose(key, perm=[0, 1, 3, 2]))
+    return op.MatMul(op.Softmax(scores, axis=-1), value)
 
 
 def _without_slice_split() -> contextlib.AbstractContextManager[Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -67,6 +69,21 @@ def test_the_result_as_a_page(measured: Path, tmp_path: Path) -> None:
     for plot in ("load", "request"):
         assert f"images/bench-run-{plot}.svg" in text
         assert (tmp_path / f"images/bench-run-{plot}.svg").read_text().startswith("<?xml")
+
+
+def test_runs_of_the_same_requests_share_a_line_of_the_summary(measured: Path) -> None:
+    run = Run.load(measured)
+    (own,) = run.of("latency")
+
+    def beside(name: str, times: float) -> Run:
+        slower = [msgspec.structs.replace(sample, ended=sample.sent + sample.latency / times) for sample in own.samples]
+        other = msgspec.structs.replace(own, label=name, samples=slower)
+        return msgspec.structs.replace(run, measurements=[own, other])
+
+    assert report.summary([run]) == ""
+    (line,) = report.summary([beside("eager", 0.5), beside("bare", 1.0)]).splitlines()[-2:-1]
+    assert line.startswith("| sd15, onnxruntime, fp32 | 64 x 64 | 2 |")
+    assert re.search(r"\| 0\.50 \([^|]*\|  \| 1\.00 \([^|]*\|$", line), line
 
 
 def test_the_page_is_that_of_the_results() -> None:

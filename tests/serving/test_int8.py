@@ -1,0 +1,61 @@
+"""A bundle in int8, from its file to its pictures: near to those of fp32, through a running Triton."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from bundles import Made
+from imprompt import Client
+from imprompt_export import export
+from imprompt_serving.launcher import Server
+from served import Served
+from tiny import images
+from tiny.oracle import picture_distance
+
+STATUE, OTHER = images.photo(1), images.photo(2)
+CAT: dict[str, Any] = {
+    "prompt": "a photo of a cat",
+    "num_inference_steps": 4,
+    "scheduler": "DDIMScheduler",
+    "seed": 0,
+    "ip_adapter_scale": 0.6,
+}
+
+
+@pytest.fixture(scope="module")
+def int8(bundle: Callable[[str], Made], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The bundle `openvino`, exported again with another precision."""
+    made, repository = bundle("openvino"), tmp_path_factory.mktemp("int8")
+    text = (made.checkpoints / "bundle.toml").read_text()
+    file = made.checkpoints / "bundle-int8.toml"
+    file.write_text(text.replace("[engine]\n", '[engine]\nprecision = "int8"\n').replace('"openvino"', '"int8"', 1))
+    export(file, repository, Console(file=io.StringIO()))
+    with Server(repository) as server, Client(server.grpc_address) as client:
+        yield Served(
+            Made(name="int8", repository=repository, checkpoints=made.checkpoints, adapters=()), server, client
+        )
+
+
+def test_quality_is_kept_beside_the_engines(int8: Served) -> None:
+    report = json.loads(Path(int8.bundle.repository, "int8/export.json").read_text())
+    assert {row["engine"] for row in report["int8"]} == {"unet", "controlnet_depth"}
+    assert all(row["snr_db"] >= row["min_snr_db"] for row in report["int8"])
+    assert int8.client.describe("int8")["precision"] == "int8"
+
+
+def test_its_pictures_are_near_those_of_fp32(int8: Served, served: Callable[[str], Served]) -> None:
+    exact = served("openvino").generate(**CAT, ip_adapter_image=STATUE)
+    near, other = (int8.generate(**CAT, ip_adapter_image=image) for image in (STATUE, OTHER))
+
+    def distance(one: Any, another: Any) -> float:
+        return picture_distance(np.asarray(one.images[0]), np.asarray(another.images[0]))[1]
+
+    assert 0 < distance(near, exact) < 0.25 * distance(near, other)
