@@ -71,19 +71,16 @@ def test_the_result_as_a_page(measured: Path, tmp_path: Path) -> None:
         assert (tmp_path / f"images/bench-run-{plot}.svg").read_text().startswith("<?xml")
 
 
-def test_runs_of_the_same_requests_share_a_line_of_the_summary(measured: Path) -> None:
+def test_the_summary_has_a_line_for_each_run_with_baselines(measured: Path) -> None:
     run = Run.load(measured)
     (own,) = run.of("latency")
-
-    def beside(name: str, times: float) -> Run:
-        slower = [msgspec.structs.replace(sample, ended=sample.sent + sample.latency / times) for sample in own.samples]
-        other = msgspec.structs.replace(own, label=name, samples=slower)
-        return msgspec.structs.replace(run, measurements=[own, other])
-
-    assert report.summary([run]) == ""
-    (line,) = report.summary([beside("eager", 0.5), beside("bare", 1.0)]).splitlines()[-2:-1]
-    assert line.startswith("| sd15, onnxruntime, fp32 | 64 x 64 | 2 |")
-    assert re.search(r"\| 0\.50 \([^|]*\|  \| 1\.00 \([^|]*\|$", line), line
+    slower = [msgspec.structs.replace(sample, ended=sample.sent + 2 * sample.latency) for sample in own.samples]
+    eager = msgspec.structs.replace(own, label="eager", samples=slower)
+    beside = msgspec.structs.replace(run, measurements=[own, eager])
+    assert report.summary({"alone": run}) == ""
+    line = report.summary({"alone": run, "both": beside}).splitlines()[-2]
+    assert line.startswith("| [both](#both) | sd15, onnxruntime, fp32 | 64 x 64 | 2 |")
+    assert re.search(r"\| 0\.50 \([^|]*\|  \|  \|$", line), line
 
 
 def test_the_page_is_that_of_the_results() -> None:
