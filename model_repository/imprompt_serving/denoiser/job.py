@@ -44,9 +44,7 @@ class Job:
         self.since = 0
         """Tick that last served this job, or in which it came."""
 
-        self._scheduler = make_scheduler(
-            bundle.scheduler, bundle.scheduler_config, request.scheduler, request.scheduler_config, request.seeds[0]
-        )
+        self._scheduler = make_scheduler(bundle, request)
         set_timesteps(self._scheduler, request.num_inference_steps)
         generator = generators(request.seeds)
         self._step_arguments = step_arguments(self._scheduler, eta=request.eta, generator=generator)
