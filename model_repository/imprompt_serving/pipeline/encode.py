@@ -39,7 +39,8 @@ class TextPromptEncoder:
             if request.negative_prompts is None and self._bundle.force_zeros_for_empty_prompt:
                 return positive | {f"negative_{name}": np.zeros_like(value) for name, value in positive.items()}
             empty = (("",) * len(request.prompts[0]),) * len(request.prompts)
-            return positive | await self._embeds(request.negative_prompts or empty, request.clip_skip, "negative_")
+            # As in diffusers, clip_skip is for the prompt alone.
+            return positive | await self._embeds(request.negative_prompts or empty, 0, "negative_")
 
     async def _embeds(self, prompts: tuple[tuple[str, ...], ...], clip_skip: int, prefix: str) -> Tensors:
         """Embeddings of one branch; those of several text encoders stand side by side."""
