@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from imprompt_bench import cli, report
+from imprompt_bench import baselines, cli, report
 from imprompt_bench.baselines import BareLoop, Diffusers
 from imprompt_bench.checkpoints import check_memory, parameters, write
 from imprompt_bench.presets import PRESETS
@@ -131,12 +131,16 @@ def test_sizes_of_engines_hold_their_weights(tmp_path: Path) -> None:
     assert engine_sizes(tmp_path) == {"m_denoiser/unet": 1.0, "m_vae_decoder": 0.5}
 
 
-def test_an_export_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = type("Memory", (), {"available": 2**30})
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
     with pytest.raises(BenchError, match=r"takes about 10 GiB of memory; 1 GiB"):
         check_memory(PRESETS["sd15"])
     check_memory(PRESETS["tiny"])
+    baselines.check_memory("eager", parameters(PRESETS["tiny"]), 64)
+    for name, gib in (("eager", 8), ("compiled", 15)):  # 1.7 thousand million weights, 2 GiB of attention
+        with pytest.raises(BenchError, match=rf"baseline {name} takes about {gib} GiB of memory; 1 GiB"):
+            baselines.check_memory(name, parameters(PRESETS["sd15"]), 512)
 
 
 def test_a_server_and_a_preset_at_once_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
