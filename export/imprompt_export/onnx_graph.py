@@ -92,8 +92,7 @@ def _attention(
 ) -> Any:
     """Attention without a mask as the four operators that engines know how to join; any other by onnxscript.
 
-    onnxscript's own turns the key around by way of shapes that are computed at each call, and OpenVINO 2026.4 gives
-    wrong answers for it: after a call with one query, to the next with sixteen.
+    onnxscript's own turns the key around by way of shapes that are computed at each call.
     """
     if attn_mask is not None or is_causal or enable_gqa:
         return aten_scaled_dot_product_attention(
