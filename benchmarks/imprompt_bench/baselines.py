@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch._inductor import config as inductor
 
-from imprompt_bench.checkpoints import ADAPTER, Checkpoints
+from imprompt_bench.checkpoints import ADAPTER, Checkpoints, require
 from imprompt_bench.systems import Answer, Arguments, System
 from imprompt_bench.workload import Workload
 from imprompt_serving.denoiser.conditioning import Conditioner
@@ -144,6 +145,18 @@ def _job(arguments: Arguments) -> JobRequest:
         seeds=(arguments["seed"],),
         adapters=(AdapterUse(name=ADAPTER),),
     )
+
+
+def check_memory(name: str, parameters: Mapping[str, int], size: int) -> None:
+    """Refuse a baseline that this machine has no memory for beside the server and the baselines before it.
+
+    Raises:
+        BenchError: less memory is free than its weights take (compiled ones twice: frozen, they are copied), and the
+            largest activations, the attention of both branches and eight heads over all positions of the latents.
+    """
+    weights = 4 * sum(parameters.values()) * (2 if name == "compiled" else 1)
+    attention = 4 * 2 * 8 * (size // 8) ** 4
+    require(f"baseline {name}", (weights + 2 * attention) / 2**30)
 
 
 def load_baseline(name: str, folder: Path, model: str, workload: Workload) -> System:

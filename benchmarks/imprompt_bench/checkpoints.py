@@ -99,10 +99,14 @@ def check_memory(preset: Preset) -> None:
         BenchError: there is not that much memory.
     """
     counts = parameters(preset)
-    gib = 4 * (sum(counts.values()) + counts["unet"]) / 2**30
+    require("the export", 4 * (sum(counts.values()) + counts["unet"]) / 2**30)
+
+
+def require(what: str, gib: float) -> None:
+    """Raise ``BenchError`` when there is less memory than ``what`` takes."""
     available = psutil.virtual_memory().available / 2**30
     if gib > available:
-        raise BenchError(f"the export takes about {gib:.0f} GiB of memory; {available:.0f} GiB are free")
+        raise BenchError(f"{what} takes about {gib:.0f} GiB of memory; {available:.0f} GiB are free")
 
 
 def quiet_libraries() -> None:

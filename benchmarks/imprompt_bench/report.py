@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,33 +44,26 @@ def runs(results: Path) -> dict[str, Run]:
 def filled(page: str, results: Path, images: Path) -> str:
     """``page`` with its results made anew."""
     measured = runs(results)
-    parts = [summary(list(measured.values())), *(section(name, run, images) for name, run in measured.items())]
+    parts = [summary(measured), *(section(name, run, images) for name, run in measured.items())]
     if (results / OVERHEAD).exists():
         parts.append(overhead(json.loads((results / OVERHEAD).read_text())))
     return _PLACE.sub(lambda place: f"{place[1]}{''.join(parts)}{place[2]}", page)
 
 
-def summary(measured: Sequence[Run]) -> str:
-    """The server against each baseline, over the files that measured the same requests."""
-    rows: dict[tuple[str, ...], dict[str, str]] = {}
-    for run in measured:
+def summary(measured: Mapping[str, Run]) -> str:
+    """The server against each baseline, a line for each file."""
+    others, rows = [name for name in _SYSTEMS if name != "imprompt"], []
+    for name, run in measured.items():
         systems = {measurement.label: measurement.latencies() for measurement in run.of("latency")}
         if len(systems) > 1:
-            row = rows.setdefault((_title(run), *_requests(run)), {})
-            own = systems.pop("imprompt")
-            row.setdefault("seconds", _between(percentile(own, 50), 2))
-            row.update({name: _between(ratio(own, latencies), 2) for name, latencies in systems.items()})
+            times = [_between(ratio(systems["imprompt"], systems[o]), 2) if o in systems else "" for o in others]
+            seconds = _between(percentile(systems["imprompt"], 50), 2)
+            rows.append([f"[{name}](#{name})", _title(run), *_requests(run), seconds, *times])
     if not rows:
         return ""
-    columns = ["seconds", *(name for name in _SYSTEMS if name != "imprompt")]
-    header = ["", "pixels", "steps", "p50 s", *(f"times {_SYSTEMS[name]}" for name in columns[1:])]
-    text = "What a served request takes, and how many times what the others take (below 1: it is faster).\n\n"
-    return (
-        "## Against the baselines\n\n"
-        + text
-        + table(header, [[*key, *(row.get(name, "") for name in columns)] for key, row in rows.items()])
-        + "\n\n"
-    )
+    header = ["", "bundle", "pixels", "steps", "p50 s", *(f"times {_SYSTEMS[name]}" for name in others)]
+    text = "What a served request takes, and how many times what the others take (below 1: it is faster)."
+    return f"## Against the baselines\n\n{text}\n\n{table(header, rows)}\n\n"
 
 
 def _title(run: Run) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8")
 VERSIONS = ("imprompt", "torch", "diffusers", "onnxruntime", "openvino", "numpy", "nvidia-pytriton")
 
 
@@ -142,7 +143,9 @@ def _version(package: str) -> str | None:
 
 
 def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    """The model, and which of the instruction sets that matter here it has."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in info.splitlines())}
+    sets = [name.upper() for name in INSTRUCTION_SETS if name in fields.get("flags", "").split()]
+    model = fields.get("model name") or platform.processor() or platform.machine()
+    return f"{model} ({', '.join(sets)})" if sets else model

@@ -78,8 +78,13 @@ class Session:
             for name in baselines:
                 if self.subject.folder is None:
                     raise BenchError("baselines need the checkpoints: measure a preset")
-                from imprompt_bench.baselines import load_baseline
+                from imprompt_bench.baselines import check_memory, load_baseline
 
+                try:
+                    check_memory(name, self.subject.setup["parameters"], self.workload.size)
+                except BenchError as error:  # the others can be measured all the same
+                    self.console.print(f"left out: {error}", soft_wrap=True)
+                    continue
                 systems[name] = load_baseline(name, self.subject.folder, self.subject.model, self.workload)
             exact = self.subject.capabilities["precision"] == "fp32"
             measured, self.parity = scenes.latency(systems, exact=exact)

@@ -141,14 +141,14 @@ class AsyncClient:
 
     async def _model(self, bundle: str, budget: Budget, *, stream: bool = False) -> ServedModel:
         key = (bundle, stream)
-        if key not in self._models:
+        model = self._models.get(key)
+        if model is None:
             try:
-                self._models[key] = read_model(
-                    await self._config(model_name(bundle, stream=stream), budget), stream=stream
-                )
+                model = read_model(await self._config(model_name(bundle, stream=stream), budget), stream=stream)
             except InvalidRequest:
                 raise no_bundle(bundle, await self._served(budget)) from None
-        return self._models[key]
+            self._models[key] = model
+        return model
 
     async def _served(self, budget: Budget) -> list[str]:
         index = await self._ask(self._stub.RepositoryIndex, service_pb2.RepositoryIndexRequest(ready=True), budget)

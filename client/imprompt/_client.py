@@ -129,12 +129,14 @@ class Client:
     def _model(self, bundle: str, budget: Budget, *, stream: bool = False) -> ServedModel:
         """What a model takes; asked for once."""
         key = (bundle, stream)
-        if key not in self._models:
+        model = self._models.get(key)
+        if model is None:
             try:
-                self._models[key] = read_model(self._config(model_name(bundle, stream=stream), budget), stream=stream)
+                model = read_model(self._config(model_name(bundle, stream=stream), budget), stream=stream)
             except InvalidRequest:
                 raise no_bundle(bundle, self._served(budget)) from None
-        return self._models[key]
+            self._models[key] = model
+        return model
 
     def _served(self, budget: Budget) -> list[str]:
         index = self._ask(self._stub.RepositoryIndex, service_pb2.RepositoryIndexRequest(ready=True), budget)

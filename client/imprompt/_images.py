@@ -41,10 +41,11 @@ def encode(image: object, parameter: str) -> bytes:
 
 
 def encode_mask(mask: object, parameter: str) -> bytes:
-    """One mask as encoded bytes; PIL images and arrays (uint8, or floats 0 to 1) as 8-bit grey PNG."""
-    if isinstance(mask, Image.Image):
-        return _png(mask.convert("L"))
-    if hasattr(mask, "__array__"):
+    """One mask as encoded bytes; arrays (uint8, or floats 0 to 1) as 8-bit grey PNG.
+
+    Other pictures keep their mode: the server resizes before it makes them grey, as diffusers does.
+    """
+    if hasattr(mask, "__array__") and not isinstance(mask, Image.Image):
         values = to_numpy(mask)
         if values.dtype.kind == "f":
             if not ((values >= 0) & (values <= 1)).all():
@@ -74,6 +75,19 @@ def listed_masks(masks: object) -> list[object]:
     return [
         mask for entry in listed(masks) for mask in (listed_masks(entry) if hasattr(entry, "__array__") else [entry])
     ]
+
+
+def by_net(images: object, *, clip: bool) -> object:
+    """Control images that come as lists in a list, as a flat list: all those of the first net, then of the next.
+
+    As in diffusers an inner list holds what belongs to one net for clips (its frames), and what belongs to one prompt
+    (an image for each net) for pictures.
+    """
+    if not isinstance(images, list | tuple) or not images or not all(isinstance(part, list | tuple) for part in images):
+        return images
+    if not clip and len({len(part) for part in images}) > 1:
+        raise invalid("control_image", f"an image for each net in every list; got {[len(part) for part in images]}")
+    return [image for part in (images if clip else zip(*images, strict=True)) for image in part]
 
 
 def to_numpy(values: Any) -> np.ndarray[Any, Any]:

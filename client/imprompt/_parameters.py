@@ -59,8 +59,9 @@ class Parameters(TypedDict, total=False):
     padding_mask_crop: int | None
     """Pixels around the mask to crop to, for inpainting of a detail."""
 
-    control_image: Images | None
-    """One for each net in `controlnet`."""
+    control_image: Images | Sequence[Sequence[ImageInput]] | None
+    """One for each net in `controlnet`. Lists in a list as in diffusers: for clips the frames of each net, for several
+    prompts the images of each prompt."""
     control_image_annotator: str | Sequence[str] | None
     """What makes the control image of a photo: `none` (default) or `canny`; one for all nets, or one each."""
     controlnet: str | Sequence[str] | None

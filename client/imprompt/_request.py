@@ -12,12 +12,16 @@ from tritonclient.grpc import service_pb2
 
 from imprompt._errors import invalid
 from imprompt._image_prompts import EMBEDS, KEYWORDS, PICTURES, SCALE_CONFIG, encode_image_prompts, known_adapter
+from imprompt._images import by_net
 from imprompt._model import Input, ServedModel
 from imprompt._tensors import Tensor, encode_input, numeric_tensor
 
 OUTPUT_TYPES = ("pil", "np", "latent")
 
 _ENCODE = "encode_image"
+_SECOND_PROMPTS = ("prompt_2", "negative_prompt_2")
+"""An empty one stands for the first prompt, as in diffusers (`prompt_2 or prompt`)."""
+_CLIPS = ("num_frames", "video")
 _ELSEWHERE = {
     "generator": "give `seed` what torch.Generator('cpu').manual_seed takes",
     "cross_attention_kwargs": "`ip_adapter_masks` is a parameter of its own",
@@ -37,6 +41,8 @@ class Request:
     id: str
     tensors: tuple[Tensor, ...]
     output_type: str
+    clip: bool
+    """Whether it asks for clips."""
     timeout_input: Input | None
 
     def message(self, timeout: float | None) -> Any:
@@ -58,6 +64,9 @@ def build_request(model: ServedModel, prompt: object, parameters: Mapping[str, o
         InvalidRequest: a parameter that the model does not have, or a value of a type that it does not take.
     """
     given = {name: value for name, value in parameters.items() if value is not None}
+    for name in _SECOND_PROMPTS:
+        if given.get(name) == "":
+            del given[name]
     _refuse_unknown(model, given)
     given.pop("timeout", None)
     output_type = given.pop("output_type", "pil")
@@ -69,6 +78,9 @@ def build_request(model: ServedModel, prompt: object, parameters: Mapping[str, o
         given["output_type"] = output_type  # the other two are made from the same answer
     tensors = [encode_input(model.inputs["prompt"], prompt)]
     tensors += encode_image_prompts(model, given)
+    clip = not given.keys().isdisjoint(_CLIPS)
+    if "control_image" in given:
+        given["control_image"] = by_net(given["control_image"], clip=clip)
     tensors += [encode_input(model.inputs[name], value) for name, value in given.items() if name not in KEYWORDS]
     return Request(
         model=model.name,
@@ -76,6 +88,7 @@ def build_request(model: ServedModel, prompt: object, parameters: Mapping[str, o
         id=uuid.uuid4().hex,
         tensors=tuple(tensors),
         output_type=str(output_type),
+        clip=clip,
         timeout_input=model.inputs.get("timeout"),
     )
 

@@ -55,12 +55,13 @@ class Result:
     """The pictures as the server encoded them, when `output_format` asked for that."""
     _images: Array | None = field(default=None, repr=False)
     _frames: Array | None = field(default=None, repr=False)
+    _clip: bool = field(default=False, repr=False)
 
     @cached_property
     def images(self) -> list[Any]:
         """The pictures: PIL images, or uint8 arrays [height, width, 3] when `output_type` is `np`. Empty for a clip."""
         if self.encoded is not None:
-            pictures = [image for image in map(decode, self.encoded) if getattr(image, "n_frames", 1) == 1]
+            pictures = [] if self._clip else [decode(data) for data in self.encoded]
             return [np.asarray(image.convert("RGB")) for image in pictures] if self.output_type == "np" else pictures
         return [] if self._images is None else [self._picture(image) for image in self._images]
 
@@ -68,8 +69,7 @@ class Result:
     def frames(self) -> list[list[Any]] | None:
         """The clips, each a list of frames like `images`; None for still pictures."""
         if self.encoded is not None:
-            clips = [image for image in map(decode, self.encoded) if getattr(image, "n_frames", 1) > 1]
-            return [self._unpacked(clip) for clip in clips] or None
+            return [self._unpacked(decode(data)) for data in self.encoded] if self._clip else None
         return None if self._frames is None else [[self._picture(frame) for frame in clip] for clip in self._frames]
 
     def save(self, path: str | Path, *, fps: float = FPS) -> list[Path]:
@@ -157,6 +157,7 @@ def read_result(outputs: Mapping[str, Array], request: Request) -> Result:
         encoded=None if encoded is None else [bytes(data) for data in encoded.ravel()],
         _images=outputs.get("images"),
         _frames=outputs.get("frames"),
+        _clip=request.clip,
     )
 
 

@@ -13,7 +13,7 @@ MAX_RETRIES = 4
 FIRST_DELAY_S = 0.5
 """Doubles with every retry; the server's own hint is used when it is longer."""
 MAX_DELAY_S = 30.0
-"""A server that asks for more is not waited for: its caller decides."""
+"""A server that asks for more is not waited for, unless the caller's `timeout` leaves time for it."""
 JITTER = 0.25
 """Up to this share is added, so that callers that were refused together do not come back together."""
 GRACE_S = 2.0
@@ -68,10 +68,11 @@ class Budget:
             Overloaded: `error`, when no attempt or not enough time is left, or the server asks for too long a wait.
         """
         hint = error.retry_after or 0.0
-        if not self._retries_left or hint > MAX_DELAY_S:
+        left = self.remaining
+        if not self._retries_left or (left is None and hint > MAX_DELAY_S):
             raise error
-        pause = min(max(hint, self._delay) * (1 + JITTER * random.random()), MAX_DELAY_S)
-        if self.remaining is not None and pause >= self.remaining:
+        pause = max(hint, min(self._delay, MAX_DELAY_S)) * (1 + JITTER * random.random())
+        if left is not None and pause >= left:
             raise error
         self._retries_left -= 1
         self._delay *= 2

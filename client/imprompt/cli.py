@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from PIL.Image import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -185,9 +186,10 @@ def generate(
         parameters["preview"] = True
     parameters |= dict(param or ())
     with _reported_errors(), Client(url) as client:
-        check_ending(output)
-        if not output.absolute().parent.is_dir():
-            _fail(f"--output: no such folder: {output.parent}")
+        for option, file in (("output", output), ("preview", preview or output)):
+            check_ending(file)
+            if not file.absolute().parent.is_dir():
+                _fail(f"--{option}: no such folder: {file.parent}")
         result = _follow(client, model or _only_bundle(client), prompt, parameters, preview)
         for path in result.save(output, fps=fps):
             out.print(str(path), soft_wrap=True, highlight=False, markup=False)
@@ -233,8 +235,15 @@ def _follow(client: Client, model: str, prompt: list[str], parameters: dict[str,
                 return event
             bar.update(task, description="denoising", completed=event.step, total=event.steps)
             if preview is not None and event.preview is not None:
-                event.preview.save(preview)
+                _replace(preview, event.preview)
     raise AssertionError("a stream ends with a result or an error")
+
+
+def _replace(file: Path, picture: Image) -> None:
+    """Write beside and rename, so that a viewer sees all of a picture or the one before."""
+    draft = file.with_stem(f".{file.stem}")
+    picture.save(draft)
+    draft.replace(file)
 
 
 def _only_bundle(client: Client) -> str:

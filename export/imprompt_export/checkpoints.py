@@ -97,6 +97,10 @@ def _load_base(bundle: BundleFile) -> Any:
             f"base: a UNet of {pipeline.unet.config.in_channels} input channels is not served; "
             f"{channels} (text-to-image) and {2 * channels + 1} (inpainting) are"
         )
+    if pipeline.text_encoder is None or pipeline.config.get("requires_aesthetics_score"):
+        raise BundleError("base: an SDXL refiner (one text encoder, an aesthetics score) is not served; its base is")
+    # Pipelines correct outdated configurations, each in its own way: the denoiser does what the task's one does.
+    pipeline.scheduler = type(pipeline.scheduler).from_pretrained(bundle.locate(bundle.base), subfolder="scheduler")
     return pipeline
 
 

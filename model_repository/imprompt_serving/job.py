@@ -86,6 +86,10 @@ class JobRequest(msgspec.Struct, frozen=True, kw_only=True):
     preview: bool = False
     """Whether progress answers carry a small picture of each result."""
 
+    @property
+    def shape(self) -> str:
+        return shape_of(self.height, self.width, self.frames)
+
 
 class Admission(msgspec.Struct, frozen=True, kw_only=True):
     """The question whether a job may come; if so, a place in the waiting line is kept for it."""
@@ -93,3 +97,9 @@ class Admission(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     rows: int
     steps: int
+    shape: str
+
+
+def shape_of(height: int, width: int, frames: int | None) -> str:
+    """Equal for jobs that may share a call of the UNet."""
+    return f"{frames or 1}x{height}x{width}"

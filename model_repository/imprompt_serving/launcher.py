@@ -33,6 +33,8 @@ from imprompt_serving.drain import DRAIN_FILE_VARIABLE, IN_FLIGHT_METRIC, announ
 __all__ = ["Addresses", "LaunchError", "Server", "serve"]
 
 RESPONSE_CACHE_BYTES = 256 * 2**20
+# Calls between models, and answers, that one Python model can have under way; others wait. (Triton's default: 32)
+CALLS_BETWEEN_MODELS = 64
 # Triton's own wait for running requests after SIGTERM. Short, as the drain came before, and as a stream that a client
 # keeps open, even idle, keeps its model from being unloaded: Triton then waits for the whole of it.
 EXIT_TIMEOUT_S = 3
@@ -211,6 +213,7 @@ class Server:
                 "--disable-auto-complete-config",
                 f"--backend-directory={triton.prepare_backends(scratch)}",
                 f"--backend-config=python,shm-region-prefix-name={shared_memory}",
+                f"--backend-config=python,thread-pool-size={CALLS_BETWEEN_MODELS}",
                 f"--cache-directory={triton.caches}",
                 f"--cache-config=local,size={RESPONSE_CACHE_BYTES}",
                 *(f"--{name}-address={listen}" for name in ports),

@@ -11,6 +11,7 @@ STAGES = (
     "text_encoder",
     "preprocess",
     "image_encoder",
+    "face_encoder",
     "vae_encoder",
     "queue",
     "denoise",

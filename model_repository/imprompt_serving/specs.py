@@ -139,6 +139,9 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     unet_channels: int
     vae_scale_factor: int
     vae_scaling_factor: float
+    vae_latents_mean: tuple[float, ...] = ()
+    vae_latents_std: tuple[float, ...] = ()
+    """Of each latent channel, for VAEs that have them; none: 0 and 1."""
     default_height: int
     default_width: int
     scheduler: str

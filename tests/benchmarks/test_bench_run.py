@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from imprompt_bench import cli, report
+from imprompt_bench import baselines, cli, report
 from imprompt_bench.baselines import BareLoop, Diffusers
 from imprompt_bench.checkpoints import check_memory, parameters, write
 from imprompt_bench.presets import PRESETS
@@ -71,19 +71,16 @@ def test_the_result_as_a_page(measured: Path, tmp_path: Path) -> None:
         assert (tmp_path / f"images/bench-run-{plot}.svg").read_text().startswith("<?xml")
 
 
-def test_runs_of_the_same_requests_share_a_line_of_the_summary(measured: Path) -> None:
+def test_the_summary_has_a_line_for_each_run_with_baselines(measured: Path) -> None:
     run = Run.load(measured)
     (own,) = run.of("latency")
-
-    def beside(name: str, times: float) -> Run:
-        slower = [msgspec.structs.replace(sample, ended=sample.sent + sample.latency / times) for sample in own.samples]
-        other = msgspec.structs.replace(own, label=name, samples=slower)
-        return msgspec.structs.replace(run, measurements=[own, other])
-
-    assert report.summary([run]) == ""
-    (line,) = report.summary([beside("eager", 0.5), beside("bare", 1.0)]).splitlines()[-2:-1]
-    assert line.startswith("| sd15, onnxruntime, fp32 | 64 x 64 | 2 |")
-    assert re.search(r"\| 0\.50 \([^|]*\|  \| 1\.00 \([^|]*\|$", line), line
+    slower = [msgspec.structs.replace(sample, ended=sample.sent + 2 * sample.latency) for sample in own.samples]
+    eager = msgspec.structs.replace(own, label="eager", samples=slower)
+    beside = msgspec.structs.replace(run, measurements=[own, eager])
+    assert report.summary({"alone": run}) == ""
+    line = report.summary({"alone": run, "both": beside}).splitlines()[-2]
+    assert line.startswith("| [both](#both) | sd15, onnxruntime, fp32 | 64 x 64 | 2 |")
+    assert re.search(r"\| 0\.50 \([^|]*\|  \|  \|$", line), line
 
 
 def test_the_page_is_that_of_the_results() -> None:
@@ -134,12 +131,16 @@ def test_sizes_of_engines_hold_their_weights(tmp_path: Path) -> None:
     assert engine_sizes(tmp_path) == {"m_denoiser/unet": 1.0, "m_vae_decoder": 0.5}
 
 
-def test_an_export_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = type("Memory", (), {"available": 2**30})
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
     with pytest.raises(BenchError, match=r"takes about 10 GiB of memory; 1 GiB"):
         check_memory(PRESETS["sd15"])
     check_memory(PRESETS["tiny"])
+    baselines.check_memory("eager", parameters(PRESETS["tiny"]), 64)
+    for name, gib in (("eager", 8), ("compiled", 15)):  # 1.7 thousand million weights, 2 GiB of attention
+        with pytest.raises(BenchError, match=rf"baseline {name} takes about {gib} GiB of memory; 1 GiB"):
+            baselines.check_memory(name, parameters(PRESETS["sd15"]), 512)
 
 
 def test_a_server_and_a_preset_at_once_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

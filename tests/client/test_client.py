@@ -273,6 +273,7 @@ def test_pauses_grow_have_jitter_and_follow_the_hint(monkeypatch: pytest.MonkeyP
     for pause, low in zip(pauses, (0.5, 1.0, 7.0, 4.0), strict=True):
         assert low <= pause <= low * (1 + _retry.JITTER)
     assert len({_retry.Budget(1, None).pause(Overloaded("full")) for _ in range(10)}) > 1
+    assert 200 <= _retry.Budget(1, 600.0).pause(Overloaded("full", retry_after=200.0)) <= 200 * (1 + _retry.JITTER)
     with pytest.raises(Overloaded):
         budget.pause(Overloaded("full"))
 

@@ -218,8 +218,24 @@ def test_lists_and_stacked_arrays_are_several_pictures(sent: Any) -> None:
     assert colors(sent(video=frames), "video") == colors(sent(video=[RED, BLUE]), "video") == [(255, 0, 0), (0, 0, 255)]
 
 
-def test_masks_are_grey(sent: Any) -> None:
-    for mask in (Image.new("RGB", (4, 2), "white"), np.ones((2, 4), np.float32), np.ones((2, 4), bool)):
+def test_control_images_in_lists_of_lists(sent: Any) -> None:
+    """For clips an inner list is a net's frames, for pictures a prompt's images, as in diffusers; the wire has nets."""
+    frames = sent(control_image=[[RED, RED, BLUE], [BLUE, BLUE, RED]], num_frames=3)
+    prompts = sent(control_image=[[RED, BLUE], [RED, BLUE], [BLUE, RED]])
+    red, blue = (255, 0, 0), (0, 0, 255)
+    assert colors(frames, "control_image") == colors(prompts, "control_image") == [red, red, blue, blue, blue, red]
+    with pytest.raises(InvalidRequest, match=r"control_image: an image for each net in every list; got \[2, 1\]"):
+        sent(control_image=[[RED, BLUE], [RED]])
+
+
+def test_masks_keep_their_mode(sent: Any) -> None:
+    for mode in ("1", "L", "P", "RGB"):
+        (image,) = pictures(sent(mask_image=Image.new("L", (4, 2), 255).convert(mode)), "mask_image")
+        assert image.mode == mode
+
+
+def test_masks_of_numbers_are_grey(sent: Any) -> None:
+    for mask in (np.full((2, 4), 255, np.uint8), np.ones((2, 4), np.float32), np.ones((2, 4), bool)):
         (image,) = pictures(sent(mask_image=mask), "mask_image")
         assert (image.mode, image.getpixel((0, 0))) == ("L", 255)
 

@@ -70,9 +70,10 @@ def test_encoded_pictures(answered: Any) -> None:
 
 
 def test_encoded_clips(answered: Any) -> None:
-    result = answered({"encoded": texts(encoded("GIF", "red", "blue"))})
-    assert [frame.getpixel((0, 0)) for frame in result.frames[0]] == [(255, 0, 0), (0, 0, 255)]
-    assert result.images == []
+    for colours in ({"red": (255, 0, 0), "blue": (0, 0, 255)}, {"red": (255, 0, 0)}):
+        result = answered({"encoded": texts(encoded("GIF", *colours))}, num_frames=len(colours))
+        assert [frame.getpixel((0, 0)) for frame in result.frames[0]] == list(colours.values())
+        assert result.images == []
 
 
 def test_previews(client: Client, triton: FakeTriton) -> None:

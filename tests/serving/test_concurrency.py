@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imprompt import Cancelled, DeadlineExceeded, InvalidRequest, Progress, Result
+from imprompt import Cancelled, Client, DeadlineExceeded, InvalidRequest, Overloaded, Progress, Result
 from parity import assert_different
 from served import Served
 from tiny import images
@@ -169,6 +170,46 @@ def test_callers_who_leave_at_any_time_leave_nothing(sd15: Served) -> None:
     assert len(answers) == 20
     assert any(isinstance(answer, DeadlineExceeded) for answer in answers)
     assert_idle(sd15)
+
+
+def test_forty_callers_do_not_keep_another_from_leaving(sd15: Served) -> None:
+    with ThreadPoolExecutor(40) as pool:
+        callers = [pool.submit(request, sd15, {"num_inference_steps": 30, "seed": seed}) for seed in range(40)]
+        wait_for(sd15, lambda: total(sd15, "imprompt_jobs{") == 40)
+        began = time.monotonic()
+        with pytest.raises(DeadlineExceeded):
+            sd15.generate(**LONG, timeout=0.3)
+        assert time.monotonic() - began < 2.3
+        assert len({caller.result().tobytes() for caller in callers}) == 40
+    assert_idle(sd15)
+
+
+def test_a_full_line_refuses_at_once(sd15: Served) -> None:
+    large = CAT | {"num_images_per_prompt": 64, "num_inference_steps": 100, "timeout": 8.0}
+    with ThreadPoolExecutor(2) as pool, Client(sd15.server.grpc_address, max_retries=0) as impatient:
+        callers = [pool.submit(sd15.generate, **large) for _ in range(2)]
+        wait_for(sd15, lambda: total(sd15, 'imprompt_rows{model="sd15_denoiser",state="waiting"}') == 128)
+        began = time.monotonic()
+        with pytest.raises(Overloaded, match="at most 128 may") as refused:
+            impatient.generate(model="sd15", **CAT)
+        assert time.monotonic() - began < 2.0
+        assert refused.value.retry_after is not None
+        for caller in callers:
+            with pytest.raises(DeadlineExceeded):
+                caller.result()
+    assert_idle(sd15)
+
+
+def total(sd15: Served, start: str) -> float:
+    """The sum of the metrics whose names begin so."""
+    return sum(value for name, value in sd15.metrics().items() if name.startswith(start))
+
+
+def wait_for(sd15: Served, condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20.0
+    while not condition():
+        assert time.monotonic() < end, busy(sd15)
+        time.sleep(0.02)
 
 
 def assert_idle(sd15: Served) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from imprompt import _errors as client_errors
 from imprompt_serving.denoiser.line import Load, check_room, starts
+from imprompt_serving.denoiser.policy import START_PATIENCE
 from imprompt_serving.errors import Overloaded
 from imprompt_serving.specs import Limits
 
@@ -43,6 +44,29 @@ def test_a_full_line_refuses_by_rows() -> None:
 def test_a_slow_line_refuses_by_seconds() -> None:
     with pytest.raises(Overloaded, match=r"about 80 seconds to wait, at most 60 are allowed; retry in 20\.0 s"):
         check(waiting=4, rows=1000, tick_seconds=4.0)
+
+
+def test_shapes_take_turns() -> None:
+    """Eight jobs of sizes of their own wait for each other, though each would have room in a call of its size."""
+    others = [Load(2, STEPS, f"size {index}") for index in range(7)]
+    with pytest.raises(Overloaded, match=r"about 160 seconds to wait"):
+        check_room(
+            Load(2, STEPS, "mine"),
+            [Load(8, STEPS, "mine")],
+            others[:1],
+            call_rows=8,
+            tick_seconds=8.0,
+            limits=Limits(waiting_seconds=60.0),
+        )
+    with pytest.raises(Overloaded, match=rf"about {START_PATIENCE * 4} seconds to wait"):
+        check_room(
+            Load(2, STEPS, "mine"),
+            others,
+            [JOB],
+            call_rows=8,
+            tick_seconds=4.0,
+            limits=Limits(waiting_seconds=60.0),
+        )
 
 
 def test_an_empty_line_takes_whatever_comes() -> None:

@@ -15,17 +15,18 @@ from imprompt_serving.denoiser.policy import (
     START_PATIENCE,
     Candidate,
     Share,
+    held,
     patience,
     plan,
 )
 
 
 def begun(key: str = "a", pending: int = 2, since: int = 0, priority: int = DEFAULT_PRIORITY) -> Candidate:
-    return Candidate(key, pending, since, True, priority)
+    return Candidate(key, pending, pending, since, True, priority)
 
 
 def new(key: str = "a", pending: int = 2, since: int = 0, priority: int = DEFAULT_PRIORITY) -> Candidate:
-    return Candidate(key, pending, since, False, priority)
+    return Candidate(key, pending, pending, since, False, priority)
 
 
 def served(candidates: list[Candidate], limit: int = 8) -> dict[int, int]:
@@ -53,10 +54,36 @@ def test_those_served_longest_ago_come_first_and_the_last_one_gets_what_is_left(
     ]
 
 
-def test_a_job_that_has_begun_goes_before_one_that_has_not_for_a_while() -> None:
-    line = [new(since=0), begun(since=START_PATIENCE - 1)]
-    assert served(line, limit=2) == {1: 2}
-    assert served([new(since=0), begun(since=START_PATIENCE + 1)], limit=2) == {0: 2}
+def test_a_job_that_has_begun_goes_before_one_of_another_key_for_a_while() -> None:
+    assert served([new("b", since=0), begun(since=START_PATIENCE - 1)]) == {1: 2}
+    assert served([new("b", since=0), begun(since=START_PATIENCE + 1)]) == {0: 2}
+
+
+def test_a_job_does_not_begin_while_others_of_its_key_fill_a_call() -> None:
+    line = [new(since=0), begun(since=900), begun(since=901)]
+    assert held(line, 4) == {0}
+    assert served(line, limit=4) == {1: 2, 2: 2}
+    assert held(line, 5) == set()
+    assert served(line, limit=5) == {0: 2, 1: 2, 2: 1}
+
+
+def test_those_who_wait_begin_in_their_order() -> None:
+    assert held([new(since=3), begun(), new(since=1), new(since=2)], 4) == {0, 3}
+
+
+def test_jobs_wait_for_those_of_their_priority_only() -> None:
+    line = [begun(), begun(), new(priority=FIRST_PRIORITY), new(), new(priority=LAST_PRIORITY)]
+    assert held(line, 4) == {3, 4}
+
+
+def test_jobs_of_few_rows_do_not_wait_for_those_of_many() -> None:
+    assert held([begun(pending=64), begun(pending=64), new(), new(pending=64)], 8) == {3}
+
+
+def test_what_a_call_has_left_goes_to_those_who_wait() -> None:
+    line = [Candidate("a", 64, 3, 0, True), new(pending=64)]
+    assert held(line, 8) == {1}
+    assert served(line) == {0: 3, 1: 5}
 
 
 def test_a_job_of_many_rows_leaves_half_of_a_call_to_small_ones() -> None:
@@ -87,16 +114,20 @@ class SimulatedJob:
     priority: int
     since: int
     pending: int = 0
+    frames: int = 1
     begun: bool = False
     bound: int = 0
 
     def candidate(self) -> Candidate:
-        return Candidate(self.key, self.pending, self.since, self.begun, self.priority)
+        return Candidate(self.key, self.rows, self.pending, self.since, self.begun, self.priority, self.frames)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_simulation_of_random_arrivals(seed: int) -> None:
-    """No starvation with the bound that the policy states, the row limit kept, work conserved, no step alone."""
+    """No starvation with the bound that the policy states, the row limit kept, work conserved, no step alone.
+
+    And no more is begun at a time than calls can hold, however long the line.
+    """
     random_ = random.Random(seed)
     limit = random_.choice([1, 2, 8, 16])
     keys = [f"size-{index}" for index in range(random_.choice([1, 2, 5]))]
@@ -108,12 +139,15 @@ def test_simulation_of_random_arrivals(seed: int) -> None:
         while arrivals and len(jobs) < 60 and random_.random() < rate:
             rows = random_.choice([1, 2, 2, 2, 2, limit, limit, 8 * limit])
             priority = random_.choice([DEFAULT_PRIORITY] * 6 + [FIRST_PRIORITY, LAST_PRIORITY])
-            jobs.append(SimulatedJob(random_.choice(keys), rows, random_.randint(1, 12), priority, tick, pending=rows))
+            key, steps = random_.choice(keys), random_.randint(1, 60)
+            frames = 4 if key == "size-1" else 1
+            jobs.append(SimulatedJob(key, rows, steps, priority, tick, pending=rows, frames=frames))
             arrivals -= 1
         candidates = [job.candidate() for job in jobs]
         shares = plan(candidates, limit)
         _check_call(candidates, shares, limit)
-        _serve(jobs, shares, tick)
+        _serve(jobs, shares, tick, limit)
+        _check_begun(jobs, limit)
         finished += [job for job in jobs if not job.steps]
         jobs = [job for job in jobs if job.steps]
         tick += 1
@@ -132,16 +166,28 @@ def _check_call(candidates: list[Candidate], shares: list[Share], limit: int) ->
         open_rows[str(candidate.key)] += candidate.pending
     if shares:
         # Never alone, never half empty: all the rows of the key that there are, or as many as a call holds.
-        assert sum(rows.values()) == min(limit, open_rows[str(candidates[shares[0].index].key)])
+        leader = candidates[shares[0].index]
+        assert sum(rows.values()) == min(max(limit // leader.frames, 1), open_rows[str(leader.key)])
 
 
-def _serve(jobs: list[SimulatedJob], shares: list[Share], tick: int) -> None:
+def _check_begun(jobs: list[SimulatedJob], limit: int) -> None:
+    """Of each key and priority those of few rows that have begun are a call full, and one job that ends beyond it."""
+    begun = Counter[tuple[str, int]]()
+    for job in jobs:
+        room = max(limit // job.frames, 1)
+        if job.begun and job.rows <= room // 2:
+            begun[job.key, job.priority] += job.rows
+            assert begun[job.key, job.priority] < room + room // 2
+
+
+def _serve(jobs: list[SimulatedJob], shares: list[Share], tick: int, limit: int) -> None:
     rows = dict(shares)
+    waiting = held([job.candidate() for job in jobs], limit)
     for index, job in enumerate(jobs):
         # Jobs that come after the tick at which this one is due are due later, so only those that are there now count.
         due = job.since + patience(job.candidate())
-        if tick <= due + 1:
-            job.bound = due + 1 + len(jobs)
+        if tick <= due + 1 or index in waiting:
+            job.bound = max(due, tick) + 1 + len(jobs)
         if index not in rows:
             continue
         assert tick <= job.bound, f"waited {tick - job.since} ticks, {job.bound - job.since} are promised"
@@ -159,7 +205,7 @@ def test_small_jobs_run_on_beside_one_of_many_rows(crowd: int) -> None:
     tick = 0
     while any(job.steps for job in jobs[1:]):
         alive = [job for job in jobs if job.steps]
-        _serve(alive, plan([job.candidate() for job in alive], 8), tick)
+        _serve(alive, plan([job.candidate() for job in alive], 8), tick, 8)
         tick += 1
     assert tick <= 40 * (1 + crowd // 2) + START_PATIENCE, "small jobs wait for the large one"
     assert jobs[0].steps < 40 or jobs[0].pending < 64, "the large job is not served at all"
@@ -167,15 +213,15 @@ def test_small_jobs_run_on_beside_one_of_many_rows(crowd: int) -> None:
 
 def test_jobs_of_equal_size_finish_one_after_the_other() -> None:
     """Eight that fill a call, then eight more: the first ones do not wait for the others."""
-    jobs = [SimulatedJob("a", 1, 20, DEFAULT_PRIORITY, 0, pending=1) for _ in range(16)]
+    jobs = [SimulatedJob("a", 1, 50, DEFAULT_PRIORITY, 0, pending=1) for _ in range(16)]
     ends: list[int] = []
-    for tick in range(40):
+    for tick in range(100):
         alive = [job for job in jobs if job.steps]
-        _serve(alive, plan([job.candidate() for job in alive], 8), tick)
+        _serve(alive, plan([job.candidate() for job in alive], 8), tick, 8)
         ends += [tick for job in alive if not job.steps]
-    assert ends == [19] * 8 + [39] * 8
+    assert ends == [49] * 8 + [99] * 8
 
 
 def test_rows_of_clips_take_the_place_of_their_frames() -> None:
-    assert plan([Candidate("clip", 5, 0, True, frames=4)], 8) == [Share(0, 2)]
-    assert plan([Candidate("clip", 2, 0, True, frames=16)], 8) == [Share(0, 1)]
+    assert plan([Candidate("clip", 5, 5, 0, True, frames=4)], 8) == [Share(0, 2)]
+    assert plan([Candidate("clip", 2, 2, 0, True, frames=16)], 8) == [Share(0, 1)]

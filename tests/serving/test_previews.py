@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from imprompt_bench.rig import sd15
 from imprompt_serving.capabilities import SCHEDULERS
 from imprompt_serving.denoiser.preview import LONGEST_SIDE, predicted_latents, previews
 from imprompt_serving.denoiser.schedulers import make_scheduler, set_timesteps
+from jobs import job_request
 
 CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -20,7 +23,9 @@ CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_lin
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_clean_latents_from_a_perfect_prediction(name: str, prediction: str) -> None:
     """Whatever a scheduler's scale of noise, the latents that noise was added to come out again."""
-    scheduler = make_scheduler(name, CONFIG, None, {"prediction_type": prediction}, 0)
+    config = {**CONFIG, "prediction_type": prediction}
+    bundle = msgspec.structs.replace(sd15(rows=2), scheduler=name, scheduler_config=config)
+    scheduler = make_scheduler(bundle, job_request())
     set_timesteps(scheduler, 6)
     generator = torch.Generator().manual_seed(0)
     clean, noise = (torch.randn(1, 4, 8, 8, generator=generator) for _ in range(2))

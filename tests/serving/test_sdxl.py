@@ -40,7 +40,8 @@ def load(sdxl: Served, cls: Any = StableDiffusionXLPipeline, scale: Any = 0.6, a
         pytest.param({"negative_prompt": ""}, id="empty negative prompt"),
         pytest.param({"prompt_2": "in the style of woodcut", "negative_prompt": "a", "negative_prompt_2": "b"}, id="2"),
         pytest.param({"guidance_scale": 1.0}, id="no guidance"),
-        pytest.param({"clip_skip": 1}, id="clip skip"),
+        pytest.param({"clip_skip": 2, "negative_prompt": "dark"}, id="clip skip"),
+        pytest.param({"prompt_2": "", "negative_prompt": "dark", "negative_prompt_2": ""}, id="empty second prompts"),
         pytest.param(
             {"original_size": (128, 96), "crops_coords_top_left": (8, 16), "target_size": (80, 72)}, id="sizes"
         ),
@@ -51,6 +52,10 @@ def load(sdxl: Served, cls: Any = StableDiffusionXLPipeline, scale: Any = 0.6, a
                 "negative_target_size": (64, 48),
             },
             id="negative sizes",
+        ),
+        pytest.param(
+            {"negative_original_size": (32, 32), "negative_target_size": (64, 48), "num_images_per_prompt": 2},
+            id="negative sizes, two pictures",
         ),
     ],
 )
@@ -81,8 +86,15 @@ def test_style_is_the_blocks_of_instant_style(sdxl: Served) -> None:
     assert_same(style, oracle.generate(pipe, ip_adapter_image=STATUE, **SMALL))
 
 
-def test_image_to_image(sdxl: Served) -> None:
-    arguments = {**SMALL, "image": SCENE, "strength": 0.6, "num_inference_steps": 6}
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"negative_original_size": (32, 32), "crops_coords_top_left": (8, 16), "num_images_per_prompt": 2},
+    ],
+)
+def test_image_to_image(sdxl: Served, sizes: dict[str, Any]) -> None:
+    arguments = {**SMALL, "image": SCENE, "strength": 0.6, "num_inference_steps": 6, **sizes}
     expected = oracle.generate(load(sdxl, StableDiffusionXLImg2ImgPipeline), ip_adapter_image=STATUE, **arguments)
     assert_same(sdxl.generate(**arguments, ip_adapter_image={"plain": STATUE}, ip_adapter_scale=0.6, seed=0), expected)
 

@@ -75,8 +75,9 @@ def test_inpainting(served: Any, name: str, scheduler: str, arguments: dict[str,
     assert_different(result, generate(server, scheduler=scheduler, **other))
 
 
-def test_a_mask_of_another_size_is_resized(sd15: Served) -> None:
-    arguments = {**SMALL, "image": SCENE, "mask_image": images.mask("left", size=(40, 40))}
+@pytest.mark.parametrize("mode", ["L", "1", "RGB"])
+def test_a_mask_of_another_size_is_resized(sd15: Served, mode: str) -> None:
+    arguments = {**SMALL, "image": SCENE, "mask_image": images.mask("circle", size=(40, 40)).convert(mode)}
     expected = oracle.generate(load(sd15, StableDiffusionInpaintPipeline), ip_adapter_image=STATUE, **arguments)
     assert_same(generate(sd15, **arguments), expected)
 
@@ -100,6 +101,7 @@ def test_unmasked_pixels_stay(sd15: Served) -> None:
         ("image", {"image": images.photo(1, size=(2048, 64))}),
         ("image", {"image": [SCENE, SCENE]}),
         ("padding_mask_crop", {"image": SCENE, "padding_mask_crop": 4}),
+        ("mask_image", {"image": SCENE, "mask_image": images.mask("left", size=(40, 40)), "padding_mask_crop": 4}),
     ],
 )
 def test_bad_start_images_are_refused_by_name(sd15: Served, parameter: str, arguments: dict[str, Any]) -> None:

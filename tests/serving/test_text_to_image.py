@@ -69,6 +69,8 @@ def test_same_picture_with_each_scheduler(sd15: Served, plain: Any) -> None:
         pytest.param({"guidance_scale": 1.0}, id="no guidance"),
         pytest.param({"guidance_rescale": 0.7}, id="rescaled guidance"),
         pytest.param({"eta": 0.8}, id="eta"),
+        pytest.param({"clip_skip": 2, "negative_prompt": "dark, blurry"}, id="clip skip"),
+        pytest.param({"clip_skip": 3}, id="clip skip of all layers"),
         pytest.param({"prompt": "a cat " * 100}, id="a prompt that is cut"),
         pytest.param({"prompt": "Ünïcode 猫, (weights:1.2)\n newline"}, id="unusual characters"),
     ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,7 +56,7 @@ class Batcher:
         indices = [part.job.conditioning_rows(part.start, part.stop) for part in parts]
         stacked = {}
         for name in sources[0]:
-            rows = [source[name][index] for index, source in zip(indices, sources, strict=True)]
+            rows = [_rows(source[name], index) for index, source in zip(indices, sources, strict=True)]
             if name in self._adapters:
                 rows = [pad(tensor, name, *sizes[self._adapters[name]]) for tensor in rows]
             stacked[name] = torch.cat(rows)
@@ -69,3 +69,8 @@ class Batcher:
         if tokens > 1:
             tokens = next((bucket for bucket in self._buckets if bucket >= tokens), tokens)
         return max(shape[1] for shape in shapes), tokens
+
+
+def _rows(tensor: Tensor, index: Sequence[int]) -> Tensor:
+    """Rows of ``tensor``; a range is a view of them, for which nothing has to be sent to a device."""
+    return tensor[index.start : index.stop] if isinstance(index, range) else tensor[index]

@@ -85,7 +85,7 @@ class Conditioner:
         branches = self._image_prompts(request, tensors, prefixes)
         if bundle.family == "sdxl":
             inputs["text_embeds"] = by_picture("pooled_prompt_embeds")
-            branches["time_ids"] = _time_ids(request)[-len(prefixes) :]
+            inputs["time_ids"] = _time_ids(request, pictures, guided=len(prefixes) == 2)
         if bundle.time_cond_proj_dim is not None:
             branches["timestep_cond"] = guidance_embedding(request.guidance_scale, bundle.time_cond_proj_dim)
         inputs |= {name: tensor.repeat_interleave(pictures, dim=0) for name, tensor in branches.items()}
@@ -132,17 +132,27 @@ class Conditioner:
             )
 
 
-def _time_ids(request: JobRequest) -> Tensor:
-    """SDXL's size conditions [2, 6]: of the unconditional branch, then of the other (``_get_add_time_ids``).
+def _time_ids(request: JobRequest, pictures: int, *, guided: bool) -> Tensor:
+    """SDXL's size conditions [rows, 6], as diffusers' pipeline for the task has them (``_get_add_time_ids``).
 
-    The negative ones count only when both of their sizes are given, as in diffusers' text-to-image pipeline.
+    From text alone the negative ones count only when both of their sizes are given, and rows of several pictures take
+    turns. From a picture each negative size counts by itself, with the positive crop; ControlNets that inpaint have
+    none.
     """
     sizes, own = request.sizes, (request.height, request.width)
-    positive = (*(sizes.original_size or own), *sizes.crops_coords_top_left, *(sizes.target_size or own))
+    original, target = sizes.original_size or own, sizes.target_size or own
+    positive = (*original, *sizes.crops_coords_top_left, *target)
+    negative_original, negative_target = sizes.negative_original_size, sizes.negative_target_size
     negative = positive
-    if sizes.negative_original_size is not None and sizes.negative_target_size is not None:
-        negative = (*sizes.negative_original_size, *sizes.negative_crops_coords_top_left, *sizes.negative_target_size)
-    return torch.tensor([negative, positive], dtype=torch.float32)
+    if request.task == "text-to-image":
+        if negative_original is not None and negative_target is not None:
+            negative = (*negative_original, *sizes.negative_crops_coords_top_left, *negative_target)
+        rows = [negative, positive] * pictures
+    else:
+        if not (request.task == "inpainting" and request.controls):
+            negative = (*(negative_original or original), *sizes.crops_coords_top_left, *(negative_target or target))
+        rows = [negative] * pictures + [positive] * pictures
+    return torch.tensor(rows if guided else [positive] * pictures, dtype=torch.float32)
 
 
 def guidance_embedding(guidance_scale: float, size: int) -> Tensor:

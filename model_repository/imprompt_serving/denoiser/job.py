@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -44,15 +44,14 @@ class Job:
         self.since = 0
         """Tick that last served this job, or in which it came."""
 
-        self._scheduler = make_scheduler(
-            bundle.scheduler, bundle.scheduler_config, request.scheduler, request.scheduler_config, request.seeds[0]
-        )
+        self._scheduler = make_scheduler(bundle, request)
         set_timesteps(self._scheduler, request.num_inference_steps)
         generator = generators(request.seeds)
         self._step_arguments = step_arguments(self._scheduler, eta=request.eta, generator=generator)
         self._start = start(request, bundle, tensors, self._scheduler, generator, self.pictures).to(device)
         self.latents = self._start.latents
         self._timesteps = self._start.timesteps
+        self._timesteps_there = self._timesteps.to(device, torch.float32)
         self._conditioning = conditioning
         self._index = 0
         self.windows = self._windows()
@@ -80,7 +79,7 @@ class Job:
     @property
     def load(self) -> Load:
         """What it still needs of the UNet."""
-        return Load(self.rows * self.frames, len(self._timesteps) - self._index)
+        return Load(self.rows * self.frames, len(self._timesteps) - self._index, self.request.shape)
 
     @property
     def done(self) -> bool:
@@ -103,9 +102,10 @@ class Job:
         """UNet inputs of the current step beside latents and timestep, a row each; the same object while they stay."""
         return self._conditioning.at(self._index, len(self._timesteps))
 
-    def conditioning_rows(self, start: int, stop: int) -> list[int]:
+    def conditioning_rows(self, start: int, stop: int) -> Sequence[int]:
         """Rows of ``conditioning`` for rows ``start`` to ``stop``: each window has the same ones."""
-        return [row % (self.pictures * self.branches) for row in range(start, stop)]
+        rows = self.pictures * self.branches
+        return range(start, stop) if stop <= rows else [row % rows for row in range(start, stop)]
 
     def controls(self) -> list[Control]:
         """The ControlNets that act in the current step."""
@@ -121,7 +121,7 @@ class Job:
                 scaled = torch.cat([scaled, self._start.channels], dim=1)
             views = [scaled] if len(self.windows) < 2 else [scaled[:, :, list(window)] for window in self.windows]
             self._model_input = torch.cat([view for view in views for _ in range(self.branches)])
-        return self._model_input, timestep.to(self.latents.device, torch.float32).expand(self.rows)
+        return self._model_input, self._timesteps_there[self._index].expand(self.rows)
 
     def fill(self, noise_pred: Tensor) -> None:
         """Take the UNet's output for the next ``len(noise_pred)`` pending rows; steps when it was the last.
@@ -142,7 +142,8 @@ class Job:
             if self.request.guidance_rescale > 0:
                 noise_pred = rescale_guided(noise_pred, conditional, self.request.guidance_rescale)
         timestep = self._timesteps[self._index]
-        if self.request.preview:
+        request = self.request
+        if request.preview and request.progress_every and (self.step + 1) % request.progress_every == 0:
             model_input = self._scheduler.scale_model_input(self.latents, timestep)
             self.predicted = predicted_latents(self._scheduler, timestep, model_input, noise_pred)
         arguments = self._step_arguments

@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from imprompt_serving.denoiser.policy import START_PATIENCE
 from imprompt_serving.errors import Overloaded
 from imprompt_serving.specs import Limits
 
@@ -13,17 +14,18 @@ LONGEST_HINT_S, SHORTEST_HINT_S = 600.0, 0.5
 
 
 class Load(NamedTuple):
-    """What a job still needs: rows in each step, and steps (calls of the UNet, to be exact)."""
+    """What a job still needs: rows in each step, and steps (calls of the UNet, to be exact).
+
+    Jobs of one ``shape`` can share a call.
+    """
 
     rows: int
     steps: int
+    shape: str = ""
 
 
 def starts(running: Iterable[Load], waiting: Sequence[Load], limit: int) -> list[int]:
-    """The tick at which each waiting job begins if they begin in their order, as soon as a call has room for them.
-
-    An estimate: jobs of different sizes do not share a call, but they share the ticks.
-    """
+    """The tick at which each waiting job begins if they begin in their order, as soon as a call has room for them."""
     room, tick = limit, 0
     ends: list[tuple[int, int]] = []
 
@@ -57,7 +59,7 @@ def check_room(
         return
     rows = load.rows + sum(other.rows for other in waiting)
     begins = starts(running, [*waiting, load], call_rows)
-    seconds = begins[-1] * tick_seconds
+    seconds = _ticks_to_wait(load, running, waiting, call_rows) * tick_seconds
     if rows > limits.waiting_rows:
         # Room comes when the first ones in the line have begun.
         excess, index = rows - limits.waiting_rows, 0
@@ -74,6 +76,17 @@ def check_room(
             f"{_hint(seconds - limits.waiting_seconds)}",
             reason="seconds",
         )
+
+
+def _ticks_to_wait(load: Load, running: Sequence[Load], waiting: Sequence[Load], call_rows: int) -> int:
+    """Ticks until ``load`` begins: those of its shape take turns with the other shapes, which go first for a while."""
+
+    def alike(loads: Sequence[Load]) -> list[Load]:
+        return [other for other in loads if other.shape == load.shape]
+
+    shapes = {other.shape for other in (*running, *waiting, load)}
+    ticks = starts(alike(running), [*alike(waiting), load], call_rows)[-1] * len(shapes)
+    return ticks if alike(running) or not running else max(ticks, START_PATIENCE)
 
 
 def _hint(seconds: float) -> str:

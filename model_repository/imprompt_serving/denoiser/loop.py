@@ -76,6 +76,8 @@ class Denoiser:
         self._changed = threading.Condition()
         self._stopping = False
         self._tick, self._tick_seconds = 0, 0.0
+        self._tick_began: float | None = None
+        self._telling: set[str] = set()
         self._answers = ThreadPoolExecutor(1, thread_name_prefix="answers")
         self._thread = threading.Thread(target=self._run, name="denoiser", daemon=True)
         self._thread.start()
@@ -102,7 +104,7 @@ class Denoiser:
                     running,
                     waiting,
                     call_rows=self._max_rows,
-                    tick_seconds=self._tick_seconds,
+                    tick_seconds=max(self._tick_seconds, self._elapsed()),
                     limits=self._limits,
                 )
             except Overloaded as error:
@@ -122,6 +124,12 @@ class Denoiser:
             self._jobs[job.id] = (job, listener)
             self._report_population()
             self._changed.notify()
+
+    def check_wanted(self, job_id: str) -> None:
+        """Before a job is prepared. Raises ``Cancelled`` if it was."""
+        with self._changed:
+            if job_id in self._cancelled:
+                raise Cancelled("cancelled by its caller")
 
     def cancel(self, job_id: str) -> None:
         """Stop a job within one tick, or as soon as it comes; finished ones are not affected."""
@@ -165,11 +173,17 @@ class Denoiser:
             active = [job for job, _ in self._jobs.values()]
         if not active:
             return
-        began = time.perf_counter()
+        self._tick_began = time.perf_counter()
         rows = self._serve(active)
-        seconds = time.perf_counter() - began
+        seconds = self._elapsed()
+        self._tick_began = None
         self._tick_seconds += (seconds - self._tick_seconds) * (_RECENT if self._tick_seconds else 1.0)
         self._meter.ticked(rows, seconds)
+
+    def _elapsed(self) -> float:
+        """Seconds since the current tick began; the first one may take long, and there is no mean yet."""
+        began = self._tick_began
+        return 0.0 if began is None else time.perf_counter() - began
 
     def _drop_ended(self) -> None:
         now = time.monotonic()
@@ -185,7 +199,9 @@ class Denoiser:
     def _serve(self, active: list[Job]) -> int:
         """Compute the next call; returns its rows."""
         candidates = [
-            Candidate(job.key, job.pending, job.since, job.started is not None, job.request.priority, job.frames)
+            Candidate(
+                job.key, job.rows, job.pending, job.since, job.started is not None, job.request.priority, job.frames
+            )
             for job in active
         ]
         parts = []
@@ -225,11 +241,15 @@ class Denoiser:
         elif job.step > before and job.request.progress_every and job.step % job.request.progress_every == 0:
             _, listener = self._jobs.get(job.id, (None, None))
             if listener is not None:
-                self._answers.submit(self._progress, job, listener, job.step, job.steps, job.predicted)
+                # Previews may take longer than a tick: one at a time, or they would pile up.
+                preview = None if job.id in self._telling else job.predicted
+                self._telling.add(job.id)
+                self._answers.submit(self._progress, job, listener, job.step, job.steps, preview)
 
     def _progress(self, job: Job, listener: Listener, *arguments: Any) -> None:
         with self._failing(job):
             listener.progress(*arguments)
+        self._telling.discard(job.id)
 
     @contextmanager
     def _failing(self, job: Job) -> Iterator[None]:

@@ -3,21 +3,42 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import diffusers
 
 from imprompt_serving.capabilities import SCHEDULERS
 from imprompt_serving.errors import InvalidRequest
+from imprompt_serving.job import JobRequest
+from imprompt_serving.specs import Bundle
 
 
-def make_scheduler(default: str, config: dict[str, Any], name: str | None, overrides: dict[str, Any], seed: int) -> Any:
-    """A scheduler of class ``name`` from the bundle's configuration, with single values replaced.
+def make_scheduler(bundle: Bundle, request: JobRequest) -> Any:
+    """The scheduler that diffusers' pipeline for ``request`` would have: the bundle's own as that pipeline corrects it,
+    or one made from it with another class or single values replaced.
 
     Raises:
         InvalidRequest: unknown class, a key the class does not take, or a value that it refuses.
     """
-    name = name or default
+    own = _make(bundle.scheduler, bundle.scheduler_config, {}, request.seeds[0])
+    own.register_to_config(**_corrections(own.config, bundle, request))
+    if request.scheduler is None and not request.scheduler_config:
+        return own
+    return _make(request.scheduler or bundle.scheduler, own.config, request.scheduler_config, request.seeds[0])
+
+
+def _corrections(config: Mapping[str, Any], bundle: Bundle, request: JobRequest) -> dict[str, Any]:
+    """What the pipelines of SD 1.5 change in an outdated configuration; those of ControlNets and clips do not."""
+    if bundle.family != "sd15" or request.controls or request.frames is not None:
+        return {}
+    wrong = {"steps_offset": 1}
+    wrong |= {"skip_prk_steps": True} if request.task == "inpainting" else {"clip_sample": False}
+    return {name: value for name, value in wrong.items() if config.get(name, value) != value}
+
+
+def _make(name: str, config: Mapping[str, Any], overrides: dict[str, Any], seed: int) -> Any:
+    """A scheduler of class ``name`` from ``config``, with single values replaced."""
     if name not in SCHEDULERS:
         raise InvalidRequest("scheduler", f"unknown scheduler {name!r}; known are {', '.join(SCHEDULERS)}")
     kind = getattr(diffusers, name)
@@ -29,7 +50,7 @@ def make_scheduler(default: str, config: dict[str, Any], name: str | None, overr
         # DPMSolverSDEScheduler draws its noise from a seed of its own, at random unless set.
         overrides = {"noise_sampler_seed": seed, **overrides}
     try:
-        return kind.from_config(config, **overrides)
+        return kind.from_config(dict(config), **overrides)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise InvalidRequest("scheduler_config", f"{name} refuses it: {error}") from error
 

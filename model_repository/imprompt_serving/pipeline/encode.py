@@ -39,7 +39,8 @@ class TextPromptEncoder:
             if request.negative_prompts is None and self._bundle.force_zeros_for_empty_prompt:
                 return positive | {f"negative_{name}": np.zeros_like(value) for name, value in positive.items()}
             empty = (("",) * len(request.prompts[0]),) * len(request.prompts)
-            return positive | await self._embeds(request.negative_prompts or empty, request.clip_skip, "negative_")
+            # As in diffusers, clip_skip is for the prompt alone.
+            return positive | await self._embeds(request.negative_prompts or empty, 0, "negative_")
 
     async def _embeds(self, prompts: tuple[tuple[str, ...], ...], clip_skip: int, prefix: str) -> Tensors:
         """Embeddings of one branch; those of several text encoders stand side by side."""
@@ -78,7 +79,7 @@ class ImagePromptEncoder:
         tensors = {name: tensor for part in parts for name, tensor in part.items()}
         for prompt in request.image_prompts:
             if prompt.masks:
-                masks = mask_pixels(list(prompt.masks), request.height, request.width)
+                masks = await asyncio.to_thread(mask_pixels, list(prompt.masks), request.height, request.width)
                 tensors[f"ip_adapter_masks_{prompt.adapter.name}"] = masks[:, 0]
         return tensors
 
@@ -135,7 +136,7 @@ class ImagePromptEncoder:
     async def _pictures(self, adapter: Adapter, images: Sequence[Image.Image], stages: Stages) -> np.ndarray:
         encoder = self._bundle.image_encoder(adapter.image_encoder or "")
         with stages.measure("preprocess"):
-            pixels = [clip_pixels(image, encoder) for image in images]
+            pixels = await asyncio.to_thread(lambda: [clip_pixels(image, encoder) for image in images])
         with stages.measure("image_encoder"):
             return np.stack(await asyncio.gather(*(self._picture(adapter, p) for p in pixels)))
 
@@ -168,12 +169,6 @@ async def encode_start(request: Request, bundle: Bundle, models: Models, stages:
     """Start pictures (or frames) as moments of the VAE's Gaussian, and the mask at the resolution of the latents."""
     if request.task == "text-to-image":
         return {}
-    height, width = request.height, request.width
-    images, masks = list(request.start.images), list(request.start.masks)
-    if request.start.mask_crop is not None:
-        box = crop_region(masks[0], width, height, request.start.mask_crop)
-        images, masks = ([fit_filled(i.crop(box), width, height) for i in group] for group in (images, masks))
-
     turn = asyncio.Semaphore(_ENCODED_TOGETHER)
 
     async def encode_picture(pixels: np.ndarray) -> np.ndarray:
@@ -184,17 +179,31 @@ async def encode_start(request: Request, bundle: Bundle, models: Models, stages:
         return np.concatenate(await asyncio.gather(*map(encode_picture, pixels)))
 
     with stages.measure("vae_encoder"):
-        pixels = vae_pixels(images, height, width)
+        pixels, mask = await asyncio.to_thread(_start_pixels, request)
         if request.task == "image-to-image":
             return {"image_moments": await encode(pixels)}
-        mask = mask_pixels(masks, height, width)
         whole, masked = await asyncio.gather(encode(pixels), encode(pixels * (mask < 0.5)))
     factor = bundle.vae_scale_factor
     return {"image_moments": whole, "masked_image_moments": masked, "mask": mask[:, :, ::factor, ::factor]}
 
 
-def control_tensors(request: Request) -> Tensors:
+def _start_pixels(request: Request) -> tuple[np.ndarray, np.ndarray]:
+    """Start pictures [N, 3, height, width] and masks [N, 1, height, width] (none for image-to-image)."""
+    height, width = request.height, request.width
+    images, masks = list(request.start.images), list(request.start.masks)
+    if request.start.mask_crop is not None:
+        box = crop_region(masks[0], width, height, request.start.mask_crop)
+        images, masks = ([fit_filled(i.crop(box), width, height) for i in group] for group in (images, masks))
+    none = np.zeros((0, 1, height, width), np.float32)
+    return vae_pixels(images, height, width), mask_pixels(masks, height, width) if masks else none
+
+
+async def control_tensors(request: Request) -> Tensors:
     """Control images at the size of the result, cropped as the start picture is."""
+    return await asyncio.to_thread(_control_tensors, request)
+
+
+def _control_tensors(request: Request) -> Tensors:
     height, width, crop = request.height, request.width, request.start.mask_crop
     box = None if crop is None else crop_region(request.start.masks[0], width, height, crop)
     tensors = {}

@@ -32,7 +32,7 @@ class Finisher:
         if request.output_format is None:
             return answer
         with stages.measure("postprocess"):
-            return await asyncio.get_running_loop().run_in_executor(None, _files, answer, request.output_format)
+            return await asyncio.to_thread(_files, answer, request.output_format)
 
     async def _pictures(self, request: Request, latents: np.ndarray, stages: Stages) -> Tensors:
         with stages.measure("vae_decoder"):
@@ -41,11 +41,11 @@ class Finisher:
         if self._bundle.safety_checker is not None:
             with stages.measure("safety_checker"):
                 unsafe = await self._unsafe(pictures)
-            pictures = np.where(unsafe[:, None, None, None], np.uint8(0), pictures)
+            pictures[unsafe] = 0
             answer["nsfw_content_detected"] = unsafe
         if request.start.mask_crop is not None:
             with stages.measure("postprocess"):
-                pictures = _put_back(request, pictures)
+                pictures = await asyncio.to_thread(_put_back, request, pictures)
         return answer | {"images": pictures}
 
     async def _clips(self, latents: np.ndarray, stages: Stages) -> Tensors:
@@ -78,7 +78,7 @@ class Finisher:
         """Whether each picture is unsafe [N]."""
         encoder, model = self._bundle.safety_checker, self._bundle.model("safety_checker")
         assert encoder is not None
-        pixels = [clip_pixels(Image.fromarray(picture), encoder) for picture in pictures]
+        pixels = await asyncio.to_thread(lambda: [clip_pixels(Image.fromarray(p), encoder) for p in pictures])
         parts = await asyncio.gather(*(self._models.call(model, {"pixel_values": p[None]}) for p in pixels))
         return np.concatenate([part["nsfw"] for part in parts])[:, 0]
 

@@ -6,14 +6,14 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
 from imprompt_serving.errors import InvalidRequest, RequestError
-from imprompt_serving.job import Admission, JobRequest
+from imprompt_serving.job import Admission, JobRequest, shape_of
 from imprompt_serving.pipeline.dispatch import Dispatcher
 from imprompt_serving.pipeline.encode import ImagePromptEncoder, TextPromptEncoder, control_tensors, encode_start
 from imprompt_serving.pipeline.finish import Finisher
@@ -51,12 +51,13 @@ class Pipeline:
         with stages.measure("admission"):
             denoiser = await self._dispatcher.admit(admission)
         async with self._dispatcher.place(denoiser, admission):
-            text, embeds, start = await asyncio.gather(
+            parts = await _together(
                 self._text.encode(request, stages),
                 self._images.encode(request, stages),
                 encode_start(request, self._bundle, self._models, stages),
+                control_tensors(request),
             )
-            tensors = {**text, **embeds, **start, **control_tensors(request)}
+            tensors = {name: tensor for part in parts for name, tensor in part.items()}
             job = self._job(request, admission.id, time.perf_counter() - began, quiet=progress is None)
             latents = await self._denoise(denoiser, job, tensors, progress, stages)
         answer = await self._finish(request, latents, stages)
@@ -71,7 +72,12 @@ class Pipeline:
         frames = 1 if request.clip is None else request.clip.frames
         rows = request.pictures * frames * (2 if self._bundle.guided(request.guidance_scale) else 1)
         share = 1.0 if request.task == "text-to-image" else request.strength
-        return Admission(id=job_id, rows=rows, steps=max(round(request.num_inference_steps * share), 1))
+        return Admission(
+            id=job_id,
+            rows=rows,
+            steps=max(round(request.num_inference_steps * share), 1),
+            shape=shape_of(request.height, request.width, None if request.clip is None else request.clip.frames),
+        )
 
     async def _embeddings_only(self, request: Request, adapter: str) -> Tensors:
         for prompt in request.image_prompts:
@@ -129,3 +135,13 @@ class Pipeline:
                     stages.seconds.update(json.loads(answer["timings"][0]))
                     return answer["latents"]
         raise RequestError("the denoiser ended without latents")
+
+
+async def _together(*work: Awaitable[Tensors]) -> list[Tensors]:
+    """The results of all, computed at the same time; when one fails, the others stop."""
+    tasks = [asyncio.ensure_future(part) for part in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -166,6 +166,8 @@ def _start(read: Reader, bundle: Bundle, pictures: int, clip: Clip | None) -> St
     crop = read.integer("padding_mask_crop", 0, 0, 4096) if "padding_mask_crop" in read else None
     if crop is not None and (len(given["mask_image"]) != 1 or len(given["image"]) != 1):
         raise InvalidRequest("padding_mask_crop", "needs one image and one mask_image")
+    if crop is not None and given["mask_image"][0].size != given["image"][0].size:
+        raise InvalidRequest("mask_image", "must have the size of image where padding_mask_crop is given")
     if crop is not None and not np.asarray(given["mask_image"][0].convert("L")).any():
         raise InvalidRequest("mask_image", "is all black: there is nothing to crop to")
     video = clip.video if clip is not None else ()

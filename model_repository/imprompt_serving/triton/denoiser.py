@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,30 +50,31 @@ class TritonPythonModel:
         self._metrics = Metrics(metrics.DENOISER, args["model_name"])
         meter = DenoiserMeter(self._metrics)
         self._denoiser = Denoiser(networks, Batcher(bundle), bundle.shapes.rows.max, bundle.limits, meter)
+        self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
 
     def execute(self, requests: list[Any]) -> None:
+        """Take jobs in a thread of their own: cancellations and questions for a place must not stand in their line."""
         for request in requests:
-            sender = request.get_response_sender()
-            try:
-                with torch.no_grad():
-                    self._accept(arrays(request), sender)
-            except RequestError as error:
-                _refuse(sender, error)
-            except Exception as error:
-                logger.exception("a job was not accepted")
-                _refuse(sender, RequestError(f"{type(error).__name__}: {error}"))
+            tensors, sender = arrays(request), request.get_response_sender()
+            if "job" in tensors:
+                # Triton keeps a thread of the caller's occupied until the first answer: here it is, and empty.
+                sender.send(response({}))
+                self._preparing.submit(_guarded, self._accept, tensors, sender)
+            else:
+                _guarded(self._manage, tensors, sender)
 
-    def _accept(self, tensors: dict[str, np.ndarray], sender: Any) -> None:
+    def _manage(self, tensors: dict[str, np.ndarray], sender: Any) -> None:
         if "cancel" in tensors:
             self._denoiser.cancel(tensors["cancel"][0].decode())
-            send_final(sender)
-            return
-        if "admit" in tensors:
+        else:
             asked = msgspec.json.decode(tensors["admit"][0], type=Admission)
-            self._denoiser.admit(asked.id, Load(asked.rows, asked.steps))
-            send_final(sender)
-            return
+            self._denoiser.admit(asked.id, Load(asked.rows, asked.steps, asked.shape))
+        send_final(sender)
+
+    @torch.no_grad()
+    def _accept(self, tensors: dict[str, np.ndarray], sender: Any) -> None:
         request = msgspec.json.decode(tensors.pop("job")[0], type=JobRequest)
+        self._denoiser.check_wanted(request.id)
         given = {name: torch.from_numpy(value) for name, value in tensors.items()}
         job = Job(request, self._bundle, self._conditioner(request, given), given, self._device)
         family = self._bundle.family
@@ -83,8 +86,20 @@ class TritonPythonModel:
         self._denoiser.submit(job, listener)
 
     def finalize(self) -> None:
+        self._preparing.shutdown()
         self._denoiser.stop()
         self._metrics.close()
+
+
+def _guarded(act: Callable[[dict[str, np.ndarray], Any], None], tensors: dict[str, np.ndarray], sender: Any) -> None:
+    """``act``; what goes wrong is its answer."""
+    try:
+        act(tensors, sender)
+    except RequestError as error:
+        _refuse(sender, error)
+    except Exception as error:
+        logger.exception("a job was not accepted")
+        _refuse(sender, RequestError(f"{type(error).__name__}: {error}"))
 
 
 def _refuse(sender: Any, error: RequestError) -> None:

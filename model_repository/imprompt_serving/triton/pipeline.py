@@ -8,6 +8,7 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from imprompt_serving.triton.metrics import Metrics
 from imprompt_serving.triton.tensors import arrays, failure, raise_for_error, response, send_final, to_tensors
 
 logger = logging.getLogger(__name__)
-_POLL = 0.02
-"""Seconds between two looks at whether the caller is still there."""
+_POLL, _LONGEST_POLL, _POLLED_AT_ONCE = 0.02, 0.25, 4
+"""Seconds between two looks at whether the caller is still there; longer for more callers than so many, since each look
+is a message to Triton and back."""
 _MORE_THREADS = 64
 """For what is asked beside the jobs that run or wait: cancellations, say, must not stand in a line."""
 
@@ -56,12 +58,23 @@ def _request(model: str, tensors: Mapping[str, np.ndarray]) -> Any:
     return pb_utils.InferenceRequest(model_name=model, requested_output_names=[], inputs=to_tensors(tensors))
 
 
+async def _send(sender: Any, answer: Any) -> None:
+    """The final answer, whose pictures are copied off the event loop; if that fails, word of it."""
+    try:
+        await asyncio.to_thread(send_final, sender, answer)
+    except Exception as error:
+        logger.exception("an answer was not sent")
+        with suppress(Exception):  # it may have been closed
+            send_final(sender, failure(RequestError(f"the answer could not be sent: {error}")))
+
+
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         folder = Path(args["model_repository"], args["model_version"])
         self._bundle = Bundle.load(folder)
         limits, shapes = self._bundle.limits, self._bundle.shapes
-        self._models = TritonModels(limits.waiting_rows + 2 * shapes.rows.max + _MORE_THREADS)
+        most = len(self._bundle.denoisers) * (limits.waiting_rows + 2 * shapes.rows.max)
+        self._models = TritonModels(most + _MORE_THREADS)
         self._pipeline = Pipeline(self._bundle, folder, self._models)
         self._tasks: set[asyncio.Future[Any]] = set()
         self._metrics = Metrics(metrics.PIPELINE, args["model_name"])
@@ -81,14 +94,14 @@ class TritonPythonModel:
         sender = request.get_response_sender()
         try:
             with admitted(self._in_flight.increment):
-                send_final(sender, await self._result(request, sender))
+                await _send(sender, await self._result(request, sender))
         except RequestError as error:  # during a drain
             self._metrics.add(metrics.REQUESTS, error.status)
-            send_final(sender, failure(error))
+            await _send(sender, failure(error))
 
     async def _result(self, request: Any, sender: Any) -> Any:
         try:
-            answer = response(await self._serve(request, sender))
+            answer = await asyncio.to_thread(response, await self._serve(request, sender))
             self._metrics.add(metrics.REQUESTS, "OK")
             return answer
         except RequestError as error:
@@ -104,6 +117,7 @@ class TritonPythonModel:
 
     async def _serve(self, request: Any, sender: Any) -> Tensors:
         loop = asyncio.get_running_loop()
+        came = loop.time()
         # Decoding pictures takes long enough to be kept off the event loop, which serves all callers.
         wanted = await loop.run_in_executor(None, parse, arrays(request), self._bundle)
         job_id = f"{request.request_id() or 'request'}-{uuid.uuid4().hex}"
@@ -112,9 +126,10 @@ class TritonPythonModel:
             sender.send(response(answer))
 
         work = asyncio.ensure_future(self._pipeline.generate(wanted, job_id, progress if self._streaming else None))
-        deadline = None if wanted.timeout is None else loop.time() + wanted.timeout
+        deadline = None if wanted.timeout is None else came + wanted.timeout
         while not work.done():
-            await asyncio.wait({work}, timeout=_POLL)
+            pause = min(_POLL * max(len(self._tasks) / _POLLED_AT_ONCE, 1.0), _LONGEST_POLL)
+            await asyncio.wait({work}, timeout=pause)
             try:
                 check_drain_deadline()
                 if deadline is not None and loop.time() > deadline:
