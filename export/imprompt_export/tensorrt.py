@@ -23,6 +23,8 @@ from imprompt_serving.engines.tensorrt_package import EngineInfo, EngineTensor, 
 
 Report = Callable[[str], None]
 """Takes a line about what the builder is doing."""
+_RECIPE = 2
+"""How engines are made: another number where it changes, so that those that were kept are not taken any more."""
 
 
 class Builder:
@@ -87,7 +89,7 @@ class Builder:
             target=self._target,
             model=_file_hash(source),
             architecture=_architecture(source),
-            settings=_digest([profiles, self._refit]),
+            settings=_digest([_RECIPE, profiles, self._refit]),
             refit=self._refit,
         )
 
@@ -138,9 +140,7 @@ class Builder:
         engine = trt.Runtime(self._logger).deserialize_cuda_engine(self._donors[wanted].read_bytes())
         if engine is None:
             raise EngineError(f"--refit-from: {self._donors[wanted]} cannot be loaded; a refit needs the GPU")
-        refitter = trt.OnnxParserRefitter(trt.Refitter(engine, self._logger), self._logger)
-        if not refitter.refit_from_file(str(source)):
-            raise EngineError(f"--refit-from: {source.stem}: {_errors(refitter)}")
+        refit(trt, self._logger, engine, source)
         donor = EngineInfo.load(self._donors[wanted])
         return _serialized(trt, engine), msgspec.structs.replace(donor, model=info.model)
 
@@ -157,6 +157,25 @@ def gpu_name() -> str:
         raise EngineError("TensorRT builds engines on the GPU that they are for, and there is none here")
     major, minor = torch.cuda.get_device_capability()
     return f"{torch.cuda.get_device_name()} SM{major}{minor}"
+
+
+def refit(trt: Any, logger: Any, engine: Any, source: Path) -> None:
+    """Give ``engine`` the weights of ``source``: the parser only lays them out, the refitter puts them in.
+
+    Raises:
+        EngineError: weights are of other names or shapes, or missing.
+    """
+    refitter = trt.Refitter(engine, logger)
+    parser = trt.OnnxParserRefitter(refitter, logger)  # holds the weights until they are in
+    if not parser.refit_from_file(str(source)):
+        raise EngineError(f"--refit-from: {source.stem}: {_errors(parser)}")
+    missing = refitter.get_missing_weights()
+    if missing:
+        raise EngineError(
+            f"--refit-from: {source.stem} lacks {len(missing)} weights of the engine, such as {missing[0]}"
+        )
+    if not refitter.refit_cuda_engine():
+        raise EngineError(f"--refit-from: the engine does not take the weights of {source.stem}; see the message above")
 
 
 def _serialized(trt: Any, engine: Any) -> Any:

@@ -22,7 +22,7 @@ from imprompt_export import BundleError, EngineError, export
 from imprompt_export.graphs import image_projection
 from imprompt_export.onnx_graph import export_onnx
 from imprompt_export.profiles import Profile
-from imprompt_export.tensorrt import Builder
+from imprompt_export.tensorrt import Builder, refit
 from imprompt_serving import config, engines
 from imprompt_serving.engines.tensorrt_package import EngineInfo, tensorrt
 from imprompt_serving.wire import Tensor
@@ -188,6 +188,54 @@ def test_engines_that_can_take_each_others_weights(tmp_path: Path) -> None:
             refitting.build(files[1], tmp_path / "out.plan", [PROFILE])
         with pytest.raises(EngineError, match=r"engine\.refit needs the GPU"):
             builder(refit=True).build(files[0], engine, [PROFILE])
+
+
+class FakeRefit:
+    """In the place of TensorRT, which refits on a GPU alone: what it was asked, in order, and what went in."""
+
+    def __init__(self, *, parsed: bool = True, missing: tuple[str, ...] = (), taken: bool = True) -> None:
+        self.parsed, self.missing, self.taken = parsed, list(missing), taken
+        self.asked: list[str] = []
+
+    def Refitter(self, engine: object, logger: object) -> FakeRefit:  # noqa: N802
+        return self
+
+    def OnnxParserRefitter(self, refitter: object, logger: object) -> FakeRefit:  # noqa: N802
+        return self
+
+    num_errors = 0
+
+    def refit_from_file(self, source: str) -> bool:
+        self.asked.append("parse")
+        return self.parsed
+
+    def get_missing_weights(self) -> list[str]:
+        self.asked.append("missing")
+        return self.missing
+
+    def refit_cuda_engine(self) -> bool:
+        self.asked.append("refit")
+        return self.taken
+
+
+def test_a_refit_is_carried_out() -> None:
+    """The parser has the weights ready; the engine has them after ``refit_cuda_engine``."""
+    fake = FakeRefit()
+    refit(fake, None, None, Path("net.onnx"))
+    assert fake.asked == ["parse", "missing", "refit"]
+
+
+@pytest.mark.parametrize(
+    ("fake", "message"),
+    [
+        (FakeRefit(parsed=False), "net: no reason given"),
+        (FakeRefit(missing=("conv.bias", "other")), r"net lacks 2 weights of the engine, such as conv\.bias"),
+        (FakeRefit(taken=False), "does not take the weights of net"),
+    ],
+)
+def test_a_refit_that_fails(fake: FakeRefit, message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        refit(fake, None, None, Path("net.onnx"))
 
 
 def test_exported_graphs_are_told_apart(tmp_path: Path) -> None:
