@@ -102,16 +102,10 @@ class Builder:
         parser = trt.OnnxParser(network, self._logger)
         if not parser.parse_from_file(str(source)):
             raise EngineError(f"{self._backend} cannot read {source.stem}: {_errors(parser)}")
-        config = builder.create_builder_config()
+        config = self._config(builder)
         made = [_profile(builder, network, profile) for profile in profiles]
         for profile in made:
             config.add_optimization_profile(profile)
-        if self._refit:
-            config.set_flag(trt.BuilderFlag.REFIT)
-        if self._targets:
-            config.num_compute_capabilities = len(self._targets)
-            for index, target in enumerate(self._targets):
-                config.set_compute_capability(trt.ComputeCapability.__members__[target], index)
         timings = self._cache / f"{_digest([trt.__version__, self._target])}.timings"
         if not self._targets:  # TensorRT-RTX times nothing before it runs
             known = timings.read_bytes() if timings.exists() else b""
@@ -125,6 +119,19 @@ class Builder:
             timings.write_bytes(config.get_timing_cache().serialize())
         del monitor  # must outlive the build
         return engine, _described(info, network, made)
+
+    def _config(self, builder: Any) -> Any:
+        """Settings of a build, without its profiles."""
+        trt = self._package
+        config = builder.create_builder_config()
+        config.clear_flag(trt.BuilderFlag.TF32)  # whose 10 bits are not what float32 promises
+        if self._refit:
+            config.set_flag(trt.BuilderFlag.REFIT)
+        if self._targets:
+            config.num_compute_capabilities = len(self._targets)
+            for index, target in enumerate(self._targets):
+                config.set_compute_capability(trt.ComputeCapability.__members__[target], index)
+        return config
 
     def _refitted(self, source: Path, info: EngineInfo) -> tuple[Any, EngineInfo] | None:
         """A donor's engine with the weights of ``source``; None without donors."""

@@ -127,6 +127,13 @@ def test_an_engine_has_an_instance_on_each_gpu_that_is_named(host: str) -> None:
     assert (group.kind, list(group.gpus), group.count) == (pb.ModelInstanceGroup.KIND_GPU, [0, 3], 1)
 
 
+def test_float32_is_float32() -> None:
+    """TensorRT would multiply with 10 bits where it may."""
+    builder = Builder("tensorrt_rtx", targets=["SM89"])
+    made = builder._config(trt.Builder(builder._logger))
+    assert not made.get_flag(trt.BuilderFlag.TF32)
+
+
 def write(file: Path, weight: float = 1.0, operator: str = "MatMul") -> Path:
     """A graph of one operator with one weight."""
     weights = helper.make_tensor("weight", TensorProto.FLOAT, [4, 4], [weight] * 16)

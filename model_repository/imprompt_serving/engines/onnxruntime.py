@@ -17,7 +17,9 @@ def session(path: Path, *, threads: int = 0, gpu: int = 0) -> onnxruntime.Infere
         options.intra_op_num_threads = threads
     # Sessions of several processes share the cores: a spinning pool would take them from the others.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    wanted: dict[str, dict[str, int]] = {"CUDAExecutionProvider": {"device_id": gpu}, "CPUExecutionProvider": {}}
+    # Without TF32, whose 10 bits are not what float32 promises.
+    cuda = {"device_id": str(gpu), "use_tf32": "0"}
+    wanted: dict[str, dict[str, str]] = {"CUDAExecutionProvider": cuda, "CPUExecutionProvider": {}}
     available = onnxruntime.get_available_providers()
     providers = [(name, settings) for name, settings in wanted.items() if name in available]
     return onnxruntime.InferenceSession(str(path), options, providers=providers)
