@@ -6,18 +6,23 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
 
 from imprompt_export.tensorrt import Builder
 from imprompt_serving.engines import EngineError, load_engine
+from imprompt_serving.engines import onnxruntime as onnxruntime_engine
 from imprompt_serving.gpu import DeviceEngine, call, device_of
 from imprompt_serving.gpu.onnxruntime import OnnxRuntimeDeviceEngine
 from imprompt_serving.gpu.recent import Recent
 from imprompt_serving.gpu.tensorrt import GRAPHS, TensorRTEngine, profile_for
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+without_cuda = pytest.mark.skipif(
+    "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="ONNX Runtime is the one for GPUs"
+)
 PROFILES = [
     {"sample": ((1, 4, 8), (16, 4, 64)), "tokens": ((1, 1), (16, 64))},
     {"sample": ((1, 4, 8), (16, 4, 128)), "tokens": ((1, 1), (16, 16))},
@@ -108,6 +113,26 @@ def test_both_kinds_of_engines_are_called_alike(tmp_path: Path) -> None:
     x = torch.arange(6.0).reshape(2, 3)
     for engine in (load_engine(file, "onnxruntime"), OnnxRuntimeDeviceEngine(file, "cpu")):
         assert torch.equal(call(engine, {"x": x})["y"], 2 * x)
+
+
+@without_cuda
+def test_a_gpu_that_onnxruntime_cannot_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would run on the CPU and say nothing; libraries are looked for first."""
+    looked: list[bool] = []
+    monkeypatch.setattr(onnxruntime_engine, "built_for_cuda", lambda: True)
+    monkeypatch.setattr(onnxruntime_engine, "gpu_there", lambda: True)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: looked.append(True))
+    with pytest.warns(UserWarning, match="CUDA"), pytest.raises(EngineError, match=r"cannot use the GPU: .*cuDNN"):
+        load_engine(write(tmp_path / "model.onnx"), "onnxruntime")
+    assert looked
+    monkeypatch.setattr(onnxruntime_engine, "gpu_there", lambda: False)
+    load_engine(write(tmp_path / "model.onnx"), "onnxruntime")
+
+
+@without_cuda
+def test_a_device_for_the_onnxruntime_of_cpus(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="install onnxruntime-gpu"):
+        load_engine(write(tmp_path / "model.onnx"), "onnxruntime", device="cuda:0")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
