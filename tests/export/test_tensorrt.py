@@ -134,6 +134,26 @@ def test_float32_is_float32() -> None:
     assert not made.get_flag(trt.BuilderFlag.TF32)
 
 
+def test_what_the_runner_calls_is_there() -> None:
+    """Nothing can be run without a GPU, but names can be looked up."""
+    for owner, names in {
+        trt.ExecutionContextAllocationStrategy: ("USER_MANAGED",),
+        trt.DynamicShapesKernelSpecializationStrategy: ("EAGER",),
+        trt.CudaGraphStrategy: ("WHOLE_GRAPH_CAPTURE",),
+        trt.ICudaEngine: ("create_execution_context", "create_runtime_config", "device_memory_size_v2"),
+        trt.IRuntimeConfig: (
+            *("set_execution_context_allocation_strategy", "dynamic_shapes_kernel_specialization_strategy"),
+            *("cuda_graph_strategy", "create_runtime_cache", "set_runtime_cache"),
+        ),
+        trt.IExecutionContext: (
+            *("set_device_memory", "active_optimization_profile", "set_optimization_profile_async"),
+            *("set_input_shape", "get_tensor_shape", "set_tensor_address", "execute_async_v3"),
+        ),
+        trt.Refitter: ("get_missing_weights", "refit_cuda_engine"),
+    }.items():
+        assert not [name for name in names if not hasattr(owner, name)]
+
+
 def write(file: Path, weight: float = 1.0, operator: str = "MatMul") -> Path:
     """A graph of one operator with one weight."""
     weights = helper.make_tensor("weight", TensorProto.FLOAT, [4, 4], [weight] * 16)

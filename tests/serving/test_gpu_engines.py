@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from imprompt_serving.engines import onnxruntime as onnxruntime_engine
 from imprompt_serving.gpu import DeviceEngine, call, device_of
 from imprompt_serving.gpu.onnxruntime import OnnxRuntimeDeviceEngine
 from imprompt_serving.gpu.recent import Recent
-from imprompt_serving.gpu.tensorrt import GRAPHS, TensorRTEngine, profile_for
+from imprompt_serving.gpu.tensorrt import GRAPHS, TensorRTEngine, capturing, profile_for
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 without_cuda = pytest.mark.skipif(
@@ -53,6 +55,14 @@ def test_what_was_used_last_is_kept() -> None:
 
     assert [get(key) for key in "abacab"] == list("abacab")
     assert made == ["a", "b", "c", "b"]
+
+
+def test_a_value_that_is_in_use_is_waited_for() -> None:
+    waited: list[str] = []
+    recent: Recent[str] = Recent(1, before_dropping=lambda: waited.append("."))
+    for key in "aab":
+        recent.get(key, partial(str, key))
+    assert waited == ["."]
 
 
 def test_a_value_makes_room_before_the_next_is_made() -> None:
@@ -133,6 +143,37 @@ def test_a_gpu_that_onnxruntime_cannot_use(tmp_path: Path, monkeypatch: pytest.M
 def test_a_device_for_the_onnxruntime_of_cpus(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="install onnxruntime-gpu"):
         load_engine(write(tmp_path / "model.onnx"), "onnxruntime", device="cuda:0")
+
+
+class FakeGraph:
+    """In the place of a CUDA graph; ``broken`` is one in which something was launched that cannot be captured."""
+
+    def __init__(self, told: list[str], *, broken: bool = False) -> None:
+        self.told, self.broken = told, broken
+
+    def capture_begin(self, pool: object, capture_error_mode: str) -> None:
+        self.told.append(f"begin {capture_error_mode}")
+
+    def capture_end(self) -> None:
+        self.told.append("end")
+        if self.broken:
+            raise RuntimeError("capture was invalidated")
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_capture_is_ended(monkeypatch: pytest.MonkeyPatch, broken: bool) -> None:
+    """For torch's allocator too: it waits for the end of captures."""
+    told: list[str] = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: FakeGraph(told, broken=broken))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(
+        torch._C, "_cuda_endAllocateToPool", lambda device, pool: told.append(f"close {pool}"), raising=False
+    )
+    failing = pytest.raises(RuntimeError, match="invalidated") if broken else contextlib.nullcontext()
+    with failing, capturing():
+        told.append("launch")
+    assert told == ["begin thread_local", "launch", "end", *(["close (0, 1)"] if broken else [])]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
