@@ -75,21 +75,14 @@ def _image_prompts(axes: set[str], bundle: Bundle) -> Iterator[dict[str, Range]]
     if not adapters:
         yield {}
         return
-    buckets = bundle.shapes.image_tokens
-    single = max(_bucket(adapter.num_tokens, buckets) for adapter in adapters)
-    kinds = ((1, buckets[-1]), (bundle.shapes.regions, single))
+    kinds = ((1, bundle.shapes.image_tokens[-1]), (bundle.shapes.regions, bundle.region_tokens))
     for groups, most in kinds[: 1 if bundle.shapes.regions == 1 else 2]:
         box = {}
         for adapter in adapters:
-            usual = min(_bucket(adapter.num_tokens, buckets), most)
+            usual = min(bundle.shapes.bucket(adapter.num_tokens), most)
             box[f"groups_{adapter.name}"] = Range(1, min(groups, 2), groups)
             box[f"tokens_{adapter.name}"] = Range(1, usual, most)
         yield box
-
-
-def _bucket(tokens: int, buckets: tuple[int, ...]) -> int:
-    """The padding bucket of so many tokens."""
-    return next((bucket for bucket in buckets if bucket >= tokens), tokens)
 
 
 def _bounds(
