@@ -112,9 +112,9 @@ class Conditioner:
             if name not in used:
                 inputs |= absent_inputs(bundle, name, len(prefixes), tensors["prompt_embeds"].shape[-1], size)
                 continue
-            tokens = [self._tokens(adapter, tensors, prefix) for prefix in prefixes]
             masks = tensors.get(f"ip_adapter_masks_{name}")
-            self._check_count(adapter, tokens[-1], masked=masks is not None)
+            self._check_count(adapter, len(tensors[f"image_embeds_{name}"]), masked=masks is not None)
+            tokens = [self._tokens(adapter, tensors, prefix) for prefix in prefixes]
             scale = group_scales(bundle, used[name], 1 if masks is None else len(masks))
             inputs |= adapter_inputs(bundle, name, tokens, scale, size, masks)
         if BACKENDS[bundle.backend].compiled and has_regions(bundle, inputs):
@@ -127,15 +127,16 @@ class Conditioner:
             embeds["clip_embeds"] = tensors[f"{prefix}clip_embeds_{adapter.name}"].numpy()
         return torch.from_numpy(self._projections[adapter.name].run(embeds)["tokens"])
 
-    def _check_count(self, adapter: Adapter, tokens: Tensor, *, masked: bool) -> None:
-        if masked and len(tokens) > self._bundle.shapes.regions:
+    def _check_count(self, adapter: Adapter, pictures: int, *, masked: bool) -> None:
+        """Refuse more pictures than engines take, that of the projection included."""
+        if masked and pictures > self._bundle.shapes.regions:
             most = self._bundle.shapes.regions
-            raise InvalidRequest("ip_adapter_masks", f"{adapter.name}: {len(tokens)} masks; at most {most} are served")
-        count, limit = tokens.shape[1] * (1 if masked else len(tokens)), self._bundle.shapes.image_tokens[-1]
+            raise InvalidRequest("ip_adapter_masks", f"{adapter.name}: {pictures} masks; at most {most} are served")
+        count, limit = adapter.num_tokens * (1 if masked else pictures), self._bundle.shapes.image_tokens[-1]
         if count > limit:
             raise InvalidRequest(
                 "ip_adapter_image",
-                f"{len(tokens)} pictures for {adapter.name} make {count} image tokens; at most {limit} are served",
+                f"{pictures} pictures for {adapter.name} make {count} image tokens; at most {limit} are served",
             )
 
     def _check_beside_regions(self, inputs: Mapping[str, Tensor]) -> None:
