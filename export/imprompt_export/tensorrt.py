@@ -162,8 +162,15 @@ def gpu_name() -> str:
 
     if not torch.cuda.is_available():
         raise EngineError("TensorRT builds engines on the GPU that they are for, and there is none here")
+    return f"{torch.cuda.get_device_name()} {compute_capability()}"
+
+
+def compute_capability() -> str:
+    """That of the first GPU, as ``engine.targets`` has it: ``SM89``, say."""
+    import torch
+
     major, minor = torch.cuda.get_device_capability()
-    return f"{torch.cuda.get_device_name()} SM{major}{minor}"
+    return f"SM{major}{minor}"
 
 
 def refit(trt: Any, logger: Any, engine: Any, source: Path) -> None:

@@ -13,14 +13,14 @@ from diffusers import UNet2DConditionModel
 
 from imprompt_export import graphs, image_prompt
 from imprompt_export.control import residuals
-from imprompt_export.profiles import Profile, batch, profiles
+from imprompt_export.profiles import Profile, batch, check_axes, profiles
 from imprompt_serving.denoiser.batch import Batcher, Part
 from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.gpu.tensorrt import Limits, profile_for
 from imprompt_serving.job import AdapterUse, JobRequest
-from imprompt_serving.specs import Adapter, Bundle, Motion, Range, Shapes, TextEncoder
+from imprompt_serving.specs import Adapter, Bundle, Motion, Range, Shapes, T2IAdapter, TextEncoder
 from tiny import base
 
 SHAPES = Shapes(
@@ -124,6 +124,61 @@ def test_batches(name: str, expected: Range) -> None:
 
 def limits(found: list[Profile]) -> list[Limits]:
     return [{name: (low, high) for name, (low, _, high) in profile.items()} for profile in found]
+
+
+def sizes(**changed: object) -> Shapes:
+    return msgspec.structs.replace(SHAPES, **changed)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        SHAPES,
+        sizes(height=Range(512, 512, 512), width=Range(512, 512, 512)),
+        sizes(height=Range(72, 72, 88), width=Range(64, 72, 80), regions=1),
+        sizes(rows=Range(1, 1, 1), frames=Range(1, 1, 1), image_tokens=(16,)),
+        sizes(image_tokens=(4,), frames=Range(30, 32, 64)),
+    ],
+)
+def test_engines_are_compared_within_their_profiles(shapes: Shapes) -> None:
+    """At the smallest of all, and in each of the profiles; and PyTorch takes these sizes too."""
+    spec = bundle(shapes)
+    made = [
+        graphs.unet(unet(), ["plus"], spec.residuals),
+        graphs.unet(unet(), ["plus"], spec.residuals, frames=True),
+        graphs.image_projection("plus", torch.nn.Identity(), {"image_embeds": (257, 80)}),
+    ]
+    for graph in made:
+        allowed = limits(profiles(graph, spec))
+        used = set()
+        for axes in check_axes(graph, spec):
+            example = graph.example(axes)
+            used.add(profile_for(tuple((name, tuple(tensor.shape)) for name, tensor in example.items()), allowed))
+        assert used == set(range(len(allowed)))
+
+
+def test_a_comparison_differs_in_all_that_may_vary() -> None:
+    spec = bundle()
+    found = check_axes(graphs.unet(unet(), ["plus"], spec.residuals), spec)
+    assert [axes["batch"] for axes in found] == [1, 2, 2]
+    assert [(axes["groups_plus"], axes["tokens_plus"]) for axes in found] == [(1, 1), (1, 16), (2, 16)]
+    smallest, picture, _ = found
+    assert (smallest["h"], smallest["w"], smallest["q0"]) == (8, 8, 64)
+    assert (picture["h"], picture["w"], picture["q0"], picture["h1"]) == (16, 24, 16 * 24, 8)
+    assert smallest["scale"] == 0
+    assert picture["scale"] > 0
+
+
+def test_t2i_adapters_are_compared_at_sizes_that_they_take() -> None:
+    sketch = T2IAdapter(name="sketch", channels=1, downscale_factor=16)
+    spec = msgspec.structs.replace(bundle(sizes(height=Range(72, 512, 1000))), t2i_adapters=(sketch,))
+    graph = graphs.vae_encoder(_Vae(), 8)
+    assert [(axes["height"], axes["width"]) for axes in check_axes(graph, spec)] == [(80, 64), (144, 192)]
+
+
+class _Vae(torch.nn.Module):
+    class config:  # noqa: N801
+        latent_channels = 4
 
 
 KINDS = ("absent", "one", "many", "masked")

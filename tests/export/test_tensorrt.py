@@ -18,13 +18,16 @@ from rich.console import Console
 from tritonclient.grpc import model_config_pb2 as pb
 
 import bundles
-from imprompt_export import BundleError, EngineError, export
+from imprompt_export import BundleError, BundleFile, EngineError, export
+from imprompt_export.checkpoints import load
+from imprompt_export.exporter import bundle_graphs, describe
 from imprompt_export.graphs import image_projection
 from imprompt_export.onnx_graph import export_onnx
-from imprompt_export.profiles import Profile
-from imprompt_export.tensorrt import Builder, refit
+from imprompt_export.profiles import Profile, check_axes
+from imprompt_export.tensorrt import Builder, compute_capability, refit
 from imprompt_serving import config, engines
 from imprompt_serving.engines.tensorrt_package import EngineInfo, tensorrt
+from imprompt_serving.gpu.tensorrt import profile_for
 from imprompt_serving.wire import Tensor
 from tiny import base, control
 
@@ -99,6 +102,24 @@ def test_inputs_of_the_others(repository: Path) -> None:
     assert info["vae_decoder"].outputs["images"].dtype == "UINT8"
     assert info["vae_decoder"].inputs["latents"].profiles == (((1, 4, 4, 4), (1, 4, 8, 8), (2, 4, 16, 12)),)
     assert info["vae_encoder"].inputs["sample"].profiles[0][2] == (2, 3, 128, 96)
+
+
+def test_engines_are_compared_where_they_can_be_run(repository: Path) -> None:
+    """Within the profiles that they were built for, and at sizes that belong together: PyTorch takes them too."""
+    files = {file.stem: file for file in (repository / "tiny_denoiser/1").glob("*.plan")}
+    files |= {file.parents[1].name.removeprefix("tiny_"): file for file in repository.glob("*/1/model.plan")}
+    bundle = BundleFile.load(repository.parent / "bundle.toml")
+    checkpoints = load(bundle)
+    spec = describe(bundle, checkpoints)
+    for graph in bundle_graphs(bundle, checkpoints):
+        inputs = EngineInfo.load(files[graph.name]).inputs
+        count = len(next(iter(inputs.values())).profiles)
+        limits = [{n: (t.profiles[i][0], t.profiles[i][2]) for n, t in inputs.items()} for i in range(count)]
+        for axes in check_axes(graph, spec):
+            example = graph.example(axes)
+            profile_for(tuple((name, tuple(example[name].shape)) for name in inputs), limits)
+            with torch.no_grad():
+                graph.run(example)
 
 
 def test_triton_asks_for_no_more_than_an_engine_takes(repository: Path) -> None:
@@ -286,6 +307,8 @@ def test_exported_graphs_are_told_apart(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 def test_weights_there_and_back(tmp_path: Path) -> None:
     """A -> B -> A: each engine computes with the weights that it was given last."""
+    if compute_capability() not in TARGETS:
+        pytest.skip(f"the engines are for {', '.join(TARGETS)}, and the GPU is an {compute_capability()}")
     sources = {name: write(tmp_path / name / "net.onnx", weight) for name, weight in (("a", 1.0), ("b", 2.0))}
     x = np.arange(8, dtype=np.float32).reshape(2, 4)
     Builder("tensorrt_rtx", targets=TARGETS, cache=tmp_path / "0", refit=True).build(
