@@ -18,12 +18,14 @@ from rich.console import Console
 from tritonclient.grpc import model_config_pb2 as pb
 
 import bundles
+from imprompt_bench import rig
 from imprompt_export import BundleError, BundleFile, EngineError, export
 from imprompt_export.checkpoints import load
 from imprompt_export.exporter import bundle_graphs, describe
 from imprompt_export.graphs import image_projection
 from imprompt_export.onnx_graph import export_onnx
 from imprompt_export.profiles import Profile, check_axes
+from imprompt_export.repository import _engine_config
 from imprompt_export.tensorrt import Builder, compute_capability, refit
 from imprompt_serving import config, engines
 from imprompt_serving.engines.tensorrt_package import EngineInfo, tensorrt
@@ -146,6 +148,26 @@ def test_an_engine_has_an_instance_on_each_gpu_that_is_named(host: str) -> None:
     made = config.engine("vae", *tensors, backend="tensorrt", host=host, devices=(0, 3), max_batch_size=2)
     (group,) = made.instance_group
     assert (group.kind, list(group.gpus), group.count) == (pb.ModelInstanceGroup.KIND_GPU, [0, 3], 1)
+
+
+@pytest.mark.parametrize(
+    ("backend", "host", "devices", "gpus"),
+    [
+        ("tensorrt", "native", (), [0]),
+        ("tensorrt", "native", (1, 2), [1, 2]),
+        ("tensorrt", "python", (1, 2), [1, 2]),
+        ("tensorrt", "python", (), []),
+        ("onnxruntime", "python", (1, 2), []),
+    ],
+)
+def test_the_gpus_of_an_engine(backend: str, host: str, devices: tuple[int, ...], gpus: list[int]) -> None:
+    """Triton would give what it hosts itself to all GPUs; a process in which nothing is said takes the first."""
+    spec = msgspec.structs.replace(rig.sd15(rows=4), backend=backend, devices=devices)
+    graph = image_projection("plain", torch.nn.Identity(), {"image_embeds": (64,)})
+    made = _engine_config(spec, host, graph)
+    (group,) = made.instance_group
+    assert list(group.gpus) == gpus
+    assert group.kind == (pb.ModelInstanceGroup.KIND_GPU if gpus else pb.ModelInstanceGroup.KIND_CPU)
 
 
 def test_float32_is_float32() -> None:
