@@ -4,8 +4,9 @@
 
 Random weights, with an IP-Adapter plus. A picture is 20 guided Euler steps and the VAE; prompts are embeddings.
 Callers are pictures that are made together, as the denoiser of the server does: two rows of the UNet for each.
-Needs torch, diffusers, transformers, onnx, onnxscript, rich, msgspec, and imprompt (installed, or this checkout). What
-else an engine needs and does not find, it says, and is skipped. `--preset tiny --device cpu` shows that all of it runs.
+Needs torch, diffusers, msgspec, and imprompt (installed, or this checkout); engines that are made from ONNX files need
+onnx and onnxscript too. What an engine needs and does not find, it says, and is skipped. `--preset tiny --device cpu`
+shows that all of it runs.
 """
 
 from __future__ import annotations
@@ -39,7 +40,6 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from imprompt_export import graphs, image_prompt  # noqa: E402
 from imprompt_export.graphs import Axes, Graph  # noqa: E402
-from imprompt_export.onnx_graph import export_onnx  # noqa: E402
 from imprompt_export.precision import Positional, cast  # noqa: E402
 from imprompt_export.profiles import Profile  # noqa: E402
 from imprompt_serving.engines import EngineError, load_engine  # noqa: E402
@@ -179,7 +179,7 @@ def _diffusers(case: Case, options: argparse.Namespace, make: Callable[[Any], An
 
 
 def aot_inductor(case: Case, shapes: list[Axes], work: Path, options: argparse.Namespace) -> tuple[Run, Run]:
-    """torch.export and AOTInductor: needs nothing but torch (and its compiler). An artifact for each shape."""
+    """torch.export and AOTInductor: needs torch (and its compiler) alone. An artifact for each shape."""
     unet, vae = (_inductor(graph, sizes, work, options) for graph, sizes in case.graphs(shapes))
     return unet, vae
 
@@ -188,16 +188,17 @@ def _inductor(graph: Graph, shapes: list[Axes], work: Path, options: argparse.Na
     dtype = torch.float32 if graph.full_precision else options.dtype
     loaded = {}
     graph.module.to(options.device)
-    for index, axes in enumerate(shapes):
-        example = tuple(tensor.to(options.device) for tensor in graph.example(axes).values())
-        with torch.no_grad(), cast(graph.module, dtype):
-            program = torch.export.export(Positional(graph, dtype).eval(), example, strict=False)
-            file = str(work / f"{graph.name}-{index}.pt2")
-            torch._inductor.aoti_compile_and_package(program, package_path=file)
-        loaded[_key(graph, dict(zip((i.name for i in graph.inputs), example, strict=True)))] = (
-            torch._inductor.aoti_load_package(file)
-        )
-    graph.module.to("cpu")
+    try:
+        for index, axes in enumerate(shapes):
+            example = tuple(tensor.to(options.device) for tensor in graph.example(axes).values())
+            with torch.no_grad(), cast(graph.module, dtype):
+                program = torch.export.export(Positional(graph, dtype).eval(), example, strict=False)
+                file = str(work / f"{graph.name}-{index}.pt2")
+                torch._inductor.aoti_compile_and_package(program, package_path=file)
+            key = _key(graph, dict(zip((i.name for i in graph.inputs), example, strict=True)))
+            loaded[key] = torch._inductor.aoti_load_package(file)
+    finally:  # the engines after this one start from it
+        graph.module.to("cpu")
     return lambda tensors: loaded[_key(graph, tensors)](*(tensors[i.name] for i in graph.inputs))[0]
 
 
@@ -209,8 +210,11 @@ def exported(backend: str) -> Callable[..., tuple[Run, Run]]:
     """The engines that imprompt serves: exported to ONNX in the types asked for, compiled if the backend compiles."""
 
     def make(case: Case, shapes: list[Axes], work: Path, options: argparse.Namespace) -> tuple[Run, Run]:
-        if backend == "onnxruntime":
-            import onnxruntime  # noqa: F401
+        if backend == "onnxruntime":  # before the export, which takes long
+            from imprompt_serving.engines.onnxruntime import check_cuda
+
+            if options.device != "cpu":
+                check_cuda()
         unet, vae = (_exported(graph, backend, sizes, work, options) for graph, sizes in case.graphs(shapes))
         return unet, vae
 
@@ -218,8 +222,8 @@ def exported(backend: str) -> Callable[..., tuple[Run, Run]]:
 
 
 def _exported(graph: Graph, backend: str, shapes: list[Axes], work: Path, options: argparse.Namespace) -> Run:
+    from imprompt_export.onnx_graph import export_onnx
     from imprompt_export.tensorrt import Builder
-    from imprompt_serving.gpu.onnxruntime import OnnxRuntimeDeviceEngine
 
     engine: DeviceEngine
     source = work / graph.name / f"{graph.name}.onnx"
@@ -229,10 +233,12 @@ def _exported(graph: Graph, backend: str, shapes: list[Axes], work: Path, option
     if not source.exists():
         export_onnx(graph, source, torch.float32 if graph.full_precision else options.dtype)
     if builder is None:
+        from imprompt_serving.gpu.onnxruntime import OnnxRuntimeDeviceEngine
+
         engine = OnnxRuntimeDeviceEngine(source, options.device)
     else:
         plan = work / backend / f"{graph.name}.plan"
-        builder.build(source, plan, [_profile(graph, shapes)])
+        builder.build(source, plan, [_profile(graph, axes) for axes in shapes])
         engine = load_engine(plan, backend, device=options.device)  # type: ignore[assignment]
     (output,) = graph.outputs
     return lambda tensors: engine.run_tensors(tensors)[output]
@@ -243,13 +249,12 @@ def _targets() -> tuple[str, ...]:
     return (f"SM{major}{minor}",)
 
 
-def _profile(graph: Graph, shapes: list[Axes]) -> Profile:
-    """The range of what is measured; usual is the last of them."""
+def _profile(graph: Graph, axes: Axes) -> Profile:
+    """For one shape: an engine is tuned for each that is measured, as diffusers is compiled for each."""
     found: Profile = {}
     for tensor in graph.inputs:
-        sizes = [[int(axes[s]) if isinstance(s, str) else s for s in tensor.shape] for axes in shapes]
-        columns = list(zip(*sizes, strict=True))
-        found[tensor.name] = (tuple(map(min, columns)), tuple(sizes[-1]), tuple(map(max, columns)))
+        shape = tuple(int(axes[size]) if isinstance(size, str) else size for size in tensor.shape)
+        found[tensor.name] = (shape, shape, shape)
     return found
 
 
@@ -271,7 +276,8 @@ def picture(unet: Run, vae: Run, tensors: Tensors, steps: int) -> Tensor:
     latents = tensors["sample"].chunk(2)[0] * scheduler.init_noise_sigma.to(tensors["sample"])
     for timestep in scheduler.timesteps:
         sample = scheduler.scale_model_input(torch.cat([latents] * 2), timestep)
-        given = {**tensors, "sample": sample, "timestep": timestep.to(sample).expand(len(sample))}
+        # Not expanded: compiled code reads its inputs as if they were contiguous.
+        given = {**tensors, "sample": sample, "timestep": timestep.to(sample).repeat(len(sample))}
         unconditional, conditional = unet(given).chunk(2)
         latents = scheduler.step(unconditional + GUIDANCE * (conditional - unconditional), timestep, latents)[0]
     return vae({"latents": latents})
@@ -312,16 +318,16 @@ def peak(options: argparse.Namespace) -> float:
 
 
 def reference(case: Case, inputs: Tensors, device: str) -> Tensor:
-    """The UNet in float32, as exported."""
+    """The UNet in float32, as exported; convolutions too, which cuDNN would do in TF32."""
     module = Positional(case.unet).to(device)
-    with torch.no_grad():
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         (answer,) = module(*(inputs[tensor.name] for tensor in case.unet.inputs))
     module.to("cpu")
     return answer
 
 
 def measure(name: str, case: Case, work: Path, options: argparse.Namespace, expected: Tensor) -> dict[str, Any]:
-    """Parity and times of one engine."""
+    """Parity and times of one engine; a point that fails is skipped, with the reason."""
     points = [(callers, size) for size in options.size for callers in options.callers]
     shapes = [case.axes(2 * callers, size) for callers, size in points]
     began = time.perf_counter()
@@ -331,22 +337,29 @@ def measure(name: str, case: Case, work: Path, options: argparse.Namespace, expe
         given = case.inputs(2 * points[0][0], points[0][1], options.device)
         made["parity"] = _parity(unet(given), expected)
         for callers, size in points:
-            tensors = case.inputs(2 * callers, size, options.device)
-            call = statistics.median(seconds(partial(unet, tensors), options.device, options.repeats))
-            whole = seconds(partial(picture, unet, vae, tensors, options.steps), options.device, options.repeats)
-            work_done = options.flops[callers, size]
-            made["points"].append(
-                {
-                    "size": size,
-                    "callers": callers,
-                    "unet_seconds": call,
-                    "unet_tflop": work_done / 1e12,
-                    "roofline": work_done / call / options.peak,
-                    "seconds": {"median": statistics.median(whole), "min": min(whole), "max": max(whole)},
-                    "images_per_second": callers / statistics.median(whole),
-                }
-            )
+            point: dict[str, Any] = {"size": size, "callers": callers}
+            try:
+                point |= _times(case, unet, vae, callers, size, options)
+            except Exception as error:  # such as too little memory: those before and after it count all the same
+                traceback.print_exc()
+                point["skipped"] = f"{type(error).__name__}: {error}"
+            made["points"].append(point)
     return made
+
+
+def _times(case: Case, unet: Run, vae: Run, callers: int, size: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of a call of the UNet and of whole pictures, and what follows from them."""
+    tensors = case.inputs(2 * callers, size, options.device)
+    call = statistics.median(seconds(partial(unet, tensors), options.device, options.repeats))
+    whole = seconds(partial(picture, unet, vae, tensors, options.steps), options.device, options.repeats)
+    work_done = options.flops[callers, size]
+    return {
+        "unet_seconds": call,
+        "unet_tflop": work_done / 1e12,
+        "roofline": work_done / call / options.peak,
+        "seconds": {"median": statistics.median(whole), "min": min(whole), "max": max(whole)},
+        "images_per_second": callers / statistics.median(whole),
+    }
 
 
 def _parity(answer: Tensor, expected: Tensor) -> dict[str, float]:
@@ -365,12 +378,16 @@ def show(name: str, found: dict[str, Any]) -> None:
     off = f"max {parity['max']:.1e}, mean {parity['mean']:.1e}"
     print(f"  {name:14} built in {found['build_seconds']} s; to float32: {off}")
     for point in found["points"]:
-        print(
-            f"    {point['size']:5} px, {point['callers']} callers: {point['seconds']['median']:.3f} s, "
-            f"{point['images_per_second']:.2f} images/s, UNet {1000 * point['unet_seconds']:.1f} ms, "
-            f"{100 * point['roofline']:.0f} % of the roof",
-            flush=True,
-        )
+        print(f"    {point['size']:5} px, {point['callers']} callers: {_said(point)}", flush=True)
+
+
+def _said(point: dict[str, Any]) -> str:
+    if "skipped" in point:
+        return f"skipped: {point['skipped']}"
+    return (
+        f"{point['seconds']['median']:.3f} s, {point['images_per_second']:.2f} images/s, "
+        f"UNet {1000 * point['unet_seconds']:.1f} ms, {100 * point['roofline']:.0f} % of the roof"
+    )
 
 
 def environment(options: argparse.Namespace) -> dict[str, Any]:
@@ -427,6 +444,7 @@ def main() -> None:
                     found = {"skipped": f"{type(error).__name__}: {error}"}
                 results[preset][name] = found
                 show(name, found)
+                torch._dynamo.reset()  # what torch.compile keeps of an engine, its CUDA graphs above all
                 gc.collect()
                 torch.cuda.empty_cache()
                 content = {"environment": environment(options), "results": results}

@@ -58,11 +58,15 @@ def summary(measured: Mapping[str, Run]) -> str:
         if len(systems) > 1:
             times = [_between(ratio(systems["imprompt"], systems[o]), 2) if o in systems else "" for o in others]
             seconds = _between(percentile(systems["imprompt"], 50), 2)
-            rows.append([f"[{name}](#{name})", _title(run), *_requests(run), seconds, *times])
+            rate = f"{run.arithmetic['gemm_flops'] / 1e9:.0f}" if run.arithmetic else ""
+            rows.append([f"[{name}](#{name})", _title(run), *_requests(run), rate, seconds, *times])
     if not rows:
         return ""
-    header = ["", "bundle", "pixels", "steps", "p50 s", *(f"times {_SYSTEMS[name]}" for name in others)]
-    text = "What a served request takes, and how many times what the others take (below 1: it is faster)."
+    header = ["", "bundle", "pixels", "steps", "GFLOP/s", "p50 s", *(f"times {_SYSTEMS[name]}" for name in others)]
+    text = (
+        "What a served request takes, and how many times what the others take (below 1: it is faster). The machines "
+        "differ: GFLOP/s are those of a large float32 matrix product."
+    )
     return f"## Against the baselines\n\n{text}\n\n{table(header, rows)}\n\n"
 
 

@@ -21,7 +21,7 @@ from imprompt_export.int8 import check_quality, quantize_bundle
 from imprompt_export.onnx_graph import export_onnx
 from imprompt_export.parity import check, check_runner, compare
 from imprompt_export.precision import dtype_of
-from imprompt_export.profiles import profiles
+from imprompt_export.profiles import check_axes, profiles
 from imprompt_export.repository import write_models
 from imprompt_export.tensorrt import Builder
 from imprompt_serving import specs
@@ -48,7 +48,7 @@ def export(
     console = console or Console(stderr=True)
     bundle = BundleFile.load(bundle_path)
     builder = _builder(bundle, refit_from)
-    runner = check_runner(bundle.engine.backend, bundle.engine.precision)
+    runner = check_runner(bundle.engine.backend, bundle.engine.precision, bundle.engine.targets)
     if runner is None:
         console.print(f"{bundle.engine.precision} cannot be run here: the engines will not be compared with PyTorch")
     columns = (SpinnerColumn(), *Progress.get_default_columns()[:2], TimeElapsedColumn())
@@ -77,7 +77,8 @@ def export(
                 seconds = time.perf_counter() - start
                 if runner is not None:
                     ran = files[graph.name] if runner == bundle.engine.backend else source
-                    compared = compare(graph, ran, runner, bundle.engine.precision)
+                    at = check_axes(graph, spec) if BACKENDS[runner].compiled else graph.checks
+                    compared = compare(graph, ran, runner, bundle.engine.precision, at)
                     made.engines += [report.Row.of(row, export_seconds=seconds) for row in compared]
                     check(compared)
                 progress.advance(task)

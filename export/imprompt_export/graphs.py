@@ -52,7 +52,11 @@ PADDING = -1e4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Graph:
-    """One engine: ``run`` maps named tensors to the outputs; ``checks`` are the axes at which it is compared."""
+    """One engine: ``run`` maps named tensors to the outputs.
+
+    ``checks`` are the axes at which it is compared (engines for ranges: ``profiles.check_axes``); the last has no size
+    of 1, and is what the graph is traced at.
+    """
 
     name: str
     module: nn.Module

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import torch
 
-from imprompt_export.graphs import Graph
+from imprompt_export.graphs import Axes, Graph
 from imprompt_export.precision import TOLERANCE
+from imprompt_export.tensorrt import compute_capability
 from imprompt_serving.engines import BACKENDS, load_engine
 
 
@@ -32,23 +34,24 @@ class ParityError(RuntimeError):
     """An exported engine does not compute what PyTorch does."""
 
 
-def check_runner(backend: str, precision: str) -> str | None:
+def check_runner(backend: str, precision: str, targets: Sequence[str] = ()) -> str | None:
     """The backend that can run engines here for the comparison; None if there is none.
 
     Engines that need a GPU which is not there are compared by their ONNX graph, in the same types, on the CPU. ONNX
-    Runtime has no bf16 there.
+    Runtime has no bf16 there. Engines of TensorRT-RTX run on the GPUs of ``targets`` alone.
     """
-    if torch.cuda.is_available() or (not BACKENDS[backend].compiled and precision != "bf16"):
+    on_gpu = torch.cuda.is_available() and (backend != "tensorrt_rtx" or compute_capability() in targets)
+    if on_gpu or (not BACKENDS[backend].compiled and precision != "bf16"):
         return backend
     return None if precision == "bf16" else "onnxruntime"
 
 
-def compare(graph: Graph, path: Path, backend: str, precision: str = "fp32") -> list[Row]:
-    """Run ``graph`` in PyTorch (in float32) and ``path`` in its engine at every size of ``graph.checks``."""
+def compare(graph: Graph, path: Path, backend: str, precision: str = "fp32", checks: Sequence[Axes] = ()) -> list[Row]:
+    """Run ``graph`` in PyTorch (in float32) and ``path`` in its engine at every size of ``checks`` (or its own)."""
     engine = load_engine(path, backend)
     tolerance = graph.tolerance * (1.0 if graph.full_precision else TOLERANCE[precision])
     rows = []
-    for seed, axes in enumerate(graph.checks):
+    for seed, axes in enumerate(checks or graph.checks):
         example = graph.example(axes, seed)
         with torch.no_grad():
             expected = graph.run(example)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 
-from imprompt_export.graphs import Graph, level_axes
+from imprompt_export.graphs import Axes, Graph, level_axes
 from imprompt_serving.specs import Bundle, Range, level_size
 
 Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
@@ -13,6 +13,8 @@ Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 
 PICTURES_TOGETHER = 2
 """Largest batch of the VAE: a request has so many pictures decoded at a time, and each takes gigabytes."""
+_LARGER = (64, 128)
+"""Pixels of height and width by which a comparison is above the smallest size; not a square."""
 
 
 def profiles(graph: Graph, bundle: Bundle) -> list[Profile]:
@@ -21,12 +23,38 @@ def profiles(graph: Graph, bundle: Bundle) -> list[Profile]:
     An engine needs memory for the largest of all axes of a profile at once. Axes of which only one is ever large are
     therefore spread over profiles: frames and rows of clips, and groups and tokens of image prompts.
     """
-    axes = {size for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)}
-    common = {axis: rows for axis, rows in _sizes(bundle).items() if axis in axes}
+    boxes = _boxes(graph, bundle)
+    return [{tensor.name: _bounds(tensor.shape, box) for tensor in graph.inputs} for box in boxes]
+
+
+def check_axes(graph: Graph, bundle: Bundle) -> tuple[Axes, ...]:
+    """Axes at which an engine for these profiles is compared: the smallest of all, and some within each profile.
+
+    Those of ``graph.checks`` are small, and outside of most profiles.
+    """
+    boxes = _boxes(graph, bundle)
+    smallest, larger = (_areas(bundle, *_check_size(bundle, more)) for more in ((0, 0), _LARGER))
+    points = [graph.checks[0] | {axis: size.min for axis, size in boxes[0].items()} | smallest]
+    for box in boxes:
+        prompts = {axis: size.opt for axis, size in box.items() if axis.startswith(("groups_", "tokens_"))}
+        points.append(
+            graph.checks[-1] | {axis: min(size.min + 1, size.max) for axis, size in box.items()} | prompts | larger
+        )
+    drawn = {"scale", *_axes(graph)}
+    return tuple({axis: size for axis, size in point.items() if axis in drawn} for point in points)
+
+
+def _boxes(graph: Graph, bundle: Bundle) -> list[dict[str, Range]]:
+    """The range of each axis in each profile."""
+    axes = _axes(graph)
+    common = {axis: sizes for axis, sizes in _sizes(bundle).items() if axis in axes}
     common |= {"batch": batch(graph, bundle)} if "batch" in axes else {}
     choices = [list(_clips(bundle)) if "frames" in axes else [{}], list(_image_prompts(axes, bundle))]
-    boxes = [common | clips | prompts for clips, prompts in itertools.product(*choices)]
-    return [{tensor.name: _bounds(tensor.shape, box) for tensor in graph.inputs} for box in boxes]
+    return [common | clips | prompts for clips, prompts in itertools.product(*choices)]
+
+
+def _axes(graph: Graph) -> set[str]:
+    return {size for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)}
 
 
 def batch(graph: Graph, bundle: Bundle) -> Range:
@@ -40,19 +68,31 @@ def batch(graph: Graph, bundle: Bundle) -> Range:
 
 
 def _sizes(bundle: Bundle) -> dict[str, Range]:
-    """Pixels, latents at each halving, positions of attention, and what has one size only."""
-    shapes, factor = bundle.shapes, bundle.vae_scale_factor
+    """Axes that follow from the size of a picture, and those that have one size or one range for all graphs."""
+    shapes = bundle.shapes
+    areas = [_areas(bundle, *sizes) for sizes in zip(shapes.height, shapes.width, strict=True)]
+    found = {axis: Range(*(area[axis] for area in areas)) for axis in areas[0]}
     length = bundle.text_encoders[0].max_length
-    found = {"height": shapes.height, "width": shapes.width, "text": Range(length, length, length)}
     fewest = min((adapter.num_tokens for adapter in bundle.adapters), default=1)
+    found["text"] = Range(length, length, length)
     found["images"] = Range(1, 1, max(shapes.image_tokens[-1] // fewest, shapes.regions))
-    height, width = (Range(*(size // factor for size in sizes)) for sizes in (shapes.height, shapes.width))
-    levels = {0, *bundle.levels, *(shape.level for shape in (*bundle.residuals, *bundle.features))}
-    for level in levels:
-        halved = [Range(*(level_size(size, level) for size in sizes)) for sizes in (height, width)]
-        found |= dict(zip(level_axes(level), halved, strict=True))
-        found[f"q{level}"] = Range(*(h * w for h, w in zip(*halved, strict=True)))
     return found
+
+
+def _areas(bundle: Bundle, height: int, width: int) -> dict[str, int]:
+    """Pixels, latents at each halving, and positions of attention of one picture."""
+    found = {"height": height, "width": width}
+    for level in {0, *bundle.levels, *(shape.level for shape in (*bundle.residuals, *bundle.features))}:
+        h, w = (level_size(size // bundle.vae_scale_factor, level) for size in (height, width))
+        found |= dict(zip(level_axes(level), (h, w), strict=True)) | {f"q{level}": h * w}
+    return found
+
+
+def _check_size(bundle: Bundle, more: tuple[int, int]) -> list[int]:
+    """Height and width by so many pixels above the smallest, as far as they are served; T2I-Adapters want multiples."""
+    factor = max([bundle.vae_scale_factor, *(adapter.downscale_factor for adapter in bundle.t2i_adapters)])
+    sizes = zip((bundle.shapes.height, bundle.shapes.width), more, strict=True)
+    return [min(-(-size.min // factor) * factor + extra, size.max // factor * factor) for size, extra in sizes]
 
 
 def _clips(bundle: Bundle) -> Iterator[dict[str, Range]]:
@@ -75,21 +115,14 @@ def _image_prompts(axes: set[str], bundle: Bundle) -> Iterator[dict[str, Range]]
     if not adapters:
         yield {}
         return
-    buckets = bundle.shapes.image_tokens
-    single = max(_bucket(adapter.num_tokens, buckets) for adapter in adapters)
-    kinds = ((1, buckets[-1]), (bundle.shapes.regions, single))
+    kinds = ((1, bundle.shapes.image_tokens[-1]), (bundle.shapes.regions, bundle.region_tokens))
     for groups, most in kinds[: 1 if bundle.shapes.regions == 1 else 2]:
         box = {}
         for adapter in adapters:
-            usual = min(_bucket(adapter.num_tokens, buckets), most)
+            usual = min(bundle.shapes.bucket(adapter.num_tokens), most)
             box[f"groups_{adapter.name}"] = Range(1, min(groups, 2), groups)
             box[f"tokens_{adapter.name}"] = Range(1, usual, most)
         yield box
-
-
-def _bucket(tokens: int, buckets: tuple[int, ...]) -> int:
-    """The padding bucket of so many tokens."""
-    return next((bucket for bucket in buckets if bucket >= tokens), tokens)
 
 
 def _bounds(

@@ -77,6 +77,8 @@ def _engine_config(bundle: Bundle, host: str, graph: Graph) -> pb.ModelConfig:
         Tensor(name, graph.output_dtypes.get(name, "FP32"), _dims(shape)) for name, shape in graph.outputs.items()
     ]
     compiled = BACKENDS[bundle.backend].compiled
+    # Triton makes an instance on each GPU of what it hosts itself, unless it is told which.
+    devices = bundle.devices or ((0,) if compiled and host == "native" else ())
     return config.engine(
         bundle.model(graph.name),
         inputs,
@@ -85,7 +87,7 @@ def _engine_config(bundle: Bundle, host: str, graph: Graph) -> pb.ModelConfig:
         host=host,
         threads=bundle.threads,
         # ONNX Runtime hosted by Python may be the one for CPUs, which Triton would refuse on a GPU.
-        devices=bundle.devices if compiled or host == "native" else (),
+        devices=devices if compiled or host == "native" else (),
         max_batch_size=batch(graph, bundle).max if compiled else bundle.shapes.rows.max,
         cache=graph.name.startswith(_CACHED),
     )

@@ -23,6 +23,8 @@ from imprompt_serving.engines.tensorrt_package import EngineInfo, EngineTensor, 
 
 Report = Callable[[str], None]
 """Takes a line about what the builder is doing."""
+_RECIPE = 2
+"""How engines are made: another number where it changes, so that those that were kept are not taken any more."""
 
 
 class Builder:
@@ -87,7 +89,7 @@ class Builder:
             target=self._target,
             model=_file_hash(source),
             architecture=_architecture(source),
-            settings=_digest([profiles, self._refit]),
+            settings=_digest([_RECIPE, profiles, self._refit]),
             refit=self._refit,
         )
 
@@ -100,16 +102,10 @@ class Builder:
         parser = trt.OnnxParser(network, self._logger)
         if not parser.parse_from_file(str(source)):
             raise EngineError(f"{self._backend} cannot read {source.stem}: {_errors(parser)}")
-        config = builder.create_builder_config()
+        config = self._config(builder)
         made = [_profile(builder, network, profile) for profile in profiles]
         for profile in made:
             config.add_optimization_profile(profile)
-        if self._refit:
-            config.set_flag(trt.BuilderFlag.REFIT)
-        if self._targets:
-            config.num_compute_capabilities = len(self._targets)
-            for index, target in enumerate(self._targets):
-                config.set_compute_capability(trt.ComputeCapability.__members__[target], index)
         timings = self._cache / f"{_digest([trt.__version__, self._target])}.timings"
         if not self._targets:  # TensorRT-RTX times nothing before it runs
             known = timings.read_bytes() if timings.exists() else b""
@@ -123,6 +119,19 @@ class Builder:
             timings.write_bytes(config.get_timing_cache().serialize())
         del monitor  # must outlive the build
         return engine, _described(info, network, made)
+
+    def _config(self, builder: Any) -> Any:
+        """Settings of a build, without its profiles."""
+        trt = self._package
+        config = builder.create_builder_config()
+        config.clear_flag(trt.BuilderFlag.TF32)  # whose 10 bits are not what float32 promises
+        if self._refit:
+            config.set_flag(trt.BuilderFlag.REFIT)
+        if self._targets:
+            config.num_compute_capabilities = len(self._targets)
+            for index, target in enumerate(self._targets):
+                config.set_compute_capability(trt.ComputeCapability.__members__[target], index)
+        return config
 
     def _refitted(self, source: Path, info: EngineInfo) -> tuple[Any, EngineInfo] | None:
         """A donor's engine with the weights of ``source``; None without donors."""
@@ -138,9 +147,7 @@ class Builder:
         engine = trt.Runtime(self._logger).deserialize_cuda_engine(self._donors[wanted].read_bytes())
         if engine is None:
             raise EngineError(f"--refit-from: {self._donors[wanted]} cannot be loaded; a refit needs the GPU")
-        refitter = trt.OnnxParserRefitter(trt.Refitter(engine, self._logger), self._logger)
-        if not refitter.refit_from_file(str(source)):
-            raise EngineError(f"--refit-from: {source.stem}: {_errors(refitter)}")
+        refit(trt, self._logger, engine, source)
         donor = EngineInfo.load(self._donors[wanted])
         return _serialized(trt, engine), msgspec.structs.replace(donor, model=info.model)
 
@@ -155,8 +162,34 @@ def gpu_name() -> str:
 
     if not torch.cuda.is_available():
         raise EngineError("TensorRT builds engines on the GPU that they are for, and there is none here")
+    return f"{torch.cuda.get_device_name()} {compute_capability()}"
+
+
+def compute_capability() -> str:
+    """That of the first GPU, as ``engine.targets`` has it: ``SM89``, say."""
+    import torch
+
     major, minor = torch.cuda.get_device_capability()
-    return f"{torch.cuda.get_device_name()} SM{major}{minor}"
+    return f"SM{major}{minor}"
+
+
+def refit(trt: Any, logger: Any, engine: Any, source: Path) -> None:
+    """Give ``engine`` the weights of ``source``: the parser only lays them out, the refitter puts them in.
+
+    Raises:
+        EngineError: weights are of other names or shapes, or missing.
+    """
+    refitter = trt.Refitter(engine, logger)
+    parser = trt.OnnxParserRefitter(refitter, logger)  # holds the weights until they are in
+    if not parser.refit_from_file(str(source)):
+        raise EngineError(f"--refit-from: {source.stem}: {_errors(parser)}")
+    missing = refitter.get_missing_weights()
+    if missing:
+        raise EngineError(
+            f"--refit-from: {source.stem} lacks {len(missing)} weights of the engine, such as {missing[0]}"
+        )
+    if not refitter.refit_cuda_engine():
+        raise EngineError(f"--refit-from: the engine does not take the weights of {source.stem}; see the message above")
 
 
 def _serialized(trt: Any, engine: Any) -> Any:

@@ -31,6 +31,10 @@ class Shapes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     regions: int = 8
     """Region masks of one adapter."""
 
+    def bucket(self, tokens: int) -> int:
+        """What so many image tokens are padded to."""
+        return next((bucket for bucket in self.image_tokens if bucket >= tokens), tokens)
+
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How long the waiting line of the denoiser may get; beyond it requests are refused at once.
@@ -177,6 +181,11 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     def levels(self) -> tuple[int, ...]:
         """The attention resolutions, as numbers of halvings of the latent size."""
         return tuple(sorted({layer.level for layer in self.layers}))
+
+    @property
+    def region_tokens(self) -> int:
+        """Image tokens of a group that compiled engines take beside region masks: those of one picture."""
+        return max(self.shapes.bucket(adapter.num_tokens) for adapter in self.adapters)
 
     def guided(self, guidance_scale: float) -> bool:
         """Whether a request runs an unconditional branch too; distilled UNets take the guidance as an input instead."""

@@ -80,7 +80,7 @@ def test_the_summary_has_a_line_for_each_run_with_baselines(measured: Path) -> N
     assert report.summary({"alone": run}) == ""
     line = report.summary({"alone": run, "both": beside}).splitlines()[-2]
     assert line.startswith("| [both](#both) | sd15, onnxruntime, fp32 | 64 x 64 | 2 |")
-    assert re.search(r"\| 0\.50 \([^|]*\|  \|  \|$", line), line
+    assert re.search(r"\|  \| \d\.\d\d \([^|]*\| 0\.50 \([^|]*\|  \|  \|$", line), line
 
 
 def test_the_page_is_that_of_the_results() -> None:

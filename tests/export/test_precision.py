@@ -96,3 +96,20 @@ def test_who_compares() -> None:
         pytest.skip("there is a GPU")
     assert check_runner("onnxruntime", "fp16") == check_runner("tensorrt_rtx", "fp16") == "onnxruntime"
     assert check_runner("tensorrt", "bf16") is check_runner("onnxruntime", "bf16") is None
+
+
+@pytest.mark.parametrize(("targets", "runner"), [(("SM89", "SM90"), "tensorrt_rtx"), (("SM89",), "onnxruntime")])
+def test_engines_for_other_gpus_are_compared_by_their_graph(
+    monkeypatch: pytest.MonkeyPatch, targets: tuple[str, ...], runner: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert check_runner("tensorrt_rtx", "fp16", targets) == runner
+    assert check_runner("tensorrt", "fp16", targets) == "tensorrt"
+
+
+def test_a_comparison_at_other_sizes(graph: graphs.Graph, tmp_path: Path) -> None:
+    export_onnx(graph, tmp_path / "graph.onnx")
+    rows = compare(graph, tmp_path / "graph.onnx", "onnxruntime", checks=({"batch": 2}, {"batch": 5}))
+    assert [row.sizes for row in rows] == [{"batch": 2}, {"batch": 5}]
+    assert all(row.passed for row in rows)

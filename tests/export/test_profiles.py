@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Mapping
+
 import msgspec
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
 from imprompt_export import graphs, image_prompt
 from imprompt_export.control import residuals
-from imprompt_export.profiles import batch, profiles
-from imprompt_serving.specs import Adapter, Bundle, Motion, Range, Shapes, TextEncoder
+from imprompt_export.profiles import Profile, batch, check_axes, profiles
+from imprompt_serving.denoiser.batch import Batcher, Part
+from imprompt_serving.denoiser.conditioning import Conditioner
+from imprompt_serving.denoiser.job import Job
+from imprompt_serving.errors import InvalidRequest
+from imprompt_serving.gpu.tensorrt import Limits, profile_for
+from imprompt_serving.job import AdapterUse, JobRequest
+from imprompt_serving.specs import Adapter, Bundle, Motion, Range, Shapes, T2IAdapter, TextEncoder
 from tiny import base
 
 SHAPES = Shapes(
@@ -27,9 +37,12 @@ def unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(**base.unet_config("sd15", levels=2))
 
 
-def bundle(shapes: Shapes = SHAPES) -> Bundle:
+PLUS = Adapter(name="plus", kind="plus", num_tokens=16, image_encoder="plus", embed_shape=(257, 80))
+PLAIN = Adapter(name="plain", kind="plain", num_tokens=4, image_encoder="plain", embed_shape=(80,))
+
+
+def bundle(shapes: Shapes = SHAPES, adapters: tuple[Adapter, ...] = (PLUS,)) -> Bundle:
     model = unet()
-    plus = Adapter(name="plus", kind="plus", num_tokens=16, image_encoder="plus", embed_shape=(257, 80))
     return Bundle(
         name="tiny",
         family="sd15",
@@ -45,7 +58,7 @@ def bundle(shapes: Shapes = SHAPES) -> Bundle:
         max_clip_skip=1,
         layers=tuple(image_prompt.cross_attention_layers(model)),
         transformer_per_block={},
-        adapters=(plus,),
+        adapters=adapters,
         residuals=residuals(model),
         motion=Motion(window=32),
         shapes=shapes,
@@ -107,3 +120,144 @@ def test_clips_trade_rows_for_frames() -> None:
 def test_batches(name: str, expected: Range) -> None:
     graph = graphs.Graph(name=name, module=unet(), run=lambda _: (), inputs=(), outputs={}, checks=())
     assert batch(graph, bundle()) == expected
+
+
+def limits(found: list[Profile]) -> list[Limits]:
+    return [{name: (low, high) for name, (low, _, high) in profile.items()} for profile in found]
+
+
+def sizes(**changed: object) -> Shapes:
+    return msgspec.structs.replace(SHAPES, **changed)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        SHAPES,
+        sizes(height=Range(512, 512, 512), width=Range(512, 512, 512)),
+        sizes(height=Range(72, 72, 88), width=Range(64, 72, 80), regions=1),
+        sizes(rows=Range(1, 1, 1), frames=Range(1, 1, 1), image_tokens=(16,)),
+        sizes(image_tokens=(4,), frames=Range(30, 32, 64)),
+    ],
+)
+def test_engines_are_compared_within_their_profiles(shapes: Shapes) -> None:
+    """At the smallest of all, and in each of the profiles; and PyTorch takes these sizes too."""
+    spec = bundle(shapes)
+    made = [
+        graphs.unet(unet(), ["plus"], spec.residuals),
+        graphs.unet(unet(), ["plus"], spec.residuals, frames=True),
+        graphs.image_projection("plus", torch.nn.Identity(), {"image_embeds": (257, 80)}),
+    ]
+    for graph in made:
+        allowed = limits(profiles(graph, spec))
+        used = set()
+        for axes in check_axes(graph, spec):
+            example = graph.example(axes)
+            used.add(profile_for(tuple((name, tuple(tensor.shape)) for name, tensor in example.items()), allowed))
+        assert used == set(range(len(allowed)))
+
+
+def test_a_comparison_differs_in_all_that_may_vary() -> None:
+    spec = bundle()
+    found = check_axes(graphs.unet(unet(), ["plus"], spec.residuals), spec)
+    assert [axes["batch"] for axes in found] == [1, 2, 2]
+    assert [(axes["groups_plus"], axes["tokens_plus"]) for axes in found] == [(1, 1), (1, 16), (2, 16)]
+    smallest, picture, _ = found
+    assert (smallest["h"], smallest["w"], smallest["q0"]) == (8, 8, 64)
+    assert (picture["h"], picture["w"], picture["q0"], picture["h1"]) == (16, 24, 16 * 24, 8)
+    assert smallest["scale"] == 0
+    assert picture["scale"] > 0
+
+
+def test_t2i_adapters_are_compared_at_sizes_that_they_take() -> None:
+    sketch = T2IAdapter(name="sketch", channels=1, downscale_factor=16)
+    spec = msgspec.structs.replace(bundle(sizes(height=Range(72, 512, 1000))), t2i_adapters=(sketch,))
+    graph = graphs.vae_encoder(_Vae(), 8)
+    assert [(axes["height"], axes["width"]) for axes in check_axes(graph, spec)] == [(80, 64), (144, 192)]
+
+
+class _Vae(torch.nn.Module):
+    class config:  # noqa: N801
+        latent_channels = 4
+
+
+KINDS = ("absent", "one", "many", "masked")
+"""How a request may use an adapter."""
+TWO = bundle(adapters=(PLUS, PLAIN))
+
+
+class Projection:
+    """Tokens of zeros."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.tokens = adapter.num_tokens
+
+    def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"tokens": np.zeros((len(tensors["image_embeds"]), self.tokens, 48), np.float32)}
+
+
+def job(spec: Bundle, kinds: Mapping[str, str]) -> Job:
+    """A guided picture that uses each adapter in one of ``KINDS``."""
+    uses: list[AdapterUse] = []
+    tensors: dict[str, torch.Tensor] = {}
+    for prefix in ("", "negative_"):
+        tensors[f"{prefix}prompt_embeds"] = torch.zeros(1, 77, 48)
+    for adapter in spec.adapters:
+        kind = kinds[adapter.name]
+        if kind == "absent":
+            continue
+        uses.append(AdapterUse(name=adapter.name))
+        count = {"one": 1, "many": SHAPES.image_tokens[-1] // adapter.num_tokens, "masked": SHAPES.regions}[kind]
+        for prefix in ("", "negative_"):
+            tensors[f"{prefix}image_embeds_{adapter.name}"] = torch.zeros(count, *adapter.embed_shape)
+        if kind == "masked":
+            tensors[f"ip_adapter_masks_{adapter.name}"] = torch.ones(count, 64, 64)
+    request = JobRequest(
+        id="-".join(kinds.values()),
+        task="text-to-image",
+        height=64,
+        width=64,
+        num_inference_steps=1,
+        num_images_per_prompt=1,
+        guidance_scale=7.5,
+        guidance_rescale=0.0,
+        eta=0.0,
+        strength=1.0,
+        seeds=(0,),
+        adapters=tuple(uses),
+    )
+    conditioner = Conditioner(spec, {adapter.name: Projection(adapter) for adapter in spec.adapters})
+    return Job(request, spec, conditioner(request, tensors), tensors)
+
+
+def jobs(spec: Bundle) -> Iterator[tuple[tuple[str, ...], Job | None]]:
+    """Each use of the adapters, and its job; None where it is refused."""
+    for kinds in itertools.product(KINDS, repeat=len(spec.adapters)):
+        try:
+            yield kinds, job(spec, dict(zip((adapter.name for adapter in spec.adapters), kinds, strict=True)))
+        except InvalidRequest as error:
+            if "beside several masks of another adapter" not in str(error):
+                raise
+            yield kinds, None
+
+
+def test_jobs_that_may_share_a_call_fit_a_profile() -> None:
+    """Two at a time, of all kinds; what no profile takes is refused before."""
+    spec = msgspec.structs.replace(TWO, backend="tensorrt")
+    allowed = limits(profiles(graphs.unet(unet(), ["plus", "plain"]), spec))
+    found = dict(jobs(spec))
+    assert {kinds for kinds, made in found.items() if made is None} == {("many", "masked"), ("masked", "many")}
+    together = [made for made in found.values() if made is not None]
+    batcher, tried = Batcher(spec), 0
+    for one, other in itertools.combinations_with_replacement(together, 2):
+        if one.key == other.key:
+            inputs = batcher.inputs([Part(one, 0, one.rows), Part(other, 0, other.rows)])
+            profile_for(tuple((name, tuple(tensor.shape)) for name, tensor in inputs.items()), allowed)
+            tried += 1
+    assert tried > len(together)
+
+
+def test_engines_without_profiles_take_all_of_them_together() -> None:
+    found = dict(jobs(TWO))
+    assert None not in found.values()
+    assert len({made.key for made in found.values() if made is not None}) == 1

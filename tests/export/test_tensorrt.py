@@ -18,13 +18,18 @@ from rich.console import Console
 from tritonclient.grpc import model_config_pb2 as pb
 
 import bundles
-from imprompt_export import BundleError, EngineError, export
+from imprompt_bench import rig
+from imprompt_export import BundleError, BundleFile, EngineError, export
+from imprompt_export.checkpoints import load
+from imprompt_export.exporter import bundle_graphs, describe
 from imprompt_export.graphs import image_projection
 from imprompt_export.onnx_graph import export_onnx
-from imprompt_export.profiles import Profile
-from imprompt_export.tensorrt import Builder
+from imprompt_export.profiles import Profile, check_axes
+from imprompt_export.repository import _engine_config
+from imprompt_export.tensorrt import Builder, compute_capability, refit
 from imprompt_serving import config, engines
 from imprompt_serving.engines.tensorrt_package import EngineInfo, tensorrt
+from imprompt_serving.gpu.tensorrt import profile_for
 from imprompt_serving.wire import Tensor
 from tiny import base, control
 
@@ -101,6 +106,24 @@ def test_inputs_of_the_others(repository: Path) -> None:
     assert info["vae_encoder"].inputs["sample"].profiles[0][2] == (2, 3, 128, 96)
 
 
+def test_engines_are_compared_where_they_can_be_run(repository: Path) -> None:
+    """Within the profiles that they were built for, and at sizes that belong together: PyTorch takes them too."""
+    files = {file.stem: file for file in (repository / "tiny_denoiser/1").glob("*.plan")}
+    files |= {file.parents[1].name.removeprefix("tiny_"): file for file in repository.glob("*/1/model.plan")}
+    bundle = BundleFile.load(repository.parent / "bundle.toml")
+    checkpoints = load(bundle)
+    spec = describe(bundle, checkpoints)
+    for graph in bundle_graphs(bundle, checkpoints):
+        inputs = EngineInfo.load(files[graph.name]).inputs
+        count = len(next(iter(inputs.values())).profiles)
+        limits = [{n: (t.profiles[i][0], t.profiles[i][2]) for n, t in inputs.items()} for i in range(count)]
+        for axes in check_axes(graph, spec):
+            example = graph.example(axes)
+            profile_for(tuple((name, tuple(example[name].shape)) for name in inputs), limits)
+            with torch.no_grad():
+                graph.run(example)
+
+
 def test_triton_asks_for_no_more_than_an_engine_takes(repository: Path) -> None:
     for engine in repository.glob("*/1/model.plan"):
         parsed = text_format.Parse((engine.parents[1] / "config.pbtxt").read_text(), pb.ModelConfig())
@@ -125,6 +148,53 @@ def test_an_engine_has_an_instance_on_each_gpu_that_is_named(host: str) -> None:
     made = config.engine("vae", *tensors, backend="tensorrt", host=host, devices=(0, 3), max_batch_size=2)
     (group,) = made.instance_group
     assert (group.kind, list(group.gpus), group.count) == (pb.ModelInstanceGroup.KIND_GPU, [0, 3], 1)
+
+
+@pytest.mark.parametrize(
+    ("backend", "host", "devices", "gpus"),
+    [
+        ("tensorrt", "native", (), [0]),
+        ("tensorrt", "native", (1, 2), [1, 2]),
+        ("tensorrt", "python", (1, 2), [1, 2]),
+        ("tensorrt", "python", (), []),
+        ("onnxruntime", "python", (1, 2), []),
+    ],
+)
+def test_the_gpus_of_an_engine(backend: str, host: str, devices: tuple[int, ...], gpus: list[int]) -> None:
+    """Triton would give what it hosts itself to all GPUs; a process in which nothing is said takes the first."""
+    spec = msgspec.structs.replace(rig.sd15(rows=4), backend=backend, devices=devices)
+    graph = image_projection("plain", torch.nn.Identity(), {"image_embeds": (64,)})
+    made = _engine_config(spec, host, graph)
+    (group,) = made.instance_group
+    assert list(group.gpus) == gpus
+    assert group.kind == (pb.ModelInstanceGroup.KIND_GPU if gpus else pb.ModelInstanceGroup.KIND_CPU)
+
+
+def test_float32_is_float32() -> None:
+    """TensorRT would multiply with 10 bits where it may."""
+    builder = Builder("tensorrt_rtx", targets=["SM89"])
+    made = builder._config(trt.Builder(builder._logger))
+    assert not made.get_flag(trt.BuilderFlag.TF32)
+
+
+def test_what_the_runner_calls_is_there() -> None:
+    """Nothing can be run without a GPU, but names can be looked up."""
+    for owner, names in {
+        trt.ExecutionContextAllocationStrategy: ("USER_MANAGED",),
+        trt.DynamicShapesKernelSpecializationStrategy: ("EAGER",),
+        trt.CudaGraphStrategy: ("WHOLE_GRAPH_CAPTURE",),
+        trt.ICudaEngine: ("create_execution_context", "create_runtime_config", "device_memory_size_v2"),
+        trt.IRuntimeConfig: (
+            *("set_execution_context_allocation_strategy", "dynamic_shapes_kernel_specialization_strategy"),
+            *("cuda_graph_strategy", "create_runtime_cache", "set_runtime_cache"),
+        ),
+        trt.IExecutionContext: (
+            *("set_device_memory", "active_optimization_profile", "set_optimization_profile_async"),
+            *("set_input_shape", "get_tensor_shape", "set_tensor_address", "execute_async_v3"),
+        ),
+        trt.Refitter: ("get_missing_weights", "refit_cuda_engine"),
+    }.items():
+        assert not [name for name in names if not hasattr(owner, name)]
 
 
 def write(file: Path, weight: float = 1.0, operator: str = "MatMul") -> Path:
@@ -190,6 +260,54 @@ def test_engines_that_can_take_each_others_weights(tmp_path: Path) -> None:
             builder(refit=True).build(files[0], engine, [PROFILE])
 
 
+class FakeRefit:
+    """In the place of TensorRT, which refits on a GPU alone: what it was asked, in order, and what went in."""
+
+    def __init__(self, *, parsed: bool = True, missing: tuple[str, ...] = (), taken: bool = True) -> None:
+        self.parsed, self.missing, self.taken = parsed, list(missing), taken
+        self.asked: list[str] = []
+
+    def Refitter(self, engine: object, logger: object) -> FakeRefit:  # noqa: N802
+        return self
+
+    def OnnxParserRefitter(self, refitter: object, logger: object) -> FakeRefit:  # noqa: N802
+        return self
+
+    num_errors = 0
+
+    def refit_from_file(self, source: str) -> bool:
+        self.asked.append("parse")
+        return self.parsed
+
+    def get_missing_weights(self) -> list[str]:
+        self.asked.append("missing")
+        return self.missing
+
+    def refit_cuda_engine(self) -> bool:
+        self.asked.append("refit")
+        return self.taken
+
+
+def test_a_refit_is_carried_out() -> None:
+    """The parser has the weights ready; the engine has them after ``refit_cuda_engine``."""
+    fake = FakeRefit()
+    refit(fake, None, None, Path("net.onnx"))
+    assert fake.asked == ["parse", "missing", "refit"]
+
+
+@pytest.mark.parametrize(
+    ("fake", "message"),
+    [
+        (FakeRefit(parsed=False), "net: no reason given"),
+        (FakeRefit(missing=("conv.bias", "other")), r"net lacks 2 weights of the engine, such as conv\.bias"),
+        (FakeRefit(taken=False), "does not take the weights of net"),
+    ],
+)
+def test_a_refit_that_fails(fake: FakeRefit, message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        refit(fake, None, None, Path("net.onnx"))
+
+
 def test_exported_graphs_are_told_apart(tmp_path: Path) -> None:
     """The same weights are the same model, others are another model of the same architecture."""
 
@@ -211,6 +329,8 @@ def test_exported_graphs_are_told_apart(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 def test_weights_there_and_back(tmp_path: Path) -> None:
     """A -> B -> A: each engine computes with the weights that it was given last."""
+    if compute_capability() not in TARGETS:
+        pytest.skip(f"the engines are for {', '.join(TARGETS)}, and the GPU is an {compute_capability()}")
     sources = {name: write(tmp_path / name / "net.onnx", weight) for name, weight in (("a", 1.0), ("b", 2.0))}
     x = np.arange(8, dtype=np.float32).reshape(2, 4)
     Builder("tensorrt_rtx", targets=TARGETS, cache=tmp_path / "0", refit=True).build(

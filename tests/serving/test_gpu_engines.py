@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
 
-from imprompt_export.tensorrt import Builder
+from imprompt_export.tensorrt import Builder, compute_capability
 from imprompt_serving.engines import EngineError, load_engine
+from imprompt_serving.engines import onnxruntime as onnxruntime_engine
 from imprompt_serving.gpu import DeviceEngine, call, device_of
 from imprompt_serving.gpu.onnxruntime import OnnxRuntimeDeviceEngine
 from imprompt_serving.gpu.recent import Recent
-from imprompt_serving.gpu.tensorrt import GRAPHS, TensorRTEngine, profile_for
+from imprompt_serving.gpu.tensorrt import GRAPHS, TensorRTEngine, capturing, profile_for
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+without_cuda = pytest.mark.skipif(
+    "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="ONNX Runtime is the one for GPUs"
+)
+TARGETS = ("SM80", "SM86", "SM89", "SM120")
 PROFILES = [
     {"sample": ((1, 4, 8), (16, 4, 64)), "tokens": ((1, 1), (16, 64))},
     {"sample": ((1, 4, 8), (16, 4, 128)), "tokens": ((1, 1), (16, 16))},
@@ -48,6 +56,14 @@ def test_what_was_used_last_is_kept() -> None:
 
     assert [get(key) for key in "abacab"] == list("abacab")
     assert made == ["a", "b", "c", "b"]
+
+
+def test_a_value_that_is_in_use_is_waited_for() -> None:
+    waited: list[str] = []
+    recent: Recent[str] = Recent(1, before_dropping=lambda: waited.append("."))
+    for key in "aab":
+        recent.get(key, partial(str, key))
+    assert waited == ["."]
 
 
 def test_a_value_makes_room_before_the_next_is_made() -> None:
@@ -110,6 +126,57 @@ def test_both_kinds_of_engines_are_called_alike(tmp_path: Path) -> None:
         assert torch.equal(call(engine, {"x": x})["y"], 2 * x)
 
 
+@without_cuda
+def test_a_gpu_that_onnxruntime_cannot_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would run on the CPU and say nothing; libraries are looked for first."""
+    looked: list[bool] = []
+    monkeypatch.setattr(onnxruntime_engine, "built_for_cuda", lambda: True)
+    monkeypatch.setattr(onnxruntime_engine, "gpu_there", lambda: True)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: looked.append(True))
+    with pytest.warns(UserWarning, match="CUDA"), pytest.raises(EngineError, match=r"cannot use the GPU: .*cuDNN"):
+        load_engine(write(tmp_path / "model.onnx"), "onnxruntime")
+    assert looked
+    monkeypatch.setattr(onnxruntime_engine, "gpu_there", lambda: False)
+    load_engine(write(tmp_path / "model.onnx"), "onnxruntime")
+
+
+@without_cuda
+def test_a_device_for_the_onnxruntime_of_cpus(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="install onnxruntime-gpu"):
+        load_engine(write(tmp_path / "model.onnx"), "onnxruntime", device="cuda:0")
+
+
+class FakeGraph:
+    """In the place of a CUDA graph; ``broken`` is one in which something was launched that cannot be captured."""
+
+    def __init__(self, told: list[str], *, broken: bool = False) -> None:
+        self.told, self.broken = told, broken
+
+    def capture_begin(self, pool: object, capture_error_mode: str) -> None:
+        self.told.append(f"begin {capture_error_mode}")
+
+    def capture_end(self) -> None:
+        self.told.append("end")
+        if self.broken:
+            raise RuntimeError("capture was invalidated")
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_capture_is_ended(monkeypatch: pytest.MonkeyPatch, broken: bool) -> None:
+    """For torch's allocator too: it waits for the end of captures."""
+    told: list[str] = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: FakeGraph(told, broken=broken))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(
+        torch._C, "_cuda_endAllocateToPool", lambda device, pool: told.append(f"close {pool}"), raising=False
+    )
+    failing = pytest.raises(RuntimeError, match="invalidated") if broken else contextlib.nullcontext()
+    with failing, capturing():
+        told.append("launch")
+    assert told == ["begin thread_local", "launch", "end", *(["close (0, 1)"] if broken else [])]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt", "tensorrt_rtx"])
 def test_without_a_gpu_tensors_stay_on_the_cpu(backend: str) -> None:
@@ -129,8 +196,10 @@ def test_onnxruntime_on_a_gpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt_rtx"])
 def test_tensorrt_on_a_gpu(tmp_path: Path, backend: str) -> None:
     """More shapes than graphs are kept, and each answer right."""
+    if backend == "tensorrt_rtx" and compute_capability() not in TARGETS:
+        pytest.skip(f"the engine is for {', '.join(TARGETS)}, and the GPU is an {compute_capability()}")
     try:
-        builder = Builder(backend, targets=("SM80", "SM86", "SM89", "SM120"), cache=tmp_path / "cache")
+        builder = Builder(backend, targets=TARGETS, cache=tmp_path / "cache")
     except EngineError as error:
         pytest.skip(str(error))
     builder.build(write(tmp_path / "model.onnx"), tmp_path / "model.plan", [{"x": ((1, 1), (2, 4), (8, 64))}])

@@ -25,7 +25,7 @@ class Batcher:
     """Stacks rows; conditioning is stacked once for each composition of a batch, not at each step."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self._buckets = bundle.shapes.image_tokens
+        self._bucket = bundle.shapes.bucket
         self._adapters = {
             name: adapter.name for adapter in bundle.adapters for name in input_names(adapter.name, bundle.levels)
         }
@@ -66,9 +66,7 @@ class Batcher:
         """Groups, and tokens up to the next padding bucket."""
         shapes = [source[f"ip_tokens_{adapter}"].shape for source in sources]
         tokens = max(shape[2] for shape in shapes)
-        if tokens > 1:
-            tokens = next((bucket for bucket in self._buckets if bucket >= tokens), tokens)
-        return max(shape[1] for shape in shapes), tokens
+        return max(shape[1] for shape in shapes), self._bucket(tokens) if tokens > 1 else 1
 
 
 def _rows(tensor: Tensor, index: Sequence[int]) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from imprompt_serving.denoiser.control import Control, acts, prepare_controls
 from imprompt_serving.denoiser.features import Features, prepare_features, total
-from imprompt_serving.denoiser.image_prompts import absent_inputs, adapter_inputs, group_scales
-from imprompt_serving.engines import Engine
+from imprompt_serving.denoiser.image_prompts import absent_inputs, adapter_inputs, group_scales, has_regions
+from imprompt_serving.engines import BACKENDS, Engine
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.job import JobRequest
 from imprompt_serving.specs import Adapter, Bundle
@@ -39,6 +39,11 @@ class Conditioning:
         self._inputs = inputs
         self._windows = {f"ip_scale_{u.name}": (u.start, u.end) for u in request.adapters if (u.start, u.end) != (0, 1)}
         self._variants: dict[tuple[bool, ...], dict[str, Tensor]] = {}
+
+    @property
+    def regions(self) -> bool:
+        """Whether an adapter has several groups of image tokens, each with a mask."""
+        return has_regions(self._bundle, self._inputs)
 
     def at(self, index: int, count: int) -> Mapping[str, Tensor]:
         """UNet inputs of call ``index`` of ``count``; equal conditioning is the same object."""
@@ -107,11 +112,13 @@ class Conditioner:
             if name not in used:
                 inputs |= absent_inputs(bundle, name, len(prefixes), tensors["prompt_embeds"].shape[-1], size)
                 continue
-            tokens = [self._tokens(adapter, tensors, prefix) for prefix in prefixes]
             masks = tensors.get(f"ip_adapter_masks_{name}")
-            self._check_count(adapter, tokens[-1], masked=masks is not None)
+            self._check_count(adapter, len(tensors[f"image_embeds_{name}"]), masked=masks is not None)
+            tokens = [self._tokens(adapter, tensors, prefix) for prefix in prefixes]
             scale = group_scales(bundle, used[name], 1 if masks is None else len(masks))
             inputs |= adapter_inputs(bundle, name, tokens, scale, size, masks)
+        if BACKENDS[bundle.backend].compiled and has_regions(bundle, inputs):
+            self._check_beside_regions(inputs)
         return inputs
 
     def _tokens(self, adapter: Adapter, tensors: Mapping[str, Tensor], prefix: str) -> Tensor:
@@ -120,16 +127,29 @@ class Conditioner:
             embeds["clip_embeds"] = tensors[f"{prefix}clip_embeds_{adapter.name}"].numpy()
         return torch.from_numpy(self._projections[adapter.name].run(embeds)["tokens"])
 
-    def _check_count(self, adapter: Adapter, tokens: Tensor, *, masked: bool) -> None:
-        if masked and len(tokens) > self._bundle.shapes.regions:
+    def _check_count(self, adapter: Adapter, pictures: int, *, masked: bool) -> None:
+        """Refuse more pictures than engines take, that of the projection included."""
+        if masked and pictures > self._bundle.shapes.regions:
             most = self._bundle.shapes.regions
-            raise InvalidRequest("ip_adapter_masks", f"{adapter.name}: {len(tokens)} masks; at most {most} are served")
-        count, limit = tokens.shape[1] * (1 if masked else len(tokens)), self._bundle.shapes.image_tokens[-1]
+            raise InvalidRequest("ip_adapter_masks", f"{adapter.name}: {pictures} masks; at most {most} are served")
+        count, limit = adapter.num_tokens * (1 if masked else pictures), self._bundle.shapes.image_tokens[-1]
         if count > limit:
             raise InvalidRequest(
                 "ip_adapter_image",
-                f"{len(tokens)} pictures for {adapter.name} make {count} image tokens; at most {limit} are served",
+                f"{pictures} pictures for {adapter.name} make {count} image tokens; at most {limit} are served",
             )
+
+    def _check_beside_regions(self, inputs: Mapping[str, Tensor]) -> None:
+        """Refuse what no profile takes: several masks for one adapter, and a long list of pictures for another."""
+        limit = self._bundle.region_tokens
+        for adapter in self._bundle.adapters:
+            count = inputs[f"ip_tokens_{adapter.name}"].shape[2]
+            if count > limit:
+                raise InvalidRequest(
+                    "ip_adapter_image",
+                    f"the pictures for {adapter.name} make {count} image tokens; "
+                    f"at most {limit} are served beside several masks of another adapter",
+                )
 
 
 def _time_ids(request: JobRequest, pictures: int, *, guided: bool) -> Tensor:

@@ -36,12 +36,13 @@ def prepare_features(
         if use.name not in adapters:
             continue
         images = tensors[f"control_image_{use.name}"]
-        answer = adapters[use.name].run({"control_image": images.numpy()})
+        # No more at a time than an engine takes that is built for ranges.
+        parts = [adapters[use.name].run({"control_image": p.numpy()}) for p in images.split(bundle.shapes.rows.max)]
         each = pictures if len(images) == 1 else request.num_images_per_prompt
-        scaled = {
-            name: (torch.from_numpy(answer[name]) * use.scale).repeat_interleave(each, dim=0).repeat(branches, 1, 1, 1)
-            for name in bundle.feature_names
-        }
+        scaled = {}
+        for name in bundle.feature_names:
+            features = torch.cat([torch.from_numpy(part[name]) for part in parts]) * use.scale
+            scaled[name] = features.repeat_interleave(each, dim=0).repeat(branches, 1, 1, 1)
         found.append(Features(tensors=scaled, start=use.start, end=use.end))
     return tuple(found)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -112,6 +113,11 @@ def absent_inputs(bundle: Bundle, name: str, branches: int, features: int, size:
     """UNet inputs of an adapter that a job does not use: one token, scale 0."""
     tokens = [torch.zeros(1, 1, features)] * branches
     return adapter_inputs(bundle, name, tokens, torch.zeros(1, len(bundle.layers)), size, None)
+
+
+def has_regions(bundle: Bundle, inputs: Mapping[str, Tensor]) -> bool:
+    """Whether an adapter has several groups in these UNet inputs."""
+    return any(inputs[f"ip_tokens_{adapter.name}"].shape[1] > 1 for adapter in bundle.adapters)
 
 
 def _downsample(masks: Tensor, queries: int) -> Tensor:

@@ -15,6 +15,7 @@ from imprompt_serving.denoiser.preview import predicted_latents
 from imprompt_serving.denoiser.schedulers import make_scheduler, set_timesteps, step_arguments
 from imprompt_serving.denoiser.start import generators, start
 from imprompt_serving.denoiser.windows import Window, merge, windows
+from imprompt_serving.engines import BACKENDS
 from imprompt_serving.job import JobRequest
 from imprompt_serving.specs import Bundle
 
@@ -58,7 +59,9 @@ class Job:
         """Frames of the windows of the current step; a single one of all frames for most clips; empty for pictures."""
         self.frames = len(self.windows[0]) if self.windows else 1
         """Frames of a row."""
-        self.key = ("motion_unet" if self.windows else "unet", self.frames, *self.latents.shape[-2:])
+        # Compiled engines have a profile for region masks, which long lists of pictures do not fit.
+        apart = BACKENDS[bundle.backend].compiled and conditioning.regions
+        self.key = ("motion_unet" if self.windows else "unet", self.frames, *self.latents.shape[-2:], apart)
         """Jobs with equal keys can share a call."""
 
         self._computed: list[Tensor] = []

@@ -2,25 +2,66 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 
+from imprompt_serving.engines.backends import EngineError
+
+CUDA = "CUDAExecutionProvider"
+
+
+def built_for_cuda() -> bool:
+    """Whether the ONNX Runtime that is installed is the one for GPUs."""
+    # Newer builds have CUDA as a plugin, which may not be listed before its libraries are found.
+    return CUDA in onnxruntime.get_available_providers() or bool(onnxruntime.cuda_version)
+
+
+def check_cuda() -> None:
+    """Raise where tensors on a GPU could not be used."""
+    if not built_for_cuda():
+        raise EngineError("ONNX Runtime is the one for CPUs here: install onnxruntime-gpu in the place of onnxruntime")
+
+
+def gpu_there() -> bool:
+    """Whether there is an NVIDIA GPU, by its driver: processes that ask this do without torch."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int()
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
 
 def session(path: Path, *, threads: int = 0, gpu: int = 0) -> onnxruntime.InferenceSession:
-    """A session on the GPU where ONNX Runtime has been built for one and finds it, or else on the CPU."""
+    """A session on the GPU where ONNX Runtime has been built for one and there is one, or else on the CPU.
+
+    Raises:
+        EngineError: ONNX Runtime cannot use the GPU; by itself it would go on with the CPU, and say nothing.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if threads:
         options.intra_op_num_threads = threads
     # Sessions of several processes share the cores: a spinning pool would take them from the others.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    wanted: dict[str, dict[str, int]] = {"CUDAExecutionProvider": {"device_id": gpu}, "CPUExecutionProvider": {}}
-    available = onnxruntime.get_available_providers()
-    providers = [(name, settings) for name, settings in wanted.items() if name in available]
-    return onnxruntime.InferenceSession(str(path), options, providers=providers)
+    on_gpu = built_for_cuda() and gpu_there()
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if on_gpu:
+        onnxruntime.preload_dlls()  # CUDA's libraries out of pip's packages, which only torch would have loaded
+        # Without TF32, whose 10 bits are not what float32 promises.
+        providers.insert(0, (CUDA, {"device_id": gpu, "use_tf32": "0"}))
+    made = onnxruntime.InferenceSession(str(path), options, providers=providers)
+    if on_gpu and CUDA not in made.get_providers():
+        raise EngineError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot use the GPU: the CUDA and cuDNN libraries that it is built "
+            "for are missing (the CUDA build of torch brings its own), or the driver is too old; see its message above"
+        )
+    return made
 
 
 class OnnxRuntimeEngine:

@@ -16,8 +16,8 @@ SETTINGS: dict[str, Any] = {
     "INFERENCE_PRECISION_HINT": "f32",
     # Sessions of several processes share the cores: pinned threads of two of them would wait for the same one.
     "ENABLE_CPU_PINNING": False,
-    # Kernels that OpenVINO 2026.4 generates for a call with one query (a UNet at its coarsest) are taken for later calls
-    # with more, and give wrong answers. Others are no slower.
+    # Kernels that OpenVINO 2026.4 generates for a call with one query (a UNet at its smallest) are taken for later
+    # calls with more, and give wrong answers. Others are no slower.
     "SNIPPETS_MODE": "DISABLE",
 }
 

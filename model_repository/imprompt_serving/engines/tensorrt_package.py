@@ -56,7 +56,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     architecture: str
     settings: str
-    """A hash of the profiles and of whether the weights can be replaced."""
+    """A hash of the profiles, of whether the weights can be replaced, and of how this version of imprompt builds."""
     refit: bool
     inputs: dict[str, EngineTensor] = {}
     outputs: dict[str, EngineTensor] = {}

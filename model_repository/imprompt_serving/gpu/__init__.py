@@ -25,14 +25,14 @@ class DeviceEngine(Protocol):
 
 def device_of(backend: str, index: int = 0) -> torch.device:
     """Where the denoiser keeps its tensors with engines of ``backend``."""
-    on_gpu = BACKENDS[backend].compiled or (backend == "onnxruntime" and _onnxruntime_has_cuda())
+    on_gpu = BACKENDS[backend].compiled or (backend == "onnxruntime" and _onnxruntime_built_for_cuda())
     return torch.device("cuda", index) if on_gpu and torch.cuda.is_available() else torch.device("cpu")
 
 
-def _onnxruntime_has_cuda() -> bool:
-    import onnxruntime
+def _onnxruntime_built_for_cuda() -> bool:
+    from imprompt_serving.engines.onnxruntime import built_for_cuda
 
-    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    return built_for_cuda()
 
 
 def call(engine: Engine, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

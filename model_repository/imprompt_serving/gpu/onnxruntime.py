@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imprompt_serving.engines.onnxruntime import session
+from imprompt_serving.engines.onnxruntime import check_cuda, session
 from imprompt_serving.gpu import key_of
 from imprompt_serving.gpu.recent import Recent
 
@@ -26,10 +26,16 @@ _TYPES = {
 
 
 class OnnxRuntimeDeviceEngine:
-    """A session whose inputs and outputs are torch tensors on ``device`` (``cuda:0``, or ``cpu``)."""
+    """A session whose inputs and outputs are torch tensors on ``device`` (``cuda:0``, or ``cpu``).
+
+    Raises:
+        EngineError: ONNX Runtime cannot use the GPU.
+    """
 
     def __init__(self, path: Path, device: str) -> None:
         self._device = torch.device(device)
+        if self._device.type == "cuda":
+            check_cuda()
         self._session = session(path, gpu=self._device.index or 0)
         self._inputs = {value.name for value in self._session.get_inputs()}
         self._outputs = {value.name: _TYPES[value.type] for value in self._session.get_outputs()}

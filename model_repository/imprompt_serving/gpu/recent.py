@@ -10,16 +10,20 @@ Value = TypeVar("Value")
 
 
 class Recent(Generic[Value]):
-    """Keeps the ``limit`` values that were asked for last; others are made again when they are wanted."""
+    """Keeps the ``limit`` values that were asked for last; others are made again when they are wanted.
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    ``before_dropping`` is called before one is let go: to wait for a device that may still be using it.
+    """
+
+    def __init__(self, limit: int, before_dropping: Callable[[], None] = lambda: None) -> None:
+        self._limit, self._before_dropping = limit, before_dropping
         self._values: OrderedDict[Hashable, Value] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """The value of ``key``, from ``make`` if it is not there."""
         if key not in self._values:
             while len(self._values) >= self._limit:  # first, so that its memory is there for the new one
+                self._before_dropping()
                 self._values.popitem(last=False)
             self._values[key] = make()
         self._values.move_to_end(key)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,14 @@ from imprompt_serving.engines.tensorrt_package import EngineInfo, tensorrt
 from imprompt_serving.gpu import Shapes, key_of
 from imprompt_serving.gpu.recent import Recent
 
+logger = logging.getLogger(__name__)
+
 GRAPHS = 16
 """Shapes whose buffers and CUDA graphs are kept: sizes that are served, times rows of a call."""
 Limits = Mapping[str, tuple[Sequence[int], Sequence[int]]]
 """Smallest and largest shape of each input in one profile."""
+_PREPARING = threading.Lock()
+"""Threads run engines side by side, but a process captures one CUDA graph at a time."""
 
 
 def profile_for(shapes: Shapes, profiles: Sequence[Limits]) -> int:
@@ -44,17 +50,43 @@ def _within(shape: Sequence[int], low: Sequence[int], high: Sequence[int]) -> bo
     return len(shape) == len(low) and all(a <= size <= b for a, size, b in zip(low, shape, high, strict=True))
 
 
-class _Call:
-    """Buffers for one shape, and the work on them. Replaying it costs one launch for all of the engine's kernels."""
+@contextlib.contextmanager
+def capturing() -> Iterator[torch.cuda.CUDAGraph]:
+    """What is launched on the current stream becomes a CUDA graph.
 
-    def __init__(self, inputs: dict[str, Tensor], outputs: dict[str, Tensor], launch: Callable[[], None]) -> None:
-        self.inputs, self.outputs, self.launch = inputs, outputs, launch
+    ``torch.cuda.graph`` would wait for the whole device first, which is an error while another thread captures.
+
+    Raises:
+        RuntimeError: something was launched that cannot be captured.
+    """
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    graph.capture_begin(pool, capture_error_mode="thread_local")
+    try:
+        yield graph
+    finally:
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            # Or torch would take the capture for going on, and never reuse memory that two streams have seen.
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            raise
+
+
+class _Call:
+    """Buffers and an execution context for one shape, and the work on them: one launch for all of the kernels."""
+
+    def __init__(
+        self, inputs: dict[str, Tensor], outputs: dict[str, Tensor], context: Any, launch: Callable[[], None]
+    ) -> None:
+        self.inputs, self.outputs, self.context, self.launch = inputs, outputs, context, launch
 
 
 class TensorRTEngine:
     """An engine file on one GPU; calls from several threads take turns.
 
-    All work is done on a stream of the engine's own; the caller's stream waits for it, the host does not.
+    All work is done on a stream of the engine's own; the caller's stream waits for it, the host does not. Each shape
+    has an execution context, which CUDA graphs must not share (https://github.com/NVIDIA/TensorRT/issues/3798); as
+    calls take turns, all contexts work in the same memory.
     """
 
     def __init__(self, path: Path, backend: str, *, device: str = "cuda") -> None:
@@ -70,15 +102,21 @@ class TensorRTEngine:
             if self._engine is None:
                 raise EngineError(f"{path.name} cannot be loaded by {backend} {trt.__version__}; see its message above")
             self._stream = torch.cuda.Stream(self._device)
-            self._own_graphs = backend == "tensorrt_rtx"
-            self._context = self._rtx_context(path) if self._own_graphs else self._engine.create_execution_context()
+            with torch.cuda.stream(self._stream):
+                size = self._engine.device_memory_size_v2  # of the largest profile
+                self._memory = torch.empty(size, dtype=torch.uint8, device=self._device)
+            self._path, self._rtx = path, backend == "tensorrt_rtx"
+            self._capturable = not self._rtx  # TensorRT-RTX captures by itself
+            given = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+            self._contexts = self._rtx_config(given) if self._rtx else given
+            """How contexts are made: with memory that they are given."""
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         is_input = {name: self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT for name in names}
         types = {name: _torch_type(trt, self._engine.get_tensor_dtype(name)) for name in names}
         self._inputs = {name: kind for name, kind in types.items() if is_input[name]}
         self._outputs = {name: kind for name, kind in types.items() if not is_input[name]}
         self._profiles = [self._limits(index) for index in range(self._engine.num_optimization_profiles)]
-        self._calls: Recent[_Call] = Recent(GRAPHS)
+        self._calls: Recent[_Call] = Recent(GRAPHS, before_dropping=self._stream.synchronize)
         self._turn = threading.Lock()
 
     def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -108,72 +146,79 @@ class TensorRTEngine:
         return answer
 
     def _prepare(self, key: Shapes, given: Mapping[str, Tensor]) -> _Call:
-        """Buffers for inputs of shapes ``key``; a first run, which allocates what it needs; and its CUDA graph."""
-        inputs = {n: torch.empty(t.shape, dtype=self._inputs[n], device=self._device) for n, t in given.items()}
-        for name, tensor in given.items():
-            inputs[name].copy_(tensor)
-        outputs = self._bind(key, inputs)
-        self._enqueue()
-        if self._own_graphs:
-            self._keep_kernels()
-            return _Call(inputs, outputs, lambda: self._rebind(key, inputs, outputs))
-        self._stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            self._enqueue()
-        return _Call(inputs, outputs, graph.replay)
+        """Buffers and a context for inputs of shapes ``key``; a first run, which allocates what it needs."""
+        with _PREPARING:
+            context = self._context(key)
+            inputs = {n: torch.empty(t.shape, dtype=self._inputs[n], device=self._device) for n, t in given.items()}
+            for name, tensor in given.items():
+                inputs[name].copy_(tensor)
+            outputs = {
+                name: torch.empty(tuple(context.get_tensor_shape(name)), dtype=dtype, device=self._device)
+                for name, dtype in self._outputs.items()
+            }
+            for name, tensor in (*inputs.items(), *outputs.items()):
+                context.set_tensor_address(name, tensor.data_ptr())
+            launch = partial(_enqueue, context, self._stream)
+            launch()
+            if self._rtx:
+                self._keep_kernels()
+            return _Call(inputs, outputs, context, self._captured(launch))
 
-    def _bind(self, key: Shapes, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tell the context shapes and addresses; returns the outputs, allocated."""
-        self._shape(key)
-        outputs = {
-            name: torch.empty(tuple(self._context.get_tensor_shape(name)), dtype=dtype, device=self._device)
-            for name, dtype in self._outputs.items()
-        }
-        for name, tensor in (*inputs.items(), *outputs.items()):
-            self._context.set_tensor_address(name, tensor.data_ptr())
-        return outputs
-
-    def _shape(self, key: Shapes) -> None:
+    def _context(self, key: Shapes) -> Any:
+        """An execution context for inputs of shapes ``key``."""
         profile = profile_for(key, self._profiles)
-        if self._context.active_optimization_profile != profile:
-            self._context.set_optimization_profile_async(profile, self._stream.cuda_stream)
+        context = self._engine.create_execution_context(self._contexts)
+        if context is None:
+            raise EngineError(f"{self._path.name} cannot be run in one more shape; see TensorRT's message above")
+        context.set_device_memory(self._memory.data_ptr(), self._memory.numel())
+        if context.active_optimization_profile != profile:
+            context.set_optimization_profile_async(profile, self._stream.cuda_stream)
         for name, shape in key:
-            self._context.set_input_shape(name, shape)
+            context.set_input_shape(name, shape)
+        return context
 
-    def _rebind(self, key: Shapes, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
-        """TensorRT-RTX captures and keeps graphs by itself; it only has to know which buffers are meant."""
-        self._shape(key)
-        for name, tensor in (*inputs.items(), *outputs.items()):
-            self._context.set_tensor_address(name, tensor.data_ptr())
-        self._enqueue()
-
-    def _enqueue(self) -> None:
-        if not self._context.execute_async_v3(self._stream.cuda_stream):
-            raise EngineError("the engine could not be run; see TensorRT's message above")
+    def _captured(self, launch: Callable[[], None]) -> Callable[[], None]:
+        """``launch`` as a CUDA graph; as it is if this engine cannot be captured."""
+        if not self._capturable:
+            return launch
+        self._stream.synchronize()
+        try:
+            with capturing() as graph:
+                launch()
+        except RuntimeError as error:
+            self._capturable = False
+            logger.warning("%s runs without CUDA graphs: %s", self._path, error)
+            return launch
+        return graph.replay
 
     def _limits(self, profile: int) -> Limits:
         ranges = {name: self._engine.get_tensor_profile_shape(name, profile) for name in self._inputs}
         return {name: (tuple(low), tuple(high)) for name, (low, _, high) in ranges.items()}
 
-    def _rtx_context(self, path: Path) -> Any:
-        """A context that captures CUDA graphs itself, with the kernels that an earlier process compiled."""
+    def _rtx_config(self, given: Any) -> Any:
+        """Contexts that capture CUDA graphs themselves, and share kernels, with those of an earlier process too."""
         config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(given)
         # At the first call of a shape, not behind the back of the next ones.
         eager = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
         config.dynamic_shapes_kernel_specialization_strategy = eager
         config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         self._kernels = config.create_runtime_cache()
-        self._kernels_file = path.with_suffix(".kernels")
+        self._kernels_file = self._path.with_suffix(".kernels")
         if self._kernels_file.exists():
             self._kernels.deserialize(self._kernels_file.read_bytes())
         config.set_runtime_cache(self._kernels)
-        return self._engine.create_execution_context(config)
+        return config
 
     def _keep_kernels(self) -> None:
         """Save what was compiled for this GPU, for the next start; not where the repository is read-only."""
         with contextlib.suppress(OSError):
             self._kernels_file.write_bytes(self._kernels.serialize())
+
+
+def _enqueue(context: Any, stream: torch.cuda.Stream) -> None:
+    if not context.execute_async_v3(stream.cuda_stream):
+        raise EngineError("the engine could not be run; see TensorRT's message above")
 
 
 def _torch_type(trt: Any, kind: Any) -> torch.dtype:

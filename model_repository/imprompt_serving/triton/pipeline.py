@@ -55,7 +55,13 @@ class TritonModels:
 
 
 def _request(model: str, tensors: Mapping[str, np.ndarray]) -> Any:
-    return pb_utils.InferenceRequest(model_name=model, requested_output_names=[], inputs=to_tensors(tensors))
+    """A request whose answer is wanted where ``as_numpy`` can read it: Triton's TensorRT leaves it on the GPU."""
+    return pb_utils.InferenceRequest(
+        model_name=model,
+        requested_output_names=[],
+        inputs=to_tensors(tensors),
+        preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
+    )
 
 
 async def _send(sender: Any, answer: Any) -> None:
