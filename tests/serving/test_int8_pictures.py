@@ -58,4 +58,4 @@ def test_its_pictures_are_near_those_of_fp32(int8: Served, served: Callable[[str
     def distance(one: Any, another: Any) -> float:
         return picture_distance(np.asarray(one.images[0]), np.asarray(another.images[0]))[1]
 
-    assert 0 < distance(near, exact) < 0.25 * distance(near, other)
+    assert 0 < distance(near, exact) < 0.5 * distance(near, other)

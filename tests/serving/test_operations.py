@@ -80,7 +80,7 @@ def test_every_metric_is_on_the_page_with_its_kind_and_label() -> None:
 
 def test_numbers_of_the_page() -> None:
     span = PRIORITY_PATIENCE * (LAST_PRIORITY - FIRST_PRIORITY)
-    assert f"waited for {START_PATIENCE} calls" in PAGE
+    assert f"go first for {START_PATIENCE} calls" in PAGE
     assert f"by {PRIORITY_PATIENCE} calls for each level" in PAGE
     assert f"at most {START_PATIENCE + span} calls" in PAGE
     assert f"at most {Limits().waiting_rows} may" in PAGE
