@@ -19,8 +19,9 @@ from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.gpu.tensorrt import Limits, profile_for
-from imprompt_serving.job import AdapterUse, JobRequest
+from imprompt_serving.job import AdapterUse
 from imprompt_serving.specs import Adapter, Bundle, Motion, Range, Shapes, T2IAdapter, TextEncoder
+from jobs import job_request
 from tiny import base
 
 SHAPES = Shapes(
@@ -212,20 +213,7 @@ def job(spec: Bundle, kinds: Mapping[str, str]) -> Job:
             tensors[f"{prefix}image_embeds_{adapter.name}"] = torch.zeros(count, *adapter.embed_shape)
         if kind == "masked":
             tensors[f"ip_adapter_masks_{adapter.name}"] = torch.ones(count, 64, 64)
-    request = JobRequest(
-        id="-".join(kinds.values()),
-        task="text-to-image",
-        height=64,
-        width=64,
-        num_inference_steps=1,
-        num_images_per_prompt=1,
-        guidance_scale=7.5,
-        guidance_rescale=0.0,
-        eta=0.0,
-        strength=1.0,
-        seeds=(0,),
-        adapters=tuple(uses),
-    )
+    request = job_request(id="-".join(kinds.values()), num_inference_steps=1, adapters=tuple(uses))
     conditioner = Conditioner(spec, {adapter.name: Projection(adapter) for adapter in spec.adapters})
     return Job(request, spec, conditioner(request, tensors), tensors)
 

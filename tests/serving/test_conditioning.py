@@ -15,6 +15,7 @@ from imprompt_serving.denoiser.features import prepare_features
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.job import AdapterUse, ControlUse, JobRequest
 from imprompt_serving.specs import Residual, Shapes, T2IAdapter
+from jobs import job_request
 
 BUNDLE = msgspec.structs.replace(rig.sd15(rows=2, adapters=("plain",)), shapes=Shapes(image_tokens=(4, 16), regions=2))
 
@@ -31,21 +32,7 @@ class Projection:
 
 
 def request(prompts: int = 1, controls: tuple[ControlUse, ...] = ()) -> JobRequest:
-    return JobRequest(
-        id="request",
-        task="text-to-image",
-        height=64,
-        width=64,
-        num_inference_steps=1,
-        num_images_per_prompt=1,
-        guidance_scale=7.5,
-        guidance_rescale=0.0,
-        eta=0.0,
-        strength=1.0,
-        seeds=(0,) * prompts,
-        adapters=(AdapterUse(name="plain"),),
-        controls=controls,
-    )
+    return job_request(seeds=(0,) * prompts, adapters=(AdapterUse(name="plain"),), controls=controls)
 
 
 def tensors(pictures: int, *, masked: bool) -> dict[str, torch.Tensor]:
