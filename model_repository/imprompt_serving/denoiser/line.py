@@ -58,10 +58,10 @@ def check_room(
     if not waiting:
         return
     rows = load.rows + sum(other.rows for other in waiting)
-    begins = starts(running, [*waiting, load], call_rows)
     seconds = _ticks_to_wait(load, running, waiting, call_rows) * tick_seconds
     if rows > limits.waiting_rows:
         # Room comes when the first ones in the line have begun.
+        begins = starts(running, waiting, call_rows)
         excess, index = rows - limits.waiting_rows, 0
         while excess > 0 and index < len(waiting):
             excess -= waiting[index].rows
