@@ -124,7 +124,7 @@ def quantize(file: Path, samples: Sequence[Arrays]) -> Path:
         ignored_scope=nncf.IgnoredScope(names=_exact(model)),
         advanced_parameters=nncf.AdvancedQuantizationParameters(
             # Weights of 7 bits: CPUs without VNNI add pairs of products in 16 bits, which those of 8 bits overflow.
-            # Full range cost 8 dB there, and would make pictures depend on the CPU that serves.
+            # Full range would make pictures depend on the CPU that serves.
             overflow_fix=nncf.OverflowFix.ENABLE,
             disable_bias_correction=True,  # no gain was seen, and it takes long
             smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=SMOOTHING, convolution=-1),
