@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from unittest import mock
 
 import torch
 from onnxscript import opset18 as op
+from onnxscript.function_libs.torch_lib.ops.core import aten_flatten, aten_unflatten
 from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
 from onnxscript.rewriter.rules.common import slice_split_rule
+from torch.onnx._internal.exporter import _fx_passes
 
 from imprompt_export.graphs import Axes, Graph
 from imprompt_export.precision import Positional, cast
@@ -21,6 +24,8 @@ from imprompt_export.precision import Positional, cast
 OPSET = 18
 _EXTERNAL_DATA_FROM = 1 << 30
 """Bytes of weights from which they get a file of their own (an ONNX file holds 2 GiB at most)."""
+_ASSERTION = torch.ops.aten._assert_tensor_metadata.default
+_decompose = _fx_passes.decompose_with_registry
 
 
 def trace_axes(graph: Graph) -> Axes:
@@ -43,7 +48,7 @@ def _trace(graph: Graph, dtype: torch.dtype) -> torch.onnx.ONNXProgram:
         for tensor in graph.inputs
     )
     module = Positional(graph, dtype).eval()
-    with torch.no_grad(), _quiet(), _without_slice_split():
+    with torch.no_grad(), _quiet(), _without_slice_split(), _without_decomposition():
         program = torch.export.export(
             module, tuple(example.values()), dynamic_shapes={"tensors": dynamic}, strict=False
         )
@@ -54,8 +59,11 @@ def _trace(graph: Graph, dtype: torch.dtype) -> torch.onnx.ONNXProgram:
             input_names=[tensor.name for tensor in graph.inputs],
             output_names=list(graph.outputs),
             custom_translation_table={
+                torch.ops.aten.flatten.using_ints: _flatten,
                 torch.ops.aten.repeat_interleave.self_int: _repeat_interleave,
                 torch.ops.aten.scaled_dot_product_attention.default: _attention,
+                torch.ops.aten.to.dtype: _to,
+                torch.ops.aten.unflatten.int: _unflatten,
             },
         )
     assert onnx_program is not None  # it is with dynamo=True
@@ -101,6 +109,43 @@ def _attention(
     factor = op.CastLike(op.Constant(value_float=scale or query.shape[-1] ** -0.5), query)
     scores = op.MatMul(op.Mul(query, factor), op.Transpose(key, perm=[0, 1, 3, 2]))
     return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+
+def _flatten(tensor: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
+    """``flatten``; of the last axes to a size that is known, without shapes that are computed at each call."""
+    sizes = tensor.shape[start_dim:]
+    if end_dim not in (-1, len(tensor.shape) - 1) or not all(isinstance(size, int) for size in sizes):
+        return aten_flatten(tensor, start_dim, end_dim)
+    kept = [0] * (len(tensor.shape) - len(sizes))
+    return op.Reshape(tensor, op.Constant(value_ints=[*kept, math.prod(sizes)]))
+
+
+def _unflatten(tensor: Any, dim: int, sizes: Any) -> Any:
+    """``unflatten``; of a last axis whose size is known, without shapes that are computed at each call."""
+    *kept, last = tensor.shape
+    if dim not in (-1, len(kept)) or not all(isinstance(size, int) for size in (last, *sizes)):
+        return aten_unflatten(tensor, dim, sizes)
+    known = math.prod(size for size in sizes if size != -1)
+    return op.Reshape(
+        tensor, op.Constant(value_ints=[*(0 for _ in kept), *(last // known if size == -1 else size for size in sizes)])
+    )
+
+
+def _to(tensor: Any, dtype: int, *_: Any, **__: Any) -> Any:
+    """``Tensor.to`` another type."""
+    return op.Cast(tensor, to=dtype)
+
+
+def _without_decomposition() -> contextlib.AbstractContextManager[Any]:
+    """Break up a program only if it has operators that ONNX does not: to do so takes longer than to trace it."""
+
+    def decompose(program: torch.export.ExportedProgram, registry: Any) -> torch.export.ExportedProgram:
+        targets = {node.target for node in program.graph.nodes if node.op == "call_function"} - {_ASSERTION}
+        translated = all(registry.is_registered(target) for target in targets)
+        mutable = any(target._schema.is_mutable for target in targets if isinstance(target, torch._ops.OpOverload))
+        return program if translated and not mutable else _decompose(program, registry)
+
+    return mock.patch.object(_fx_passes, "decompose_with_registry", decompose)
 
 
 def _without_slice_split() -> contextlib.AbstractContextManager[Any]:
