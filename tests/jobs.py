@@ -15,11 +15,7 @@ def job_request(task: Any = "text-to-image", **changes: Any) -> JobRequest:
         "height": 64,
         "width": 64,
         "num_inference_steps": 4,
-        "num_images_per_prompt": 1,
         "guidance_scale": 7.5,
-        "guidance_rescale": 0.0,
-        "eta": 0.0,
-        "strength": 1.0,
         "seeds": (0,),
     }
     return JobRequest(**given | changes)

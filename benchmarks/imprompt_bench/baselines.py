@@ -133,15 +133,10 @@ def _job(arguments: Arguments) -> JobRequest:
     """What the layout of the conditioning depends on."""
     return JobRequest(
         id="bare",
-        task="text-to-image",
         height=arguments["height"],
         width=arguments["width"],
         num_inference_steps=arguments["num_inference_steps"],
-        num_images_per_prompt=1,
         guidance_scale=arguments["guidance_scale"],
-        guidance_rescale=0.0,
-        eta=0.0,
-        strength=1.0,
         seeds=(arguments["seed"],),
         adapters=(AdapterUse(name=ADAPTER),),
     )

@@ -69,15 +69,10 @@ class Rig:
         """A guided picture of ``size`` x ``size`` pixels."""
         request = JobRequest(
             id=name,
-            task="text-to-image",
             height=size,
             width=size,
             num_inference_steps=steps,
-            num_images_per_prompt=1,
             guidance_scale=7.5,
-            guidance_rescale=0.0,
-            eta=0.0,
-            strength=1.0,
             seeds=(seed,),
             scheduler=scheduler,
             adapters=tuple(AdapterUse(name=adapter.name) for adapter in self.bundle.adapters),

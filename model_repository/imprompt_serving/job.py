@@ -56,15 +56,15 @@ class JobRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One denoising job. ``seeds`` has one entry for all pictures together, or one for each."""
 
     id: str
-    task: Task
+    task: Task = "text-to-image"
     height: int
     width: int
     num_inference_steps: int
-    num_images_per_prompt: int
+    num_images_per_prompt: int = 1
     guidance_scale: float
-    guidance_rescale: float
-    eta: float
-    strength: float
+    guidance_rescale: float = 0.0
+    eta: float = 0.0
+    strength: float = 1.0
     seeds: tuple[int, ...]
     scheduler: str | None = None
     scheduler_config: dict[str, Any] = {}
