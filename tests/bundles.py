@@ -126,7 +126,7 @@ def _inpaint(folder: Path) -> list[str]:
 
 
 def _lcm(folder: Path) -> list[str]:
-    """An LCM-LoRA fused into a distilled base (guidance is an input of its UNet) with a safety checker."""
+    """An LCM-LoRA fused into a distilled base (guidance is an input of its UNet), a safety checker, a ControlNet."""
     base.make_sd15(folder / "base", safety_checker=True, time_cond_proj_dim=32)
     root = folder / "ip"
     adapters.make_image_encoder(root / "models/image_encoder")
@@ -136,7 +136,8 @@ def _lcm(folder: Path) -> list[str]:
 path = "lora"
 weight_name = "{lora.name}"
 """
-    return [section, adapter("plain", adapters.make_adapter(root, "plain"), root, "models/image_encoder")]
+    plain = adapter("plain", adapters.make_adapter(root, "plain"), root, "models/image_encoder")
+    return [section, plain, controlnet("depth", control.make_controlnet(folder / "depth"))]
 
 
 def _control(folder: Path) -> list[str]:

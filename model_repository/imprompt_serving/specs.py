@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -134,6 +135,22 @@ class TextEncoder(msgspec.Struct, frozen=True, kw_only=True):
     hidden_size: int
 
 
+class Asked(Protocol):
+    """What of a request decides how it is guided."""
+
+    @property
+    def task(self) -> str: ...
+
+    @property
+    def frames(self) -> int | None: ...
+
+    @property
+    def controls(self) -> Sequence[object]: ...
+
+    @property
+    def guidance_scale(self) -> float: ...
+
+
 class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     """Everything the pipeline and the denoiser know of one checkpoint set."""
 
@@ -187,9 +204,15 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
         """Image tokens of a group that compiled engines take beside region masks: those of one picture."""
         return max(self.shapes.bucket(adapter.num_tokens) for adapter in self.adapters)
 
-    def guided(self, guidance_scale: float) -> bool:
-        """Whether a request runs an unconditional branch too; distilled UNets take the guidance as an input instead."""
-        return guidance_scale > 1 and self.time_cond_proj_dim is None
+    def embeds_guidance(self, request: Asked) -> bool:
+        """Whether the guidance scale is an input of the UNet: of distilled ones, in the tasks for which diffusers'
+        pipelines know them, which leaves out ControlNets with a start picture, and AnimateDiff."""
+        unaware = request.frames is not None or (request.controls and request.task != "text-to-image")
+        return self.time_cond_proj_dim is not None and not unaware
+
+    def guided(self, request: Asked) -> bool:
+        """Whether a request runs an unconditional branch too."""
+        return request.guidance_scale > 1 and not self.embeds_guidance(request)
 
     def adapter(self, name: str) -> Adapter:
         return next(adapter for adapter in self.adapters if adapter.name == name)

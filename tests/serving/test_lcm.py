@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import ControlNetModel, StableDiffusionControlNetImg2ImgPipeline
 
 from parity import assert_different, assert_same
 from served import Served
@@ -21,8 +22,8 @@ def lcm(served: Any) -> Served:
     return served("lcm")
 
 
-def load(lcm: Served, *, lora: bool = True, safety_checker: bool = True) -> Any:
-    pipe = lcm.bundle.oracle(scheduler="LCMScheduler", safety_checker=safety_checker)
+def load(lcm: Served, *arguments: Any, lora: bool = True, **more: Any) -> Any:
+    pipe = lcm.bundle.oracle(*arguments, scheduler="LCMScheduler", **{"safety_checker": True, **more})
     if lora:
         pipe.load_lora_weights(lcm.bundle.checkpoints / "lora")
     pipe.set_ip_adapter_scale(0.6)
@@ -73,3 +74,15 @@ def test_guidance_is_an_input_of_a_distilled_unet(lcm: Served) -> None:
     safe = [index for index, flagged in enumerate(flags) if not any(flagged)]
     assert safe, "every picture is flagged: this proves nothing"
     assert_different([result.images[index] for index in safe], [other.images[index] for index in safe])
+
+
+def test_no_guidance_is_an_input_with_a_controlnet_and_a_start_picture(lcm: Served) -> None:
+    """diffusers' pipeline for both does not know distilled UNets: it runs two branches and embeds no guidance."""
+    net = ControlNetModel.from_pretrained(lcm.bundle.checkpoints / "depth")
+    pipe = load(lcm, StableDiffusionControlNetImg2ImgPipeline, controlnet=net)
+    seeds = list(range(6))
+    arguments = {**INSTANT, "guidance_scale": 3.0, "num_images_per_prompt": len(seeds), "seed": seeds}
+    arguments |= {"image": images.photo(0).resize((64, 64)), "control_image": images.control_image("depth")}
+    result = generate(lcm, **arguments)
+    assert_same(result, oracle.generate(pipe, ip_adapter_image=STATUE, **arguments))
+    assert not all(result.nsfw_content_detected), "every picture is flagged: this proves nothing"

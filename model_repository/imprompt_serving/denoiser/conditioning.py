@@ -79,7 +79,7 @@ class Conditioner:
     def __call__(self, request: JobRequest, tensors: Mapping[str, Tensor]) -> Conditioning:
         """The conditioning of ``request``, from its text and image embeddings."""
         bundle = self._bundle
-        prefixes = ("negative_", "") if bundle.guided(request.guidance_scale) else ("",)
+        prefixes = ("negative_", "") if bundle.guided(request) else ("",)
         pictures = len(tensors["prompt_embeds"]) * request.num_images_per_prompt
 
         def by_picture(name: str) -> Tensor:
@@ -92,7 +92,9 @@ class Conditioner:
             inputs["text_embeds"] = by_picture("pooled_prompt_embeds")
             inputs["time_ids"] = _time_ids(request, pictures, guided=len(prefixes) == 2)
         if bundle.time_cond_proj_dim is not None:
-            branches["timestep_cond"] = guidance_embedding(request.guidance_scale, bundle.time_cond_proj_dim)
+            embedding = guidance_embedding(request.guidance_scale, bundle.time_cond_proj_dim)
+            embedded = bundle.embeds_guidance(request)
+            branches["timestep_cond"] = embedding if embedded else torch.zeros(len(prefixes), bundle.time_cond_proj_dim)
         inputs |= {name: tensor.repeat_interleave(pictures, dim=0) for name, tensor in branches.items()}
         sizes = {"pictures": pictures, "branches": len(prefixes)}
         controls = prepare_controls(bundle, self._control_embeddings, request, tensors, **sizes)

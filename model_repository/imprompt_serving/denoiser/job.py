@@ -38,7 +38,7 @@ class Job:
         self.request = request
         self.id = request.id
         self.pictures = conditioning.pictures
-        self.branches = 2 if bundle.guided(request.guidance_scale) else 1
+        self.branches = 2 if bundle.guided(request) else 1
         self.arrived = time.monotonic()
         self.deadline = None if request.timeout is None else self.arrived + request.timeout
         self.started: float | None = None

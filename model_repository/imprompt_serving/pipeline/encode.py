@@ -34,7 +34,7 @@ class TextPromptEncoder:
     async def encode(self, request: Request, stages: Stages) -> Tensors:
         with stages.measure("text_encoder"):
             positive = await self._embeds(request.prompts, request.clip_skip, "")
-            if not self._bundle.guided(request.guidance_scale):
+            if not self._bundle.guided(request):
                 return positive
             if request.negative_prompts is None and self._bundle.force_zeros_for_empty_prompt:
                 return positive | {f"negative_{name}": np.zeros_like(value) for name, value in positive.items()}
@@ -74,7 +74,7 @@ class ImagePromptEncoder:
 
     async def encode(self, request: Request, stages: Stages) -> Tensors:
         """Tensors of all adapters in use; masks included."""
-        guided = self._bundle.guided(request.guidance_scale)
+        guided = self._bundle.guided(request)
         parts = await asyncio.gather(*(self._prompt(p, guided, stages) for p in request.image_prompts))
         tensors = {name: tensor for part in parts for name, tensor in part.items()}
         for prompt in request.image_prompts:

@@ -69,14 +69,13 @@ class Pipeline:
 
     def _admission(self, request: Request, job_id: str) -> Admission:
         """What a request will cost a denoiser."""
-        frames = 1 if request.clip is None else request.clip.frames
-        rows = request.pictures * frames * (2 if self._bundle.guided(request.guidance_scale) else 1)
+        rows = request.pictures * (request.frames or 1) * (2 if self._bundle.guided(request) else 1)
         share = 1.0 if request.task == "text-to-image" else request.strength
         return Admission(
             id=job_id,
             rows=rows,
             steps=max(round(request.num_inference_steps * share), 1),
-            shape=shape_of(request.height, request.width, None if request.clip is None else request.clip.frames),
+            shape=shape_of(request.height, request.width, request.frames),
         )
 
     async def _embeddings_only(self, request: Request, adapter: str) -> Tensors:
@@ -108,7 +107,7 @@ class Pipeline:
             adapters=tuple(prompt.use for prompt in request.image_prompts),
             controls=tuple(control.use for control in request.controls),
             guess_mode=request.guess_mode,
-            frames=None if request.clip is None else request.clip.frames,
+            frames=request.frames,
             context=None if request.clip is None else request.clip.context,
             sizes=request.sizes,
             timeout=None if request.timeout is None else max(request.timeout - seconds, 0.0),

@@ -75,6 +75,11 @@ class Request:
         """Results: pictures or clips."""
         return len(self.prompts[0]) * self.num_images_per_prompt
 
+    @property
+    def frames(self) -> int | None:
+        """Frames of each clip; None for pictures."""
+        return None if self.clip is None else self.clip.frames
+
 
 def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
     """Check everything that can be checked before any engine runs.
