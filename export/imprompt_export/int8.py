@@ -49,7 +49,7 @@ class _Origin(IntEnum):
 
     CONSTANT = 0
     PROMPT = 1
-    """Also on time, sizes and scales: inputs of which all rows of a picture share one."""
+    """Or on time, sizes and scales."""
     SAMPLE = 2
 
 

@@ -52,6 +52,8 @@ def test_quality_is_measured_and_judged(int8: Any) -> None:
     for row in rows:
         assert 8 <= row.calls <= 10
         assert 10 < row.worst_snr_db <= row.snr_db < 60  # not exact: it is another arithmetic
+    assert rows[0].engine == "unet"
+    assert rows[0].snr_db > 16.5  # 15 with attention to prompts in int8
     assert rows[0].picture_distance > 0
     check_quality(rows)
     strict = [msgspec.structs.replace(row, min_snr_db=60.0) for row in rows]
