@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tritonclient.grpc
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -52,6 +53,19 @@ def test_async_client(sd15: Served) -> None:
     for seed, result in enumerate(results):
         assert_same(result, pictures(sd15.client.generate(**{**SMALL, "seed": seed})))
     assert_same(events[-1], pictures(results[0]))
+
+
+def test_a_raw_caller_gets_the_outputs_it_names(sd15: Served) -> None:
+    prompt = tritonclient.grpc.InferInput("prompt", [1], "BYTES")
+    prompt.set_data_from_numpy(np.array([b"a cat"], dtype=object))
+    steps = tritonclient.grpc.InferInput("num_inference_steps", [1], "INT32")
+    steps.set_data_from_numpy(np.array([2], np.int32))
+    wanted = [tritonclient.grpc.InferRequestedOutput(name) for name in ("seeds", "timings")]
+    with tritonclient.grpc.InferenceServerClient(sd15.server.grpc_address) as client:
+        answers = [client.infer("sd15", [prompt, steps], outputs=outputs) for outputs in (wanted, None)]
+    names = [{output.name for output in answer.get_response().outputs} for answer in answers]
+    assert names[0] == {"seeds", "timings"}
+    assert {"seeds", "timings", "images"} <= names[1]
 
 
 def test_timeout(sd15: Served) -> None:

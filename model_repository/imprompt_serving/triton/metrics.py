@@ -58,9 +58,11 @@ class Metrics:
         self._updates.put(_Update(spec.name, value, "observe", number))
 
     def close(self) -> None:
-        """Tell what is left, and end."""
+        """Tell what is left, and end. Triton must learn of the end of each metric while it still listens."""
         self._updates.put(None)
         self._thread.join()
+        self._metrics.clear()
+        self._families.clear()
 
     def _run(self) -> None:
         while (update := self._updates.get()) is not None:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 _POLL, _LONGEST_POLL, _POLLED_AT_ONCE = 0.02, 0.25, 4
 """Seconds between two looks at whether the caller is still there; longer for more callers than so many, since each look
 is a message to Triton and back."""
+_HELD = 30.0
+"""Seconds for which answers are held after their end; see `_let_go`."""
 _MORE_THREADS = 64
 """For what is asked beside the jobs that run or wait: cancellations, say, must not stand in a line."""
 
@@ -46,12 +48,41 @@ class TritonModels:
         return arrays(answer)
 
     async def stream(self, model: str, tensors: Mapping[str, np.ndarray]) -> AsyncIterator[Tensors]:
-        answers = await _request(model, tensors).async_exec(decoupled=True)
-        loop = asyncio.get_running_loop()
-        while (answer := await loop.run_in_executor(self._threads, next, answers, None)) is not None:
+        """Read to the end even when nobody listens any more: Triton keeps what is not read."""
+        loop, read = asyncio.get_running_loop(), asyncio.Queue[Any]()
+
+        def tell(answer: Any) -> None:
+            loop.call_soon_threadsafe(read.put_nowait, answer)
+
+        reading = loop.run_in_executor(self._threads, _read, _request(model, tensors), tell)
+        reading.add_done_callback(lambda done: loop.call_later(_HELD, _let_go, done))
+        while (answer := await read.get()) is not None:
+            if isinstance(answer, Exception):
+                raise answer
             raise_for_error(answer)
             if answer.output_tensors():
                 yield arrays(answer)
+
+
+def _read(request: Any, tell: Callable[[Any], None]) -> Any:
+    """Send ``request``, and tell of every answer, or of what went wrong, and then None. Returns Triton's iterator."""
+    answers = None
+    try:
+        answers = request.exec(decoupled=True)
+        while (answer := next(answers, None)) is not None:
+            tell(answer)
+    except Exception as error:
+        tell(error)
+    tell(None)
+    return answers
+
+
+def _let_go(reading: asyncio.Future[Any]) -> None:
+    """Hold the answers that were read until here.
+
+    When they have ended, a thread of Triton's lets go of them too. If that were the last one to do so, it would free
+    their arrays without holding Python's lock, and sooner or later crash the process (`PbTensor` before Triton 2.53).
+    """
 
 
 def _request(model: str, tensors: Mapping[str, np.ndarray]) -> Any:
@@ -89,11 +120,14 @@ class TritonPythonModel:
         self._streaming = bool(policy.get("decoupled", False))
 
     async def execute(self, requests: list[Any]) -> None:
-        """Take the requests, and wait for none of them: before this returns Triton brings a unary model no others."""
+        """Take the requests. A unary model waits for none of them: before this returns Triton brings it no others."""
         # Triton makes its calls in the default executor, which has few threads: slow ones would keep up all others.
         asyncio.get_running_loop().set_default_executor(self._models.calls)
-        for request in requests:
-            self._keep(asyncio.ensure_future(self._answer(request)))
+        answers = [asyncio.ensure_future(self._answer(request)) for request in requests]
+        for answer in answers:
+            self._keep(answer)
+        if self._streaming:  # Triton waits for none of this, but never forgets what has ended before it looked
+            await asyncio.wait(answers)
 
     async def _answer(self, request: Any) -> None:
         """Exactly one final answer, whatever happens."""
@@ -107,7 +141,7 @@ class TritonPythonModel:
 
     async def _result(self, request: Any, sender: Any) -> Any:
         try:
-            answer = await asyncio.to_thread(response, await self._serve(request, sender))
+            answer = await asyncio.to_thread(response, await self._serve(request, sender), request)
             self._metrics.add(metrics.REQUESTS, "OK")
             return answer
         except RequestError as error:
@@ -129,7 +163,7 @@ class TritonPythonModel:
         job_id = f"{request.request_id() or 'request'}-{uuid.uuid4().hex}"
 
         def progress(answer: Tensors) -> None:
-            sender.send(response(answer))
+            sender.send(response(answer, request))
 
         work = asyncio.ensure_future(self._pipeline.generate(wanted, job_id, progress if self._streaming else None))
         deadline = None if wanted.timeout is None else came + wanted.timeout

@@ -29,8 +29,15 @@ def to_tensors(values: Mapping[str, np.ndarray]) -> list[Any]:
     return [pb_utils.Tensor(name, np.ascontiguousarray(value)) for name, value in values.items()]
 
 
-def response(values: Mapping[str, np.ndarray]) -> Any:
-    return pb_utils.InferenceResponse(output_tensors=to_tensors(values))
+def response(values: Mapping[str, np.ndarray], request: Any = None) -> Any:
+    """A response with ``values``, if given only those that ``request`` wants.
+
+    Triton itself would drop the others without holding Python's lock, and could crash the process.
+    """
+    wanted = values if request is None else request.requested_output_names()
+    return pb_utils.InferenceResponse(
+        output_tensors=to_tensors({name: values[name] for name in values if name in wanted})
+    )
 
 
 def failure(error: RequestError) -> Any:
