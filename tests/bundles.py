@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from rich.console import Console
 
@@ -216,6 +217,12 @@ def make(name: str, cache: Path) -> Made:
         done.touch()
     repository, loaded = folder / "repository", tuple(_read_adapters(folder))
     return Made(name=name, repository=repository, checkpoints=folder, adapters=loaded)
+
+
+def give_way() -> None:
+    """In a process beside the tests: their servers come first. Triton gives up a model that is kept waiting for 1 s."""
+    os.nice(10)
+    torch.set_num_threads(1)
 
 
 def _read_adapters(folder: Path) -> list[oracle.Adapter]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -33,16 +32,10 @@ def bundle(request: pytest.FixtureRequest) -> Iterator[Callable[[str], bundles.M
     if request.config.args_source != pytest.Config.ArgsSource.TESTPATHS:
         yield lambda name: bundles.make(name, cache)
         return
-    pool = ProcessPoolExecutor(2, get_context("spawn"), initializer=_give_way)
+    pool = ProcessPoolExecutor(2, get_context("spawn"), initializer=bundles.give_way)
     ahead = {name: pool.submit(bundles.make, name, cache) for name in sorted(bundles.MAKERS, key=_FIRST.index)}
     yield lambda name: ahead[name].result()
     pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _give_way() -> None:
-    """A process beside the tests: their servers come first, since Triton gives up a model that does not run for 1 s."""
-    os.nice(10)
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
