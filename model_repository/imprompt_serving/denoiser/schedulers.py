@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import diffusers
+import msgspec
 
 from imprompt_serving.capabilities import SCHEDULERS
 from imprompt_serving.errors import InvalidRequest
@@ -50,9 +53,16 @@ def _make(name: str, config: Mapping[str, Any], overrides: dict[str, Any], seed:
         # DPMSolverSDEScheduler draws its noise from a seed of its own, at random unless set.
         overrides = {"noise_sampler_seed": seed, **overrides}
     try:
-        return kind.from_config(dict(config), **overrides)
+        return copy.deepcopy(_made(msgspec.json.encode((name, dict(config), overrides))))
     except (ValueError, TypeError, NotImplementedError) as error:
         raise InvalidRequest("scheduler_config", f"{name} refuses it: {error}") from error
+
+
+@lru_cache(maxsize=64)
+def _made(key: bytes) -> Any:
+    """A scheduler to copy, from its class, configuration and overrides as JSON: making one takes far longer."""
+    name, config, overrides = msgspec.json.decode(key)
+    return getattr(diffusers, name).from_config(config, **overrides)
 
 
 def set_timesteps(scheduler: Any, steps: int) -> Any:

@@ -33,14 +33,17 @@ class TextPromptEncoder:
 
     async def encode(self, request: Request, stages: Stages) -> Tensors:
         with stages.measure("text_encoder"):
-            positive = await self._embeds(request.prompts, request.clip_skip, "")
+            prompts = self._embeds(request.prompts, request.clip_skip, "")
             if not self._bundle.guided(request):
-                return positive
+                return await prompts
             if request.negative_prompts is None and self._bundle.force_zeros_for_empty_prompt:
+                positive = await prompts
                 return positive | {f"negative_{name}": np.zeros_like(value) for name, value in positive.items()}
             empty = (("",) * len(request.prompts[0]),) * len(request.prompts)
             # As in diffusers, clip_skip is for the prompt alone.
-            return positive | await self._embeds(request.negative_prompts or empty, 0, "negative_")
+            negative_prompts = self._embeds(request.negative_prompts or empty, 0, "negative_")
+            positive, negative = await asyncio.gather(prompts, negative_prompts)
+            return positive | negative
 
     async def _embeds(self, prompts: tuple[tuple[str, ...], ...], clip_skip: int, prefix: str) -> Tensors:
         """Embeddings of one branch; those of several text encoders stand side by side."""
