@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 _POLL, _LONGEST_POLL, _POLLED_AT_ONCE = 0.02, 0.25, 4
 """Seconds between two looks at whether the caller is still there; longer for more callers than so many, since each look
 is a message to Triton and back."""
-_HELD = 30.0
+_HELD = 5.0
 """Seconds for which answers are held after their end; see `_let_go`."""
 _MORE_THREADS = 64
 """For what is asked beside the jobs that run or wait: cancellations, say, must not stand in a line."""
