@@ -301,6 +301,24 @@ def test_a_full_line_refuses_at_once() -> None:
         room.denoiser.stop()
 
 
+def test_whoever_left_takes_no_room_in_the_line() -> None:
+    room = Room(Limits(waiting_rows=4))
+    try:
+        room.submit(FakeJob("a", rows=8))
+        room.gate.entered()
+        for index in range(100):  # all within one call
+            left = room.submit(FakeJob(f"{index}", rows=4))
+            room.denoiser.cancel(f"{index}")
+        assert room.meter.last == Population(1, 8, 0, 0)
+        stays = room.submit(FakeJob("b", rows=4))
+        room.gate.open(None)
+        assert stays.final == "finished"
+        assert isinstance(left.final, Cancelled)
+    finally:
+        room.gate.open(None)
+        room.denoiser.stop()
+
+
 def test_stopping_tells_those_who_wait() -> None:
     room = Room()
     answers = room.submit(FakeJob("a", steps=10**6))

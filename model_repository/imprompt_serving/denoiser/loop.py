@@ -306,8 +306,8 @@ class Denoiser:
             del self._cancelled[job_id]
 
     def _loads(self) -> tuple[list[Load], list[Load]]:
-        """Of the jobs that have begun, and of those that have not, announced ones included."""
-        jobs = [job for job, _ in self._jobs.values()]
+        """Of the jobs that have begun, and of those that have not, announced ones included, cancelled ones not."""
+        jobs = [job for job, _ in self._jobs.values() if job.id not in self._cancelled]
         running = [job.load for job in jobs if job.started is not None]
         waiting = [job.load for job in jobs if job.started is None]
         return running, waiting + [load for load, _ in self._admitted.values()]
