@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -258,11 +259,13 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / FILE_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(self)) + b"\n")
+        # Not msgspec's JSON, which makes null of the infinities in configurations of schedulers.
+        text = json.dumps(msgspec.to_builtins(self), indent=2, ensure_ascii=False)
+        (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Bundle:
-        return msgspec.json.decode((folder / FILE_NAME).read_bytes(), type=cls)
+        return msgspec.convert(json.loads((folder / FILE_NAME).read_text(encoding="utf-8")), type=cls)
 
 
 def level_size(size: int, level: int) -> int:

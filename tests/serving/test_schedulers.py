@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -17,8 +18,9 @@ from diffusers import (
 )
 
 from imprompt_bench.rig import sd15
-from imprompt_serving.denoiser.schedulers import make_scheduler
+from imprompt_serving.denoiser.schedulers import make_scheduler, set_timesteps
 from imprompt_serving.job import ControlUse
+from imprompt_serving.specs import Bundle
 from jobs import job_request
 
 OUTDATED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -57,6 +59,15 @@ def test_the_scheduler_of_each_task(name: str, case: str, config: str) -> None:
     assert settings(make_scheduler(bundle, job_request(task, **changes))) == settings(expected)
     other = make_scheduler(bundle, job_request(task, scheduler="LCMScheduler", **changes))
     assert settings(other) == settings(LCMScheduler.from_config(expected.config))
+
+
+def test_infinite_values_of_a_configuration_stay(tmp_path: Path) -> None:
+    config = OUTDATED | {"lambda_min_clipped": float("-inf")}
+    bundle = msgspec.structs.replace(sd15(rows=2), scheduler="DPMSolverMultistepScheduler", scheduler_config=config)
+    bundle.save(tmp_path)
+    made = make_scheduler(Bundle.load(tmp_path), job_request("text-to-image"))
+    assert made.config.lambda_min_clipped == float("-inf")
+    set_timesteps(made, 5)
 
 
 def settings(scheduler: Any) -> dict[str, Any]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 import diffusers
-import msgspec
 
 from imprompt_serving.capabilities import SCHEDULERS
 from imprompt_serving.errors import InvalidRequest
@@ -53,15 +53,15 @@ def _make(name: str, config: Mapping[str, Any], overrides: dict[str, Any], seed:
         # DPMSolverSDEScheduler draws its noise from a seed of its own, at random unless set.
         overrides = {"noise_sampler_seed": seed, **overrides}
     try:
-        return copy.deepcopy(_made(msgspec.json.encode((name, dict(config), overrides))))
+        return copy.deepcopy(_made(json.dumps((name, config, overrides))))
     except (ValueError, TypeError, NotImplementedError) as error:
         raise InvalidRequest("scheduler_config", f"{name} refuses it: {error}") from error
 
 
 @lru_cache(maxsize=64)
-def _made(key: bytes) -> Any:
+def _made(key: str) -> Any:
     """A scheduler to copy, from its class, configuration and overrides as JSON: making one takes far longer."""
-    name, config, overrides = msgspec.json.decode(key)
+    name, config, overrides = json.loads(key)  # with the infinities of diffusers' defaults, which msgspec makes null
     return getattr(diffusers, name).from_config(config, **overrides)
 
 
