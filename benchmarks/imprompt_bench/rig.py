@@ -20,6 +20,8 @@ from imprompt_serving.job import AdapterUse, JobRequest
 from imprompt_serving.specs import Adapter, Bundle, CrossAttention, Range, Shapes, TextEncoder
 
 TOKENS, WIDTH, CLIP_WIDTH = 4, 768, 1024
+PREVIEW = (0.3512, 0.2297, 0.3227), (0.3250, 0.4974, 0.2350), (-0.2829, 0.1762, 0.2721), (-0.2120, -0.2616, -0.7177)
+"""The linear fit to SD 1.5's VAE that ComfyUI uses (comfy/latent_formats.py)."""
 
 
 def sd15(*, rows: int, adapters: tuple[str, ...] = ()) -> Bundle:
@@ -32,6 +34,7 @@ def sd15(*, rows: int, adapters: tuple[str, ...] = ()) -> Bundle:
         unet_channels=4,
         vae_scale_factor=8,
         vae_scaling_factor=0.18215,
+        preview_factors=PREVIEW,
         default_height=512,
         default_width=512,
         scheduler="DDIMScheduler",

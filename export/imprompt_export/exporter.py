@@ -21,6 +21,7 @@ from imprompt_export.int8 import check_quality, quantize_bundle
 from imprompt_export.onnx_graph import export_onnx
 from imprompt_export.parity import check, check_runner, compare
 from imprompt_export.precision import dtype_of
+from imprompt_export.preview import fit_preview
 from imprompt_export.profiles import check_axes, profiles
 from imprompt_export.repository import write_models
 from imprompt_export.tensorrt import Builder
@@ -157,6 +158,7 @@ def describe(bundle: BundleFile, checkpoints: Checkpoints) -> specs.Bundle:
     parts = [("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")][: 1 + xl]
     configs = [getattr(pipeline, model).config for model, _ in parts]
     text_encoders = tuple(_text_encoder(model, getattr(pipeline, model), getattr(pipeline, t)) for model, t in parts)
+    preview_factors, preview_offset = fit_preview(pipeline.vae, pipeline.vae_scale_factor)
     return specs.Bundle(
         name=bundle.name,
         family=checkpoints.family,  # type: ignore[arg-type]
@@ -166,6 +168,8 @@ def describe(bundle: BundleFile, checkpoints: Checkpoints) -> specs.Bundle:
         vae_scaling_factor=vae.scaling_factor,
         vae_latents_mean=tuple(vae.get("latents_mean") or ()),
         vae_latents_std=tuple(vae.get("latents_std") or ()),
+        preview_factors=tuple((r, g, b) for r, g, b in preview_factors),
+        preview_offset=(preview_offset[0], preview_offset[1], preview_offset[2]),
         default_height=height,
         default_width=width,
         scheduler=type(pipeline.scheduler).__name__,

@@ -156,7 +156,10 @@ def vae_encoder(vae: Model, factor: int, *, full_precision: bool = False) -> Gra
 
 
 def vae_decoder(vae: Model, *, full_precision: bool = False) -> Graph:
-    """Scaled latents -> uint8 pictures [B, height, width, 3], rounded as diffusers' ``VaeImageProcessor`` does."""
+    """Scaled latents -> uint8 pictures [B, height, width, 3], rounded as diffusers' ``VaeImageProcessor`` does.
+
+    ``finite`` [B, 1] tells pictures that overflowed or held NaN, which uint8 would hide.
+    """
     config = vae.config
     # SDXL pipelines take VAEs whose latents have a mean and a deviation of their own.
     mean, std = (
@@ -168,15 +171,16 @@ def vae_decoder(vae: Model, *, full_precision: bool = False) -> Graph:
         latents = tensors["latents"] * std / config.scaling_factor + mean
         picture = vae.decode(latents.to(vae.dtype)).sample.float()
         levels = ((picture * 0.5 + 0.5).clamp(0, 1) * 255).round()
-        return (levels.permute(0, 2, 3, 1).to(torch.uint8),)
+        finite = torch.isfinite(picture).flatten(1).all(dim=1, keepdim=True)
+        return levels.permute(0, 2, 3, 1).to(torch.uint8), finite
 
     return Graph(
         name="vae_decoder",
         module=vae,
         run=run,
         inputs=(Input(name="latents", shape=("batch", config.latent_channels, "h", "w"), exact=True),),
-        outputs={"images": ("batch", "height", "width", 3)},
-        output_dtypes={"images": "UINT8"},
+        outputs={"images": ("batch", "height", "width", 3), "finite": ("batch", 1)},
+        output_dtypes={"images": "UINT8", "finite": "BOOL"},
         full_precision=full_precision,
         checks=({"batch": 1, "h": 8, "w": 8}, {"batch": 2, "h": 8, "w": 12}),
         tolerance=1.0,

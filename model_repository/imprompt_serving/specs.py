@@ -39,13 +39,28 @@ class Shapes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How long the waiting line of the denoiser may get; beyond it requests are refused at once.
-
-    A row is one picture in one guidance branch. The seconds are estimated from the latest calls of the UNet.
-    """
+    """What one request may cost, and how long the waiting line may get. Requests beyond a limit are refused at once."""
 
     waiting_rows: int = 128
+    """Rows (one picture in one guidance branch) that may wait for the denoiser."""
     waiting_seconds: float = 120.0
+    """Seconds that a request may wait for the denoiser, estimated from the latest calls of the UNet."""
+    prompt_characters: int = 65536
+    """Characters in all prompts of a request together."""
+    json_characters: int = 65536
+    """Characters of a JSON parameter (`scheduler_config`, `ip_adapter_scale_config`)."""
+    images: int = 256
+    """Pictures that a request may bring: image prompts, masks, start and control images, frames of a video."""
+    image_megapixels: float = 64.0
+    """Size of these pictures together, in units of 1024 x 1024 pixels."""
+    image_aspect_ratio: float = 64.0
+    """Longer side of a picture over its shorter side."""
+    sample_steps: int = 20000
+    """Denoising steps, counted for every picture and every frame of a clip."""
+    train_timesteps: int = 10000
+    """Largest whole number in a `scheduler_config`, seeds aside: the memory of a scheduler grows with it."""
+    timeout_seconds: float = 3600.0
+    """Seconds that a request may take; its own `timeout` can only shorten this."""
 
 
 class ImageEncoder(msgspec.Struct, frozen=True, kw_only=True):
@@ -164,6 +179,9 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     vae_latents_mean: tuple[float, ...] = ()
     vae_latents_std: tuple[float, ...] = ()
     """Of each latent channel, for VAEs that have them; none: 0 and 1."""
+    preview_factors: tuple[tuple[float, float, float], ...]
+    """Red, green and blue (-1 to 1) by latent channel: a linear fit to the VAE, for previews."""
+    preview_offset: tuple[float, float, float] = (0.0, 0.0, 0.0)
     default_height: int
     default_width: int
     scheduler: str

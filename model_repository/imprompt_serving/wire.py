@@ -125,9 +125,15 @@ RESPONSE: tuple[Tensor, ...] = (
     Tensor("images", "UINT8", (-1, -1, -1, 3), "pictures [N, height, width, RGB]"),
     Tensor("encoded", "STRING", MANY, "pictures (or clips) as files when `output_format` asks for them"),
     Tensor("latents", "FP32", (-1, -1, -1, -1), "latents [N, channels, h, w] when `output_type` is `latent`"),
-    Tensor("seeds", "INT64", MANY, "the seed of each picture"),
+    Tensor(
+        "seeds",
+        "INT64",
+        MANY,
+        "the seed that repeats each picture; empty when several pictures share the generator of one seed",
+    ),
     Tensor("nsfw_content_detected", "BOOL", MANY, "pictures that the safety checker blacked, when the base has one"),
     Tensor("timings", "STRING", ONE, "JSON object: seconds by stage"),
+    Tensor("warnings", "STRING", MANY, "what the caller should know, such as a prompt that was cut; absent if nothing"),
 )
 
 VIDEO_RESPONSE: tuple[Tensor, ...] = (
@@ -139,6 +145,7 @@ STREAM_RESPONSE: tuple[Tensor, ...] = (
     Tensor("step", "INT32", ONE, "steps done"),
     Tensor("steps", "INT32", ONE, "steps in all"),
     Tensor("preview", "STRING", MANY, "JPEG of each picture as it looks so far, when `preview` asks for it"),
+    Tensor("error", "STRING", (2,), "the last answer of a request that failed: gRPC status and message"),
 )
 
 

@@ -51,6 +51,7 @@ def bundle(shapes: Shapes = SHAPES, adapters: tuple[Adapter, ...] = (PLUS,)) -> 
         unet_channels=4,
         vae_scale_factor=8,
         vae_scaling_factor=0.18215,
+        preview_factors=((0.0, 0.0, 0.0),) * 4,
         default_height=512,
         default_width=512,
         scheduler="DDIMScheduler",

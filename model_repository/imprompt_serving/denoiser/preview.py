@@ -9,21 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from imprompt_serving.specs import Bundle
+
 LONGEST_SIDE = 256
 QUALITY = 80
-
-_RGB = {
-    "sd15": (
-        ((0.3512, 0.2297, 0.3227), (0.3250, 0.4974, 0.2350), (-0.2829, 0.1762, 0.2721), (-0.2120, -0.2616, -0.7177)),
-        (0.0, 0.0, 0.0),
-    ),
-    "sdxl": (
-        ((0.3651, 0.4232, 0.4341), (-0.2533, -0.0042, 0.1068), (0.1076, 0.1111, -0.0362), (-0.3165, -0.2492, -0.2188)),
-        (0.1084, -0.0175, -0.0011),
-    ),
-}
-"""Red, green and blue by latent channel, and offsets: the linear fit to each family's VAE that ComfyUI uses
-(comfy/latent_formats.py). For a VAE that was trained anew the colours mean little, the shapes still do."""
 
 
 def predicted_latents(scheduler: Any, timestep: Tensor, model_input: Tensor, noise_pred: Tensor) -> Tensor:
@@ -41,12 +30,12 @@ def predicted_latents(scheduler: Any, timestep: Tensor, model_input: Tensor, noi
     return (model_input - noise * noise_pred) / signal
 
 
-def previews(latents: Tensor, family: str) -> list[bytes]:
+def previews(latents: Tensor, bundle: Bundle) -> list[bytes]:
     """JPEG of each picture of ``latents`` [N, C, h, w]; of clips [N, C, F, h, w] the first frame."""
     if latents.ndim == 5:
         latents = latents[:, :, 0]
-    factors, offsets = _RGB[family]
-    rgb = torch.einsum("nchw,cd->nhwd", latents.float().cpu(), torch.tensor(factors)) + torch.tensor(offsets)
+    factors, offset = torch.tensor(bundle.preview_factors), torch.tensor(bundle.preview_offset)
+    rgb = torch.einsum("nchw,cd->nhwd", latents.float().cpu(), factors) + offset
     pixels = ((rgb + 1) * 127.5).nan_to_num().clamp(0, 255).to(torch.uint8).numpy()
     return [_jpeg(Image.fromarray(picture)) for picture in pixels]
 

@@ -47,7 +47,7 @@ def warm_up(bundle: Bundle, conditioner: Conditioner, networks: Networks, device
     if outcome.error:
         raise outcome.error
     if job.predicted is not None:
-        previews(job.predicted, bundle.family)
+        previews(job.predicted, bundle)
 
 
 def _tensors(bundle: Bundle, height: int, width: int) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import asyncio
 import numpy as np
 from PIL import Image
 
+from imprompt_serving.errors import RequestError
 from imprompt_serving.pipeline.encoded import clip_file, picture_file
 from imprompt_serving.pipeline.images import clip_pixels
 from imprompt_serving.pipeline.mask_crop import crop_region, overlay
@@ -70,7 +71,10 @@ class Finisher:
 
         async def decode(sample: np.ndarray) -> np.ndarray:
             async with turn:
-                return (await self._models.call(model, {"latents": sample[None]}))["images"]
+                answer = await self._models.call(model, {"latents": sample[None]})
+            if not answer["finite"].all():
+                raise RequestError("the VAE decoder made pixels that are not finite numbers")
+            return answer["images"]
 
         return np.concatenate(await asyncio.gather(*map(decode, latents)))
 

@@ -77,9 +77,10 @@ class TritonPythonModel:
         self._denoiser.check_wanted(request.id)
         given = {name: torch.from_numpy(value) for name, value in tensors.items()}
         job = Job(request, self._bundle, self._conditioner(request, given), given, self._device)
-        family = self._bundle.family
         listener = Listener(
-            progress=lambda step, steps, predicted: sender.send(response(_progress(step, steps, predicted, family))),
+            progress=lambda step, steps, predicted: sender.send(
+                response(_progress(step, steps, predicted, self._bundle))
+            ),
             finish=lambda job: send_final(sender, response(_result(job))),
             fail=lambda error: _refuse(sender, error),
         )
@@ -107,10 +108,10 @@ def _refuse(sender: Any, error: RequestError) -> None:
     send_final(sender, response({"error": texts(error.status, str(error))}))
 
 
-def _progress(step: int, steps: int, predicted: torch.Tensor | None, family: str) -> dict[str, np.ndarray]:
+def _progress(step: int, steps: int, predicted: torch.Tensor | None, bundle: Bundle) -> dict[str, np.ndarray]:
     answer = {"step": np.array([step], np.int32), "steps": np.array([steps], np.int32)}
     if predicted is not None:
-        answer["preview"] = np.array(previews(predicted, family), dtype=object)
+        answer["preview"] = np.array(previews(predicted, bundle), dtype=object)
     return answer
 
 
@@ -120,5 +121,6 @@ def _result(job: Job) -> dict[str, np.ndarray]:
     return {
         "latents": job.latents.cpu().numpy(),
         "timings": texts(json.dumps(timings)),
-        **_progress(job.steps, job.steps, None, ""),
+        "step": np.array([job.steps], np.int32),
+        "steps": np.array([job.steps], np.int32),
     }
