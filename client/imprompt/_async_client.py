@@ -151,8 +151,9 @@ class AsyncClient:
         return model
 
     async def _served(self, budget: Budget) -> list[str]:
-        index = await self._ask(self._stub.RepositoryIndex, service_pb2.RepositoryIndexRequest(ready=True), budget)
-        names = [entry.name for entry in index.models]
+        # The repository index is closed to callers; statistics without a name are those of every model.
+        answer = await self._ask(self._stub.ModelStatistics, service_pb2.ModelStatisticsRequest(), budget)
+        names = list(dict.fromkeys(model.name for model in answer.model_stats))
         configs = await asyncio.gather(*(self._config(name, budget) for name in names))
         return sorted(name for name, config in zip(names, configs, strict=True) if is_bundle(config))
 

@@ -139,8 +139,10 @@ class Client:
         return model
 
     def _served(self, budget: Budget) -> list[str]:
-        index = self._ask(self._stub.RepositoryIndex, service_pb2.RepositoryIndexRequest(ready=True), budget)
-        return sorted(entry.name for entry in index.models if is_bundle(self._config(entry.name, budget)))
+        # The repository index is closed to callers; statistics without a name are those of every model.
+        answer = self._ask(self._stub.ModelStatistics, service_pb2.ModelStatisticsRequest(), budget)
+        names = dict.fromkeys(model.name for model in answer.model_stats)
+        return sorted(name for name in names if is_bundle(self._config(name, budget)))
 
     def _config(self, name: str, budget: Budget) -> Any:
         return self._ask(self._stub.ModelConfig, service_pb2.ModelConfigRequest(name=name), budget).config

@@ -17,7 +17,7 @@ from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.line import Load, check_room
 from imprompt_serving.denoiser.meter import Meter, Population
 from imprompt_serving.denoiser.policy import Candidate, plan
-from imprompt_serving.errors import Cancelled, Overloaded, RequestError
+from imprompt_serving.errors import Cancelled, Overloaded, RequestError, unexpected
 from imprompt_serving.specs import Limits
 
 logger = logging.getLogger(__name__)
@@ -88,6 +88,7 @@ class Denoiser:
         Raises:
             Overloaded: the line is full, or the loop is stopping.
             Cancelled: the job was cancelled before it came.
+            RequestError: a job of this id is active.
         """
         with self._changed:
             self._forget_old()
@@ -95,6 +96,8 @@ class Denoiser:
                 raise Overloaded("the server is stopping")
             if job_id in self._cancelled:
                 raise Cancelled("cancelled by its caller")
+            if job_id in self._jobs:
+                raise RequestError(f"there is a job {job_id} already")
             if job_id in self._admitted:
                 return
             running, waiting = self._loads()
@@ -117,8 +120,6 @@ class Denoiser:
         """Take a job; it joins at the next tick. Raises as ``admit`` does."""
         with self._changed:
             self.admit(job.id, job.load)
-            if job.id in self._jobs:
-                raise RequestError(f"there is a job {job.id} already")
             del self._admitted[job.id]
             job.since = self._tick
             self._jobs[job.id] = (job, listener)
@@ -140,13 +141,14 @@ class Denoiser:
             self._report_population()
             self._changed.notify()
 
-    def stop(self) -> None:
-        """End the loop; what is still active is told so."""
+    def stop(self, timeout: float | None = None) -> None:
+        """End the loop and fail what is still active. After `timeout` seconds, leave a call that hangs to itself."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        self._thread.join()
-        self._answers.shutdown()
+        self._thread.join(timeout)
+        if not self._thread.is_alive():
+            self._answers.shutdown()
 
     @torch.inference_mode()
     def _run(self) -> None:
@@ -162,7 +164,7 @@ class Denoiser:
             except Exception as error:  # a fault of the loop itself: nobody may wait for an answer that never comes
                 logger.exception("a tick failed")
                 for job_id in list(self._jobs):
-                    self._fail(job_id, RequestError(f"{type(error).__name__}: {error}"))
+                    self._fail(job_id, unexpected(error))
         for job_id in list(self._jobs):
             self._fail(job_id, Overloaded("the server is stopping"))
 
@@ -262,7 +264,7 @@ class Denoiser:
     def _report(self, job: Job, error: Exception) -> None:
         if not isinstance(error, RequestError):
             logger.error("job %s failed", job.id, exc_info=error)
-            error = RequestError(f"{type(error).__name__}: {error}")
+            error = unexpected(error)
         self._fail(job.id, error)
 
     def _finish(self, job_id: str) -> None:
@@ -276,7 +278,7 @@ class Denoiser:
             self._meter.ended("finished")
         except Exception as error:
             logger.exception("the result of job %s was not taken", job.id)
-            self._tell_failed(listener, RequestError(f"{type(error).__name__}: {error}"))
+            self._tell_failed(listener, unexpected(error))
 
     def _fail(self, job_id: str, error: RequestError) -> None:
         ended = self._pop(job_id)

@@ -16,6 +16,8 @@ from imprompt_serving.job import AdapterUse, JobRequest
 from imprompt_serving.specs import Bundle
 
 WAIT_S = 600.0
+STOP_S = 10.0
+"""How long a warm-up that failed waits for its thread to end."""
 
 
 def warm_up(bundle: Bundle, conditioner: Conditioner, networks: Networks, device: torch.device) -> None:
@@ -40,10 +42,12 @@ def warm_up(bundle: Bundle, conditioner: Conditioner, networks: Networks, device
     tensors = _tensors(bundle, height, width)
     job = Job(request, bundle, conditioner(request, tensors), tensors, device)
     denoiser, outcome = Denoiser(networks, Batcher(bundle), bundle.shapes.rows.max), Outcome()
-    denoiser.submit(job, outcome)
-    if not outcome.ended.wait(WAIT_S):
-        raise RequestError(f"the first step was not done after {WAIT_S:g} seconds")
-    denoiser.stop()
+    try:
+        denoiser.submit(job, outcome)
+        if not outcome.ended.wait(WAIT_S):
+            raise RequestError(f"the first step was not done after {WAIT_S:g} seconds")
+    finally:
+        denoiser.stop(STOP_S)
     if outcome.error:
         raise outcome.error
     if job.predicted is not None:
