@@ -225,6 +225,11 @@ def foreground(repository: Path, *, drain_timeout: float = 20) -> Iterator[Foreg
         process.communicate()
 
 
+def listening(pid: int) -> set[tuple[str, int]]:
+    connections = psutil.Process(pid).net_connections("inet")
+    return {tuple(connection.laddr) for connection in connections if connection.status == psutil.CONN_LISTEN}
+
+
 def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
     until = time.monotonic() + seconds
     while not condition():
@@ -246,6 +251,8 @@ def test_serves_on_free_loopback_ports_and_leaves_nothing(
         assert stream.rest() == ["step", "step", "end"]
         assert set(server.stub_pids) == {"echo_0_0", "steps_0_0"}
         server.check()
+        assert server.http_address is None
+        assert len(listening(server.pid)) == 2  # gRPC and metrics
         assert set(leftovers(os.getpid())) > set(before)
         processes = [psutil.Process(pid) for pid in (server.pid, *server.stub_pids.values())]
     assert not any(alive(process) for process in processes)

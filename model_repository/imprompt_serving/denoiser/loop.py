@@ -147,8 +147,6 @@ class Denoiser:
             self._stopping = True
             self._changed.notify()
         self._thread.join(timeout)
-        if not self._thread.is_alive():
-            self._answers.shutdown()
 
     @torch.inference_mode()
     def _run(self) -> None:
@@ -167,6 +165,7 @@ class Denoiser:
                     self._fail(job_id, unexpected(error))
         for job_id in list(self._jobs):
             self._fail(job_id, Overloaded("the server is stopping"))
+        self._answers.shutdown()
 
     def _turn(self) -> None:
         """One tick. Its references to jobs end with it, so that finished ones are freed while the loop waits."""
