@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from imprompt_serving.denoiser.answers import Listener
 from imprompt_serving.denoiser.batch import Part
 from imprompt_serving.denoiser.line import Load
-from imprompt_serving.denoiser.loop import Denoiser, Listener
+from imprompt_serving.denoiser.loop import Denoiser
 from imprompt_serving.denoiser.meter import Meter, Population
 from imprompt_serving.errors import Cancelled, InvalidRequest, Overloaded, RequestError
 from imprompt_serving.specs import Limits

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,17 @@ import numpy as np
 import torch
 
 from imprompt_serving import metrics
+from imprompt_serving.denoiser.answers import Listener
 from imprompt_serving.denoiser.assembly import assemble
 from imprompt_serving.denoiser.batch import Batcher
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.line import Load
-from imprompt_serving.denoiser.loop import Denoiser, Listener
+from imprompt_serving.denoiser.loop import Denoiser
 from imprompt_serving.denoiser.preview import previews
 from imprompt_serving.denoiser.warm_up import warm_up
 from imprompt_serving.engines import Engine, load_engine
 from imprompt_serving.errors import RequestError, unexpected
-from imprompt_serving.gpu import device_of
+from imprompt_serving.gpu import device_of, mark
 from imprompt_serving.job import Admission, JobRequest
 from imprompt_serving.specs import Bundle
 from imprompt_serving.triton.internal import check_internal, warn_if_open
@@ -51,7 +53,9 @@ class TritonPythonModel:
             warm_up(bundle, self._conditioner, networks, device)
         self._metrics = Metrics(metrics.DENOISER, args["model_name"])
         meter = DenoiserMeter(self._metrics)
-        self._denoiser = Denoiser(networks, Batcher(bundle), bundle.shapes.rows.max, bundle.limits, meter)
+        self._denoiser = Denoiser(
+            networks, Batcher(bundle), bundle.shapes.rows.max, bundle.limits, meter, partial(mark, device)
+        )
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
         self._name = args["model_name"]
         warn_if_open(self._name)
