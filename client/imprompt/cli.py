@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
+import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +26,8 @@ from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
 from imprompt import Capabilities, Client, ImpromptError, Parameters, Result, __version__
-from imprompt._result import FPS, check_ending
+from imprompt._request import asks_for_clip
+from imprompt._result import FPS, check_ending, check_fps
 
 app = typer.Typer(
     name="imprompt",
@@ -36,6 +40,8 @@ out, err = Console(), Console(stderr=True)
 
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 _ADAPTER_FILE = re.compile(r"(?P<adapter>[a-z][a-z0-9_-]*)=(?P<file>.+)")
+
+_OWN = ("imprompt", "imprompt_bench", "imprompt_demo", "imprompt_export", "imprompt_serving")
 
 Url = Annotated[str, typer.Option(envvar="IMPROMPT_URL", help="gRPC address of the server, host:port.")]
 
@@ -125,8 +131,11 @@ def generate(
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to show; several make a picture each.")],
     model: Annotated[str | None, typer.Option(help="Bundle (default: the only one that is served).")] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="File to write; several pictures get a number.")
-    ] = Path("out.png"),
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="File to write; several get a number (default: out.png, or out.gif for a clip)."
+        ),
+    ] = None,
     url: Url = "localhost:8001",
     negative_prompt: Annotated[list[str] | None, typer.Option(help="What to stay away from.")] = None,
     ip_adapter_image: Annotated[
@@ -172,7 +181,11 @@ def generate(
     preview: Annotated[Path | None, typer.Option(help="Keep this file up to date with a preview.")] = None,
     fps: Annotated[float, typer.Option(help="Frames per second of a saved clip.")] = FPS,
 ) -> None:
-    """Make pictures, or a clip, and save them."""
+    """Make pictures, or a clip, and save them.
+
+    The files go to stdout, a line each; seeds, seconds and warnings to stderr.
+    """
+    began = time.perf_counter()
     # The options carry the names of the parameters: what is one goes on as it is.
     parameters: dict[str, Any] = {
         name: context.params[name]
@@ -185,14 +198,20 @@ def generate(
     if preview is not None:
         parameters["preview"] = True
     parameters |= dict(param or ())
-    with _reported_errors(), Client(url) as client:
-        for option, file in (("output", output), ("preview", preview or output)):
-            check_ending(file)
-            if not file.absolute().parent.is_dir():
-                _fail(f"--{option}: no such folder: {file.parent}")
-        result = _follow(client, model or _only_bundle(client), prompt, parameters, preview)
+    with _reported_errors():
+        clip = asks_for_clip(parameters)
+        output = output or Path("out.gif" if clip else "out.png")
+        _check_file("output", output, clip=clip)
+        if preview is not None:
+            _check_file("preview", preview)
+        check_fps(fps)
+        if parameters.get("output_type") == "latent":
+            _fail("output_type: latents are not saved to files; the Python client gives them as an array")
+        with Client(url) as client:
+            result = _follow(client, model or _only_bundle(client), prompt, parameters, preview)
         for path in result.save(output, fps=fps):
             out.print(str(path), soft_wrap=True, highlight=False, markup=False)
+        _tell(result, time.perf_counter() - began)
 
 
 @app.command(rich_help_panel="Client")
@@ -214,13 +233,16 @@ def models(
 @app.command(context_settings=_PASS_ON, rich_help_panel="More")
 def demo(context: typer.Context) -> None:
     """The whole round on the embedded bundle."""
-    raise typer.Exit(_load("imprompt_demo", "export,server").main(context.args))
+    with _extra("export,server"):
+        raise typer.Exit(_load("imprompt_demo", "export,server").main(context.args))
 
 
 @app.command(context_settings=_PASS_ON, rich_help_panel="More")
 def bench(context: typer.Context) -> None:
     """Measure latency and throughput of a server."""
-    raise typer.Exit(_load("imprompt_bench.cli", "bench").main(context.args))
+    package = _load("imprompt_bench.cli", "bench")
+    with _extra("bench,export,server"):
+        raise typer.Exit(package.main(context.args))
 
 
 def _follow(client: Client, model: str, prompt: list[str], parameters: dict[str, Any], preview: Path | None) -> Result:
@@ -237,6 +259,25 @@ def _follow(client: Client, model: str, prompt: list[str], parameters: dict[str,
             if preview is not None and event.preview is not None:
                 _replace(preview, event.preview)
     raise AssertionError("a stream ends with a result or an error")
+
+
+def _tell(result: Result, seconds: float) -> None:
+    """What else there is to know of pictures that were saved."""
+    for warning in result.warnings:
+        err.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True, highlight=False)
+    seeds = ", ".join(map(str, result.seeds))
+    drawn = f"seed{'s' if len(result.seeds) > 1 else ''} {seeds}, " if seeds else ""
+    err.print(f"{drawn}{seconds:.1f} s", soft_wrap=True, highlight=False)
+
+
+def _check_file(option: str, file: Path, *, clip: bool = False) -> None:
+    """Refuse, before anything is sent, a file that the answer could not be written to."""
+    check_ending(file, clip=clip)
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        _fail(f"--{option}: no such folder: {file.parent}")
+    if file.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
+        _fail(f"--{option}: {file} cannot be written")
 
 
 def _replace(file: Path, picture: Image) -> None:
@@ -289,10 +330,32 @@ def _short(value: object) -> str:
 
 def _load(module: str, extra: str) -> Any:
     """Another package of the project, or a hint at what to install for it."""
-    try:
+    with _extra(extra, module):
         return importlib.import_module(module)
+
+
+@contextmanager
+def _extra(extra: str, package: str = "") -> Iterator[None]:
+    """Where packages of `extra` are imported; one that is missing is named with what to install.
+
+    Args:
+        package: a package of the project itself that may be missing, too.
+    """
+    try:
+        yield
     except ImportError as error:
+        if error.name != package and _is_ours(error):
+            raise  # a bug
         _fail(f'{error}. This command needs more packages: pip install "imprompt[{extra}]"')
+
+
+def _is_ours(error: ImportError) -> bool:
+    """Whether `error` is about the project's own modules, or about something that one of them took for there."""
+    if (error.name or "").partition(".")[0] in _OWN:
+        return True
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    module = frame.f_globals.get("__name__", "")
+    return not isinstance(error, ModuleNotFoundError) and module.partition(".")[0] in _OWN
 
 
 @contextmanager
