@@ -107,7 +107,7 @@ def build_request(model: ServedModel, prompt: object, parameters: Mapping[str, o
     """
     given = {name: value for name, value in parameters.items() if value is not None}
     for name in _SECOND_PROMPTS:
-        if given.get(name) == "":
+        if isinstance(given.get(name), str) and not given[name]:
             del given[name]
     _refuse_unknown(model, given)
     given.pop("timeout", None)
