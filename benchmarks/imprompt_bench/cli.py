@@ -42,8 +42,6 @@ def main(arguments: Sequence[str]) -> int:
         app(args=list(arguments), prog_name="imprompt bench", obj=shlex.join(["imprompt", "bench", *arguments]))
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
-    except ImportError as error:
-        return _failed(f'{error}. Presets need more packages: pip install "imprompt[bench,export,server]"')
     except (BenchError, ImpromptError, OSError) as error:
         return _failed(str(error))
     return 0
