@@ -258,6 +258,7 @@ def check(build: Callable[[], Any], parameters: Mapping[str, Any]) -> bool:
         refusal = error
     if refusal is not None:
         message = str(refusal)
+        assert refusal.parameter is not None
         assert refusal.parameter in parameters, message
         assert message.startswith(refusal.parameter[:900])
         assert len(message) <= 1000
