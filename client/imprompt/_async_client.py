@@ -144,10 +144,11 @@ class AsyncClient:
         return self._models[key]
 
     async def _served(self, budget: Budget) -> list[str]:
-        index = await self._ask(self._stub.RepositoryIndex, service_pb2.RepositoryIndexRequest(ready=True), budget)
-        names = [entry.name for entry in index.models]
+        # The repository index is closed to callers; statistics without a name are those of every model.
+        answer = await self._ask(self._stub.ModelStatistics, service_pb2.ModelStatisticsRequest(), budget)
+        names = sorted({model.name for model in answer.model_stats})
         bundles = await asyncio.gather(*(self._is_bundle(name, budget) for name in names))
-        return sorted(name for name, found in zip(names, bundles, strict=True) if found)
+        return [name for name, found in zip(names, bundles, strict=True) if found]
 
     async def _is_bundle(self, name: str, budget: Budget) -> bool:
         try:

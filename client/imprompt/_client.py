@@ -152,8 +152,10 @@ class Client:
         return self._models[key]
 
     def _served(self, budget: Budget) -> list[str]:
-        index = self._ask(self._stub.RepositoryIndex, service_pb2.RepositoryIndexRequest(ready=True), budget)
-        return sorted(entry.name for entry in index.models if self._is_bundle(entry.name, budget))
+        # The repository index is closed to callers; statistics without a name are those of every model.
+        answer = self._ask(self._stub.ModelStatistics, service_pb2.ModelStatisticsRequest(), budget)
+        names = {model.name for model in answer.model_stats}
+        return sorted(name for name in names if self._is_bundle(name, budget))
 
     def _is_bundle(self, name: str, budget: Budget) -> bool:
         try:

@@ -97,7 +97,9 @@ def export(
 def serve(
     repository: Annotated[Path, typer.Argument(help="Model repository, as `imprompt export` writes it.")],
     grpc_port: Annotated[int, typer.Option(help="0: any free port.")] = 8001,
-    http_port: Annotated[int, typer.Option(help="0: any free port.")] = 8000,
+    http_port: Annotated[
+        int | None, typer.Option(help="Open Triton's HTTP port, which is off by default. 0: any free port.")
+    ] = None,
     metrics_port: Annotated[int, typer.Option(help="0: any free port.")] = 8002,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     drain_timeout: Annotated[float, typer.Option(help="Seconds that running requests get on shutdown.")] = 30.0,
@@ -107,7 +109,7 @@ def serve(
     launcher = _load("imprompt_serving.launcher", "server")
 
     def ready(addresses: Any) -> None:
-        print(f"ready grpc={addresses.grpc} http={addresses.http} metrics={addresses.metrics}", flush=True)
+        print(f"ready {addresses}", flush=True)
 
     try:
         status = launcher.serve(

@@ -201,10 +201,10 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     def ServerReady(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         return service_pb2.ServerReadyResponse(ready=self.ready)
 
-    def RepositoryIndex(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
-        response = service_pb2.RepositoryIndexResponse()
+    def ModelStatistics(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        response = service_pb2.ModelStatisticsResponse()
         for name in self.configs:
-            response.models.add(name=name, state="READY")
+            response.model_stats.add(name=name, version="1")
         return response
 
     def ModelConfig(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from typer.testing import Result as Outcome
 
 from imprompt import __version__, cli
+from imprompt_serving.launcher import Addresses
 
 
 @pytest.fixture
@@ -356,17 +357,17 @@ def test_serve_prints_ready_and_the_addresses(run: Any, monkeypatch: pytest.Monk
 
     def serve(repository: Path, *, on_ready: Any, **options: Any) -> int:
         given.update(options, repository=repository)
-        on_ready(SimpleNamespace(grpc="h:1", http="h:2", metrics="h:3"))
+        on_ready(Addresses(grpc="h:1", metrics="h:3"))
         return 1
 
     install(monkeypatch, imprompt_serving__launcher={"serve": serve, "LaunchError": RuntimeError})
     outcome = run("serve", "repo", "--grpc-port", "1", "--host", "0.0.0.0", "--drain-timeout", "5")
-    assert outcome.stdout == "ready grpc=h:1 http=h:2 metrics=h:3\n"
+    assert outcome.stdout == "ready grpc=h:1 metrics=h:3\n"
     assert outcome.exit_code == 1
     assert given == {
         "repository": Path("repo"),
         "grpc_port": 1,
-        "http_port": 8000,
+        "http_port": None,
         "metrics_port": 8002,
         "host": "0.0.0.0",
         "drain_timeout": 5.0,

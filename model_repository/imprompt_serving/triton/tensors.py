@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from imprompt_serving.errors import RequestError
+from imprompt_serving.errors import InvalidRequest, RequestError
 
 # The server adds its classes to the module only after it has imported the model, hence names here, not values.
 _CODES = {
@@ -20,9 +20,19 @@ _CODES = {
 
 
 def arrays(request: Any) -> dict[str, np.ndarray]:
-    """Inputs of a request (or outputs of a response) by name."""
+    """Inputs of a request (or outputs of a response) by name.
+
+    Raises:
+        InvalidRequest: the bytes of a tensor are not what its data type and shape say.
+    """
     tensors = request.inputs() if hasattr(request, "inputs") else request.output_tensors()
-    return {tensor.name(): tensor.as_numpy() for tensor in tensors}
+    found = {}
+    for tensor in tensors:
+        try:
+            found[tensor.name()] = tensor.as_numpy()
+        except Exception as error:
+            raise InvalidRequest(tensor.name(), f"cannot be read: {error}") from None
+    return found
 
 
 def to_tensors(values: Mapping[str, np.ndarray]) -> list[Any]:
