@@ -68,7 +68,7 @@ _MEANT = {
 }
 """Other names of parameters, there or elsewhere, and what comes nearest to them here."""
 _SPELLED_ALIKE = 0.8
-_LIST = "`imprompt.Parameters` and docs/guide.md list them all"
+_LIST = "`imprompt.Parameters` and docs/protocol.md list them all"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,14 +183,14 @@ def _refuse_unknown(model: ServedModel, given: Mapping[str, object]) -> None:
     known = _keywords(model)
     for name in given:
         if name not in known:
-            elsewhere = "" if name in Parameters.__annotations__ else _hint(name[:100], known)
-            raise invalid(name, f"{model.bundle} has no such parameter{elsewhere}; {_LIST}")
+            hint = "" if name in Parameters.__annotations__ else _hint(name[:100], known)
+            raise invalid(name, f"{model.bundle} has no such parameter; {hint}{_LIST}")
 
 
 def _hint(name: str, known: list[str]) -> str:
     """What a caller may have meant by `name`."""
     if name in _ELSEWHERE:
-        return f"; {_ELSEWHERE[name]}"
+        return f"{_ELSEWHERE[name]}; "
     known, words = ["prompt", *known], _words(name)
     near = [
         *(each for each in _MEANT.get(name, ()) if each in known),
@@ -198,7 +198,7 @@ def _hint(name: str, known: list[str]) -> str:
         *(each for each in known if words <= _words(each)),
     ]
     found = list(dict.fromkeys(near))[:3]
-    return f"; did you mean {' or '.join(found)}?" if found else ""
+    return f"did you mean {' or '.join(found)}? " if found else ""
 
 
 def _words(name: str) -> set[str]:

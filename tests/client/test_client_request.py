@@ -176,7 +176,7 @@ def test_a_wrong_value_is_refused_before_anything_is_sent(
         ("ip_adapter_image_embedding", "ip_adapter_image_embeds"),
         ("generator", "`seed`"),
         ("cross_attention_kwargs", "`ip_adapter_masks`"),
-        ("zzz", "two has no such parameter; `imprompt.Parameters` and docs/guide.md list them all"),
+        ("zzz", "two has no such parameter; `imprompt.Parameters` and docs/protocol.md list them all"),
         ("time", "has no such parameter; `imprompt.Parameters`"),
         ("ip_adapter_image_adapter", "has no such parameter"),
         ("encode_image", "has no such parameter"),
