@@ -57,7 +57,7 @@ def _elements(wanted: Input, value: object) -> list[bytes]:
             raise invalid(name, f"takes a dict, got {shown(value)}")
         return [to_json(value, name)]
     if name in _TEXTS:
-        return [_text(item, wanted) for item in (value if is_list(value) else [value])]
+        return _texts(wanted, value)
     # A parameter that is newer than this client; the server knows what it is.
     if isinstance(value, Mapping):
         return [to_json(value, name)]
@@ -71,14 +71,19 @@ def _is_pixels(value: object) -> bool:
     return isinstance(value, Image.Image | np.ndarray)
 
 
-def _text(value: object, wanted: Input) -> bytes:
+def _texts(wanted: Input, value: object) -> list[bytes]:
+    items = value if is_list(value) else [value]
+    return [_text(item, wanted, f" (item {n} of {len(items)})" * (len(items) > 1)) for n, item in enumerate(items, 1)]
+
+
+def _text(value: object, wanted: Input, which: str = "") -> bytes:
     if not isinstance(value, str):
         many = " (or a list)" if wanted.dims == (-1,) else ""
-        raise invalid(wanted.name, f"takes text{many}, got {type(value).__name__}")
+        raise invalid(wanted.name, f"takes text{many}, got {type(value).__name__}{which}")
     try:
         return value.encode()
     except UnicodeEncodeError as error:
-        raise invalid(wanted.name, f"takes text; {_surrogate(error)}") from None
+        raise invalid(wanted.name, f"takes text; {_surrogate(error)}{which}") from None
 
 
 def _surrogate(error: UnicodeEncodeError) -> str:

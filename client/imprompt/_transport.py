@@ -27,6 +27,7 @@ CLOSED = "this client is closed; make another"
 Metadata = tuple[tuple[str, str], ...]
 
 DEFAULT_PORT = 8001
+_WANTED = "host:port of the server's gRPC endpoint, such as localhost:8001"
 _ADDRESS = re.compile(r"(?P<host>[\w.-]+|\[[0-9a-fA-F:.]+\])(:(?P<port>\d{1,5}))?")
 _SOCKET = "unix:"
 _PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
@@ -53,19 +54,18 @@ def check_url(url: object) -> str:
     Raises:
         InvalidRequest: anything else, such as a web address.
     """
-    wanted = "host:port of the server's gRPC endpoint, such as localhost:8001"
     if not isinstance(url, str):
-        raise invalid("url", f"{wanted}; got {shown(url)}")
+        raise invalid("url", f"{_WANTED}; got {shown(url)}")
     address = url.strip().removeprefix("grpc://")
     if "://" in address:
-        raise invalid("url", f"{wanted}, without http:// (port 8000 is HTTP, 8002 metrics); got {shown(url)}")
+        raise invalid("url", f"{_WANTED}, without http:// (port 8000 is HTTP, 8002 metrics); got {shown(url)}")
     if address.startswith(_SOCKET):
         return address
     if _ip(address) is not None and ":" in address:
         address = f"[{address}]"
     parts = _ADDRESS.fullmatch(address)
     if parts is None or (parts["port"] is not None and not 0 < int(parts["port"]) < 2**16):
-        raise invalid("url", f"{wanted}; got {shown(url)}")
+        raise invalid("url", f"{_WANTED}; got {shown(url)}")
     return address if parts["port"] else f"{address}:{DEFAULT_PORT}"
 
 
@@ -122,14 +122,14 @@ def as_metadata(metadata: object) -> Metadata:
     wanted = "names and values of headers, printable ASCII, such as {'authorization': 'Bearer ...'}"
     pairs = metadata.items() if isinstance(metadata, Mapping) else metadata or ()
     if isinstance(pairs, str | bytes) or not hasattr(pairs, "__iter__"):
-        raise invalid("metadata", f"{wanted}; got {shown(metadata)}")
+        raise invalid("metadata", wanted)
     found = []
     for pair in pairs:
         if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-            raise invalid("metadata", f"{wanted}; got {shown(pair)}")
+            raise invalid("metadata", wanted)  # without what it is: a value may be a secret
         name, value = pair[0].lower(), pair[1]
         if not _NAME.fullmatch(name) or name.endswith("-bin") or not _VALUE.fullmatch(value):
-            raise invalid("metadata", f"{wanted}; got {shown(name)}")  # a value may be a secret
+            raise invalid("metadata", f"{wanted}; got {shown(name)}")
         found.append((name, value))
     return tuple(found)
 
@@ -171,7 +171,10 @@ def failure(
     if status in _TIME_IS_UP and budget.late:
         return budget.over(request_id)
     if not reachable:
-        return ConnectionFailed(clipped(f"{address}: {_reason(message, address)}"), request_id=request_id)
+        reason = _reason(message, address)
+        # Who sends a request has had an answer from the address before.
+        hint = f"; the address is to be {_WANTED}" if request is None else ""
+        return ConnectionFailed(clipped(f"{address}: {reason}{hint}"), request_id=request_id)
     if request is None and status is grpc.StatusCode.DEADLINE_EXCEEDED:
         return ConnectionFailed(f"{address}: the server does not answer")
     if status is grpc.StatusCode.NOT_FOUND and expected:
@@ -186,10 +189,10 @@ _CAUSE = re.compile(r"(?:last error: (?:[A-Z]+: )?(?:ipv[46]:\S+: )?|hostname lo
 
 
 def _reason(message: str, address: str) -> str:
-    """Why nobody answers, by the details of gRPC's error, and what to look at."""
+    """Why nobody answers, by the details of gRPC's error."""
     cause = _CAUSE.search(message)
     reason = f"no server answers by gRPC: {cause['cause'] if cause else message}"
     proxy = next((name for name in _PROXIES if os.environ.get(name)), None)
     if proxy is not None and not _on_this_machine(address):
         reason += f"; the call went through the proxy of {proxy} (see no_proxy)"
-    return f"{reason}; the address is to be host:port of Triton's gRPC endpoint (by default port {DEFAULT_PORT})"
+    return reason

@@ -26,6 +26,7 @@ from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
 from imprompt import Capabilities, Client, ImpromptError, Parameters, Result, __version__
+from imprompt._errors import shown
 from imprompt._request import asks_for_clip
 from imprompt._result import FPS, check_ending, check_fps
 
@@ -49,7 +50,9 @@ Url = Annotated[str, typer.Option(envvar="IMPROMPT_URL", help="gRPC address of t
 def _json(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except RecursionError:
+        raise typer.BadParameter("not JSON that can be read: nested too deep") from None
+    except ValueError as error:
         raise typer.BadParameter(f"not JSON: {error}") from None
 
 
@@ -57,10 +60,10 @@ def _parameter(text: str) -> tuple[str, Any]:
     """`NAME=JSON`; what is no JSON is text."""
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise typer.BadParameter(f"NAME=JSON, got {text!r}")
+        raise typer.BadParameter(f"NAME=JSON, got {shown(text)}")
     try:
         return name, json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return name, value
 
 
@@ -188,19 +191,19 @@ def generate(
     The files go to stdout, a line each; seeds, seconds and warnings to stderr.
     """
     began = time.perf_counter()
-    # The options carry the names of the parameters: what is one goes on as it is.
-    parameters: dict[str, Any] = {
-        name: context.params[name]
-        for name in Parameters.__annotations__
-        if context.params.get(name) not in (None, [], ())
-    }
-    for name in ("ip_adapter_image", "negative_ip_adapter_image", "ip_adapter_masks"):
-        if name in parameters:
-            parameters[name] = _by_adapter(name, parameters[name])
-    if preview is not None:
-        parameters["preview"] = True
-    parameters |= dict(param or ())
     with _reported_errors():
+        # The options carry the names of the parameters: what is one goes on as it is.
+        parameters: dict[str, Any] = {
+            name: context.params[name]
+            for name in Parameters.__annotations__
+            if context.params.get(name) not in (None, [], ())
+        }
+        for name in ("ip_adapter_image", "negative_ip_adapter_image", "ip_adapter_masks"):
+            if name in parameters:
+                parameters[name] = _by_adapter(name, parameters[name])
+        if preview is not None:
+            parameters["preview"] = True
+        parameters |= dict(param or ())
         clip = asks_for_clip(parameters)
         output = output or Path("out.gif" if clip else "out.png")
         _check_file("output", output, clip=clip)
@@ -212,7 +215,7 @@ def generate(
         with Client(url) as client:
             result = _follow(client, model or _only_bundle(client), prompt, parameters, preview)
         for path in result.save(output, fps=fps):
-            out.print(str(path), soft_wrap=True, highlight=False, markup=False)
+            out.print(_printable(str(path)), soft_wrap=True, highlight=False, markup=False)
         _tell(result, time.perf_counter() - began)
 
 
@@ -298,7 +301,7 @@ def _only_bundle(client: Client) -> str:
 
 def _by_adapter(parameter: str, values: list[str]) -> list[str] | dict[str, list[str]]:
     """`NAME=FILE` options as a dict by adapter name, `FILE` ones as a list."""
-    named = [None if Path(value).exists() else _ADAPTER_FILE.fullmatch(value) for value in values]
+    named = [None if os.path.exists(value) else _ADAPTER_FILE.fullmatch(value) for value in values]
     if not any(named):
         return values
     files: dict[str, list[str]] = {}
@@ -370,5 +373,10 @@ def _reported_errors() -> Iterator[None]:
 
 
 def _fail(message: str, *, status: int = 1) -> NoReturn:
-    err.print(f"[red]error:[/red] {escape(message)}", soft_wrap=True, highlight=False)
+    err.print(f"[red]error:[/red] {escape(_printable(message))}", soft_wrap=True, highlight=False)
     raise typer.Exit(status)
+
+
+def _printable(text: str) -> str:
+    """`text` with what a terminal cannot show escaped, such as bytes of a file name that are not UTF-8."""
+    return text.encode(errors="backslashreplace").decode()

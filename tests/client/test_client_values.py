@@ -351,6 +351,13 @@ def test_texts_are_texts(name: str, value: Any) -> None:
     assert caught.value.parameter == name
 
 
+def test_of_several_texts_the_wrong_one_is_named() -> None:
+    with pytest.raises(InvalidRequest, match=r"^prompt: takes text \(or a list\), got bytes \(item 2 of 3\)$"):
+        build(prompt=["a", b"b", "c"])
+    with pytest.raises(InvalidRequest, match=r"character 1 \('\\ud83d'\) is half of one: .* \(item 2 of 2\)$"):
+        build(negative_prompt=["a", "a\ud83d"])
+
+
 @pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize(
     "value",
