@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,9 @@ DEFAULT_PORT = 8001
 _WANTED = "host:port of the server's gRPC endpoint, such as localhost:8001"
 _ADDRESS = re.compile(r"(?P<host>[\w.-]+|\[[0-9a-fA-F:.]+\])(:(?P<port>\d{1,5}))?")
 _SOCKET = "unix:"
+_SHORT_IP = re.compile(r"[\d.]+")
+"""Such as 127.1, which resolvers take for 127.0.0.1."""
+_LOOPBACK_NAMES = ("localhost", "localhost.localdomain", "localhost4", "localhost6", "ip6-localhost", "ip6-loopback")
 _PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
 """Environment variables that gRPC reads."""
 
@@ -93,19 +97,18 @@ def channel_options(address: str) -> list[tuple[str, Any]]:
 
 
 def _on_this_machine(address: str) -> bool:
-    """Whether `address` is on this machine."""
-    host = address.rpartition(":")[0].strip("[]").lower()
+    host = address.rpartition(":")[0].strip("[]").rstrip(".").lower()
     ip = _ip(host)
-    mapped = getattr(ip, "ipv4_mapped", None) or ip
-    if mapped is not None:
-        return mapped.is_loopback or mapped.is_unspecified
-    return address.startswith(_SOCKET) or host.rstrip(".").rpartition(".")[2] == "localhost"
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    if ip is not None:
+        return ip.is_loopback or ip.is_unspecified
+    return address.startswith(_SOCKET) or host in _LOOPBACK_NAMES or host.endswith(".localhost")
 
 
 def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        return ipaddress.ip_address(host)
-    except ValueError:
+        return ipaddress.ip_address(socket.inet_aton(host) if _SHORT_IP.fullmatch(host) else host)
+    except (OSError, ValueError):
         return None
 
 
