@@ -96,6 +96,7 @@ class AsyncClient:
 
     async def describe(self, model: str) -> Capabilities:
         """What a bundle can do: adapters, ControlNets, schedulers, defaults and limits."""
+        model_name(model, stream=False)
         self._models.pop((model, False), None)
         return (await self._model(model, self._budget())).capabilities
 
@@ -133,15 +134,17 @@ class AsyncClient:
 
     async def _model(self, bundle: str, budget: Budget, *, stream: bool = False) -> ServedModel:
         name, key = model_name(bundle, stream=stream), (bundle, stream)
-        while key not in self._models:
+        while (model := self._models.get(key)) is None:
             try:
-                self._models[key] = read_model(await self._config(name, budget, bundle), stream=stream)
-                self._seen.add(bundle)
+                model = read_model(await self._config(name, budget, bundle), stream=stream)
             except InvalidRequest:
                 raise no_bundle(bundle, await self._served(budget)) from None
             except Overloaded as error:
                 await asyncio.sleep(budget.pause(error))
-        return self._models[key]
+            else:
+                self._models[key] = model
+                self._seen.add(bundle)
+        return model
 
     async def _served(self, budget: Budget) -> list[str]:
         # The repository index is closed to callers; statistics without a name are those of every model.

@@ -114,6 +114,7 @@ class Client:
 
     def describe(self, model: str) -> Capabilities:
         """What a bundle can do: adapters, ControlNets, schedulers, defaults and limits."""
+        model_name(model, stream=False)
         self._models.pop((model, False), None)
         return self._model(model, self._budget()).capabilities
 
@@ -141,15 +142,17 @@ class Client:
     def _model(self, bundle: str, budget: Budget, *, stream: bool = False) -> ServedModel:
         """What a model takes; asked for once."""
         name, key = model_name(bundle, stream=stream), (bundle, stream)
-        while key not in self._models:
+        while (model := self._models.get(key)) is None:
             try:
-                self._models[key] = read_model(self._config(name, budget, bundle), stream=stream)
-                self._seen.add(bundle)
+                model = read_model(self._config(name, budget, bundle), stream=stream)
             except InvalidRequest:
                 raise no_bundle(bundle, self._served(budget)) from None
             except Overloaded as error:
                 time.sleep(budget.pause(error))
-        return self._models[key]
+            else:
+                self._models[key] = model
+                self._seen.add(bundle)
+        return model
 
     def _served(self, budget: Budget) -> list[str]:
         # The repository index is closed to callers; statistics without a name are those of every model.

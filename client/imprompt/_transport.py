@@ -29,7 +29,7 @@ Metadata = tuple[tuple[str, str], ...]
 
 DEFAULT_PORT = 8001
 _WANTED = "host:port of the server's gRPC endpoint, such as localhost:8001"
-_ADDRESS = re.compile(r"(?P<host>[\w.-]+|\[[0-9a-fA-F:.]+\])(:(?P<port>\d{1,5}))?")
+_ADDRESS = re.compile(r"(?P<host>[\w.-]+|\[[0-9a-fA-F:.]+\])(:(?P<port>[0-9]{1,5}))?")
 _SOCKET = "unix:"
 _SHORT_IP = re.compile(r"[\d.]+")
 """Such as 127.1, which resolvers take for 127.0.0.1."""
@@ -63,7 +63,7 @@ def check_url(url: object) -> str:
     address = url.strip().removeprefix("grpc://")
     if "://" in address:
         raise invalid("url", f"{_WANTED}, without http:// (port 8000 is HTTP, 8002 metrics); got {shown(url)}")
-    if address.startswith(_SOCKET):
+    if address.startswith(_SOCKET) and address.isprintable():
         return address
     if _ip(address) is not None and ":" in address:
         address = f"[{address}]"

@@ -334,7 +334,8 @@ def test_the_port_is_8001_unless_it_is_named(url: str, address: str) -> None:
 @pytest.mark.parametrize(
     "url",
     ["", "http://localhost:8000", "https://localhost", "localhost:x", "localhost:0", "localhost:99999", "localhost/",
-     "me@localhost:1", "a b", ":8001", "\ud83d", "a\0b", None, 8001, b"localhost", Path("localhost"), "x" * 9000 + "/"],
+     "me@localhost:1", "a b", ":8001", "\ud83d", "unix:\0", "h:\u0661", None, 8001, b"localhost", Path("localhost"),
+     "x" * 9000 + "/"],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
 def test_what_is_no_address_is_refused(kind: Any, url: Any) -> None:
@@ -437,6 +438,7 @@ def test_a_secret_is_in_no_message(value: Any) -> None:
 
 @pytest.mark.parametrize("name", [None, 3, b"one", ["one"], "\ud83d", "a\0b", "x" * 10_000, ""])
 def test_a_name_that_no_bundle_has(client: Any, name: Any) -> None:
+    client.describe("one")
     for call in (client.describe, lambda name: list(client.stream(model=name, prompt="a"))):
         with pytest.raises(InvalidRequest, match="model: ") as caught:
             call(name)
@@ -584,15 +586,15 @@ def test_pauses_grow_have_jitter_and_follow_the_hint(monkeypatch: pytest.MonkeyP
 def test_timeout_goes_to_the_server_and_ends_the_call(
     make: Callable[..., Any], triton: FakeTriton, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    monkeypatch.setattr(_retry, "GRACE_S", 0.1)
+    monkeypatch.setattr(_retry, "GRACE_S", 1.5)
     triton.answer = until_cancelled
-    client = make(timeout=1.5)
-    with pytest.raises(DeadlineExceeded, match=r"timeout: 1\.5 seconds are over"):
+    client = make(timeout=1)
+    with pytest.raises(DeadlineExceeded, match="timeout: 1 seconds are over"):
         list(getattr(client, method)(model="one", prompt="a"))
     (call,) = triton.calls
-    assert 0 < call.inputs["timeout"].item() <= 1.5
+    assert 0 < call.inputs["timeout"].item() <= 1
     assert call.seconds_left is not None
-    assert call.seconds_left > 1.5
+    assert call.seconds_left > 1
     assert call.cancelled.wait(2)
 
 
