@@ -200,6 +200,5 @@ def _sent(image: Image.Image, parameter: str) -> Image.Image:
         low, high = int(values.min()), int(values.max())
         if low < 0 or high >= 2**16:
             raise invalid(parameter, f"a picture of mode {image.mode} holds 0 to 65535, not {low} to {high}")
-        # Few have 16 bits and use none of the upper ones; more are 8-bit pictures in a wide type.
-        return Image.fromarray(values.astype(np.uint8 if image.mode == "I" and high < 2**8 else np.uint16))
+        return Image.fromarray(values.astype(np.uint16))
     return image.convert(_ALPHA_MODES.get(image.mode, "RGB"))

@@ -284,7 +284,7 @@ def in_a_fresh_python(*arguments: str, without: str = "", code: str = "") -> sub
     ("arguments", "without", "extra"),
     [
         (["demo"], "torch", "export,server"),
-        (["demo"], "onnx", "export,server"),
+        (["demo"], "diffusers", "export,server"),
         (["bench", "--help"], "psutil", "bench"),
         (["bench"], "torch", "bench,export,server"),
     ],
