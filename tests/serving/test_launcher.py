@@ -54,6 +54,7 @@ import asyncio
 import triton_python_backend_utils as pb_utils
 from imprompt_serving.drain import IN_FLIGHT_METRIC, admitted, check_drain_deadline
 from imprompt_serving.errors import RequestError
+from imprompt_serving.triton.tensors import raise_for_error
 
 class TritonPythonModel:
     def initialize(self, args):
@@ -82,8 +83,7 @@ class TritonPythonModel:
             await asyncio.sleep(0.2)
             call = pb_utils.InferenceRequest(model_name="echo", requested_output_names=["y"], inputs=[x])
             answer = await call.async_exec()
-            if answer.has_error():
-                raise RequestError(answer.error().message())
+            raise_for_error(answer)
             sender.send(pb_utils.InferenceResponse(answer.output_tensors()))
 """
 
@@ -288,6 +288,17 @@ def test_what_the_drain_timeout_cuts_off_gets_one_error(repository: Path) -> Non
         assert "did not end in the time that was left" in last
         assert server.wait() == 1
         server.assert_nothing_left()
+
+
+@needs_triton
+def test_requests_that_run_when_a_server_stops_without_a_drain_end_by_name(repository: Path) -> None:
+    with Server(repository) as server:
+        running = Stream(server.grpc_address, 1000)
+        assert running.next() == "step"
+        server.stop()
+        while (last := running.next()) == "step":
+            pass
+    assert "the server is stopping" in last
 
 
 @needs_triton
