@@ -61,7 +61,7 @@ def decode(data: bytes, parameter: str, index: int = 0, count: int = 1) -> Image
             image.load()
             upright = ImageOps.exif_transpose(image)
         except Exception as error:  # whatever Pillow's decoders meet in a damaged file
-            raise InvalidRequest(parameter, f"{which}a damaged {image.format} picture: {error}") from None
+            raise _damaged(parameter, which, error) from None
     if upright.mode.startswith("I"):
         return _eight_bits(upright)
     # Texts and profiles can be larger than the pixels.
@@ -76,7 +76,6 @@ def decode_all(files: Sequence[bytes], parameter: str) -> tuple[Image.Image, ...
 
 def _open(data: bytes, parameter: str, which: str) -> Image.Image:
     """A picture of which only the header has been read."""
-    readable = "not a PNG, JPEG or WebP picture"
     # Within a JPEG's data this marker can only start a scan.
     if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > _MOST_SCANS:
         raise InvalidRequest(parameter, f"{which}a JPEG picture of more than {_MOST_SCANS} scans")
@@ -87,12 +86,14 @@ def _open(data: bytes, parameter: str, which: str) -> Image.Image:
     except Image.DecompressionBombError:
         raise InvalidRequest(parameter, f"{which}too large") from None
     except Image.UnidentifiedImageError:
-        raise InvalidRequest(parameter, f"{which}{readable}") from None
+        raise InvalidRequest(parameter, f"{which}not a PNG, JPEG or WebP picture") from None
     except Exception as error:
-        raise InvalidRequest(parameter, f"{which}{readable}, or a damaged one: {error}") from None
-    if not image.width or not image.height:
-        raise InvalidRequest(parameter, f"{which}has no pixels ({image.width}x{image.height})")
+        raise _damaged(parameter, which, error) from None
     return image
+
+
+def _damaged(parameter: str, which: str, error: Exception) -> InvalidRequest:
+    return InvalidRequest(parameter, f"{which}not a whole PNG, JPEG or WebP picture: {error}")
 
 
 def _which(index: int, count: int) -> str:
