@@ -78,8 +78,9 @@ def _callers_key(request: JobRequest, name: str, own: Mapping[str, Any]) -> str:
     parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
     defaults = {key: parameter.default for key, parameter in parameters.items() if key != "self"}
     given = {key: _restored(value, defaults.get(key)) for key, value in request.scheduler_config.items()}
-    if "_class_name" in given:  # as diffusers saves it: what the class does not know is ignored
-        return _key(name, given)
+    unset = given.pop("_use_default_values", None)
+    if unset is not None:  # a whole configuration: as in diffusers, what the class does not know is ignored
+        return _key(name, {key: value for key, value in given.items() if key in defaults and key not in unset})
     unknown = sorted(set(given) - set(defaults))
     if unknown:
         raise InvalidRequest("scheduler_config", f"{name} has no {', '.join(unknown)}; it has {', '.join(defaults)}")

@@ -16,8 +16,9 @@ _MOST_SOLVER_ORDER = 8
 
 
 def parse_scheduler(read: Reader, limits: Limits) -> tuple[str | None, dict[str, Any]]:
-    """Class name and configuration. One with `_class_name` is complete, as diffusers saves it; others replace values.
+    """Class name and configuration, which is whole if it has diffusers' private keys; other ones replace values.
 
+    A whole one is returned with its `_use_default_values`, which diffusers leaves to the defaults of the class.
     Infinite values become the strings `inf` and `-inf`, which pass through JSON.
     """
     name, parameter = read.text("scheduler"), "scheduler_config"
@@ -28,16 +29,16 @@ def parse_scheduler(read: Reader, limits: Limits) -> tuple[str | None, dict[str,
         raise InvalidRequest(parameter, f"must be a JSON object, got {shown(config)}")
     private = {key: value for key, value in config.items() if key.startswith("_")}
     values = {key: _checked(key, value, limits) for key, value in config.items() if key not in private}
-    if _CLASS not in private:
+    if not {_CLASS, _DEFAULTS} & private.keys():
         return name, values
-    kind = private[_CLASS]
-    if name is None and kind not in SCHEDULERS:
-        problem = f"{_CLASS} {shown(kind)} is not served; known are {', '.join(SCHEDULERS)}"
-        raise InvalidRequest(parameter, problem)
     unset = private.get(_DEFAULTS, [])
     if not isinstance(unset, list) or not all(isinstance(key, str) for key in unset):
         raise InvalidRequest(parameter, f"{_DEFAULTS} must be a list of names, got {shown(unset)}")
-    return name or kind, values | {_CLASS: kind if kind in SCHEDULERS else name, _DEFAULTS: unset}
+    kind = private.get(_CLASS)
+    if name is None and kind is not None and kind not in SCHEDULERS:
+        problem = f"{_CLASS} {shown(kind)} is not served; known are {', '.join(SCHEDULERS)}"
+        raise InvalidRequest(parameter, problem)
+    return name or kind, values | {_DEFAULTS: unset}
 
 
 def _checked(key: str, value: Any, limits: Limits) -> Any:
