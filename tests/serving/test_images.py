@@ -54,7 +54,8 @@ def png(width: int, height: int, *chunks: bytes) -> bytes:
 
 
 GOOD = encoded(images.photo(1))
-READABLE, DAMAGED = "not a PNG, JPEG or WebP picture", "not a whole PNG, JPEG or WebP picture: "
+READABLE = "not a readable PNG, JPEG or WebP picture"
+DAMAGED = f"{READABLE}: "
 
 
 @pytest.mark.parametrize(

@@ -86,14 +86,14 @@ def _open(data: bytes, parameter: str, which: str) -> Image.Image:
     except Image.DecompressionBombError:
         raise InvalidRequest(parameter, f"{which}too large") from None
     except Image.UnidentifiedImageError:
-        raise InvalidRequest(parameter, f"{which}not a PNG, JPEG or WebP picture") from None
+        raise InvalidRequest(parameter, f"{which}not a readable PNG, JPEG or WebP picture") from None
     except Exception as error:
         raise _damaged(parameter, which, error) from None
     return image
 
 
 def _damaged(parameter: str, which: str, error: Exception) -> InvalidRequest:
-    return InvalidRequest(parameter, f"{which}not a whole PNG, JPEG or WebP picture: {error}")
+    return InvalidRequest(parameter, f"{which}not a readable PNG, JPEG or WebP picture: {error}")
 
 
 def _which(index: int, count: int) -> str:
