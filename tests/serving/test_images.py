@@ -71,8 +71,9 @@ DAMAGED = f"{READABLE}: "
         (png(0, 5), READABLE),
         (png(5, 5, chunk(b"tEXt", b"a\0b"), *[chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**6)))] * 9), DAMAGED),
         (encoded(images.photo(1), "JPEG") + b"\xff\xda" * 200, "a JPEG picture of more than 100 scans"),
+        (png(5, 5, *[chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(10**6)))] * 5), "more than 4 color profiles"),
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_what_is_no_picture_is_refused_by_name(data: bytes, message: str) -> None:
     with pytest.raises(InvalidRequest) as caught:

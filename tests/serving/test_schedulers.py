@@ -179,6 +179,9 @@ def run(job: Job) -> torch.Tensor:
         ("scheduler_config", "LCMScheduler", {"original_inference_steps": 0}, {}),
         ("scheduler_config", "LCMScheduler", {"original_inference_steps": 2}, {}),
         ("scheduler_config", "DPMSolverSDEScheduler", {"prediction_type": "sample"}, {}),
+        ("scheduler_config", "DPMSolverSDEScheduler", {"beta_end": 5}, {}),  # once an endless search
+        ("scheduler_config", "DPMSolverSDEScheduler", {"beta_start": 0, "beta_end": 0}, {}),
+        ("scheduler_config", "EulerDiscreteScheduler", {"beta_start": -0.5}, {}),
         ("scheduler_config", "PNDMScheduler", {"trained_betas": [0.1] * 10}, {"task": "image-to-image"}),
         ("scheduler_config", None, {"trained_betas": [0.1] * 10}, {"task": "inpainting", "strength": 0.5}),
         ("scheduler_config", "LCMScheduler", {"_use_default_values": [], "beta_schedule": 7}, {}),

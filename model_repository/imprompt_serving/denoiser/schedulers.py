@@ -115,6 +115,8 @@ def set_timesteps(scheduler: Any, steps: int) -> Any:
     trained, last = scheduler.config.num_train_timesteps, float(scheduler.timesteps.max())
     if last >= trained:
         raise ValueError(f"{steps} steps reach timestep {last:g} of a model trained on {trained}")
+    if torch.as_tensor(getattr(scheduler, "sigmas", 0.0)).isnan().any():
+        raise ValueError("its noise levels are not numbers")
     return scheduler.timesteps
 
 
@@ -128,7 +130,14 @@ def draw_noise_on_cpu(scheduler: Any, latents: Tensor, device: torch.device) -> 
     sigmas = scheduler.sigmas[scheduler.sigmas > 0]
     seed = scheduler.noise_sampler_seed
     sampler = BrownianTreeNoiseSampler(latents.cpu(), sigmas.min().item(), sigmas.max().item(), seed)
-    scheduler.noise_sampler = lambda *interval: sampler(*interval).to(device)
+
+    def noise(*interval: Tensor) -> Tensor:
+        if not all(sigma.isfinite() for sigma in interval):  # between these the sampler would search forever
+            raise ValueError("its noise levels are not finite numbers")
+        drawn: Tensor = sampler(*interval).to(device)
+        return drawn
+
+    scheduler.noise_sampler = noise
 
 
 def step_arguments(scheduler: Any, *, eta: float, generator: Any) -> dict[str, Any]:

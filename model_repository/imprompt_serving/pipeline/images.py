@@ -17,6 +17,7 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 MEGAPIXEL = 1024 * 1024
 _MOST_SCANS = 100
 """Scans of a progressive JPEG: encoders write about ten, and each costs as much as a picture."""
+_MOST_PROFILES = 4
 _ELONGATED = 4
 """A resized picture with so many times the pixels that are kept of it is resized in part only."""
 
@@ -79,6 +80,9 @@ def _open(data: bytes, parameter: str, which: str) -> Image.Image:
     # Within a JPEG's data this marker can only start a scan.
     if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > _MOST_SCANS:
         raise InvalidRequest(parameter, f"{which}a JPEG picture of more than {_MOST_SCANS} scans")
+    # A PNG has one, which is unpacked to 1 MB at most.
+    if data.startswith(b"\x89PNG") and data.count(b"iCCP") > _MOST_PROFILES:
+        raise InvalidRequest(parameter, f"{which}a PNG picture of more than {_MOST_PROFILES} color profiles")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
