@@ -34,7 +34,11 @@ def answer(served: Served, **values: tuple[str, list[Any]]) -> dict[str, np.ndar
 
 
 def small(prompt: str = "a cat", **values: tuple[str, list[Any]]) -> dict[str, tuple[str, list[Any]]]:
-    return {"prompt": ("BYTES", [prompt.encode()]), "num_inference_steps": ("INT32", [2])} | values
+    given: dict[str, tuple[str, list[Any]]] = {
+        "prompt": ("BYTES", [prompt.encode()]),
+        "num_inference_steps": ("INT32", [2]),
+    }
+    return given | values
 
 
 def test_seeds_repeat_their_pictures_or_are_not_reported(sd15: Served) -> None:
