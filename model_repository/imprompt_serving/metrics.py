@@ -6,21 +6,22 @@ from typing import Literal, NamedTuple
 
 from imprompt_serving.drain import IN_FLIGHT_METRIC
 
-STAGES = (
-    "admission",
-    "text_encoder",
-    "preprocess",
-    "image_encoder",
-    "face_encoder",
-    "vae_encoder",
-    "queue",
-    "denoise",
-    "vae_decoder",
-    "safety_checker",
-    "postprocess",
-    "total",
-)
-"""Stages of a request. Those of the encoders overlap; `queue` and `denoise` are the denoiser's."""
+STAGES = {
+    "admission": "asking a denoiser for a place in its waiting line",
+    "text_encoder": "prompts to tokens to embeddings",
+    "preprocess": "image prompts to the input of their encoder",
+    "image_encoder": "image prompts to embeddings",
+    "face_encoder": "finding faces, and embedding them",
+    "vae_encoder": "start pictures to latents",
+    "preparation": "in the denoiser: waiting to be prepared, and preparing the job",
+    "queue": "in the denoiser: waiting for the first step",
+    "denoise": "in the denoiser: all steps",
+    "vae_decoder": "latents to pictures",
+    "safety_checker": "looking for unsafe pictures",
+    "postprocess": "putting a crop back, and writing files",
+    "total": "all of it, and what lies between",
+}
+"""Stages of a request. Those of the encoders overlap; time in which calls of one stage overlap counts once."""
 
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 _ROWS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
@@ -46,7 +47,7 @@ REQUESTS = MetricSpec(
     ("OK", "INVALID_ARGUMENT", "UNAVAILABLE", "CANCELLED", "INTERNAL"),
 )
 STAGE_SECONDS = MetricSpec(
-    "imprompt_stage_seconds", "HISTOGRAM", "Seconds of each stage of a request", "stage", STAGES, _SECONDS
+    "imprompt_stage_seconds", "HISTOGRAM", "Seconds of each stage of a request", "stage", tuple(STAGES), _SECONDS
 )
 PIPELINE = (IN_FLIGHT, REQUESTS, STAGE_SECONDS)
 

@@ -1,4 +1,4 @@
-"""What a request becomes for the UNet, without a server: what is refused, and how the rest is prepared."""
+"""What a request becomes for the UNet, without a server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from imprompt_bench import rig
 from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.features import prepare_features
-from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.job import AdapterUse, ControlUse, JobRequest
 from imprompt_serving.specs import Residual, Shapes, T2IAdapter
 from jobs import job_request
@@ -41,21 +40,6 @@ def tensors(pictures: int, *, masked: bool) -> dict[str, torch.Tensor]:
         made[f"{prefix}prompt_embeds"] = torch.zeros(1, 77, rig.WIDTH)
         made[f"{prefix}image_embeds_plain"] = torch.zeros(pictures, rig.CLIP_WIDTH)
     return made
-
-
-@pytest.mark.parametrize(
-    ("pictures", "masked", "message"),
-    [
-        (5, False, "ip_adapter_image: 5 pictures for plain make 20 image tokens; at most 16 are served"),
-        (3, True, "ip_adapter_masks: plain: 3 masks; at most 2 are served"),
-    ],
-)
-def test_too_many_pictures_reach_no_engine(pictures: int, masked: bool, message: str) -> None:
-    """One that is built for ranges would refuse them as a fault of its own."""
-    projection = Projection()
-    with pytest.raises(InvalidRequest, match=message):
-        Conditioner(BUNDLE, {"plain": projection})(request(), tensors(pictures, masked=masked))
-    assert not projection.calls
 
 
 @pytest.mark.parametrize(("pictures", "masked"), [(4, False), (2, True)])

@@ -75,7 +75,7 @@ def test_every_metric_is_on_the_page_with_its_kind_and_label() -> None:
         kind, label = rows[spec.name].split("|")
         assert kind.strip() == spec.kind.lower()
         assert label.strip() == (f"`{spec.label}`" if spec.label else "")
-    assert all(f"`{stage}`" in PAGE for stage in metrics.STAGES)
+    assert all(f"| `{stage}` | {doc} |" in PAGE for stage, doc in metrics.STAGES.items())
 
 
 def test_numbers_of_the_page() -> None:

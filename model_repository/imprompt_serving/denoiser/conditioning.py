@@ -11,8 +11,7 @@ from torch import Tensor
 from imprompt_serving.denoiser.control import Control, acts, prepare_controls
 from imprompt_serving.denoiser.features import Features, prepare_features, total
 from imprompt_serving.denoiser.image_prompts import absent_inputs, adapter_inputs, group_scales, has_regions
-from imprompt_serving.engines import BACKENDS, Engine
-from imprompt_serving.errors import InvalidRequest
+from imprompt_serving.engines import Engine
 from imprompt_serving.job import JobRequest
 from imprompt_serving.specs import Adapter, Bundle
 
@@ -115,12 +114,9 @@ class Conditioner:
                 inputs |= absent_inputs(bundle, name, len(prefixes), tensors["prompt_embeds"].shape[-1], size)
                 continue
             masks = tensors.get(f"ip_adapter_masks_{name}")
-            self._check_count(adapter, len(tensors[f"image_embeds_{name}"]), masked=masks is not None)
             tokens = [self._tokens(adapter, tensors, prefix) for prefix in prefixes]
             scale = group_scales(bundle, used[name], 1 if masks is None else len(masks))
             inputs |= adapter_inputs(bundle, name, tokens, scale, size, masks)
-        if BACKENDS[bundle.backend].compiled and has_regions(bundle, inputs):
-            self._check_beside_regions(inputs)
         return inputs
 
     def _tokens(self, adapter: Adapter, tensors: Mapping[str, Tensor], prefix: str) -> Tensor:
@@ -128,30 +124,6 @@ class Conditioner:
         if adapter.clip_shape is not None:
             embeds["clip_embeds"] = tensors[f"{prefix}clip_embeds_{adapter.name}"].numpy()
         return torch.from_numpy(self._projections[adapter.name].run(embeds)["tokens"])
-
-    def _check_count(self, adapter: Adapter, pictures: int, *, masked: bool) -> None:
-        """Refuse more pictures than engines take, that of the projection included."""
-        if masked and pictures > self._bundle.shapes.regions:
-            most = self._bundle.shapes.regions
-            raise InvalidRequest("ip_adapter_masks", f"{adapter.name}: {pictures} masks; at most {most} are served")
-        count, limit = adapter.num_tokens * (1 if masked else pictures), self._bundle.shapes.image_tokens[-1]
-        if count > limit:
-            raise InvalidRequest(
-                "ip_adapter_image",
-                f"{pictures} pictures for {adapter.name} make {count} image tokens; at most {limit} are served",
-            )
-
-    def _check_beside_regions(self, inputs: Mapping[str, Tensor]) -> None:
-        """Refuse what no profile takes: several masks for one adapter, and a long list of pictures for another."""
-        limit = self._bundle.region_tokens
-        for adapter in self._bundle.adapters:
-            count = inputs[f"ip_tokens_{adapter.name}"].shape[2]
-            if count > limit:
-                raise InvalidRequest(
-                    "ip_adapter_image",
-                    f"the pictures for {adapter.name} make {count} image tokens; "
-                    f"at most {limit} are served beside several masks of another adapter",
-                )
 
 
 def _time_ids(request: JobRequest, pictures: int, *, guided: bool) -> Tensor:

@@ -12,7 +12,7 @@ from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales_for_one_adapter
 from torch import Tensor
 
-from imprompt_serving.errors import InvalidRequest
+from imprompt_serving.errors import InvalidRequest, shown
 from imprompt_serving.job import AdapterUse
 from imprompt_serving.specs import Bundle, level_size
 from imprompt_serving.weight_types import layer_weights
@@ -31,53 +31,28 @@ def group_scales(bundle: Bundle, use: AdapterUse, groups: int) -> Tensor:
 
     Scales by block are expanded by diffusers' own function; a list is one number for each group.
     """
-    by_layer = [_layer_value(bundle, use, layer.name, scale) for layer, scale in _expanded(bundle, use)]
-    columns = [value if isinstance(value, list) else [value] * groups for value in by_layer]
-    if any(len(column) != groups for column in columns):
-        raise InvalidRequest("ip_adapter_scale", f"{use.name}: a list needs masks, and a number for each masked image")
+    columns = [value if isinstance(value, list) else [value] * groups for value in _expanded(bundle, use)]
     return torch.tensor(columns, dtype=torch.float32).T * torch.tensor(layer_weights(bundle, use.weight_type))
 
 
-def _expanded(bundle: Bundle, use: AdapterUse) -> list[tuple[Any, Any]]:
+def _expanded(bundle: Bundle, use: AdapterUse) -> list[Any]:
+    """The scale of each layer: a number, or one for each group."""
     if not isinstance(use.scale, dict):
-        return [(layer, use.scale) for layer in bundle.layers]
+        return [use.scale for _ in bundle.layers]
     names = [layer.name for layer in bundle.layers]
     blocks: dict[str, Any] = {
         part: sorted({int(name.split(".")[1]) for name in names if name.startswith(f"{part}_blocks")})
         for part in ("down", "up")
     }
-    _check_blocks(bundle, use)
     model: Any = SimpleNamespace(state_dict=lambda: dict.fromkeys(names))
     try:
         expanded = _maybe_expand_lora_scales_for_one_adapter(
             use.scale, blocks, bundle.transformer_per_block, model=model, default_scale=0.0
         )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        message = f"{use.scale} does not fit the blocks of {bundle.name}: {error}"
+    except Exception as error:  # the numbers have been checked: what is left are lists of another length
+        message = f"{shown(use.scale)} does not fit the blocks of {bundle.name}: {error}"
         raise InvalidRequest("ip_adapter_scale", message) from error
-    return [
-        (layer, next((scale for block, scale in expanded.items() if layer.name.startswith(block)), 1.0))
-        for layer in bundle.layers
-    ]
-
-
-def _check_blocks(bundle: Bundle, use: AdapterUse) -> None:
-    """Refuse blocks that no UNet of this shape has; those without attention are ignored, as in diffusers."""
-    assert isinstance(use.scale, dict)
-    known = [f"block_{index}" for index in range(max(bundle.levels) + 1)]
-    for part, value in use.scale.items():
-        unknown = [f"{part}.{block}" for block in (value if isinstance(value, dict) else ()) if block not in known]
-        if part not in ("down", "mid", "up"):
-            unknown = [part]
-        if unknown:
-            raise InvalidRequest("ip_adapter_scale", f"{use.name}: {bundle.name} has no {', '.join(unknown)}")
-
-
-def _layer_value(bundle: Bundle, use: AdapterUse, layer: str, scale: Any) -> float | list[float]:
-    values = scale if isinstance(scale, list) else [scale]
-    if not all(isinstance(value, int | float) and value == value and abs(value) < 1e6 for value in values):
-        raise InvalidRequest("ip_adapter_scale", f"{use.name}: {scale!r} at {layer} is not a finite number")
-    return [float(value) for value in values] if isinstance(scale, list) else float(scale)
+    return [next((scale for block, scale in expanded.items() if name.startswith(block)), 1.0) for name in names]
 
 
 def adapter_inputs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -12,12 +13,22 @@ from imprompt_serving.denoiser.conditioning import CPU, Conditioning
 from imprompt_serving.denoiser.control import Control, acts
 from imprompt_serving.denoiser.line import Load
 from imprompt_serving.denoiser.preview import predicted_latents
-from imprompt_serving.denoiser.schedulers import make_scheduler, set_timesteps, step_arguments
+from imprompt_serving.denoiser.schedulers import (
+    blame_caller,
+    draw_noise_on_cpu,
+    make_scheduler,
+    set_timesteps,
+    step_arguments,
+)
 from imprompt_serving.denoiser.start import generators, start
 from imprompt_serving.denoiser.windows import Window, merge, windows
 from imprompt_serving.engines import BACKENDS
+from imprompt_serving.errors import InvalidRequest, RequestError
 from imprompt_serving.job import JobRequest
 from imprompt_serving.specs import Bundle
+
+_USUAL_SCALE, _USUAL_EMBEDDING = 100.0, 1000.0
+"""What no sensible scale, and no output of an image encoder, exceeds."""
 
 
 class Job:
@@ -46,10 +57,15 @@ class Job:
         """Tick that last served this job, or in which it came."""
 
         self._scheduler = make_scheduler(bundle, request)
-        set_timesteps(self._scheduler, request.num_inference_steps)
+        with blame_caller(request, "num_inference_steps"):
+            set_timesteps(self._scheduler, request.num_inference_steps)
         generator = generators(request.seeds)
         self._step_arguments = step_arguments(self._scheduler, eta=request.eta, generator=generator)
-        self._start = start(request, bundle, tensors, self._scheduler, generator, self.pictures).to(device)
+        first = start(request, bundle, tensors, self._scheduler, generator, self.pictures)
+        with blame_caller(request):
+            draw_noise_on_cpu(self._scheduler, first.latents, device)
+        self._start = first.to(device)
+        self._suspect = suspect(request, tensors)
         self.latents = self._start.latents
         self._timesteps = self._start.timesteps
         self._timesteps_there = self._timesteps.to(device, torch.float32)
@@ -119,7 +135,8 @@ class Job:
         """Latents [rows, C, h, w] (clips: [rows, C, F, h, w]) and timesteps [rows] of the current step."""
         timestep = self._timesteps[self._index]
         if self._model_input is None:
-            scaled = self._scheduler.scale_model_input(self.latents, timestep)
+            with blame_caller(self.request):
+                scaled = self._scheduler.scale_model_input(self.latents, timestep)
             if self._start.channels is not None:
                 scaled = torch.cat([scaled, self._start.channels], dim=1)
             views = [scaled] if len(self.windows) < 2 else [scaled[:, :, list(window)] for window in self.windows]
@@ -146,17 +163,27 @@ class Job:
                 noise_pred = rescale_guided(noise_pred, conditional, self.request.guidance_rescale)
         timestep = self._timesteps[self._index]
         request = self.request
-        if request.preview and request.progress_every and (self.step + 1) % request.progress_every == 0:
-            model_input = self._scheduler.scale_model_input(self.latents, timestep)
-            self.predicted = predicted_latents(self._scheduler, timestep, model_input, noise_pred)
         arguments = self._step_arguments
-        self.latents = self._scheduler.step(noise_pred, timestep, self.latents, **arguments, return_dict=False)[0]
+        with blame_caller(request):
+            if request.preview and request.progress_every and (self.step + 1) % request.progress_every == 0:
+                model_input = self._scheduler.scale_model_input(self.latents, timestep)
+                self.predicted = predicted_latents(self._scheduler, timestep, model_input, noise_pred)
+            self.latents = self._scheduler.step(noise_pred, timestep, self.latents, **arguments, return_dict=False)[0]
         self._index += 1
         self.windows = self._windows()
         self._computed = []
         self._model_input = None
         if self._start.blend is not None:
             self._keep_unmasked(*self._start.blend)
+        if self.done and not self.latents.isfinite().all():
+            self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        """The end of a job whose numbers overflowed."""
+        problem = "the latents became infinite or undefined numbers"
+        if self._suspect is None:
+            raise RequestError(problem)
+        raise InvalidRequest(self._suspect, f"{problem} with this value")
 
     def _windows(self) -> list[Window]:
         request = self.request
@@ -167,8 +194,32 @@ class Job:
     def _keep_unmasked(self, noise: Tensor, image: Tensor, mask: Tensor) -> None:
         """Outside of the mask: the original picture, at the noise level of the next step."""
         if not self.done:
-            image = self._scheduler.add_noise(image, noise, self._timesteps[self._index : self._index + 1])
+            with blame_caller(self.request):
+                image = self._scheduler.add_noise(image, noise, self._timesteps[self._index : self._index + 1])
         self.latents = (1 - mask) * image + mask * self.latents
+
+
+def suspect(request: JobRequest, tensors: Mapping[str, Tensor]) -> str | None:
+    """The parameter that is most likely to blame if the numbers of a job overflow; None if the caller gave none."""
+    if request.scheduler_config:
+        return "scheduler_config"
+    if abs(request.guidance_scale) > _USUAL_SCALE:
+        return "guidance_scale"
+    if any(_largest(use.scale) > _USUAL_SCALE for use in request.adapters):
+        return "ip_adapter_scale"
+    if any(abs(use.scale) > _USUAL_SCALE for use in request.controls):
+        return "controlnet_conditioning_scale"
+    embeds = (tensor for name, tensor in tensors.items() if "image_embeds_" in name)
+    if any(tensor.abs().max() > _USUAL_EMBEDDING for tensor in embeds):
+        return "ip_adapter_image_embeds"
+    return None if request.scheduler is None else "scheduler"
+
+
+def _largest(scale: Any) -> float:
+    """The largest number anywhere in a scale."""
+    if isinstance(scale, dict):
+        scale = list(scale.values())
+    return max(map(_largest, scale), default=0.0) if isinstance(scale, list) else abs(scale)
 
 
 def rescale_guided(noise_pred: Tensor, conditional: Tensor, share: float) -> Tensor:

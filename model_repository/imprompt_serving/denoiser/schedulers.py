@@ -5,30 +5,63 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 import diffusers
+import torch
+from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
+from torch import Tensor
 
-from imprompt_serving.capabilities import SCHEDULERS
-from imprompt_serving.errors import InvalidRequest
+from imprompt_serving.errors import InvalidRequest, RequestError
 from imprompt_serving.job import JobRequest
 from imprompt_serving.specs import Bundle
+
+_INFINITIES = {text: float(text) for sign in ("", "-") for text in (f"{sign}inf", f"{sign}Infinity")}
+
+
+@contextmanager
+def blame_caller(request: JobRequest, parameter: str | None = None) -> Iterator[None]:
+    """Within, a scheduler works with values of the caller, who is to blame for whatever it raises.
+
+    Args:
+        parameter: what is wrong if the caller said nothing about the scheduler; None if that is a fault of ours.
+    """
+    try:
+        yield
+    except (RequestError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if request.scheduler_config:
+            parameter = "scheduler_config"
+        elif request.scheduler and parameter is None:
+            parameter = "scheduler"
+        if parameter is None:
+            raise
+        name = request.scheduler or "the scheduler"
+        raise InvalidRequest(parameter, f"{name} does not work: {error or type(error).__name__}") from error
 
 
 def make_scheduler(bundle: Bundle, request: JobRequest) -> Any:
     """The scheduler that diffusers' pipeline for ``request`` would have: the bundle's own as that pipeline corrects it,
-    or one made from it with another class or single values replaced.
+    one made from it with another class or single values replaced, or one made from the caller's whole configuration.
 
     Raises:
-        InvalidRequest: unknown class, a key the class does not take, or a value that it refuses.
+        InvalidRequest: a key the class does not take, or a value that it refuses.
     """
-    own = _make(bundle.scheduler, bundle.scheduler_config, {}, request.seeds[0])
-    own.register_to_config(**_corrections(own.config, bundle, request))
-    if request.scheduler is None and not request.scheduler_config:
-        return own
-    return _make(request.scheduler or bundle.scheduler, own.config, request.scheduler_config, request.seeds[0])
+    made = copy.deepcopy(_made(_key(bundle.scheduler, bundle.scheduler_config)))
+    made.register_to_config(**_corrections(made.config, bundle, request))
+    if request.scheduler is not None or request.scheduler_config:
+        with blame_caller(request):
+            made = copy.deepcopy(_made(_callers_key(request, request.scheduler or bundle.scheduler, made.config)))
+    if isinstance(made, diffusers.DPMSolverSDEScheduler):
+        # It draws its noise from seeds of its own, at random unless set.
+        own = made.config.noise_sampler_seed
+        seeds = [seed % 2**64 for seed in (request.seeds if own is None else (own,))]
+        made.noise_sampler_seed = seeds if len(seeds) > 1 else seeds[0]
+    return made
 
 
 def _corrections(config: Mapping[str, Any], bundle: Bundle, request: JobRequest) -> dict[str, Any]:
@@ -40,41 +73,71 @@ def _corrections(config: Mapping[str, Any], bundle: Bundle, request: JobRequest)
     return {name: value for name, value in wrong.items() if config.get(name, value) != value}
 
 
-def _make(name: str, config: Mapping[str, Any], overrides: dict[str, Any], seed: int) -> Any:
-    """A scheduler of class ``name`` from ``config``, with single values replaced."""
-    if name not in SCHEDULERS:
-        raise InvalidRequest("scheduler", f"unknown scheduler {name!r}; known are {', '.join(SCHEDULERS)}")
-    kind = getattr(diffusers, name)
-    parameters = set(inspect.signature(kind.__init__).parameters) - {"self"}
-    unknown = sorted(set(overrides) - parameters)
+def _callers_key(request: JobRequest, name: str, own: Mapping[str, Any]) -> str:
+    """Key of the scheduler of class ``name`` that a caller asks for in place of one with the configuration ``own``."""
+    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
+    defaults = {key: parameter.default for key, parameter in parameters.items() if key != "self"}
+    given = {key: _restored(value, defaults.get(key)) for key, value in request.scheduler_config.items()}
+    unset = given.pop("_use_default_values", None)
+    if unset is not None:  # a whole configuration: as in diffusers, what the class does not know is ignored
+        return _key(name, {key: value for key, value in given.items() if key in defaults and key not in unset})
+    unknown = sorted(set(given) - set(defaults))
     if unknown:
-        raise InvalidRequest("scheduler_config", f"{name} has no {', '.join(unknown)}; it has {sorted(parameters)}")
-    if "noise_sampler_seed" in parameters:
-        # DPMSolverSDEScheduler draws its noise from a seed of its own, at random unless set.
-        overrides = {"noise_sampler_seed": seed, **overrides}
-    try:
-        return copy.deepcopy(_made(json.dumps((name, config, overrides))))
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise InvalidRequest("scheduler_config", f"{name} refuses it: {error}") from error
+        raise InvalidRequest("scheduler_config", f"{name} has no {', '.join(unknown)}; it has {', '.join(defaults)}")
+    return _key(name, own, given)
 
 
-@lru_cache(maxsize=64)
+def _restored(value: Any, default: Any) -> Any:
+    """A value that came as JSON, which has no infinities: they are strings, or null, which stands for the default."""
+    if value is None:
+        return default
+    return _INFINITIES.get(value, value) if isinstance(value, str) else value
+
+
+def _key(name: str, config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> str:
+    return json.dumps((name, config, overrides or {}))  # with infinities, which msgspec makes null
+
+
+@lru_cache(maxsize=16)
 def _made(key: str) -> Any:
     """A scheduler to copy, from its class, configuration and overrides as JSON: making one takes far longer."""
-    name, config, overrides = json.loads(key)  # with the infinities of diffusers' defaults, which msgspec makes null
+    name, config, overrides = json.loads(key)
     return getattr(diffusers, name).from_config(config, **overrides)
 
 
 def set_timesteps(scheduler: Any, steps: int) -> Any:
-    """Timesteps of ``steps`` denoising steps."""
-    try:
-        scheduler.set_timesteps(steps)
-    except (ValueError, IndexError, TypeError) as error:
-        raise InvalidRequest("num_inference_steps", f"{type(scheduler).__name__} refuses {steps}: {error}") from error
-    trained = scheduler.config.num_train_timesteps
-    if float(scheduler.timesteps.max()) >= trained:
-        raise InvalidRequest("num_inference_steps", f"{steps} is too many for a model trained on {trained} timesteps")
+    """Timesteps of ``steps`` denoising steps.
+
+    Raises:
+        ValueError: the model is not trained on them; others as diffusers does.
+    """
+    scheduler.set_timesteps(steps)
+    trained, last = scheduler.config.num_train_timesteps, float(scheduler.timesteps.max())
+    if last >= trained:
+        raise ValueError(f"{steps} steps reach timestep {last:g} of a model trained on {trained}")
+    if torch.as_tensor(getattr(scheduler, "sigmas", 0.0)).isnan().any():
+        raise ValueError("its noise levels are not numbers")
     return scheduler.timesteps
+
+
+def draw_noise_on_cpu(scheduler: Any, latents: Tensor, device: torch.device) -> None:
+    """Let `DPMSolverSDEScheduler`, whose timesteps are set, draw the noise for ``latents`` on the CPU.
+
+    It would draw it where the latents are, and a seed gives other numbers on a GPU.
+    """
+    if not isinstance(scheduler, diffusers.DPMSolverSDEScheduler):
+        return
+    sigmas = scheduler.sigmas[scheduler.sigmas > 0]
+    seed = scheduler.noise_sampler_seed
+    sampler = BrownianTreeNoiseSampler(latents.cpu(), sigmas.min().item(), sigmas.max().item(), seed)
+
+    def noise(*interval: Tensor) -> Tensor:
+        if not all(sigma.isfinite() for sigma in interval):  # between these the sampler would search forever
+            raise ValueError("its noise levels are not finite numbers")
+        drawn: Tensor = sampler(*interval).to(device)
+        return drawn
+
+    scheduler.noise_sampler = noise
 
 
 def step_arguments(scheduler: Any, *, eta: float, generator: Any) -> dict[str, Any]:

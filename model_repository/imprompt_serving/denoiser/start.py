@@ -13,6 +13,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from imprompt_serving.denoiser.schedulers import blame_caller
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.job import JobRequest
 from imprompt_serving.specs import Bundle
@@ -58,7 +59,8 @@ def start(
     """First latents of ``request``; ``scheduler`` has its timesteps set."""
     if request.task == "text-to-image":
         noise = randn_tensor(_shape(request, bundle, pictures), generator=generator)
-        latents = noise * scheduler.init_noise_sigma
+        with blame_caller(request):
+            latents = noise * scheduler.init_noise_sigma
         return Start(latents=latents, timesteps=scheduler.timesteps, steps=request.num_inference_steps)
     if request.task == "image-to-image":
         timesteps, steps = _remaining(request, scheduler)
@@ -67,7 +69,8 @@ def start(
         else:
             latents = _encode(tensors["image_moments"], bundle, generator, pictures)
         noise = randn_tensor(latents.shape, generator=generator)
-        latents = scheduler.add_noise(latents, noise, timesteps[:1].repeat(pictures))
+        with blame_caller(request):
+            latents = scheduler.add_noise(latents, noise, timesteps[:1].repeat(pictures))
         if request.frames is not None:
             latents = latents.transpose(1, 2)
         return Start(latents=latents, timesteps=timesteps, steps=steps)
@@ -89,10 +92,11 @@ def _inpaint(
     if not takes_mask or not pure_noise:
         image = _repeat(_sample(tensors["image_moments"], generator) * bundle.vae_scaling_factor, pictures)
     noise = randn_tensor(_shape(request, bundle, pictures), generator=generator)
-    if pure_noise:
-        latents = noise * scheduler.init_noise_sigma
-    else:
-        latents = scheduler.add_noise(image, noise, timesteps[:1].repeat(pictures))
+    with blame_caller(request):
+        if pure_noise:
+            latents = noise * scheduler.init_noise_sigma
+        else:
+            latents = scheduler.add_noise(image, noise, timesteps[:1].repeat(pictures))
     # Drawn for every UNet, as in diffusers: schedulers with noise of their own take theirs from the same generator.
     masked = _sample(tensors["masked_image_moments"], generator) * bundle.vae_scaling_factor
     mask = _repeat(tensors["mask"], pictures)
@@ -113,13 +117,13 @@ def _remaining(request: JobRequest, scheduler: Any) -> tuple[Tensor, int]:
     """The last ``strength`` of the timesteps, and the number of steps: ``get_timesteps`` of diffusers' pipelines."""
     steps = request.num_inference_steps
     skipped = steps - min(int(steps * request.strength), steps)
-    if skipped == steps:
-        raise InvalidRequest(
-            "strength", f"{request.strength:g} of {steps} steps is less than one step; raise either of them"
-        )
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(skipped * scheduler.order)
-    return scheduler.timesteps[skipped * scheduler.order :], steps - skipped
+    timesteps = scheduler.timesteps[skipped * scheduler.order :]
+    if not len(timesteps):
+        problem = f"no timesteps are left of {steps} steps at strength {request.strength:g}"
+        raise InvalidRequest("num_inference_steps", problem)
+    return timesteps, steps - skipped
 
 
 def _encode(moments: Tensor, bundle: Bundle, generator: Generators, pictures: int) -> Tensor:
@@ -156,6 +160,4 @@ def _sample(moments: Tensor, generator: Generators) -> Tensor:
 
 
 def _repeat(tensor: Tensor, pictures: int) -> Tensor:
-    if pictures % len(tensor):
-        raise InvalidRequest("image", f"{len(tensor)} pictures cannot be spread over {pictures} results")
     return tensor.repeat(pictures // len(tensor), *(1,) * (tensor.ndim - 1))

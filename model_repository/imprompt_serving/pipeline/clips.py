@@ -1,14 +1,11 @@
-"""The clip that a request asks for: its frames, the video it starts from, and the windows it runs in."""
+"""The clip that a request asks for: its frames, and the windows it runs in."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from PIL import Image
-
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.job import Context
-from imprompt_serving.pipeline import images
 from imprompt_serving.pipeline.reader import Reader
 from imprompt_serving.specs import Bundle
 
@@ -22,10 +19,9 @@ _PARAMETERS = ("context_length", "context_stride", "context_overlap")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Clip:
-    """Frames of each clip, and the frames of the video to start from, if there is one."""
+    """Frames of each clip, and the windows they are computed in."""
 
     frames: int
-    video: tuple[Image.Image, ...]
     context: Context
 
 
@@ -39,8 +35,9 @@ def parse_clip(read: Reader, bundle: Bundle, clips: int) -> Clip | None:
         return None
     if bundle.motion is None:
         raise InvalidRequest("num_frames", f"{bundle.name} has no motion adapter")
-    if "image" in read:
-        raise InvalidRequest("image", "starts pictures; clips start from video")
+    for name in ("image", "mask_image", "padding_mask_crop"):
+        if name in read:
+            raise InvalidRequest(name, "is for pictures; clips start from video")
     low, _, high = bundle.shapes.frames
     frames = read.integer("num_frames", len(video), low, high)
     if video and len(video) != frames:
@@ -54,7 +51,6 @@ def parse_clip(read: Reader, bundle: Bundle, clips: int) -> Clip | None:
         )
     return Clip(
         frames=frames,
-        video=tuple(images.decode(frame, "video") for frame in video),
         context=_context(read, frames, bundle.motion.window),
     )
 

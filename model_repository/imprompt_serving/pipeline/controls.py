@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from imprompt_serving.errors import InvalidRequest
+from imprompt_serving.errors import InvalidRequest, shown
 from imprompt_serving.job import ControlUse, Task
-from imprompt_serving.pipeline import images
 from imprompt_serving.pipeline.annotators import ANNOTATORS, annotate
-from imprompt_serving.pipeline.reader import Reader, spread
+from imprompt_serving.pipeline.images import decode_all
+from imprompt_serving.pipeline.reader import MAX_SCALE, Reader, spread
 from imprompt_serving.specs import Bundle
 
 _PARAMETERS = (
@@ -32,10 +32,22 @@ class Control:
     use: ControlUse
 
 
-def parse_controls(read: Reader, bundle: Bundle, task: Task, prompts: int, frames: int | None) -> tuple[Control, ...]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ControlPlan:
+    """A checked `Control` whose pictures are still encoded."""
+
+    files: tuple[bytes, ...]
+    annotator: str
+    mode: str
+    use: ControlUse
+
+
+def plan_controls(
+    read: Reader, bundle: Bundle, task: Task, prompts: int, frames: int | None
+) -> tuple[ControlPlan, ...]:
     """The ControlNets of a request in its order; none when it has no control image. ``frames`` is set for clips."""
-    data, names = read.data("control_image"), read.texts("controlnet")
-    if not data:
+    files, names = read.data("control_image"), read.texts("controlnet")
+    if not files:
         for name in _PARAMETERS:
             if name in read:
                 raise InvalidRequest("control_image", f"{name} needs a control image")
@@ -43,20 +55,33 @@ def parse_controls(read: Reader, bundle: Bundle, task: Task, prompts: int, frame
     names = _names(names, bundle)
     if frames is not None and any(bundle.t2i_adapter(name) for name in names):
         raise InvalidRequest("controlnet", "T2I-Adapters steer pictures, not clips")
-    each = len(data) // len(names)
+    each = len(files) // len(names)
     several, what = (prompts, "prompt") if frames is None else (frames, "frame")
-    if len(data) % len(names) or each not in (1, several):
+    if len(files) % len(names) or each not in (1, several):
         wanted = f"one for each of {', '.join(names)}" + (f", or {several} (one a {what})" if several > 1 else "")
-        raise InvalidRequest("control_image", f"{wanted}; got {len(data)}")
+        raise InvalidRequest("control_image", f"{wanted}; got {len(files)}")
     annotators = read.choices("control_image_annotator", ANNOTATORS)
     annotators = spread("control_image_annotator", annotators, len(names), "none", "nets")
-    pictures = [
-        annotate(images.decode(picture, "control_image"), annotators[index // each])
-        for index, picture in enumerate(data)
-    ]
+    uses = _uses(read, names, 1.0 if frames else default_scale(bundle, task))
     return tuple(
-        Control(images=tuple(pictures[index * each : (index + 1) * each]), mode=_mode(bundle, use.name), use=use)
-        for index, use in enumerate(_uses(read, names, 1.0 if frames else default_scale(bundle, task)))
+        ControlPlan(
+            files=tuple(files[index * each : (index + 1) * each]),
+            annotator=annotator,
+            mode=_mode(bundle, use.name),
+            use=use,
+        )
+        for index, (use, annotator) in enumerate(zip(uses, annotators, strict=True))
+    )
+
+
+def load_controls(plans: tuple[ControlPlan, ...]) -> tuple[Control, ...]:
+    """Decode the control images, and draw those that an annotator makes."""
+    pictures = iter(decode_all([file for plan in plans for file in plan.files], "control_image"))
+    return tuple(
+        Control(
+            images=tuple(annotate(next(pictures), plan.annotator) for _ in plan.files), mode=plan.mode, use=plan.use
+        )
+        for plan in plans
     )
 
 
@@ -64,7 +89,7 @@ def _names(names: tuple[str, ...], bundle: Bundle) -> tuple[str, ...]:
     known = bundle.net_names
     for name in names:
         if name not in known:
-            raise InvalidRequest("controlnet", f"no ControlNet {name!r}; {bundle.name} has {', '.join(known)}")
+            raise InvalidRequest("controlnet", f"no ControlNet {shown(name)}; {bundle.name} has {', '.join(known)}")
     if len(set(names)) < len(names):
         raise InvalidRequest("controlnet", f"each at most once, got {', '.join(names)}")
     return names or known
@@ -79,7 +104,7 @@ def _uses(read: Reader, names: tuple[str, ...], default: float) -> list[ControlU
     def by_net(name: str, default: float, low: float, high: float) -> tuple[float, ...]:
         return spread(name, read.numbers(name, low, high), len(names), default, "ControlNets")
 
-    scales = by_net("controlnet_conditioning_scale", default, -1e6, 1e6)
+    scales = by_net("controlnet_conditioning_scale", default, -MAX_SCALE, MAX_SCALE)
     starts = by_net("control_guidance_start", 0.0, 0, 1)
     ends = by_net("control_guidance_end", 1.0, 0, 1)
     for start, end in zip(starts, ends, strict=True):

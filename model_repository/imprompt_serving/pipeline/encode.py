@@ -23,6 +23,9 @@ from imprompt_serving.specs import Adapter, Bundle, TextEncoder
 _ENCODED_TOGETHER = 4
 """Start pictures (frames, above all) of one request that are encoded at the same time."""
 
+_QUOTED = 200
+"""Characters of a text in a warning."""
+
 
 class TextPromptEncoder:
     """Prompts -> ``prompt_embeds`` and, for SDXL, ``pooled_prompt_embeds`` (diffusers' ``encode_prompt``)."""
@@ -31,9 +34,10 @@ class TextPromptEncoder:
         self._bundle, self._models = bundle, models
         self._tokenizers = [PromptTokenizer(folder, encoder) for encoder in bundle.text_encoders]
 
-    async def encode(self, request: Request, stages: Stages) -> Tensors:
+    async def encode(self, request: Request, stages: Stages, warnings: set[str]) -> Tensors:
+        """Adds a line to ``warnings`` for each prompt that was cut."""
         with stages.measure("text_encoder"):
-            prompts = self._embeds(request.prompts, request.clip_skip, "")
+            prompts = self._embeds(request.prompts, request.clip_skip, "", warnings)
             if not self._bundle.guided(request):
                 return await prompts
             if request.negative_prompts is None and self._bundle.force_zeros_for_empty_prompt:
@@ -41,31 +45,49 @@ class TextPromptEncoder:
                 return positive | {f"negative_{name}": np.zeros_like(value) for name, value in positive.items()}
             empty = (("",) * len(request.prompts[0]),) * len(request.prompts)
             # As in diffusers, clip_skip is for the prompt alone.
-            negative_prompts = self._embeds(request.negative_prompts or empty, 0, "negative_")
+            negative_prompts = self._embeds(request.negative_prompts or empty, 0, "negative_", warnings)
             positive, negative = await asyncio.gather(prompts, negative_prompts)
             return positive | negative
 
-    async def _embeds(self, prompts: tuple[tuple[str, ...], ...], clip_skip: int, prefix: str) -> Tensors:
+    async def _embeds(
+        self, prompts: tuple[tuple[str, ...], ...], clip_skip: int, prefix: str, warnings: set[str]
+    ) -> Tensors:
         """Embeddings of one branch; those of several text encoders stand side by side."""
-        encoders = zip(self._bundle.text_encoders, self._tokenizers, prompts, strict=True)
-        answers = await asyncio.gather(*(self._by_prompt(e, t, texts, clip_skip) for e, t, texts in encoders))
+        names = [f"{prefix}prompt", f"{prefix}prompt_2" if prompts[-1] != prompts[0] else f"{prefix}prompt"]
+        encoders = zip(self._bundle.text_encoders, self._tokenizers, prompts, names, strict=False)
+        answers = await asyncio.gather(*(self._by_prompt(e, t, p, n, clip_skip, warnings) for e, t, p, n in encoders))
         embeds = {f"{prefix}prompt_embeds": np.concatenate([a["hidden_states"] for a in answers], axis=-1)}
         if self._bundle.pooled_size:
             embeds[f"{prefix}pooled_prompt_embeds"] = answers[-1]["text_embeds"]
         return embeds
 
     async def _by_prompt(
-        self, encoder: TextEncoder, tokenizer: PromptTokenizer, prompts: Sequence[str], clip_skip: int
+        self,
+        encoder: TextEncoder,
+        tokenizer: PromptTokenizer,
+        prompts: Sequence[str],
+        name: str,
+        clip_skip: int,
+        warnings: set[str],
     ) -> Tensors:
         """A call for each different prompt: equal ones are then answered by Triton's response cache."""
 
         async def encode(prompt: str) -> Tensors:
-            tensors = {"input_ids": tokenizer(prompt), "clip_skip": np.array([[clip_skip]], np.int64)}
+            ids, rest = await asyncio.to_thread(tokenizer.with_rest, prompt)
+            if rest:
+                warnings.add(f"{name}: only {encoder.max_length} tokens are read; cut off: {_start_of(rest)}")
+            tensors = {"input_ids": ids, "clip_skip": np.array([[clip_skip]], np.int64)}
             return await self._models.call(self._bundle.model(encoder.engine), tensors)
 
         different = list(dict.fromkeys(prompts))
         found = dict(zip(different, await asyncio.gather(*map(encode, different)), strict=True))
         return {name: np.concatenate([found[prompt][name] for prompt in prompts]) for name in found[prompts[0]]}
+
+
+def _start_of(text: str) -> str:
+    """As much of ``text`` as a warning quotes, on one line."""
+    line = " ".join(text[: 2 * _QUOTED].split())
+    return line if len(line) <= _QUOTED else f"{line[:_QUOTED]}..."
 
 
 class ImagePromptEncoder:
@@ -91,7 +113,7 @@ class ImagePromptEncoder:
         prompt = await self._with_faces(prompt, stages)
         pairs: dict[str, tuple[np.ndarray | None, np.ndarray]] = {}
         if prompt.embeds is not None:
-            pairs[f"image_embeds_{name}"] = _given(prompt.embeds, guided)
+            pairs[f"image_embeds_{name}"] = (prompt.embeds[0] if guided else None), prompt.embeds[-1]
         if prompt.images:
             features = await self.features(prompt, guided, stages)
             pairs[f"clip_embeds_{name}" if prompt.adapter.clip_shape else f"image_embeds_{name}"] = features
@@ -157,15 +179,6 @@ class ImagePromptEncoder:
         output = "hidden_states" if adapter.uses_hidden_states else "image_embeds"
         model = self._bundle.model(f"image_encoder_{adapter.image_encoder}")
         return (await self._models.call(model, {"pixel_values": pixels[None]}))[output][0]
-
-
-def _given(embeds: np.ndarray, guided: bool) -> tuple[np.ndarray | None, np.ndarray]:
-    """Negative and positive halves of a caller's embeddings."""
-    if guided and len(embeds) == 1:
-        raise InvalidRequest(
-            "ip_adapter_image_embeds", "with guidance the first axis holds the negative and the positive embeddings"
-        )
-    return (embeds[0] if guided else None), embeds[-1]
 
 
 async def encode_start(request: Request, bundle: Bundle, models: Models, stages: Stages) -> Tensors:

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from imprompt_serving.errors import InvalidRequest, RequestError
+from imprompt_serving.errors import RequestError
 from imprompt_serving.job import Admission, JobRequest, shape_of
 from imprompt_serving.pipeline.dispatch import Dispatcher
 from imprompt_serving.pipeline.encode import ImagePromptEncoder, TextPromptEncoder, control_tensors, encode_start
@@ -46,13 +46,13 @@ class Pipeline:
         """
         if request.encode_image is not None:
             return await self._embeddings_only(request, request.encode_image)
-        stages, began = Stages(), time.perf_counter()
+        stages, began, warnings = Stages(), time.perf_counter(), set[str]()
         admission = self._admission(request, job_id or uuid.uuid4().hex)
         with stages.measure("admission"):
             denoiser = await self._dispatcher.admit(admission)
         async with self._dispatcher.place(denoiser, admission):
             parts = await _together(
-                self._text.encode(request, stages),
+                self._text.encode(request, stages, warnings),
                 self._images.encode(request, stages),
                 encode_start(request, self._bundle, self._models, stages),
                 control_tensors(request),
@@ -61,8 +61,11 @@ class Pipeline:
             job = self._job(request, admission.id, time.perf_counter() - began, quiet=progress is None)
             latents = await self._denoise(denoiser, job, tensors, progress, stages)
         answer = await self._finish(request, latents, stages)
-        per_picture = len(request.seeds) == request.pictures
-        answer["seeds"] = np.array(request.seeds * (1 if per_picture else request.pictures), np.int64)
+        # The seed of several pictures together repeats them together, and none alone.
+        repeatable = len(request.seeds) == request.pictures
+        answer["seeds"] = np.array(request.seeds if repeatable else (), np.int64)
+        if warnings:
+            answer["warnings"] = strings(*sorted(warnings))
         stages.seconds["total"] = time.perf_counter() - began
         answer["timings"] = strings(json.dumps(stages.seconds))
         return answer
@@ -79,14 +82,12 @@ class Pipeline:
         )
 
     async def _embeddings_only(self, request: Request, adapter: str) -> Tensors:
-        for prompt in request.image_prompts:
-            if prompt.adapter.name == adapter:
-                if prompt.adapter.uses_face:
-                    return {f"image_embeds_{adapter}": await self._images.faces(prompt, Stages())}
-                negative, positive = await self._images.features(prompt, True, Stages())
-                assert negative is not None  # guided
-                return {f"image_embeds_{adapter}": np.stack([negative, positive])}
-        raise InvalidRequest("ip_adapter_image", f"no picture for adapter {adapter}")
+        prompt = next(prompt for prompt in request.image_prompts if prompt.adapter.name == adapter)
+        if prompt.adapter.uses_face:
+            return {f"image_embeds_{adapter}": await self._images.faces(prompt, Stages())}
+        negative, positive = await self._images.features(prompt, True, Stages())
+        assert negative is not None  # guided
+        return {f"image_embeds_{adapter}": np.stack([negative, positive])}
 
     def _job(self, request: Request, job_id: str, seconds: float, *, quiet: bool) -> JobRequest:
         """The denoiser's part of a request that came ``seconds`` ago."""
@@ -110,7 +111,7 @@ class Pipeline:
             frames=request.frames,
             context=None if request.clip is None else request.clip.context,
             sizes=request.sizes,
-            timeout=None if request.timeout is None else max(request.timeout - seconds, 0.0),
+            timeout=max(request.timeout - seconds, 0.0),
             priority=request.priority,
             progress_every=0 if quiet else request.progress_every,
             preview=request.preview and not quiet,
@@ -125,14 +126,13 @@ class Pipeline:
         stages: Stages,
     ) -> np.ndarray:
         tensors = {"job": strings(msgspec.json.encode(job)), **tensors}
-        with stages.measure("denoiser"):
-            async for answer in self._models.stream(denoiser, tensors):
-                raise_for_error(answer)
-                if progress:
-                    progress({name: answer[name] for name in ("step", "steps", "preview") if name in answer})
-                if "latents" in answer:
-                    stages.seconds.update(json.loads(answer["timings"][0]))
-                    return answer["latents"]
+        async for answer in self._models.stream(denoiser, tensors):
+            raise_for_error(answer)
+            if progress:
+                progress({name: answer[name] for name in ("step", "steps", "preview") if name in answer})
+            if "latents" in answer:
+                stages.seconds.update(json.loads(answer["timings"][0]))
+                return answer["latents"]
         raise RequestError("the denoiser ended without latents")
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from imprompt_serving.errors import InvalidRequest
+from imprompt_serving.engines.backends import BACKENDS
+from imprompt_serving.errors import InvalidRequest, shown
 from imprompt_serving.job import AdapterUse
-from imprompt_serving.pipeline import images
-from imprompt_serving.pipeline.reader import Reader, spread
+from imprompt_serving.pipeline.images import decode_all
+from imprompt_serving.pipeline.reader import MAX_SCALE, Reader, spread
 from imprompt_serving.specs import Adapter, Bundle
 from imprompt_serving.weight_types import WEIGHT_TYPES
 
@@ -32,66 +34,162 @@ class ImagePrompt:
     use: AdapterUse
 
 
-def parse_image_prompts(read: Reader, bundle: Bundle) -> tuple[ImagePrompt, ...]:
-    """The adapters that a request names, in the order of the bundle; none when it has no image prompt."""
-    pictures = _by_adapter(read, "ip_adapter_image", bundle)
-    negatives = _decoded(read, "negative_ip_adapter_image", bundle)
-    masks = _decoded(read, "ip_adapter_masks", bundle)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImagePromptPlan:
+    """A checked `ImagePrompt` whose pictures are still encoded."""
+
+    adapter: Adapter
+    files: tuple[bytes, ...]
+    negatives: tuple[bytes, ...]
+    embeds: np.ndarray | None
+    masks: tuple[bytes, ...]
+    use: AdapterUse
+
+    @property
+    def count(self) -> int:
+        """Pictures or embeddings."""
+        return len(self.files) if self.embeds is None else self.embeds.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens of a group: of all pictures together, or of each of them if they have masks."""
+        return self.adapter.num_tokens * (1 if self.masks else self.count)
+
+
+def plan_image_prompts(read: Reader, bundle: Bundle, encode_image: str | None) -> tuple[ImagePromptPlan, ...]:
+    """The adapters that a request names, in the order of the bundle; none when it has no image prompt.
+
+    ``encode_image`` is the adapter whose embeddings are all that the request wants.
+    """
+    files, negatives, masks = (
+        _by_adapter(read, name, bundle)
+        for name in ("ip_adapter_image", "negative_ip_adapter_image", "ip_adapter_masks")
+    )
     embeds = {a.name: _embeds(read, a) for a in bundle.adapters if f"ip_adapter_image_embeds_{a.name}" in read}
-    used = [adapter for adapter in bundle.adapters if pictures[adapter.name] or adapter.name in embeds]
+    used = [adapter for adapter in bundle.adapters if files[adapter.name] or adapter.name in embeds]
     for parameter, given in (("ip_adapter_masks", masks), ("negative_ip_adapter_image", negatives)):
         idle = [name for name, items in given.items() if items and name not in {adapter.name for adapter in used}]
         if idle:
             raise InvalidRequest(parameter, f"{', '.join(idle)} has no ip_adapter_image")
-    uses = _uses(read, bundle, used)
-    return tuple(
-        _image_prompt(bundle, adapter, use, pictures[n], negatives[n], embeds.get(n), masks[n])
-        for adapter, use in zip(used, uses, strict=True)
+    if encode_image is not None and not files[encode_image]:
+        raise InvalidRequest("ip_adapter_image", f"no picture for adapter {encode_image}")
+    plans = tuple(
+        ImagePromptPlan(
+            adapter=adapter,
+            files=tuple(files[n]),
+            negatives=tuple(negatives[n]),
+            embeds=embeds.get(n),
+            masks=tuple(masks[n]),
+            use=use,
+        )
+        for adapter, use in zip(used, _uses(read, bundle, used), strict=True)
         for n in [adapter.name]
     )
+    for plan in plans:
+        _check_plan(plan, bundle)
+    if encode_image is None:
+        _check_tokens(plans, bundle)
+    return plans
 
 
-def _image_prompt(
-    bundle: Bundle,
-    adapter: Adapter,
-    use: AdapterUse,
-    pictures: list[bytes],
-    negatives: list[Image.Image],
-    embeds: np.ndarray | None,
-    masks: list[Image.Image],
-) -> ImagePrompt:
-    name = adapter.name
-    photos: list[bytes] = []
-    if adapter.uses_face and embeds is None:
-        if not bundle.finds_faces(adapter):
-            raise InvalidRequest("ip_adapter_image_embeds", f"{name} needs face embeddings: no face_encoder is served")
-        photos = pictures
-    if adapter.clip_shape and not pictures:
-        raise InvalidRequest("ip_adapter_image", f"{name} needs the face's picture beside its embedding")
-    if embeds is not None and pictures and not adapter.clip_shape:
-        raise InvalidRequest("ip_adapter_image_embeds", f"{name} has both pictures and embeddings")
-    count = len(pictures) if embeds is None else embeds.shape[1]
-    if embeds is not None and adapter.clip_shape and len(pictures) != count:
-        raise InvalidRequest("ip_adapter_image", f"{name}: {len(pictures)} pictures for {count} face embeddings")
-    if masks and len(masks) != count:
-        raise InvalidRequest("ip_adapter_masks", f"{name}: {len(masks)} masks for {count} image prompts")
-    if negatives and embeds is not None:
-        raise InvalidRequest("negative_ip_adapter_image", f"{name}: embeddings carry their negative ones")
-    if negatives and photos:
-        raise InvalidRequest("negative_ip_adapter_image", f"{name}: the negative of a face is zeros")
-    if negatives and len(negatives) not in (1, count):
-        raise InvalidRequest(
-            "negative_ip_adapter_image", f"{name}: {len(negatives)} pictures for {count} image prompts"
-        )
+def load_image_prompt(plan: ImagePromptPlan) -> ImagePrompt:
+    """Decode the pictures of an image prompt; photos of people stay encoded."""
+    photos = plan.files if _finds_faces(plan) else ()
+    negatives = decode_all(plan.negatives, "negative_ip_adapter_image")
     return ImagePrompt(
-        adapter=adapter,
-        images=() if photos else tuple(images.decode(picture, "ip_adapter_image") for picture in pictures),
-        photos=tuple(photos),
-        negative_images=tuple(negatives * count if len(negatives) == 1 else negatives),
-        embeds=embeds,
-        masks=tuple(masks),
-        use=use,
+        adapter=plan.adapter,
+        images=() if photos else decode_all(plan.files, "ip_adapter_image"),
+        photos=photos,
+        negative_images=negatives * plan.count if len(negatives) == 1 else negatives,
+        embeds=plan.embeds,
+        masks=decode_all(plan.masks, "ip_adapter_masks"),
+        use=plan.use,
     )
+
+
+def _finds_faces(plan: ImagePromptPlan) -> bool:
+    """Whether the face embeddings are yet to be found in the pictures."""
+    return plan.adapter.uses_face and plan.embeds is None
+
+
+def _check_plan(plan: ImagePromptPlan, bundle: Bundle) -> None:
+    adapter, name, count, embeds = plan.adapter, plan.adapter.name, plan.count, plan.embeds
+    if _finds_faces(plan) and not bundle.finds_faces(adapter):
+        raise InvalidRequest("ip_adapter_image_embeds", f"{name} needs face embeddings: no face_encoder is served")
+    if adapter.clip_shape and not plan.files:
+        raise InvalidRequest("ip_adapter_image", f"{name} needs the face's picture beside its embedding")
+    if embeds is not None and plan.files and not adapter.clip_shape:
+        raise InvalidRequest("ip_adapter_image_embeds", f"{name} has both pictures and embeddings")
+    if embeds is not None and adapter.clip_shape and len(plan.files) != count:
+        raise InvalidRequest("ip_adapter_image", f"{name}: {len(plan.files)} pictures for {count} face embeddings")
+    if plan.masks and len(plan.masks) != count:
+        raise InvalidRequest("ip_adapter_masks", f"{name}: {len(plan.masks)} masks for {count} image prompts")
+    if plan.negatives and embeds is not None:
+        raise InvalidRequest("negative_ip_adapter_image", f"{name}: embeddings carry their negative ones")
+    if plan.negatives and _finds_faces(plan):
+        raise InvalidRequest("negative_ip_adapter_image", f"{name}: the negative of a face is zeros")
+    if plan.negatives and len(plan.negatives) not in (1, count):
+        raise InvalidRequest(
+            "negative_ip_adapter_image", f"{name}: {len(plan.negatives)} pictures for {count} image prompts"
+        )
+    groups = len(plan.masks) or 1
+    if any(isinstance(value, list) and len(value) != groups for value in _leaves(plan.use.scale)):
+        raise InvalidRequest("ip_adapter_scale", f"{name}: a list needs masks, and a number for each masked image")
+
+
+def _check_tokens(plans: tuple[ImagePromptPlan, ...], bundle: Bundle) -> None:
+    """Refuse more pictures than the engines take."""
+    limit, regions = bundle.shapes.image_tokens[-1], bundle.shapes.regions
+    for plan in plans:
+        name = plan.adapter.name
+        if len(plan.masks) > regions:
+            raise InvalidRequest("ip_adapter_masks", f"{name}: {len(plan.masks)} masks; at most {regions} are served")
+        if plan.tokens > limit:
+            raise InvalidRequest(
+                "ip_adapter_image",
+                f"{plan.count} pictures for {name} make {plan.tokens} image tokens; at most {limit} are served",
+            )
+    # Compiled engines have no profile for several masks of one adapter and many pictures of another.
+    if BACKENDS[bundle.backend].compiled and any(len(plan.masks) > 1 for plan in plans):
+        for plan in plans:
+            if plan.tokens > bundle.region_tokens:
+                raise InvalidRequest(
+                    "ip_adapter_image",
+                    f"the pictures for {plan.adapter.name} make {plan.tokens} image tokens; "
+                    f"at most {bundle.region_tokens} are served beside several masks of another adapter",
+                )
+
+
+def _leaves(scale: Any) -> Iterator[Any]:
+    """What stands where ``scale`` should have numbers, or lists with a number for each masked image.
+
+    It is one of them, or diffusers' scales by block: by part, block, and layer of a block.
+    """
+    if not isinstance(scale, dict):
+        yield scale
+        return
+    for blocks in scale.values():
+        for block in blocks.values() if isinstance(blocks, dict) else [blocks]:
+            yield from block if isinstance(block, list) else [block]
+
+
+def _check_scale(parameter: str, scale: Any, bundle: Bundle) -> None:
+    """Refuse what is no number, and blocks that no UNet of this shape has.
+
+    Blocks without attention are ignored, as in diffusers.
+    """
+    for leaf in _leaves(scale):
+        for value in leaf if isinstance(leaf, list) else [leaf]:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_SCALE:
+                wanted = f"must be numbers from {-MAX_SCALE:g} to {MAX_SCALE:g}"
+                raise InvalidRequest(parameter, f"{wanted}, by block or for each masked image; got {shown(value)}")
+    known = [f"block_{index}" for index in range(max(bundle.levels) + 1)]
+    for part, blocks in scale.items() if isinstance(scale, dict) else ():
+        unknown = [f"{part}.{block}" for block in (blocks if isinstance(blocks, dict) else ()) if block not in known]
+        if part not in ("down", "mid", "up"):
+            unknown = [part]
+        if unknown:
+            raise InvalidRequest("ip_adapter_scale", f"{bundle.name} has no {', '.join(unknown)}")
 
 
 def _uses(read: Reader, bundle: Bundle, used: list[Adapter]) -> list[AdapterUse]:
@@ -114,13 +212,15 @@ def _uses(read: Reader, bundle: Bundle, used: list[Adapter]) -> list[AdapterUse]
 def _scales(read: Reader, bundle: Bundle, used: list[Adapter]) -> tuple[Any, ...]:
     """A scale for each adapter in use; a list may also have one for each adapter of the bundle."""
     name = "ip_adapter_scale"
-    if f"{name}_config" in read:
+    if (config := f"{name}_config") in read:
         if name in read:
-            raise InvalidRequest(name, f"give either this or {name}_config")
-        scales = read.json(f"{name}_config", list | dict)  # type: ignore[arg-type]
-        scales = tuple(scales) if isinstance(scales, list) else (scales,)
+            raise InvalidRequest(name, f"give either this or {config}")
+        given = read.json(config)
+        scales = tuple(given) if isinstance(given, list) else (given,)
+        for scale in scales:
+            _check_scale(config, scale, bundle)
     else:
-        scales = read.numbers(name)
+        scales = read.numbers(name, -MAX_SCALE, MAX_SCALE)
     if len(scales) not in (0, 1, len(used)) and len(scales) == len(bundle.adapters):
         by_name = dict(zip((adapter.name for adapter in bundle.adapters), scales, strict=True))
         return tuple(by_name[adapter.name] for adapter in used)
@@ -130,13 +230,8 @@ def _scales(read: Reader, bundle: Bundle, used: list[Adapter]) -> tuple[Any, ...
 def adapter_name(name: str | None, bundle: Bundle, parameter: str) -> str | None:
     known = [adapter.name for adapter in bundle.adapters]
     if name is not None and name not in known:
-        raise InvalidRequest(parameter, f"no adapter {name!r}; {bundle.name} has {', '.join(known) or 'none'}")
+        raise InvalidRequest(parameter, f"no adapter {shown(name)}; {bundle.name} has {', '.join(known) or 'none'}")
     return name
-
-
-def _decoded(read: Reader, name: str, bundle: Bundle) -> dict[str, list[Image.Image]]:
-    by_adapter = _by_adapter(read, name, bundle).items()
-    return {adapter: [images.decode(picture, name) for picture in pictures] for adapter, pictures in by_adapter}
 
 
 def _by_adapter(read: Reader, name: str, bundle: Bundle) -> dict[str, list[bytes]]:
@@ -163,13 +258,13 @@ def _by_adapter(read: Reader, name: str, bundle: Bundle) -> dict[str, list[bytes
 
 def _embeds(read: Reader, adapter: Adapter) -> np.ndarray:
     parameter = "ip_adapter_image_embeds"
-    embeds = read.array(f"{parameter}_{adapter.name}")
+    embeds = read.floats(f"{parameter}_{adapter.name}")
     if embeds.ndim != 2 + len(adapter.embed_shape) or embeds.shape[2:] != adapter.embed_shape:
         wanted = ", ".join(map(str, adapter.embed_shape))
         raise InvalidRequest(parameter, f"{adapter.name} takes [2, pictures, {wanted}], got {list(embeds.shape)}")
     if embeds.shape[0] not in (1, 2) or not embeds.shape[1]:
         message = f"{adapter.name}: the first axis is negative and positive, or positive; got {list(embeds.shape)}"
         raise InvalidRequest(parameter, message)
-    if not np.isfinite(embeds).all():
-        raise InvalidRequest(parameter, f"{adapter.name}: must be finite")
+    if not (np.abs(embeds) <= MAX_SCALE).all():
+        raise InvalidRequest(parameter, f"{adapter.name}: must be finite, from {-MAX_SCALE:g} to {MAX_SCALE:g}")
     return embeds

@@ -5,40 +5,113 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from imprompt_serving.errors import InvalidRequest
-from imprompt_serving.specs import ImageEncoder
+from imprompt_serving.specs import ImageEncoder, Limits
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-MAX_PIXELS = 64 * 1024 * 1024
-"""Largest picture that is decoded; a header is enough to refuse a larger one."""
+MEGAPIXEL = 1024 * 1024
+_MOST_SCANS = 100
+"""Scans of a progressive JPEG: encoders write about ten, and each costs as much as a picture."""
+_MOST_PROFILES = 4
+_ELONGATED = 4
+"""A resized picture with so many times the pixels that are kept of it is resized in part only."""
+
+# Pillow unpacks the texts in a PNG while it looks for the size: 64 MB of them by default.
+PngImagePlugin.MAX_TEXT_MEMORY = 4 * MEGAPIXEL
 
 
-def decode(data: bytes, parameter: str) -> Image.Image:
-    """An encoded picture, upright as its EXIF orientation says.
+def check_headers(pictures: Mapping[str, Sequence[bytes]], limits: Limits) -> None:
+    """Check the encoded pictures of a request, by parameter, before any of them is decoded.
 
     Raises:
-        InvalidRequest: not a PNG, JPEG or WebP picture, damaged, or larger than ``MAX_PIXELS``.
+        InvalidRequest: too many, not a PNG, JPEG or WebP picture, too elongated, or too large together.
     """
+    count, pixels = 0, 0
+    for parameter, files in pictures.items():
+        count += len(files)
+        if count > limits.images:
+            raise InvalidRequest(parameter, f"a request takes at most {limits.images} pictures in all")
+    for parameter, files in pictures.items():
+        for index, data in enumerate(files):
+            which = _which(index, len(files))
+            with _open(data, parameter, which) as image:
+                width, height = image.size
+            if max(width, height) > limits.image_aspect_ratio * min(width, height):
+                ratio = f"the longer side may be {limits.image_aspect_ratio:g} times the shorter one"
+                raise InvalidRequest(parameter, f"{which}{width}x{height} is too elongated; {ratio}")
+            pixels += width * height
+            if pixels > limits.image_megapixels * MEGAPIXEL:
+                most = f"a request takes at most {limits.image_megapixels:g} megapixels in all"
+                raise InvalidRequest(parameter, f"{which}{width}x{height} is too large; {most}")
+
+
+def decode(data: bytes, parameter: str, index: int = 0, count: int = 1) -> Image.Image:
+    """Picture `index` of `count` of a parameter, upright as its EXIF orientation says, with 8 bits a channel.
+
+    Raises:
+        InvalidRequest: not a PNG, JPEG or WebP picture, or damaged.
+    """
+    which = _which(index, count)
+    with _open(data, parameter, which) as image:
+        try:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+        except Exception as error:  # whatever Pillow's decoders meet in a damaged file
+            raise _damaged(parameter, which, error) from None
+    if upright.mode.startswith("I"):
+        return _eight_bits(upright)
+    # Texts and profiles can be larger than the pixels.
+    upright.info = {name: value for name, value in upright.info.items() if name == "transparency"}
+    return upright
+
+
+def decode_all(files: Sequence[bytes], parameter: str) -> tuple[Image.Image, ...]:
+    """All pictures of a parameter; raises as `decode` does."""
+    return tuple(decode(data, parameter, index, len(files)) for index, data in enumerate(files))
+
+
+def _open(data: bytes, parameter: str, which: str) -> Image.Image:
+    """A picture of which only the header has been read."""
+    # Within a JPEG's data this marker can only start a scan.
+    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > _MOST_SCANS:
+        raise InvalidRequest(parameter, f"{which}a JPEG picture of more than {_MOST_SCANS} scans")
+    # A PNG has one, which is unpacked to 1 MB at most.
+    if data.startswith(b"\x89PNG") and data.count(b"iCCP") > _MOST_PROFILES:
+        raise InvalidRequest(parameter, f"{which}a PNG picture of more than {_MOST_PROFILES} color profiles")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise InvalidRequest(
-                parameter, f"{image.width}x{image.height} is too large; at most {MAX_PIXELS // 1024**2} megapixels"
-            )
-        image.load()
-        return ImageOps.exif_transpose(image)
-    except InvalidRequest:
-        raise
     except Image.DecompressionBombError:
-        raise InvalidRequest(parameter, f"too large; at most {MAX_PIXELS // 1024**2} megapixels") from None
+        raise InvalidRequest(parameter, f"{which}too large") from None
+    except Image.UnidentifiedImageError:
+        raise InvalidRequest(parameter, f"{which}not a readable PNG, JPEG or WebP picture") from None
     except Exception as error:
-        raise InvalidRequest(parameter, f"not a readable {', '.join(FORMATS)} picture: {error}") from None
+        raise _damaged(parameter, which, error) from None
+    return image
+
+
+def _damaged(parameter: str, which: str, error: Exception) -> InvalidRequest:
+    return InvalidRequest(parameter, f"{which}not a readable PNG, JPEG or WebP picture: {error}")
+
+
+def _which(index: int, count: int) -> str:
+    return f"picture {index + 1} of {count}: " if count > 1 else ""
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A grey picture of 16 bits (Pillow's modes `I;16` and `I`) with 8, its transparent value as alpha."""
+    values = np.asarray(image).astype(np.int64)
+    grey = Image.fromarray((values.clip(0, 65535) / 257.0).round().astype(np.uint8))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def rgb(image: Image.Image) -> Image.Image:
@@ -52,28 +125,45 @@ def rgb(image: Image.Image) -> Image.Image:
 
 def clip_pixels(image: Image.Image, encoder: ImageEncoder) -> np.ndarray:
     """Input of a CLIP vision encoder [3, S, S]: transformers' ``CLIPImageProcessor`` (Pillow backend)."""
-    image = rgb(image)
+    image, size = rgb(image), image.size
     if encoder.resize is not None:
-        image = image.resize(encoder.resize[::-1], Image.Resampling(encoder.resample))
+        size = encoder.resize[1], encoder.resize[0]
     elif encoder.shortest_edge is not None:
         short, long = sorted(image.size)
         edges = encoder.shortest_edge, int(encoder.shortest_edge * long / short)
-        image = image.resize(edges if image.width <= image.height else edges[::-1], Image.Resampling(encoder.resample))
-    pixels = np.asarray(image)
-    if encoder.crop is not None:
-        pixels = _center_crop(pixels, *encoder.crop)
+        size = edges if image.width <= image.height else (edges[1], edges[0])
+    resample = Image.Resampling(encoder.resample)
+    if encoder.crop is None:
+        pixels = np.asarray(image.resize(size, resample))
+    else:
+        crop_height, crop_width = encoder.crop
+        left, top = (max((have - want) // 2, 0) for have, want in zip(size, (crop_width, crop_height), strict=True))
+        box = (left, top, min(left + crop_width, size[0]), min(top + crop_height, size[1]))
+        pixels = _padded(np.asarray(resized_part(image, size, box, resample)), crop_height, crop_width)
     scaled = (pixels.astype(np.float64) * encoder.rescale_factor).astype(np.float32)
     normalized = (scaled - np.array(encoder.mean, np.float32)) / np.array(encoder.std, np.float32)
     return np.ascontiguousarray(normalized.transpose(2, 0, 1))
 
 
-def _center_crop(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Crop from the middle; pictures that are too small get a black border."""
-    missing = [max(want - have, 0) for want, have in zip((height, width), pixels.shape[:2], strict=True)]
-    border = [(math.ceil(m / 2), m - math.ceil(m / 2)) for m in missing]
-    pixels = np.pad(pixels, (*border, (0, 0)))
-    top, left = ((have - want) // 2 for want, have in zip((height, width), pixels.shape[:2], strict=True))
-    return pixels[top : top + height, left : left + width]
+def resized_part(
+    image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int], resample: Image.Resampling
+) -> Image.Image:
+    """The part `box` (left, top, right, bottom) of `image` resized to `size`.
+
+    Of elongated pictures only that part is resized, so that memory is bounded by the picture and the part.
+    """
+    left, top, right, bottom = box
+    if size[0] * size[1] <= _ELONGATED * (right - left) * (bottom - top):
+        return image.resize(size, resample).crop(box)
+    x, y = image.width / size[0], image.height / size[1]
+    source = (left * x, top * y, min(right * x, image.width), min(bottom * y, image.height))
+    return image.resize((right - left, bottom - top), resample, box=source)
+
+
+def _padded(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Pictures that are smaller than the crop get a black border."""
+    missing = [want - have for want, have in zip((height, width), pixels.shape[:2], strict=True)]
+    return np.pad(pixels, (*((math.ceil(m / 2), m - math.ceil(m / 2)) for m in missing), (0, 0)))
 
 
 def vae_pixels(images: list[Image.Image], height: int, width: int) -> np.ndarray:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from imprompt_serving.pipeline.images import resized_part
+
 _LANCZOS = Image.Resampling.LANCZOS
 
 
@@ -48,8 +50,8 @@ def _widen(low: int, high: int, by: int, limit: int) -> tuple[int, int]:
 def fit_filled(image: Image.Image, width: int, height: int) -> Image.Image:
     """The whole picture inside ``width`` x ``height``; its edges fill what is left (``resize_mode="fill"``)."""
     ratio, own = width / height, image.width / image.height
-    w = width if ratio < own else image.width * height // image.height
-    h = height if ratio >= own else image.height * width // image.width
+    w = width if ratio < own else max(image.width * height // image.height, 1)
+    h = height if ratio >= own else max(image.height * width // image.width, 1)
     resized = image.resize((w, h), _LANCZOS)
     result = Image.new("RGB", (width, height))
     result.paste(resized, box=(width // 2 - w // 2, height // 2 - h // 2))
@@ -78,6 +80,9 @@ def _fit_cropped(image: Image.Image, width: int, height: int) -> Image.Image:
     ratio, own = width / height, image.width / image.height
     w = width if ratio > own else image.width * height // image.height
     h = height if ratio <= own else image.height * width // image.width
+    # The part of it that lies within the result, and where.
+    x, y = width // 2 - w // 2, height // 2 - h // 2
+    part = (max(-x, 0), max(-y, 0), min(width - x, w), min(height - y, h))
     result = Image.new("RGB", (width, height))
-    result.paste(image.resize((w, h), _LANCZOS), box=(width // 2 - w // 2, height // 2 - h // 2))
+    result.paste(resized_part(image, (w, h), part, _LANCZOS), box=(max(x, 0), max(y, 0)))
     return result

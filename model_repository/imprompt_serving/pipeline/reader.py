@@ -9,23 +9,42 @@ from typing import Any
 
 import numpy as np
 
-from imprompt_serving.errors import InvalidRequest
+from imprompt_serving.errors import InvalidRequest, shown
+from imprompt_serving.specs import Limits
+
+MAX_SCALE = 1e4
+"""Largest guidance or conditioning scale, and largest value of an image embedding: half precision ends at 65504."""
+_MOST_VALUES = 4096
+"""Numbers of one parameter: far more than any request can use."""
+_JSON_DEPTH = 8
+_JSON_INTEGERS = range(-(2**63), 2**64)
+"""What `torch.Generator.manual_seed` takes, and what other models can be sent."""
 
 
 class Reader:
     """The tensors of one request. Optional ones that are absent give the default."""
 
-    def __init__(self, tensors: Mapping[str, np.ndarray]) -> None:
-        self._tensors = tensors
+    def __init__(self, tensors: Mapping[str, np.ndarray], limits: Limits) -> None:
+        self._tensors, self._limits = tensors, limits
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
-    def array(self, name: str) -> np.ndarray:
-        return self._tensors[name]
+    def floats(self, name: str) -> np.ndarray:
+        """A tensor of float32 numbers."""
+        values = np.asarray(self._tensors[name])
+        if values.dtype.kind != "f":
+            raise InvalidRequest(name, f"must hold floats, got {values.dtype}")
+        with np.errstate(over="ignore"):  # an overflow is infinite, which the caller of this refuses
+            return values.astype(np.float32, copy=False)
 
     def data(self, name: str) -> list[bytes]:
-        return [] if name not in self else [bytes(value) for value in self._tensors[name].ravel()]
+        if name not in self:
+            return []
+        values = self._tensors[name].ravel().tolist()
+        if not all(isinstance(value, bytes) for value in values):
+            raise InvalidRequest(name, f"must hold bytes, got {self._tensors[name].dtype}")
+        return values
 
     def texts(self, name: str) -> tuple[str, ...]:
         try:
@@ -44,10 +63,10 @@ class Reader:
 
     def flag(self, name: str) -> bool:
         """Whether a boolean is given and true."""
-        return name in self and bool(_single(name, self._tensors[name].ravel()))
+        return name in self and bool(_single(name, self._values(name, "b", "booleans")))
 
     def integers(self, name: str) -> tuple[int, ...]:
-        return tuple(int(value) for value in self._tensors[name].ravel()) if name in self else ()
+        return tuple(self._values(name, "iu", "integers"))
 
     def integer(self, name: str, default: int, low: int, high: int) -> int:
         if name not in self:
@@ -66,7 +85,7 @@ class Reader:
         return values[0], values[1]
 
     def numbers(self, name: str, low: float = -math.inf, high: float = math.inf) -> tuple[float, ...]:
-        values = tuple(float(value) for value in self._tensors[name].ravel()) if name in self else ()
+        values = tuple(float(value) for value in self._values(name, "iuf", "numbers"))
         for value in values:
             if not math.isfinite(value):
                 raise InvalidRequest(name, f"must be finite, got {value}")
@@ -77,18 +96,50 @@ class Reader:
     def number(self, name: str, default: float, low: float = -math.inf, high: float = math.inf) -> float:
         return float(_single(name, self.numbers(name, low, high))) if name in self else default
 
-    def json(self, name: str, kind: type) -> Any:
-        """A JSON text of ``kind`` (dict or list); None when absent."""
+    def json(self, name: str) -> Any:
+        """The value of a JSON text; None when absent.
+
+        Its integers fit 64 bits, its strings can be encoded, and it has at most `_JSON_DEPTH` levels.
+        """
         text = self.text(name)
         if text is None:
             return None
+        if len(text) > self._limits.json_characters:
+            raise InvalidRequest(name, f"has {len(text)} characters; at most {self._limits.json_characters} are read")
         try:
             value = json.loads(text)
         except json.JSONDecodeError as error:
             raise InvalidRequest(name, f"must be JSON: {error}") from None
-        if not isinstance(value, kind):
-            raise InvalidRequest(name, f"must be a JSON {kind.__name__}, got {type(value).__name__}")
+        except (ValueError, RecursionError):  # Python's own limits of digits and of depth
+            raise InvalidRequest(name, "must be JSON with shorter numbers and fewer levels") from None
+        _check_json(name, value, _JSON_DEPTH)
         return value
+
+    def _values(self, name: str, kinds: str, what: str) -> list[Any]:
+        """The elements of a tensor whose dtype is one of numpy's `kinds`; none when absent."""
+        if name not in self:
+            return []
+        values = self._tensors[name].ravel()
+        if values.dtype.kind not in kinds:
+            raise InvalidRequest(name, f"must hold {what}, got {values.dtype}")
+        if len(values) > _MOST_VALUES:
+            raise InvalidRequest(name, f"takes at most {_MOST_VALUES} values, got {len(values)}")
+        return list(values.tolist())
+
+
+def _check_json(name: str, value: Any, depth: int) -> None:
+    if isinstance(value, dict | list):
+        if not depth:
+            raise InvalidRequest(name, f"is nested more than {_JSON_DEPTH} levels deep")
+        for part in (*value, *value.values()) if isinstance(value, dict) else value:
+            _check_json(name, part, depth - 1)
+    elif isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise InvalidRequest(name, f"{shown(value)} is not valid Unicode") from None
+    elif isinstance(value, int) and value not in _JSON_INTEGERS:
+        raise InvalidRequest(name, "holds an integer of more than 64 bits")
 
 
 def spread(parameter: str, values: tuple[Any, ...], count: int, default: Any, what: str) -> tuple[Any, ...]:
@@ -106,5 +157,5 @@ def _single(name: str, values: Any) -> Any:
 
 def _allowed(name: str, value: str | None, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
-        raise InvalidRequest(name, f"{value!r} is none of {', '.join(allowed)}")
+        raise InvalidRequest(name, f"{shown(value)} is none of {', '.join(allowed)}")
     return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,17 +13,29 @@ from PIL import Image
 
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.job import SizeConditions, Task
-from imprompt_serving.pipeline import images
 from imprompt_serving.pipeline.clips import Clip, parse_clip
-from imprompt_serving.pipeline.controls import Control, parse_controls
+from imprompt_serving.pipeline.controls import Control, ControlPlan, load_controls, plan_controls
 from imprompt_serving.pipeline.encoded import CLIP_FORMATS, PICTURE_FORMATS
-from imprompt_serving.pipeline.image_prompts import ImagePrompt, adapter_name, parse_image_prompts
-from imprompt_serving.pipeline.reader import Reader, spread
-from imprompt_serving.specs import Bundle
+from imprompt_serving.pipeline.image_prompts import ImagePrompt, adapter_name, load_image_prompt, plan_image_prompts
+from imprompt_serving.pipeline.images import check_headers, decode_all
+from imprompt_serving.pipeline.reader import MAX_SCALE, Reader, spread
+from imprompt_serving.pipeline.scheduler import parse_scheduler
+from imprompt_serving.specs import Bundle, Limits
+from imprompt_serving.wire import request_tensors
 
 MAX_STEPS = 1000
 MAX_PICTURES = 64
 _OUTPUT_TYPES = ("np", "latent")
+_PICTURES = (
+    "ip_adapter_image",
+    "negative_ip_adapter_image",
+    "ip_adapter_masks",
+    "image",
+    "mask_image",
+    "control_image",
+    "video",
+)
+"""Parameters that hold encoded pictures."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +76,7 @@ class Request:
     sizes: SizeConditions
     output_type: str
     output_format: str | None
-    timeout: float | None
+    timeout: float
     encode_image: str | None
     priority: int
     progress_every: int
@@ -82,12 +94,18 @@ class Request:
 
 
 def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
-    """Check everything that can be checked before any engine runs.
+    """Check everything that can be checked before any engine runs; pictures are decoded when all else is right.
 
     Raises:
         InvalidRequest: the first parameter that is wrong, and what is allowed.
     """
-    read = Reader(tensors)
+    known = {tensor.name for tensor in request_tensors(bundle, stream=True)}
+    for name in tensors:
+        if name not in known:
+            raise InvalidRequest(name, f"is no parameter of {bundle.name}")
+    limits, read = bundle.limits, Reader(tensors, bundle.limits)
+    check_headers({name: read.data(name) for name in _PICTURES}, limits)
+    _check_characters(read, limits)
     prompts = _prompts(read, bundle)
     num_images = read.integer("num_images_per_prompt", 1, 1, MAX_PICTURES)
     pictures = len(prompts[0]) * num_images
@@ -96,47 +114,85 @@ def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
             "num_images_per_prompt", f"{pictures} pictures asked for; at most {MAX_PICTURES} a request"
         )
     clip = parse_clip(read, bundle, pictures)
-    start = _start(read, bundle, pictures, clip)
-    task: Task = "inpainting" if start.masks else "image-to-image" if start.images else "text-to-image"
-    if bundle.unet_channels != bundle.latent_channels and task != "inpainting":
-        raise InvalidRequest("mask_image", f"{bundle.name} is an inpainting model: it needs image and mask_image")
     frames = None if clip is None else clip.frames
-    controls = parse_controls(read, bundle, task, len(prompts[0]), frames)
-    height, width = _size(read, bundle, task, start, controls, clip)
-    timeout = read.number("timeout", math.inf, 1e-3)
+    task = _task(read, bundle, pictures)
+    controls = plan_controls(read, bundle, task, len(prompts[0]), frames)
+    step = _size_step(bundle, controls)
+    sides = {name: _side(read, bundle, name, step) for name in ("height", "width")}
+    encode_image = adapter_name(read.text("encode_image"), bundle, "encode_image")
+    image_prompts = plan_image_prompts(read, bundle, encode_image)
+    steps = _steps(read, limits, pictures * (frames or 1))
     seeds = read.integers("seed")
     if len(seeds) not in (0, 1, pictures):
         raise InvalidRequest("seed", f"one for all or one for each of {pictures} pictures, got {len(seeds)}")
-    return Request(
-        task=task,
-        prompts=prompts,
-        negative_prompts=_negative_prompts(read, bundle, len(prompts[0])),
-        image_prompts=parse_image_prompts(read, bundle),
+    scheduler, scheduler_config = parse_scheduler(read, limits)
+    settings: dict[str, Any] = {
+        "task": task,
+        "prompts": prompts,
+        "negative_prompts": _negative_prompts(read, bundle, len(prompts[0])),
+        "clip": clip,
+        "guess_mode": read.flag("guess_mode"),
+        "num_inference_steps": steps,
+        "guidance_scale": read.number(
+            "guidance_scale", _default_guidance(bundle, task, controls), -MAX_SCALE, MAX_SCALE
+        ),
+        "guidance_rescale": read.number("guidance_rescale", 0.0, 0.0, 1.0),
+        "eta": read.number("eta", 0.0, 0.0, 1.0),
+        "strength": _strength(read, bundle, task, steps, controls),
+        "clip_skip": read.integer("clip_skip", 0, 0, bundle.max_clip_skip),
+        "num_images_per_prompt": num_images,
+        "seeds": seeds or tuple(secrets.randbelow(2**32) for _ in range(pictures)),
+        "scheduler": scheduler,
+        "scheduler_config": scheduler_config,
+        "sizes": _size_conditions(read),
+        "output_type": read.choice("output_type", _OUTPUT_TYPES, "np"),
+        "output_format": _output_format(read, PICTURE_FORMATS if clip is None else CLIP_FORMATS),
+        "timeout": min(read.number("timeout", limits.timeout_seconds, 1e-3), limits.timeout_seconds),
+        "encode_image": encode_image,
+        "priority": read.integer("priority", 5, 1, 9),
+        "progress_every": read.integer("progress_every", 1, 1, MAX_STEPS),
+        "preview": read.flag("preview"),
+    }
+    start, loaded = _load_start(read), load_controls(controls)
+    height, width = _size(bundle, task, start, loaded, clip, sides, step)
+    request = Request(
+        **settings,
         start=start,
-        clip=clip,
-        controls=controls,
-        guess_mode=read.flag("guess_mode"),
+        controls=loaded,
         height=height,
         width=width,
-        num_inference_steps=read.integer("num_inference_steps", 50, 1, MAX_STEPS),
-        guidance_scale=read.number("guidance_scale", _default_guidance(bundle, task, controls)),
-        guidance_rescale=read.number("guidance_rescale", 0.0, 0.0, 1.0),
-        eta=read.number("eta", 0.0, 0.0, 1.0),
-        strength=_strength(read, bundle, task, controls),
-        clip_skip=read.integer("clip_skip", 0, 0, bundle.max_clip_skip),
-        num_images_per_prompt=num_images,
-        seeds=seeds or tuple(secrets.randbelow(2**63) for _ in range(pictures)),
-        scheduler=read.text("scheduler"),
-        scheduler_config=read.json("scheduler_config", dict) or {},
-        sizes=_size_conditions(read),
-        output_type=read.choice("output_type", _OUTPUT_TYPES, "np"),
-        output_format=_output_format(read, PICTURE_FORMATS if clip is None else CLIP_FORMATS),
-        timeout=timeout if math.isfinite(timeout) else None,
-        encode_image=adapter_name(read.text("encode_image"), bundle, "encode_image"),
-        priority=read.integer("priority", 5, 1, 9),
-        progress_every=read.integer("progress_every", 1, 1, MAX_STEPS),
-        preview=read.flag("preview"),
+        image_prompts=tuple(map(load_image_prompt, image_prompts)),
     )
+    if encode_image is None and bundle.guided(request):
+        _check_negatives(request)
+    return request
+
+
+def _check_characters(read: Reader, limits: Limits) -> None:
+    """Refuse long prompts before they are made into tokens."""
+    count = 0
+    for name in ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2"):
+        count += sum(map(len, read.texts(name)))
+        if count > limits.prompt_characters:
+            raise InvalidRequest(name, f"the prompts of a request have at most {limits.prompt_characters} characters")
+
+
+def _steps(read: Reader, limits: Limits, frames: int) -> int:
+    """Steps of a request for ``frames`` pictures, or frames of clips, in all."""
+    steps = read.integer("num_inference_steps", 50, 1, MAX_STEPS)
+    if steps * frames > limits.sample_steps:
+        problem = f"{steps} steps for {frames} pictures or frames are {steps * frames}"
+        raise InvalidRequest("num_inference_steps", f"{problem}; at most {limits.sample_steps} a request")
+    return steps
+
+
+def _check_negatives(request: Request) -> None:
+    for prompt in request.image_prompts:
+        if prompt.embeds is not None and len(prompt.embeds) == 1:
+            raise InvalidRequest(
+                "ip_adapter_image_embeds",
+                "with guidance the first axis holds the negative and the positive embeddings",
+            )
 
 
 def _prompts(read: Reader, bundle: Bundle) -> tuple[tuple[str, ...], ...]:
@@ -161,26 +217,36 @@ def _negative_prompts(read: Reader, bundle: Bundle, count: int) -> tuple[tuple[s
     ]
 
 
-def _start(read: Reader, bundle: Bundle, pictures: int, clip: Clip | None) -> StartImages:
-    given = {name: [images.decode(data, name) for data in read.data(name)] for name in ("image", "mask_image")}
-    if given["mask_image"] and not given["image"]:
+def _task(read: Reader, bundle: Bundle, pictures: int) -> Task:
+    """The task of a request for so many results, whose start pictures fit together."""
+    images, masks, video = (len(read.data(name)) for name in ("image", "mask_image", "video"))
+    if masks and not images:
         raise InvalidRequest("mask_image", "needs an image")
-    for name, decoded in given.items():
-        if decoded and pictures % len(decoded):
-            raise InvalidRequest(name, f"{len(decoded)} pictures cannot be spread over {pictures} results")
-    crop = read.integer("padding_mask_crop", 0, 0, 4096) if "padding_mask_crop" in read else None
-    if crop is not None and (len(given["mask_image"]) != 1 or len(given["image"]) != 1):
+    for name, count in (("image", images), ("mask_image", masks)):
+        if count and pictures % count:
+            raise InvalidRequest(name, f"{count} pictures cannot be spread over {pictures} results")
+    if masks > 1 and images > 1 and masks != images:
+        raise InvalidRequest("mask_image", f"one for all, or one for each of {images} images; got {masks}")
+    if "padding_mask_crop" in read and (masks != 1 or images != 1):
         raise InvalidRequest("padding_mask_crop", "needs one image and one mask_image")
-    if crop is not None and given["mask_image"][0].size != given["image"][0].size:
-        raise InvalidRequest("mask_image", "must have the size of image where padding_mask_crop is given")
-    if crop is not None and not np.asarray(given["mask_image"][0].convert("L")).any():
-        raise InvalidRequest("mask_image", "is all black: there is nothing to crop to")
-    video = clip.video if clip is not None else ()
-    if "strength" in read and not given["image"] and not video:
+    if "strength" in read and not images and not video:
         raise InvalidRequest("strength", "needs an image or a video")
-    if video:
-        return StartImages(images=video)
-    return StartImages(images=tuple(given["image"]), masks=tuple(given["mask_image"]), mask_crop=crop)
+    task: Task = "inpainting" if masks else "image-to-image" if images or video else "text-to-image"
+    if bundle.unet_channels != bundle.latent_channels and task != "inpainting":
+        raise InvalidRequest("mask_image", f"{bundle.name} is an inpainting model: it needs image and mask_image")
+    return task
+
+
+def _load_start(read: Reader) -> StartImages:
+    """Decode the pictures to start from."""
+    crop = read.integer("padding_mask_crop", 0, 0, 4096) if "padding_mask_crop" in read else None
+    video = decode_all(read.data("video"), "video")
+    images, masks = video or decode_all(read.data("image"), "image"), decode_all(read.data("mask_image"), "mask_image")
+    if crop is not None and masks[0].size != images[0].size:
+        raise InvalidRequest("mask_image", "must have the size of image where padding_mask_crop is given")
+    if crop is not None and masks[0].convert("L").getbbox() is None:
+        raise InvalidRequest("mask_image", "is all black: there is nothing to crop to")
+    return StartImages(images=images, masks=masks, mask_crop=crop)
 
 
 def _output_format(read: Reader, formats: tuple[str, ...]) -> str | None:
@@ -191,7 +257,7 @@ def _output_format(read: Reader, formats: tuple[str, ...]) -> str | None:
     return read.choice("output_format", formats, formats[0]) if "output_format" in read else None
 
 
-def _strength(read: Reader, bundle: Bundle, task: Task, controls: tuple[Control, ...]) -> float:
+def _strength(read: Reader, bundle: Bundle, task: Task, steps: int, controls: Sequence[object]) -> float:
     """Defaults of diffusers: 1.0 for SD1.5 inpainting, 0.9999 for SDXL's, and that of its image-to-image pipelines."""
     if task == "inpainting":
         default = 0.9999 if bundle.family == "sdxl" else 1.0
@@ -200,48 +266,62 @@ def _strength(read: Reader, bundle: Bundle, task: Task, controls: tuple[Control,
     strength = read.number("strength", default, 0.0, 1.0)
     if strength == 0:
         raise InvalidRequest("strength", "must be above 0 and at most 1, got 0")
+    if task != "text-to-image" and int(steps * strength) < 1:
+        raise InvalidRequest("strength", f"{strength:g} of {steps} steps is less than one step; raise either of them")
     return strength
 
 
-def _default_guidance(bundle: Bundle, task: Task, controls: tuple[Control, ...]) -> float:
+def _default_guidance(bundle: Bundle, task: Task, controls: Sequence[object]) -> float:
     """Defaults of diffusers' pipelines: 7.5, but 5.0 for SDXL, unless it inpaints without a ControlNet."""
     return 5.0 if bundle.family == "sdxl" and (controls or task != "inpainting") else 7.5
 
 
+def _size_step(bundle: Bundle, controls: Sequence[ControlPlan]) -> int:
+    """What height and width are multiples of: the factors of the VAE, and of the T2I-Adapters in use."""
+    used = [bundle.t2i_adapter(control.use.name) for control in controls]
+    return math.lcm(bundle.vae_scale_factor, *(adapter.downscale_factor for adapter in used if adapter is not None))
+
+
+def _side(read: Reader, bundle: Bundle, name: str, step: int) -> int | None:
+    """Height or width, if given."""
+    if name not in read:
+        return None
+    low, _, high = getattr(bundle.shapes, name)
+    value = read.integer(name, 0, low, high)
+    if value % step:
+        raise InvalidRequest(name, f"must be a multiple of {step}, got {value}")
+    return value
+
+
 def _size(
-    read: Reader,
     bundle: Bundle,
     task: Task,
     start: StartImages,
     controls: tuple[Control, ...],
     clip: Clip | None,
+    given: Mapping[str, int | None],
+    step: int,
 ) -> tuple[int, int]:
     """Height and width; by default those of the bundle, or of the picture that diffusers' pipelines take them from.
 
     That is the start picture of image-to-image, the control image, and the start picture of inpainting with one; down
-    to a multiple of the VAE's factor.
+    to a multiple of ``step``.
     """
-    height, width, asked = bundle.default_height, bundle.default_width, None
-    first = None
-    if clip is not None:
-        pass
-    elif task == "image-to-image" or (controls and start.images):
-        first, asked = start.images[0], "image"
-    elif controls:
-        first, asked = controls[0].images[0], "control_image"
-    if first is not None:
-        height, width = (size - size % bundle.vae_scale_factor for size in (first.height, first.width))
-    used = [bundle.t2i_adapter(control.use.name) for control in controls]
-    factor = max([8, *(adapter.downscale_factor for adapter in used if adapter is not None)])
+    source: str | None = None
+    width, height = bundle.default_width, bundle.default_height
+    if clip is None and (task == "image-to-image" or (controls and start.images)):
+        source, (width, height) = "image", start.images[0].size
+    elif clip is None and controls:
+        source, (width, height) = "control_image", controls[0].images[0].size
     sizes = []
     for name, default in (("height", height), ("width", width)):
-        low, _, high = getattr(bundle.shapes, name)
-        value = read.integer(name, default, low, high)
-        if not low <= value <= high:
-            raise InvalidRequest(asked or name, f"{name} must be {low} to {high}, got {value}")
-        if value % factor:
-            raise InvalidRequest(name, f"must be a multiple of {factor}, got {value}")
-        sizes.append(value)
+        value, (low, _, high) = given[name], getattr(bundle.shapes, name)
+        if value is None and source is not None:
+            value = default - default % step
+            if not low <= value <= high:
+                problem = f"a picture of {width}x{height} makes {name} {value}, and {low} to {high} are served"
+                raise InvalidRequest(source, f"{problem}; set height and width, or resize the picture")
+        sizes.append(value or default)
     return sizes[0], sizes[1]
 
 

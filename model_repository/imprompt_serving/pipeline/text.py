@@ -21,4 +21,14 @@ class PromptTokenizer:
 
     def __call__(self, prompt: str) -> np.ndarray:
         """Ids [1, length]."""
-        return np.array([self._tokenizer.encode(prompt).ids], dtype=np.int64)
+        return self.with_rest(prompt)[0]
+
+    def with_rest(self, prompt: str) -> tuple[np.ndarray, str]:
+        """Ids [1, length], and the part of the prompt that did not fit."""
+        encoding = self._tokenizer.encode(prompt)
+        rest = ""
+        if encoding.overflowing:
+            first = encoding.overflowing[0]
+            words = zip(first.offsets, first.special_tokens_mask, strict=True)
+            rest = prompt[next((start for (start, _), special in words if not special), len(prompt)) :]
+        return np.array([encoding.ids], dtype=np.int64), rest

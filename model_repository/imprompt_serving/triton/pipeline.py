@@ -184,13 +184,13 @@ class TritonPythonModel:
             sender.send(response(answer, request))
 
         work = asyncio.ensure_future(self._pipeline.generate(wanted, job_id, progress if self._streaming else None))
-        deadline = None if wanted.timeout is None else came + wanted.timeout
+        deadline = came + wanted.timeout
         while not work.done():
             pause = min(_POLL * max(len(self._tasks) / _POLLED_AT_ONCE, 1.0), _LONGEST_POLL)
             await asyncio.wait({work}, timeout=pause)
             try:
                 check_drain_deadline()
-                if deadline is not None and loop.time() > deadline:
+                if loop.time() > deadline:
                     raise Cancelled(f"timeout: {wanted.timeout:g} seconds are over")
                 if sender.is_cancelled():
                     raise Cancelled("cancelled by its caller")

@@ -1,0 +1,157 @@
+"""Pictures of callers: what is read, what is refused, and that memory is bounded by their pixels."""
+
+from __future__ import annotations
+
+import io
+import resource
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from imprompt_serving.errors import InvalidRequest
+from imprompt_serving.pipeline.images import check_headers, clip_pixels, decode, decode_all
+from imprompt_serving.pipeline.mask_crop import Box, fit_filled, overlay
+from imprompt_serving.specs import ImageEncoder, Limits
+from tiny import images
+
+ENCODER = ImageEncoder(
+    name="clip",
+    shortest_edge=224,
+    resize=None,
+    crop=(224, 224),
+    resample=3,
+    rescale_factor=1 / 255,
+    mean=(0.48, 0.46, 0.41),
+    std=(0.27, 0.26, 0.28),
+    image_size=224,
+)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    return len(body).to_bytes(4, "big") + name + body + zlib.crc32(name + body).to_bytes(4, "big")
+
+
+def png(width: int, height: int, *chunks: bytes) -> bytes:
+    """A PNG that says it is this large, with ``chunks`` before its few pixels."""
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    return b"".join(
+        [
+            b"\x89PNG\r\n\x1a\n",
+            chunk(b"IHDR", header),
+            *chunks,
+            chunk(b"IDAT", zlib.compress(b"\0")),
+            chunk(b"IEND", b""),
+        ]
+    )
+
+
+GOOD = encoded(images.photo(1))
+READABLE = "not a readable PNG, JPEG or WebP picture"
+DAMAGED = f"{READABLE}: "
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", READABLE),
+        (b"this is text", READABLE),
+        (encoded(images.photo(1), "GIF"), READABLE),
+        (encoded(images.photo(1), "TIFF"), READABLE),
+        (GOOD[:200], DAMAGED),
+        (encoded(images.photo(1), "JPEG")[:400], DAMAGED),
+        (GOOD.replace(b"IDAT", b"IDAT" + b"\0" * 40, 1), DAMAGED),
+        (png(0, 5), READABLE),
+        (png(5, 5, chunk(b"tEXt", b"a\0b"), *[chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**6)))] * 9), DAMAGED),
+        (encoded(images.photo(1), "JPEG") + b"\xff\xda" * 200, "a JPEG picture of more than 100 scans"),
+        (png(5, 5, *[chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(10**6)))] * 5), "more than 4 color profiles"),
+    ],
+    ids=range(11),
+)
+def test_what_is_no_picture_is_refused_by_name(data: bytes, message: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        decode_all([GOOD, data], "image")
+    assert str(caught.value).startswith("image: picture 2 of 2: ")
+    assert message in str(caught.value)
+    assert "0x" not in str(caught.value)
+    with pytest.raises(InvalidRequest) as caught:
+        decode(data, "mask_image")
+    assert str(caught.value).startswith("mask_image: ")
+    assert "picture 1" not in str(caught.value)
+
+
+def test_pictures_are_counted_together_by_their_headers() -> None:
+    limits = Limits(image_megapixels=1.0, image_aspect_ratio=4.0, images=3)
+    check_headers({"image": [png(1024, 512)], "mask_image": [png(512, 1024)]}, limits)
+    for given, message in (
+        ({"image": [png(1024, 512)], "mask_image": [png(512, 1025)]}, "mask_image: 512x1025 is too large; a request"),
+        ({"image": [GOOD] * 2, "mask_image": [GOOD] * 2}, "mask_image: a request takes at most 3 pictures in all"),
+        ({"image": [png(1024, 255)]}, "image: 1024x255 is too elongated"),
+        ({"image": [png(30_000, 30_000)]}, "image: too large"),
+    ):
+        with pytest.raises(InvalidRequest) as caught:
+            check_headers(given, limits)
+        assert str(caught.value).startswith(message)
+
+
+def test_kinds_of_pictures() -> None:
+    photo = images.photo(1).convert("RGB")
+    for kind in ("PNG", "JPEG", "WEBP"):
+        assert np.abs(np.asarray(decode(encoded(photo, kind), "image"), int) - np.asarray(photo)).mean() < 8
+    moving = encoded(photo, "WEBP", save_all=True, append_images=[images.photo(2).convert("RGB")])
+    assert decode(moving, "image").size == photo.size  # the first frame
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    assert decode(encoded(photo.crop((0, 0, 40, 20)), "JPEG", exif=turned), "image").size == (20, 40)
+
+
+@pytest.mark.parametrize("large", [65535, 300])
+def test_grey_of_16_bits_is_scaled_to_8(large: int) -> None:
+    ramp = np.linspace(0, large, 64 * 64).reshape(64, 64).astype(np.uint16)
+    image = decode(encoded(Image.fromarray(ramp)), "control_image")
+    assert image.mode == "L"
+    assert np.array_equal(np.asarray(image), np.round(ramp / 257.0))
+
+
+def test_transparent_grey_of_16_bits() -> None:
+    ramp = np.arange(16, dtype=np.uint16).reshape(4, 4)
+    image = decode(encoded(Image.fromarray(ramp), transparency=7), "image")
+    assert np.array_equal(np.asarray(image)[..., 1] == 0, ramp == 7)
+
+
+def test_texts_in_a_picture_are_not_kept() -> None:
+    note = PngImagePlugin.PngInfo()
+    note.add_text("note", "x" * 10_000)
+    palette = images.photo(1).convert("P")
+    image = decode(encoded(palette, pnginfo=note, transparency=3), "image")
+    assert set(image.info) == {"transparency"}
+
+
+@pytest.mark.parametrize("size", [(80_000, 1), (1, 80_000), (60_000, 8)])
+def test_elongated_pictures_take_no_memory(size: tuple[int, int]) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert clip_pixels(Image.new("RGB", size, (255, 0, 0)), ENCODER).shape == (3, 224, 224)
+    original, mask = Image.new("RGB", size), Image.new("L", size, 255)
+    overlay(mask, original, Image.new("RGB", (512, 512)), Box(0, 0, *size))
+    fit_filled(original, 512, 512)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
+
+
+@pytest.mark.parametrize("size", [(2000, 250), (250, 2000), (1999, 333), (333, 1999)])
+def test_elongated_pictures_are_cropped_as_transformers_does(size: tuple[int, int]) -> None:
+    photo = images.photo(1, size=size).convert("RGB")
+    short, long = sorted(size)
+    edges = 224, int(224 * long / short)
+    resized = photo.resize(edges if size[0] <= size[1] else edges[::-1], Image.Resampling(ENCODER.resample))
+    left, top = (resized.width - 224) // 2, (resized.height - 224) // 2
+    expected = np.asarray(resized.crop((left, top, left + 224, top + 224))) / 255
+    values = clip_pixels(photo, ENCODER).transpose(1, 2, 0) * np.array(ENCODER.std) + np.array(ENCODER.mean)
+    assert np.abs(values - expected).max() < 1.5 / 255
+    assert np.asarray(resized).std() > 10

@@ -1,0 +1,320 @@
+"""What a request may say, without a server: each mistake is refused by name before anything is decoded or encoded."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from imprompt_bench import rig
+from imprompt_serving.errors import InvalidRequest
+from imprompt_serving.pipeline import images
+from imprompt_serving.pipeline.request import Request, parse
+from imprompt_serving.specs import Bundle, ControlNet, Limits, Motion, Range, Residual, Shapes, T2IAdapter
+from imprompt_serving.wire import request_tensors
+
+LIMITS = Limits(
+    prompt_characters=100,
+    json_characters=2000,
+    images=6,
+    image_megapixels=0.25,
+    image_aspect_ratio=8.0,
+    sample_steps=200,
+    train_timesteps=2000,
+    timeout_seconds=60.0,
+)
+BUNDLE = msgspec.structs.replace(
+    rig.sd15(rows=2, adapters=("plain", "other")),
+    shapes=Shapes(height=Range(64, 64, 128), width=Range(64, 64, 128), image_tokens=(4, 16), regions=2),
+    default_height=64,
+    default_width=64,
+    limits=LIMITS,
+    controlnets=(ControlNet(name="depth"),),
+    residuals=(Residual(4, 0),),
+    t2i_adapters=(T2IAdapter(name="sketch", channels=1, downscale_factor=16),),
+    features=(Residual(4, 0),),
+    motion=Motion(window=16),
+)
+NUMPY = {"FP64": np.float64, "FP32": np.float32, "INT32": np.int32, "INT64": np.int64, "BOOL": np.bool_}
+
+
+def tensors(bundle: Bundle, values: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Values as Triton hands them over: arrays as they are, others as the protocol's table says."""
+    types = {tensor.name: tensor.dtype for tensor in request_tensors(bundle, stream=True)}
+
+    def tensor(name: str, value: Any) -> np.ndarray:
+        if isinstance(value, np.ndarray):
+            return value
+        items = value if isinstance(value, list) else [value]
+        if types.get(name, "STRING") != "STRING":
+            return np.array(items, NUMPY[types[name]])
+        return np.array([item.encode() if isinstance(item, str) else item for item in items], object)
+
+    return {name: tensor(name, value) for name, value in values.items()}
+
+
+def parsed(bundle: Bundle = BUNDLE, **values: Any) -> Request:
+    return parse(tensors(bundle, {"prompt": "a cat", "num_inference_steps": 4, **values}), bundle)
+
+
+def refused(bundle: Bundle = BUNDLE, **values: Any) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as caught:
+        parsed(bundle, **values)
+    assert str(caught.value).startswith(f"{caught.value.parameter}: ")
+    assert len(str(caught.value).encode()) <= 1024
+    return caught.value
+
+
+def picture(width: int = 64, height: int = 64, mode: str = "RGB", kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, (width, height), 128 if mode != "RGB" else (200, 100, 50)).save(file, kind)
+    return file.getvalue()
+
+
+SMALL = picture()
+PROMPTED = {"ip_adapter_image": SMALL, "ip_adapter_image_adapter": "plain"}
+NESTED = "[" * 900 + "]" * 900
+
+
+@pytest.mark.parametrize(
+    ("parameter", "values"),
+    [
+        ("nonsense", {"nonsense": 1}),
+        ("prompt_2", {"prompt_2": "SDXL only"}),
+        ("prompt", {"prompt": np.array([], object)}),
+        ("prompt", {"prompt": np.array([1, 2])}),
+        ("prompt", {"prompt": b"\xff\xfe"}),
+        ("prompt", {"prompt": "x" * 101}),
+        ("negative_prompt", {"prompt": "x" * 60, "negative_prompt": "x" * 60}),
+        ("num_images_per_prompt", {"num_images_per_prompt": 65}),
+        ("num_images_per_prompt", {"num_images_per_prompt": 1.5 * np.ones(1)}),
+        ("height", {"height": np.array([], np.int32)}),
+        ("height", {"height": [64, 64]}),
+        ("height", {"height": 100}),
+        ("width", {"width": 4096}),
+        ("guidance_scale", {"guidance_scale": 1e30}),
+        ("guidance_scale", {"guidance_scale": float("nan")}),
+        ("guidance_scale", {"guidance_scale": np.array([1 + 1j])}),
+        ("seed", {"seed": [1, 2]}),
+        ("seed", {"seed": np.zeros(100_000, np.int64)}),
+        ("seed", {"seed": np.array([b"1"], object)}),
+        ("preview", {"preview": np.array([1], np.int64)}),
+        ("output_type", {"output_type": "pdf" * 1000}),
+        ("output_format", {"output_format": "gif"}),
+        ("output_format", {"output_format": "png", "output_type": "latent"}),
+        ("timeout", {"timeout": -1.0}),
+        ("timeout", {"timeout": float("inf")}),
+        ("num_inference_steps", {"num_inference_steps": 101, "num_images_per_prompt": 2}),
+        ("num_inference_steps", {"num_inference_steps": 30, "num_frames": 8}),
+        ("scheduler", {"scheduler": "MagicScheduler" * 1000}),
+        ("encode_image", {"encode_image": "no such adapter"}),
+        ("ip_adapter_image", {"encode_image": "plain"}),
+        ("ip_adapter_image", {"encode_image": "other", **PROMPTED}),
+        ("ip_adapter_scale", {**PROMPTED, "ip_adapter_scale": 1e5}),
+        ("ip_adapter_image", {"ip_adapter_image": SMALL, "ip_adapter_image_adapter": "\x00"}),
+        ("ip_adapter_image_embeds", {"ip_adapter_image_embeds_plain": np.full((2, 1, 1024), 1e38, np.float32)}),
+        ("ip_adapter_image_embeds", {"ip_adapter_image_embeds_plain": np.full((2, 1, 1024), np.nan, np.float32)}),
+        ("ip_adapter_image_embeds", {"ip_adapter_image_embeds_plain": np.zeros((2, 0, 1024), np.float32)}),
+        ("ip_adapter_image_embeds", {"ip_adapter_image_embeds_plain": np.zeros((1, 1, 1024), np.float32)}),
+        ("ip_adapter_image_embeds_plain", {"ip_adapter_image_embeds_plain": np.array([b"x"], object)}),
+        ("mask_image", {"mask_image": SMALL}),
+        ("mask_image", {"image": [SMALL] * 2, "mask_image": [SMALL] * 3, "num_images_per_prompt": 6}),
+        ("mask_image", {"num_frames": 8, "mask_image": SMALL}),
+        ("padding_mask_crop", {"image": SMALL, "padding_mask_crop": 4}),
+        ("strength", {"strength": 0.5}),
+        ("strength", {"image": SMALL, "strength": 0.1}),
+        ("controlnet", {"control_image": SMALL, "controlnet": "no such net" * 1000}),
+        (
+            "controlnet_conditioning_scale",
+            {"control_image": SMALL, "controlnet": "depth", "controlnet_conditioning_scale": 1e9},
+        ),
+    ],
+    ids=str,
+)
+def test_mistakes_are_refused_by_name(parameter: str, values: dict[str, Any]) -> None:
+    assert refused(**values).parameter == parameter
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "abc",
+        '"abc"',
+        "null",
+        "true",
+        '[[["linear"]]]',
+        NESTED,
+        "9" * 5000,
+        "9" * 400,
+        '"\\ud83d"',
+        "NaN",
+        "1e999",
+        '{"up": {"block_0": [true]}}',
+        '{"up": null}',
+        "[" * 99,
+    ],
+)
+def test_any_json_as_scales_by_block(text: str) -> None:
+    bundle = msgspec.structs.replace(BUNDLE, limits=Limits())
+    assert refused(bundle, **PROMPTED, ip_adapter_scale_config=text).parameter == "ip_adapter_scale_config"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"up": {"block_9": 1.0}}', "no up.block_9"),
+        ('{"sideways": 1.0}', "no sideways"),
+        ("[[0.1, 0.2]]", "a list needs masks"),
+        ('{"up": {"block_1": [[0.1, 0.2]]}}', "a list needs masks"),
+    ],
+)
+def test_scales_that_do_not_fit_the_bundle(text: str, message: str) -> None:
+    error = refused(**PROMPTED, ip_adapter_scale_config=text)
+    assert error.parameter == "ip_adapter_scale"
+    assert message in str(error)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        '"abc"', "null", "[1]", NESTED, "NaN", '{"beta_start": NaN}', '{"a": "\\ud83d"}',
+        {"num_train_timesteps": 30_000_000}, {"num_train_timesteps": 3e7}, {"num_train_timesteps": -30_000_000},
+        {"original_inference_steps": 30_000_000}, {"steps_offset": 2**63}, {"solver_order": 0}, {"solver_order": 1000},
+        {"trained_betas": [0.1] * 2001}, {"trained_betas": [[0.1], [0.2]]}, {"trained_betas": [30_000_000]},
+        {"solver_p": {"a": 1}}, {"noise_sampler_seed": 1.5}, {"noise_sampler_seed": "abc"},
+        {"_class_name": "EDMEulerScheduler"}, {"_class_name": 5},
+        {"_class_name": "DDIMScheduler", "_use_default_values": "beta_start"},
+    ],
+    ids=lambda config: str(config)[:60],
+)  # fmt: skip
+def test_configurations_of_schedulers_are_bounded(config: Any) -> None:
+    text = config if isinstance(config, str) else json.dumps(config)
+    bundle = msgspec.structs.replace(BUNDLE, limits=msgspec.structs.replace(LIMITS, json_characters=100_000))
+    assert refused(bundle, scheduler_config=text).parameter == "scheduler_config"
+
+
+def test_json_is_bounded() -> None:
+    assert "at most 2000" in str(refused(scheduler_config=json.dumps({"beta_start": [0.0] * 1000})))
+
+
+def test_configurations_that_are_taken() -> None:
+    config = {"lambda_min_clipped": float("-inf"), "trained_betas": None, "noise_sampler_seed": 2**64 - 1}
+    request = parsed(scheduler_config=json.dumps(config))
+    assert request.scheduler_config == config | {"lambda_min_clipped": "-inf"}
+    saved = {
+        "_class_name": "DDIMScheduler",
+        "_diffusers_version": "0.42",
+        "_use_default_values": ["eta"],
+        "beta_end": 0.1,
+    }
+    request = parsed(scheduler_config=json.dumps(saved))
+    assert request.scheduler == "DDIMScheduler"
+    assert request.scheduler_config == {"_use_default_values": ["eta"], "beta_end": 0.1}
+    assert parsed(scheduler="LCMScheduler", scheduler_config=json.dumps(saved)).scheduler == "LCMScheduler"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"ip_adapter_image": [b"x"] * 7}, "ip_adapter_image: a request takes at most 6 pictures in all"),
+        ({"ip_adapter_image": [b"x"] * 4, "image": [b"x"] * 3}, "image: a request takes at most 6 pictures in all"),
+        (
+            {"ip_adapter_image": [SMALL] * 5, "ip_adapter_image_adapter": ["plain"] * 5},
+            "5 pictures for plain make 20 image tokens; at most 16",
+        ),
+        (
+            {
+                "ip_adapter_image": [SMALL] * 3,
+                "ip_adapter_image_adapter": ["plain"] * 3,
+                "ip_adapter_masks": [SMALL] * 3,
+                "ip_adapter_masks_adapter": ["plain"] * 3,
+            },
+            "3 masks; at most 2",
+        ),
+        ({"image": [SMALL] * 2}, "2 pictures cannot be spread over 1 results"),
+        ({"image": [picture(400, 400)] * 2, "num_images_per_prompt": 2}, "image: picture 2 of 2: 400x400 is too large"),
+        ({"image": picture(400, 400), "mask_image": picture(400, 400)}, "mask_image: 400x400 is too large"),
+        ({"image": picture(90, 10)}, "image: 90x10 is too elongated; the longer side may be 8 times"),
+        ({"image": SMALL, "height": 100}, "height: must be a multiple of 8"),
+        ({"image": SMALL, "scheduler": "none"}, "scheduler: unknown scheduler 'none'"),
+    ],
+)
+def test_nothing_is_decoded_for_a_request_that_is_refused(
+    monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(images, "decode", lambda *_: pytest.fail("decoded"))
+    assert message in str(refused(**values))
+
+
+def test_embeddings_are_no_way_around_the_limit_of_image_tokens() -> None:
+    embeds = np.zeros((2, 5, 1024), np.float32)
+    assert "5 pictures for plain make 20 image tokens" in str(refused(ip_adapter_image_embeds_plain=embeds))
+    many = {"ip_adapter_image": [SMALL] * 5, "ip_adapter_image_adapter": ["plain"] * 5}
+    assert len(parsed(**many, encode_image="plain").image_prompts[0].images) == 5  # which end in no UNet
+
+
+def test_compiled_engines_take_no_long_list_beside_masks() -> None:
+    given = {
+        "ip_adapter_image": [SMALL] * 4,
+        "ip_adapter_image_adapter": ["plain"] * 2 + ["other"] * 2,
+        "ip_adapter_masks": [SMALL] * 2,
+        "ip_adapter_masks_adapter": ["plain"] * 2,
+    }
+    assert len(parsed(**given).image_prompts) == 2
+    compiled = msgspec.structs.replace(BUNDLE, backend="tensorrt")
+    assert "at most 4 are served beside several masks" in str(refused(compiled, **given))
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, 60.0), (5.0, 5.0), (1e9, 60.0)])
+def test_a_timeout_can_only_be_shortened(given: float | None, kept: float) -> None:
+    assert parsed(**({} if given is None else {"timeout": given})).timeout == kept
+
+
+def test_seeds_are_drawn_below_two_to_the_32() -> None:
+    seeds = parsed(num_images_per_prompt=50).seeds
+    assert len(set(seeds)) == 50
+    assert max(seeds) < 2**32
+
+
+@pytest.mark.parametrize(
+    ("factor", "values", "size"),
+    [
+        (8, {"image": picture(101, 75)}, (72, 96)),
+        (4, {"image": picture(101, 75)}, (72, 100)),
+        (16, {"image": picture(101, 75)}, (64, 96)),
+        (8, {"control_image": picture(104, 72), "controlnet": "depth"}, (72, 104)),
+        (8, {"control_image": picture(104, 72), "controlnet": "sketch"}, (64, 96)),
+        (8, {"control_image": [picture(104, 72)] * 2}, (64, 96)),
+        (8, {"control_image": picture(104, 72), "controlnet": "sketch", "height": 80}, (80, 96)),
+        (8, {"image": picture(101, 75), "width": 64}, (72, 64)),
+        (8, {"image": SMALL, "mask_image": picture(101, 75)}, (64, 64)),
+    ],
+)
+def test_default_sizes(factor: int, values: dict[str, Any], size: tuple[int, int]) -> None:
+    """Rounded down to what height and width must be multiples of (`VaeImageProcessor.get_default_height_width`)."""
+    request = parsed(msgspec.structs.replace(BUNDLE, vae_scale_factor=factor), **values)
+    assert (request.height, request.width) == size
+
+
+@pytest.mark.parametrize("name", ["image", "control_image"])
+def test_a_picture_outside_the_range_of_sizes(name: str) -> None:
+    error = refused(**{name: picture(300, 300)}, **({"controlnet": "depth"} if name == "control_image" else {}))
+    assert error.parameter == name
+    assert "a picture of 300x300 makes height 296, and 64 to 128 are served" in str(error)
+    assert "set height and width, or resize the picture" in str(error)
+
+
+def test_unusual_prompts_are_taken() -> None:
+    assert parsed(prompt=["", "\x00", "👩🏽‍🎨"]).prompts == (("", "\x00", "👩🏽‍🎨"),)
+
+
+def test_the_pipeline_needs_no_torch() -> None:
+    code = "import sys, imprompt_serving.pipeline.flow; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
