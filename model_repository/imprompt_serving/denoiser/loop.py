@@ -126,11 +126,14 @@ class Denoiser:
 
     def stop(self, timeout: float | None = None) -> None:
         """End the loop and fail what is still active. After `timeout` seconds, leave a call that hangs to itself."""
-        with suppress(Overloaded):
-            launch = self._command(self._stop)
-            wait_for([launch] if launch else [], timeout)
+        try:
+            self._command(self._stop)
+            idle = [thread.submit(lambda: None) for thread in (self._launcher, self._waiter)]
+        except (Overloaded, RuntimeError):
+            return  # stopped before
+        hanging = wait_for(idle, timeout).not_done
         for thread in (self._launcher, self._waiter, self._owner):
-            thread.shutdown(wait=False)
+            thread.shutdown(wait=not hanging)
         self._answer_threads.close(timeout)
 
     def _command(self, command: Callable[..., Any], *arguments: Any) -> Any:
@@ -194,11 +197,10 @@ class Denoiser:
             self._fail(self._jobs[job_id], Cancelled("cancelled by its caller"))
         self._report_population()
 
-    def _stop(self) -> Future[None] | None:
+    def _stop(self) -> None:
         self._stopping = True
         for active in list(self._jobs.values()):
             self._fail(active, Overloaded("the server is stopping"))
-        return self._launch
 
     def _start_tick(self) -> None:
         """Launch the next tick, unless one is being launched or enough are in flight."""
