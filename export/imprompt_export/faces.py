@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from imprompt_export.bundle import BundleError, BundleFile
+from imprompt_export.bundle import BundleFile
+from imprompt_export.errors import BundleError
 
 TASKS = ("detection", "recognition")
 """What is needed of a folder such as buffalo_l; its other models (landmarks, gender and age) are left out."""
