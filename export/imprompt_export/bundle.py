@@ -144,14 +144,14 @@ class BundleFile(_Section, frozen=True):
         self._check_shapes(self.shapes)
         self._check_limits(self.limits)
         self._check_engine(self.engine)
-        self.locate(self.base)
+        self.locate(self.base, "base")
         for lora in self.lora:
             sources.tensors(f"lora {lora.path}", self.lora_file(lora))
         for adapter in self.ip_adapter:
             self.adapter_file(adapter)
             self.image_encoder(adapter)
         for what, path, wanted in self.networks():
-            kinds.model_config(what, self.locate(path), "", wanted)
+            kinds.model_config(what, self.locate(path, what), "", wanted)
         if self.face_encoder is not None:
             self._check_face_encoder(self.face_encoder)
 
@@ -254,25 +254,26 @@ class BundleFile(_Section, frozen=True):
         if self.motion_adapter is not None:
             yield "motion_adapter", self.motion_adapter.path, "a motion adapter"
 
-    def locate(self, path: str) -> str:
+    def locate(self, path: str, what: str = "path") -> str:
         """A path relative to the bundle file as absolute, or a hub id (`sources.locate`)."""
-        return sources.locate(self.folder, path)
+        return sources.locate(what, self.folder, path)
 
     def lora_file(self, lora: LoraSection) -> Path:
         """The weight file of a LoRA."""
-        return sources.weights_file(f"lora {lora.path}", self.locate(lora.path), lora.subfolder or "", lora.weight_name)
+        what = f"lora {lora.path}"
+        return sources.weights_file(what, self.locate(lora.path, what), lora.subfolder or "", lora.weight_name)
 
     def adapter_file(self, adapter: IPAdapterSection) -> Path:
         """The weight file of an adapter."""
-        root = self.locate(adapter.path)
-        return sources.weights_file(f"ip_adapter {adapter.name}", root, adapter.subfolder, adapter.weight_name)
+        what = f"ip_adapter {adapter.name}"
+        return sources.weights_file(what, self.locate(adapter.path, what), adapter.subfolder, adapter.weight_name)
 
     def image_encoder(self, adapter: IPAdapterSection) -> tuple[str, str] | None:
         """Root and subfolder of an adapter's image encoder, found as diffusers does; None for those that need none."""
         folder, what = adapter.image_encoder_folder, f"ip_adapter {adapter.name}"
         if folder is False:
             return None
-        root = self.locate(adapter.path)
+        root = self.locate(adapter.path, what)
         if sources.is_local(root) and Path(root).is_file():
             root = str(Path(root).parent)
         subfolder = folder if "/" in folder else (Path(adapter.subfolder) / folder).as_posix()
@@ -328,8 +329,8 @@ def _elsewhere(key: str, section: type[msgspec.Struct]) -> str:
     """The end of a message about a key that another section has."""
     homes = {name: inner for name, inner in _sections(BundleFile).items() if inner is not None and inner is not section}
     home = next((name for name, inner in homes.items() if key in _sections(inner)), None)
-    if section is not BundleFile and key in _sections(BundleFile):
-        return "; it goes above the first section"
+    if section is not BundleFile and key in _sections(BundleFile) and key != "name":
+        return "; it is a key of the file itself, not of a section"
     return f"; it is a key of {home}" if home else "; see docs/bundle.md for those there are"
 
 
@@ -342,7 +343,7 @@ def _place_first(message: str) -> str:
         return f"{key}: this key is required"
     if not found:
         return message
-    text = text.replace("`object`", "a table ([...])").replace("`array`", "a list ([[...]] for tables)")
+    text = re.sub("`object( . null)?`", "a table ([...])", text).replace("`array`", "a list ([[...]] for tables)")
     return f"{place}: {text[:1].lower()}{text[1:]}"
 
 

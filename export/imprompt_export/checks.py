@@ -82,6 +82,9 @@ def check_checkpoints(bundle: BundleFile) -> None:
         if content is not None:
             state_dict = adapters.in_parts(f"{what}: {file}", content)
             adapters.check_fit(section.name, file.name, state_dict, layers, width, _encoder(bundle, section))
+    for what, path, _ in bundle.networks():
+        if is_local(root := bundle.locate(path)):
+            kinds.check_weights(what, Path(root))
     for net in bundle.controlnet:
         check_controlnet(net.name, _config(bundle, net.path), unet)
     for t2i in bundle.t2i_adapter:
@@ -183,7 +186,10 @@ def _encoder(bundle: BundleFile, section: IPAdapterSection) -> dict[str, Any] | 
     place = bundle.image_encoder(section)
     if place is None:
         return None
-    config = read_json(f"ip_adapter {section.name}", place[0], f"{place[1]}/config.json")
+    what = f"ip_adapter {section.name}"
+    if is_local(place[0]):
+        kinds.check_weights(what, Path(*place))
+    config = read_json(what, place[0], f"{place[1]}/config.json")
     return {key: value(config, key) for key in ("hidden_size", "projection_dim")}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from imprompt_export.errors import BundleError
-from imprompt_export.sources import find, flat, is_local, read_json, tensors
+from imprompt_export.sources import WEIGHTS, find, flat, is_local, read_json, tensors
 
 _CLASSES = {
     "ControlNetModel": "a ControlNet",
@@ -67,7 +67,7 @@ def describe(path: Path) -> str:
         try:
             content = tensors("", path)
         except BundleError:
-            return f"a {path.suffix or 'nameless'} file"
+            return "a damaged file" if path.suffix in WEIGHTS else f"a {path.suffix} file"
         return "a file of an old torch" if content is None else of_names(flat(content))
     if (path / "model_index.json").is_file():
         return f"a diffusers pipeline ({_json(path / 'model_index.json').get('_class_name')})"
@@ -108,11 +108,13 @@ def model_config(what: str, root: str, subfolder: str, wanted: str) -> dict[str,
     Configurations that name no class are taken as they are: loading tells.
 
     Raises:
-        BundleError: there is no such file, or it is that of something else, or its weights are damaged.
+        BundleError: there is no such file, or it is that of something else.
     """
     place = "/".join(filter(None, (subfolder, "config.json")))
     if is_local(root):
         folder = Path(root, subfolder)
+        if not folder.exists():
+            raise BundleError(f"{what}: no folder {folder}")
         if folder.is_file():
             raise BundleError(f"{what}: {folder} is {describe(folder)}; wanted is the folder of {wanted}")
         if not (folder / "config.json").is_file():
@@ -121,16 +123,18 @@ def model_config(what: str, root: str, subfolder: str, wanted: str) -> dict[str,
     kind = _of_config(config)
     named = config.get("_class_name") is not None or config.get("architectures")
     if named and kind != wanted:
-        raise BundleError(f"{what}: {root} is {kind}; wanted is {wanted}")
-    if is_local(root):
-        check_weights(what, Path(root, subfolder))
+        raise BundleError(f"{what}: {Path(root, subfolder)} is {kind}; wanted is {wanted}")
     return config
 
 
 def check_weights(what: str, folder: Path) -> None:
-    """Refuse damaged files of weights, such as those of a download that was broken off."""
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors(what, file)
+    """Refuse a model without weights, or with damaged ones, such as those of a download that was broken off."""
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".bin")]
+    if not files and (folder / "config.json").is_file():
+        raise BundleError(f"{what}: no weights in {folder}")
+    for file in files:
+        if file.suffix == ".safetensors":
+            tensors(what, file)
 
 
 def pipeline_index(what: str, root: str) -> dict[str, Any]:

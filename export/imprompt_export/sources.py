@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from imprompt_export.errors import BundleError, did_you_mean, some_of
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 """Endings of files with weights, best first."""
 
 
@@ -27,19 +27,23 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
 
 
-def locate(folder: Path, path: str) -> str:
+def locate(what: str, folder: Path, path: str) -> str:
     """`path`, relative to `folder`, as an absolute path; what is not there and looks like `owner/name` is a hub id.
 
+    Offline (`HF_HUB_OFFLINE`), a hub id becomes the folder that the hub's cache has of it.
+
     Raises:
-        BundleError: it is neither.
+        BundleError: it is neither, or not in the cache.
     """
     local = folder / path
     if local.exists():
         return str(local.resolve())
     # "checkpoints/sd15" beside a folder "checkpoints" is a misspelt path, not a repository of one "checkpoints".
     if not _HUB_ID.fullmatch(path) or local.parent.is_dir():
-        raise BundleError(f"{path}: no such file or folder in {folder}{_nearest(local)}")
-    return path
+        raise BundleError(f"{what}: no such file or folder in {folder}: {path}{_nearest(local)}")
+    from huggingface_hub import constants
+
+    return _snapshot(what, path) if constants.HF_HUB_OFFLINE else path
 
 
 def _nearest(missing: Path) -> str:
@@ -75,21 +79,23 @@ def weights_file(what: str, root: str, subfolder: str, name: str | None) -> Path
     """
     if is_local(root) and Path(root).is_file():
         if subfolder or name not in (None, Path(root).name):
-            raise BundleError(f"{what}.path: {root} is a file already; leave out subfolder and weight_name")
+            raise BundleError(f"{what}: {root} is a file already; leave out subfolder and weight_name")
         return Path(root)
     if name is not None:
         return find(what, root, "/".join(filter(None, (subfolder, name))))
     if is_local(root):
+        if not Path(root, subfolder).is_dir():
+            raise BundleError(f"{what}: no folder {Path(root, subfolder)}{_nearest(Path(root, subfolder))}")
         names = [entry.name for entry in sorted(Path(root, subfolder).iterdir()) if entry.is_file()]
     else:
         names = _hub_files(what, root, subfolder)
-    for suffix in _WEIGHTS:
+    for suffix in WEIGHTS:
         found = [candidate for candidate in names if candidate.endswith(suffix)]
         if len(found) > 1:
-            raise BundleError(f"{what}.path: {root} holds {some_of(found)}; say which one by weight_name")
+            raise BundleError(f"{what}: {root} holds {some_of(found)}; say which one by weight_name")
         if found:
             return find(what, root, "/".join(filter(None, (subfolder, found[0]))))
-    raise BundleError(f"{what}.path: no file with weights ({', '.join(_WEIGHTS)}) in {Path(root, subfolder)}")
+    raise BundleError(f"{what}: no file with weights ({', '.join(WEIGHTS)}) in {Path(root, subfolder)}")
 
 
 def read_json(what: str, root: str, file: str) -> dict[str, Any]:
@@ -97,6 +103,8 @@ def read_json(what: str, root: str, file: str) -> dict[str, Any]:
     path = find(what, root, file)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BundleError(f"{what}: cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{what}: {path} is not JSON: {error}") from None
     if not isinstance(content, dict):
@@ -114,8 +122,8 @@ def tensors(what: str, file: Path) -> dict[str, Any] | None:
     """
     if file.suffix == ".safetensors":
         return _safetensors(what, file)
-    if file.suffix not in _WEIGHTS:
-        raise BundleError(f"{what}: {file} is no file with weights ({', '.join(_WEIGHTS)})")
+    if file.suffix not in WEIGHTS:
+        raise BundleError(f"{what}: {file} is no file with weights ({', '.join(WEIGHTS)})")
     if not zipfile.is_zipfile(file):
         with file.open("rb") as opened:
             if opened.read(1) == b"\x80":  # a pickle, as torch wrote them before 1.6
@@ -130,7 +138,7 @@ def _safetensors(what: str, file: Path) -> dict[str, Any]:
     try:
         with safe_open(file, framework="np") as opened:
             return {key: TensorInfo(tuple(opened.get_slice(key).get_shape())) for key in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise BundleError(f"{what}: {file} is damaged or no safetensors file: {error}") from None
 
 
@@ -171,16 +179,27 @@ class _ShapeReader(pickle.Unpickler):
         return None
 
 
+def _snapshot(what: str, repository: str) -> str:
+    from huggingface_hub import constants, errors, snapshot_download
+
+    try:
+        return str(snapshot_download(repository, local_files_only=True))
+    except (OSError, ValueError, errors.EntryNotFoundError):
+        cache = constants.HF_HUB_CACHE
+        raise BundleError(
+            f"{_not_beside(what, repository)} the hub's {repository} is not in {cache} (HF_HUB_OFFLINE is set)"
+        ) from None
+
+
 def _download(what: str, repository: str, file: str) -> Path:
     from huggingface_hub import constants, errors, hf_hub_download
 
     try:
         return Path(hf_hub_download(repository, file))
     except errors.LocalEntryNotFoundError:
-        offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         raise BundleError(
-            f"{what}: there is no folder {repository} beside the bundle file, and {file} of the hub's {repository} is "
-            f"not in {constants.HF_HUB_CACHE} ({offline})"
+            f"{_not_beside(what, repository)} {file} of the hub's {repository} is not in {constants.HF_HUB_CACHE} (the "
+            "hub cannot be reached)"
         ) from None
     except errors.GatedRepoError:
         raise BundleError(
@@ -188,8 +207,7 @@ def _download(what: str, repository: str, file: str) -> Path:
         ) from None
     except errors.RepositoryNotFoundError:
         raise BundleError(
-            f"{what}: there is no folder {repository} beside the bundle file, and no repository of that name on the "
-            "hub (or it is private: `hf auth login`)"
+            f"{_not_beside(what, repository)} the hub has no such repository, or it is private (`hf auth login`)"
         ) from None
     except errors.EntryNotFoundError:
         raise BundleError(f"{what}: no file {file} in {repository} on the hub") from None
@@ -198,21 +216,18 @@ def _download(what: str, repository: str, file: str) -> Path:
 
 
 def _hub_files(what: str, repository: str, subfolder: str) -> list[str]:
-    """Names of the files in `subfolder`; offline, of those in the cache."""
-    from huggingface_hub import HfApi, constants, snapshot_download
+    """Names of the files in `subfolder`."""
+    from huggingface_hub import HfApi
 
     try:
-        if constants.HF_HUB_OFFLINE:
-            snapshot = Path(snapshot_download(repository, local_files_only=True))
-            paths = [path.relative_to(snapshot) for path in sorted(snapshot.rglob("*")) if path.is_file()]
-        else:
-            paths = [Path(name) for name in HfApi().list_repo_files(repository)]
+        paths = [Path(name) for name in HfApi().list_repo_files(repository)]
     except Exception as error:
-        raise BundleError(
-            f"{what}: there is no folder {repository} beside the bundle file, and the hub's {repository} cannot be "
-            f"listed: {error}"
-        ) from None
+        raise BundleError(f"{_not_beside(what, repository)} the hub's cannot be listed: {error}") from None
     return [path.name for path in paths if path.parent == Path(subfolder)]
+
+
+def _not_beside(what: str, repository: str) -> str:
+    return f"{what}: there is no folder {repository} beside the bundle file, and"
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
