@@ -93,7 +93,7 @@ def test_what_is_of_no_bundle_stays(tmp_path: Path, kind: str) -> None:
         mine.write_text("mine")
     else:
         mine.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(BundleError, match="sd15_vae_encoder, but that in .* belongs to no bundle"):
+    with pytest.raises(BundleError, match=r"sd15_vae_encoder, but that in .* belongs to no bundle"):
         install.check_free(repository, "sd15", ["sd15", "sd15_vae_encoder"])
     assert os.path.lexists(mine)
 

@@ -36,7 +36,7 @@ def pipeline(root: Path, family: str) -> Any:
 
 def weights(pipe: Any) -> Weights:
     """Of the networks that a LoRA may change, with the names of layers before anything was loaded."""
-    found = {}
+    found: Weights = {}
     for name in ("unet", "text_encoder", "text_encoder_2"):
         if (model := getattr(pipe, name, None)) is not None:
             found |= {f"{name}.{key}": value.clone() for key, value in model.state_dict().items()}
@@ -61,7 +61,7 @@ def by_diffusers(root: Path, family: str, file: Path, scale: float = 0.7) -> Wei
 def assert_equal(ours: Weights, theirs: Weights) -> None:
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
-        torch.testing.assert_close(value, theirs[name], atol=1e-5, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(value, theirs[name], atol=1e-5, rtol=1e-5, msg=f"{name} differs")
 
 
 def save(file: Path, content: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
