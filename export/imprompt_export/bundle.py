@@ -17,6 +17,7 @@ from imprompt_export.errors import BundleError, did_you_mean, some_of
 from imprompt_serving.engines import BACKENDS
 from imprompt_serving.specs import Limits, Shapes
 
+NO_FACES = "face_encoder: the bundle has no FaceID adapter that it could serve"
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _RESERVED = {"down", "mid", "up", "stream", "denoiser"}
 _LARGEST = 2**31 - 1
@@ -220,7 +221,7 @@ class BundleFile(_Section, frozen=True):
         if not 0 < section.det_thresh < 1:
             raise BundleError(f"face_encoder.det_thresh: above 0 and below 1, got {section.det_thresh:g}")
         if not self.ip_adapter:
-            raise BundleError("face_encoder: the bundle has no FaceID adapter that it could serve")
+            raise BundleError(NO_FACES)
         if find_spec("insightface") is None:
             raise BundleError('face_encoder: insightface is not installed: pip install "imprompt[export,face]"')
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from imprompt_export import adapters, kinds, lora
-from imprompt_export.bundle import BundleFile, IPAdapterSection
+from imprompt_export.bundle import NO_FACES, BundleFile, IPAdapterSection
 from imprompt_export.errors import BundleError
 from imprompt_export.sources import flat, is_local, read_json, tensors
 from imprompt_serving.engines import BACKENDS
@@ -76,12 +76,17 @@ def check_checkpoints(bundle: BundleFile) -> None:
     """
     unet = check_base(bundle)
     layers, width = cross_attention_layers(unet), value(unet, "cross_attention_dim")
+    kinds_of_adapters = []
     for section in bundle.ip_adapter:
         what, file = f"ip_adapter {section.name}", bundle.adapter_file(section)
         content = tensors(what, file)
         if content is not None:
             state_dict = adapters.in_parts(f"{what}: {file}", content)
             adapters.check_fit(section.name, file.name, state_dict, layers, width, _encoder(bundle, section))
+            kinds_of_adapters.append(adapters.kind_of(state_dict, file.name))
+    read = len(kinds_of_adapters) == len(bundle.ip_adapter)
+    if bundle.face_encoder is not None and read and not any(kind.startswith("faceid") for kind in kinds_of_adapters):
+        raise BundleError(NO_FACES)
     for what, path, _ in bundle.networks():
         if is_local(root := bundle.locate(path)):
             kinds.check_weights(what, Path(root))

@@ -31,6 +31,8 @@ _ARCHITECTURES = {
     "StableDiffusionSafetyChecker": "a safety checker",
 }
 """By `architectures` in a `config.json` of transformers."""
+_MODEL_FILE = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)(-\d+-of-\d+)?\.(safetensors|bin)")
+"""Files that diffusers and transformers load."""
 _KEYS = (
     (r"(image_proj|ip_adapter)\.", "an IP-Adapter"),
     (r".*\.lokr_", "a LoKr"),
@@ -129,9 +131,12 @@ def model_config(what: str, root: str, subfolder: str, wanted: str) -> dict[str,
 
 def check_weights(what: str, folder: Path) -> None:
     """Refuse a model without weights, or with damaged ones, such as those of a download that was broken off."""
+    if not (folder / "config.json").is_file():
+        return  # no model: a tokenizer, a scheduler
     files = [file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".bin")]
-    if not files and (folder / "config.json").is_file():
-        raise BundleError(f"{what}: no weights in {folder}")
+    if not any(_MODEL_FILE.fullmatch(file.name) for file in files):
+        there = f"; {files[0].name} is not a name that is looked for" if files else ""
+        raise BundleError(f"{what}: no weights in {folder}{there}")
     for file in files:
         if file.suffix == ".safetensors":
             tensors(what, file)

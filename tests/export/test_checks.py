@@ -46,6 +46,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("empty", "no_weights", "no_json"):
         (folder / name).mkdir()
     shutil.copyfile(folder / "depth/config.json", folder / "no_weights/config.json")
+    shutil.copytree(folder / "depth", folder / "only_fp16")
+    weights = folder / "only_fp16/diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".fp16.safetensors"))
     (folder / "no_json/config.json").write_text("{")
     for name, change in (("base", "unet"), ("depth", "")):
         shutil.copytree(folder / name, folder / f"cut_{name}")
@@ -58,8 +61,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copyfile(source, folder / file)
         _cut(folder / file)
     (folder / "page.safetensors").write_text("<!doctype html>" * 30)
-    weights = load_file(folder / IP)
-    save_file({k: v for k, v in weights.items() if "image_proj" not in k}, folder / "half.safetensors")
+    save_file({k: v for k, v in load_file(folder / IP).items() if "image_proj" not in k}, folder / "half.safetensors")
     return folder
 
 
@@ -162,6 +164,7 @@ def test_anything_for_a_lora(root: Path, path: str) -> None:
         (lora("cut.safetensors"), r"cut\.safetensors is damaged"),
         (net("controlnet", "cut_depth"), r"controlnet n: .*cut_depth.* is damaged"),
         (net("controlnet", "no_weights"), "controlnet n: no weights in .*no_weights"),
+        (net("controlnet", "only_fp16"), r"no weights in .*model\.fp16\.safetensors is not a name that is looked"),
         (net("controlnet", "no_json"), r"controlnet n: .*config\.json is not JSON"),
         (BASE.replace('"base"', '"cut_base"'), r"base: .*unet.* is damaged"),
         (BASE.replace('"base"', '"no_vae"'), "base: no folder vae in .*no_vae"),
@@ -225,8 +228,8 @@ def test_a_configuration_that_leaves_out_the_defaults() -> None:
 def test_a_mistake_is_reported_without_importing_torch(root: Path, text: str, said: str) -> None:
     (root / "bundle.toml").write_text(text)
     code = (
-        "import sys, runpy; sys.argv = ['imprompt', 'export', sys.argv[1], '-o', sys.argv[2]]\n"
-        "try: runpy.run_module('imprompt.cli', run_name='imprompt.cli')['app']()\n"
+        "import sys; from imprompt.cli import app\n"
+        "try: app(['export', sys.argv[1], '-o', sys.argv[2]])\n"
         "finally: print([m for m in ('torch', 'diffusers', 'transformers', 'onnx') if m in sys.modules])"
     )
     if "tensorrt" in text and find_spec("tensorrt"):
@@ -267,3 +270,17 @@ def test_an_output_that_cannot_be_used_is_refused_first(root: Path, tmp_path: Pa
     said, torch_there = done.stdout.splitlines()
     assert torch_there == "False"
     assert ("is a file" if there == "file" else "belongs to bundle tiny_stream") in said
+
+
+def test_a_missing_package_is_named_after_the_bundle_is_checked(root: Path, tmp_path: Path) -> None:
+    (root / "bundle.toml").write_text(BASE)
+    code = (
+        "import sys; sys.modules['diffusers'] = None\n"
+        "from imprompt.cli import app; app(['export', sys.argv[1], '-o', sys.argv[2]])"
+    )
+    command = [sys.executable, "-c", code, root / "bundle.toml", tmp_path / "repository"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert 'This command needs more packages: pip install "imprompt[export]"' in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "repository").exists()
