@@ -192,15 +192,18 @@ def _snapshot(what: str, repository: str) -> str:
 
 
 def _download(what: str, repository: str, file: str) -> Path:
-    from huggingface_hub import constants, errors, hf_hub_download
+    from huggingface_hub import (
+        errors,
+        get_hf_file_metadata,
+        hf_hub_download,
+        hf_hub_url,
+        try_to_load_from_cache,
+    )
 
     try:
+        if not isinstance(try_to_load_from_cache(repository, file), str):
+            get_hf_file_metadata(hf_hub_url(repository, file))  # the download would retry for half a minute
         return Path(hf_hub_download(repository, file))
-    except errors.LocalEntryNotFoundError:
-        raise BundleError(
-            f"{_not_beside(what, repository)} {file} of the hub's {repository} is not in {constants.HF_HUB_CACHE} (the "
-            "hub cannot be reached)"
-        ) from None
     except errors.GatedRepoError:
         raise BundleError(
             f"{what}: accept the terms of https://huggingface.co/{repository}, then `hf auth login`"
@@ -209,20 +212,26 @@ def _download(what: str, repository: str, file: str) -> Path:
         raise BundleError(
             f"{_not_beside(what, repository)} the hub has no such repository, or it is private (`hf auth login`)"
         ) from None
-    except errors.EntryNotFoundError:
+    except errors.RemoteEntryNotFoundError:
         raise BundleError(f"{what}: no file {file} in {repository} on the hub") from None
     except Exception as error:  # the many errors of HTTP and of validation
-        raise BundleError(f"{what}: {file} of {repository} cannot be had from the hub: {error}") from None
+        raise BundleError(
+            f"{_not_beside(what, repository)} {file} of the hub's {repository} cannot be had: {error}"
+        ) from None
 
 
 def _hub_files(what: str, repository: str, subfolder: str) -> list[str]:
-    """Names of the files in `subfolder`."""
-    from huggingface_hub import HfApi
+    """Names of the files in `subfolder`; of those in the cache where the hub cannot be reached."""
+    from huggingface_hub import HfApi, errors, snapshot_download
 
     try:
-        paths = [Path(name) for name in HfApi().list_repo_files(repository)]
+        paths = [Path(file.rfilename) for file in HfApi().model_info(repository).siblings or ()]
     except Exception as error:
-        raise BundleError(f"{_not_beside(what, repository)} the hub's cannot be listed: {error}") from None
+        try:
+            snapshot = Path(snapshot_download(repository, local_files_only=True))
+        except (OSError, ValueError, errors.EntryNotFoundError):
+            raise BundleError(f"{_not_beside(what, repository)} the hub's cannot be listed: {error}") from None
+        paths = [path.relative_to(snapshot) for path in sorted(snapshot.rglob("*"))]
     return [path.name for path in paths if path.parent == Path(subfolder)]
 
 

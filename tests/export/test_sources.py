@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +116,9 @@ def publish(folder: Path, place: Path) -> None:
         link.symlink_to(os.path.relpath(blob, link.parent))
 
 
-def run(folder: Path, cache: Path) -> subprocess.CompletedProcess[str]:
-    (folder / "bundle.toml").write_text(BUNDLE)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache)}
+def run(folder: Path, cache: Path, text: str = BUNDLE, **more: str) -> subprocess.CompletedProcess[str]:
+    (folder / "bundle.toml").write_text(text)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "HF_HUB_DISABLE_XET": "1", **more}
     command = [sys.executable, "-c", LOAD, folder / "bundle.toml", folder / "unet.bin"]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
@@ -161,6 +165,95 @@ def test_what_is_not_in_the_cache_is_named(cache: Path, tmp_path: Path, missing:
     assert done.returncode == 1, done.stderr
     assert done.stdout.endswith(" False\n")
     assert re.match(said, done.stdout), done.stdout
+
+
+@pytest.fixture
+def hub(cache: Path) -> Iterator[tuple[str, list[str]]]:
+    """A hub that has what the cache has, and the paths that it was asked for."""
+    asked: list[str] = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            parts = self.path.partition("?")[0].strip("/").split("/")
+            api = parts[0] == "api"
+            owner, name, *rest = parts[2:] if api else parts
+            snapshot = cache / f"models--{owner}--{name}/snapshots/{COMMIT}"
+            if not snapshot.is_dir():
+                self._send(404, error="RepoNotFound")
+            elif api:
+                files = sorted(path for path in snapshot.rglob("*") if path.is_file())
+                names = [path.relative_to(snapshot).as_posix() for path in files]
+                tree = [{"type": "file", "path": n, "size": 1, "oid": "0" * 40} for n in names]
+                info = {"id": f"{owner}/{name}", "sha": COMMIT, "siblings": [{"rfilename": n} for n in names]}
+                self._send(200, json.dumps(tree if "tree" in rest else info).encode())
+            elif (file := snapshot.joinpath(*rest[2:])).is_file():
+                self._send(200, file.read_bytes(), etag=hashlib.sha256(file.read_bytes()).hexdigest())
+            else:
+                self._send(404, error="EntryNotFound")
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def _send(self, status: int, content: bytes = b"", *, etag: str = "", error: str = "") -> None:
+            self.send_response(status)
+            headers = {"Content-Length": str(len(content)), "X-Repo-Commit": COMMIT, "X-Error-Code": error}
+            for name, value in (headers | {"ETag": f'"{etag}"' if etag else ""}).items():
+                if value:
+                    self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_everything_comes_from_the_hub(hub: tuple[str, list[str]], tmp_path: Path) -> None:
+    """And is in the cache afterwards; a second time without the hub."""
+    done = run(tmp_path, tmp_path / "cache", HF_HUB_OFFLINE="0", HF_ENDPOINT=hub[0])
+    assert done.stdout.splitlines() == ["['plus', 'plus'] True", "plus depth sketch"], done.stderr
+    assert done.stderr == ""
+    assert not any("sdxl" in path for path in hub[1])
+    assert run(tmp_path, tmp_path / "cache").stdout == done.stdout
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (("runwayml/base", "runwayml/bsae"), "base: .* the hub has no such repository"),
+        (
+            ("plus_sd15", "face_sd15"),
+            "ip_adapter plus: no file models/ip-adapter-face_sd15.safetensors in h94",
+        ),
+        (
+            ("lllyasviel/depth", "guoyww/motion"),
+            "controlnet depth: guoyww/motion is a motion adapter; wanted is a",
+        ),
+    ],
+)
+def test_what_the_hub_does_not_have(
+    hub: tuple[str, list[str]], tmp_path: Path, changed: tuple[str, str], said: str
+) -> None:
+    done = run(tmp_path, tmp_path / "cache", BUNDLE.replace(*changed), HF_HUB_OFFLINE="0", HF_ENDPOINT=hub[0])
+    assert done.stdout.endswith(" False\n"), done.stderr
+    assert re.match(said, done.stdout), done.stdout
+
+
+def test_no_hub_is_reported_at_once(tmp_path: Path) -> None:
+    """Its library would try for half a minute."""
+    start = time.perf_counter()
+    text = BUNDLE.partition("[[")[0]
+    done = run(tmp_path, tmp_path / "cache", text, HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9")
+    assert "base: there is no folder runwayml/base beside the bundle file, and model_index.json of" in done.stdout
+    assert time.perf_counter() - start < 15
 
 
 def test_a_path_is_no_hub_id(tmp_path: Path) -> None:
