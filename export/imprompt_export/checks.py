@@ -11,7 +11,7 @@ from typing import Any
 
 from imprompt_export import adapters, kinds, lora
 from imprompt_export.bundle import NO_FACES, BundleFile, IPAdapterSection
-from imprompt_export.errors import BundleError
+from imprompt_export.errors import BundleError, refusing
 from imprompt_export.sources import flat, is_local, read_json, tensors
 from imprompt_serving.engines import BACKENDS
 from imprompt_serving.engines.tensorrt_package import tensorrt
@@ -33,7 +33,6 @@ _DEFAULTS: dict[str, Any] = {
     "block_out_channels": (320, 640, 1280, 1280),
     "channels": (320, 640, 1280, 1280),
     "layers_per_block": 2,
-    "motion_layers_per_block": 2,
     "cross_attention_dim": 1280,
     "addition_embed_type": None,
     "adapter_type": "full_adapter",
@@ -74,6 +73,11 @@ def check_checkpoints(bundle: BundleFile) -> None:
     Raises:
         BundleError: says what does not fit, and what would.
     """
+    with refusing("a configuration of the checkpoints is not understood"):
+        _check_base_and_parts(bundle)
+
+
+def _check_base_and_parts(bundle: BundleFile) -> None:
     unet = check_base(bundle)
     layers, width = cross_attention_layers(unet), value(unet, "cross_attention_dim")
     kinds_of_adapters = []

@@ -50,6 +50,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = folder / "only_fp16/diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".fp16.safetensors"))
     (folder / "no_json/config.json").write_text("{")
+    shutil.copytree(folder / "base", folder / "odd")
+    odd = json.loads((folder / "odd/unet/config.json").read_text()) | {"layers_per_block": "two"}
+    (folder / "odd/unet/config.json").write_text(json.dumps(odd))
     for name, change in (("base", "unet"), ("depth", "")):
         shutil.copytree(folder / name, folder / f"cut_{name}")
         _cut(folder / f"cut_{name}" / change / "diffusion_pytorch_model.safetensors")
@@ -167,6 +170,7 @@ def test_anything_for_a_lora(root: Path, path: str) -> None:
         (net("controlnet", "only_fp16"), r"no weights in .*model\.fp16\.safetensors is not a name that is looked"),
         (net("controlnet", "no_json"), r"controlnet n: .*config\.json is not JSON"),
         (BASE.replace('"base"', '"cut_base"'), r"base: .*unet.* is damaged"),
+        (BASE.replace('"base"', '"odd"'), "a configuration of the checkpoints is not understood"),
         (BASE.replace('"base"', '"no_vae"'), "base: no folder vae in .*no_vae"),
         (BASE.replace('"base"', '"no_text_encoder"'), "base: no folder text_encoder"),
         # Made for another base
