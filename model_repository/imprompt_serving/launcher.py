@@ -189,6 +189,7 @@ class Server:
     def stop(self, *, hurry: Callable[[], bool] = lambda: False) -> None:
         """Ends Triton with SIGTERM, by force when it takes too long or `hurry` says so. Harmless when nothing runs."""
         if self._process is not None and self._process.poll() is None:
+            announce_drain(self._drain_file, deadline=time.time())  # requests that still run end by name, not as broken
             self._process.terminate()
             until = time.monotonic() + EXIT_TIMEOUT_S + KILL_AFTER_S
             while self._process.poll() is None and time.monotonic() < until and not hurry():

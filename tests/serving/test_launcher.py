@@ -291,6 +291,17 @@ def test_what_the_drain_timeout_cuts_off_gets_one_error(repository: Path) -> Non
 
 
 @needs_triton
+def test_requests_that_run_when_a_server_stops_without_a_drain_end_by_name(repository: Path) -> None:
+    with Server(repository) as server:
+        running = Stream(server.grpc_address, 1000)
+        assert running.next() == "step"
+        server.stop()
+        while (last := running.next()) == "step":
+            pass
+    assert "did not end in the time that was left" in last
+
+
+@needs_triton
 def test_a_second_signal_ends_everything_at_once(repository: Path) -> None:
     with foreground(repository) as server:
         running = Stream(server.addresses.grpc, 1000)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from imprompt_serving.errors import InvalidRequest, RequestError
+from imprompt_serving.drain import drain_deadline
+from imprompt_serving.errors import InvalidRequest, Overloaded, RequestError
 
 # The server adds its classes to the module only after it has imported the model, hence names here, not values.
 _CODES = {
@@ -62,8 +63,15 @@ def send_final(sender: Any, answer: Any = None) -> None:
 
 
 def raise_for_error(answer: Any) -> None:
-    """Raise the error that an answer of another model carries."""
+    """Raise the error that an answer of another model carries.
+
+    Raises:
+        Overloaded: the server is stopping, when Triton refuses calls between models ("Server not ready").
+        RequestError: anything else.
+    """
     if answer.has_error():
+        if drain_deadline() is not None:
+            raise Overloaded("the server is stopping")
         raise RequestError(answer.error().message())
 
 
