@@ -21,5 +21,9 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 
 EXPOSE 8000 8001 8002
 HEALTHCHECK --start-period=10m CMD curl --fail --silent localhost:8000/v2/health/ready
-CMD ["tritonserver", "--model-repository=/repository", "--disable-auto-complete-config", \
-     "--cache-config=local,size=268435456", "--exit-on-error=true"]
+# The secret keeps callers from the internal models, and a header that nobody knows from the APIs of operators.
+CMD ["sh", "-c", "secret=$(cat /proc/sys/kernel/random/uuid) && IMPROMPT_SECRET=$secret exec tritonserver \
+     --model-repository=/repository --disable-auto-complete-config --exit-on-error=true \
+     --cache-config=local,size=268435456 --backend-config=python,thread-pool-size=64 \
+     --grpc-restricted-protocol=shared-memory,trace,logging,model-repository:imprompt-operator=$secret \
+     --http-restricted-api=shared-memory,trace,logging,model-repository:imprompt-operator=$secret"]

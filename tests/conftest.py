@@ -47,7 +47,7 @@ def served(bundle: Callable[[str], bundles.Made]) -> Iterator[Callable[[str], Se
         def start(name: str) -> Served:
             if name not in running:
                 made = bundle(name)
-                server = stack.enter_context(Server(made.repository))
+                server = stack.enter_context(Server(made.repository, http_port=0))
                 stack.callback(server.kill)  # a session's end need not wait for a drain
                 client = stack.enter_context(Client(server.grpc_address))
                 running[name] = Served(made, server, client)

@@ -40,6 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from imprompt_export import graphs, image_prompt  # noqa: E402
 from imprompt_export.graphs import Axes, Graph  # noqa: E402
+from imprompt_export.image_prompt import AdapterPrompts  # noqa: E402
 from imprompt_export.precision import Positional, cast  # noqa: E402
 from imprompt_export.profiles import Profile  # noqa: E402
 from imprompt_serving.engines import EngineError, load_engine  # noqa: E402
@@ -240,7 +241,7 @@ def _exported(graph: Graph, backend: str, shapes: list[Axes], work: Path, option
         plan = work / backend / f"{graph.name}.plan"
         builder.build(source, plan, [_profile(graph, axes) for axes in shapes])
         engine = load_engine(plan, backend, device=options.device)  # type: ignore[assignment]
-    (output,) = graph.outputs
+    output = next(iter(graph.outputs))
     return lambda tensors: engine.run_tensors(tensors)[output]
 
 
@@ -302,9 +303,9 @@ def flops(case: Case, rows: int, size: int) -> float:
     inputs = {name: tensor.to("meta") for name, tensor in case.unet.example(case.axes(rows, size)).items()}
     added = {name: inputs[name] for name in ("text_embeds", "time_ids") if name in inputs}
     prompts = next(p.prompts for p in meta.attn_processors.values() if hasattr(p, "prompts"))
-    prompts.tokens, prompts.bias = [inputs["ip_tokens_plus"]], [inputs["ip_bias_plus"]]
-    prompts.scale = [inputs["ip_scale_plus"]]
-    prompts.masks = [{int(n[-1]): t for n, t in inputs.items() if n.startswith("ip_mask_")}]
+    masks = {int(n[-1]): t for n, t in inputs.items() if n.startswith("ip_mask_")}
+    tensors = {kind: inputs[f"ip_{kind}_plus"] for kind in ("tokens", "bias", "scale")}
+    prompts.adapters = [AdapterPrompts.of(**tensors, masks=masks)]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         meta(inputs["sample"], inputs["timestep"], inputs["encoder_hidden_states"], added_cond_kwargs=added)
     return float(counter.get_total_flops())

@@ -42,8 +42,6 @@ def main(arguments: Sequence[str]) -> int:
         app(args=list(arguments), prog_name="imprompt bench", obj=shlex.join(["imprompt", "bench", *arguments]))
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
-    except ImportError as error:
-        return _failed(f'{error}. Presets need more packages: pip install "imprompt[bench,export,server]"')
     except (BenchError, ImpromptError, OSError) as error:
         return _failed(str(error))
     return 0
@@ -57,7 +55,10 @@ def measure(
     ] = None,
     url: Annotated[str | None, typer.Option(help="gRPC address of a server that runs, in place of a preset.")] = None,
     model: Annotated[str | None, typer.Option(help="Bundle of that server.")] = None,
-    metrics: Annotated[str | None, typer.Option(help="Its metrics (default: port 8002 of the same host).")] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="Its metrics, host:port (default: port 8002 of the same host, if they are there)."),
+    ] = None,
     backend: Annotated[str, typer.Option(help="`engine.backend` of the preset's bundle.")] = "onnxruntime",
     precision: Annotated[str, typer.Option(help="`engine.precision` of the preset's bundle.")] = "fp32",
     scenario: Annotated[list[Scenario] | None, typer.Option(help="May be repeated (default: all).")] = None,
@@ -77,6 +78,9 @@ def measure(
         return
     if url is not None and (preset or baseline or model is None):
         raise typer.BadParameter("goes with --model, and without --preset and --baseline", param_hint="--url")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.is_dir() or not os.access(output if output.exists() else output.parent, os.W_OK):
+        raise BenchError(f"{output} cannot be written")
     name = preset.value if preset else "tiny"
     around = environment()  # now: what the machine is busy with later is this run
     measured: AbstractContextManager[subject.Subject]
@@ -101,9 +105,15 @@ def measure(
             environment=around,
             console=console,
         )
-        run = session.run([each.value for each in scenario or Scenario], baselines, callers or CALLERS, context.obj)
-    run.save(output)
-    print(output)
+        if served.observer.metrics_address is None:
+            console.print(f"no metrics of {served.model} on port {subject.METRICS_PORT}: the server's own counters are "
+                          "left out (--metrics says where they are)", soft_wrap=True)  # fmt: skip
+        try:
+            session.run([each.value for each in scenario or Scenario], baselines, callers or CALLERS)
+        finally:
+            if session.measurements:
+                session.results(context.obj).save(output)
+                print(output)
 
 
 @app.command()

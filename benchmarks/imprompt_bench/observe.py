@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from typing import NamedTuple
 
 import psutil
@@ -50,13 +51,28 @@ def count(page: str, bundle: str) -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Observer:
-    """Looks at the server of ``bundle``; ``pids`` are its processes by name, when they are on this machine."""
+    """Looks at the server of `bundle`; `pids` are its processes by name, when they are on this machine."""
 
     bundle: str
-    metrics_address: str
+    metrics_address: str | None
+    """Without it there are no counters, and nothing is said of the server."""
     pids: dict[str, int] = field(default_factory=dict)
 
+    def check(self) -> None:
+        """Look at the metrics once.
+
+        Raises:
+            BenchError: there are none, or they are those of another server.
+        """
+        if f'model="{self.bundle}"' not in self._page():
+            raise BenchError(f"the metrics at {self.metrics_address} are not those of {self.bundle}")
+
     def snapshot(self) -> Snapshot:
+        """Counters and processes as they are now.
+
+        Raises:
+            BenchError: no metrics are there.
+        """
         time.sleep(SETTLE_S)
         counters = count(self._page(), self.bundle)
         cpu, memory = 0.0, dict[str, float]()
@@ -73,16 +89,21 @@ class Observer:
         try:
             with opener.open(f"http://{self.metrics_address}/metrics", timeout=10) as answer:
                 return str(answer.read().decode())
-        except OSError as error:
+        except (OSError, HTTPException, ValueError) as error:
             raise BenchError(f"no metrics at {self.metrics_address}: {error}; --metrics says where") from error
 
     @contextmanager
-    def watch(self) -> Iterator[Callable[[], ServerUse]]:
-        """Between here and the call of what is handed out."""
-        before = self.snapshot()
+    def watch(self) -> Iterator[Callable[[], ServerUse | None]]:
+        """Between here and the call of what is handed out. None where the counters are out of reach.
 
-        def use() -> ServerUse:
-            after = self.snapshot()
+        The samples that are taken meanwhile are worth more than the counters: no error here throws them away.
+        """
+        before = self._seen()
+
+        def use() -> ServerUse | None:
+            after = self._seen()
+            if before is None or after is None:
+                return None
             change = {name: value - before.counters[name] for name, value in after.counters.items()}
             rows = change.pop("rows")
             seconds = after.at - before.at - SETTLE_S
@@ -94,3 +115,10 @@ class Observer:
             )
 
         yield use
+
+    def _seen(self) -> Snapshot | None:
+        if self.metrics_address is None:
+            return None
+        with suppress(BenchError):
+            return self.snapshot()
+        return None

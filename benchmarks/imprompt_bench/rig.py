@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from imprompt_bench.checkpoints import SCHEDULER
+from imprompt_serving.denoiser.answers import Outcome
 from imprompt_serving.denoiser.batch import Batcher
 from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.job import Job
-from imprompt_serving.denoiser.loop import Denoiser, Outcome
+from imprompt_serving.denoiser.loop import Denoiser
 from imprompt_serving.denoiser.meter import Meter
 from imprompt_serving.denoiser.networks import Networks
 from imprompt_serving.engines import Engine

@@ -62,23 +62,18 @@ class Scenes:
                 samples[name].append(_timed(systems[name], self.workload.request(number + index), index, began))
         return [_measurement("latency", name, own, None) for name, own in samples.items()], parity
 
-    def closed(self, callers: Sequence[int]) -> list[Measurement]:
+    def closed(self, callers: Sequence[int]) -> Iterator[Measurement]:
         """A number of callers, each with one request at a time."""
-        return [
-            self._run(
-                "closed", "imprompt", partial(load.closed_loop, count=self.requests, callers=number), value=number
-            )
-            for number in callers
-        ]
+        for number in callers:
+            traffic = partial(load.closed_loop, count=self.requests, callers=number)
+            yield self._run("closed", "imprompt", traffic, value=number)
 
-    def open(self, capacity: float, loads: Sequence[float] = LOADS) -> list[Measurement]:
-        """Arrivals at random, at shares of ``capacity`` (pictures per second)."""
-        measurements = []
+    def open(self, capacity: float, loads: Sequence[float] = LOADS) -> Iterator[Measurement]:
+        """Arrivals at random, at shares of `capacity` (pictures per second)."""
         for share in loads:
             arrivals = poisson_arrivals(share * capacity, self.requests)
             traffic = partial(load.open_loop, arrivals=arrivals)
-            measurements.append(self._run("open", "imprompt", traffic, value=share, within=RANDOM_WITHIN))
-        return measurements
+            yield self._run("open", "imprompt", traffic, value=share, within=RANDOM_WITHIN)
 
     def overload(self, capacity: float, undisturbed: float) -> list[Measurement]:
         """More than the server can do, then less; ``undisturbed`` is the median latency of one caller."""
@@ -103,9 +98,8 @@ class Scenes:
         traffic = partial(load.open_loop, arrivals=arrivals)
         return [self._run("mixed", "imprompt", traffic, plan=plan, within=RANDOM_WITHIN)]
 
-    def growth(self) -> list[Measurement]:
+    def growth(self) -> Iterator[Measurement]:
         """One request at a time, with more and more of one thing."""
-        measurements = []
         with Client(self.subject.url) as client:
 
             def system(arguments: Arguments) -> dict[str, float]:
@@ -118,8 +112,7 @@ class Scenes:
                 for index in range(1, max(self.requests // 4, 3) + 1):
                     request = self.workload.request(number + index, **changes)
                     samples.append(_timed(system, request, index, began))
-                measurements.append(_measurement("growth", label, samples, None, value=value))
-        return measurements
+                yield _measurement("growth", label, samples, None, value=value)
 
     def _grown(self) -> Iterator[tuple[str, int, dict[str, Any]]]:
         """What grows, how far, and the arguments that say so."""

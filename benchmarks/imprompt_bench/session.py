@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from statistics import median
@@ -33,14 +33,15 @@ class Session:
     console: Console
     measurements: list[Measurement] = field(default_factory=list)
     parity: dict[str, list[float]] = field(default_factory=dict)
+    arithmetic: dict[str, float] = field(default_factory=dict)
 
-    def run(self, scenarios: Sequence[str], baselines: Sequence[str], callers: Sequence[int], command: str) -> Run:
+    def run(self, scenarios: Sequence[str], baselines: Sequence[str], callers: Sequence[int]) -> None:
         """Everything that was asked for; loads other than one caller's are shares of what `closed` finds.
 
         Raises:
             BenchError: a baseline makes another picture, or a scenario got none.
         """
-        arithmetic = self._arithmetic()
+        self.arithmetic = self._arithmetic()
         scenes = Scenes(subject=self.subject, workload=self.workload, requests=self.requests)
         if "latency" in scenarios:
             self._latency(scenes, baselines)
@@ -48,6 +49,9 @@ class Session:
             self._under_load(scenes, scenarios, callers)
         if "growth" in scenarios:
             self._keep(scenes.growth())
+
+    def results(self, command: str) -> Run:
+        """All that was measured until now."""
         return Run(
             command=command,
             environment=self.environment,
@@ -59,7 +63,7 @@ class Session:
                 "steps": self.workload.steps,
             },
             setup=self.subject.setup,
-            arithmetic=arithmetic,
+            arithmetic=self.arithmetic,
             parity=self.parity,
             measurements=self.measurements,
         )
@@ -91,8 +95,7 @@ class Session:
         self._keep(measured)
 
     def _under_load(self, scenes: Scenes, scenarios: Sequence[str], callers: Sequence[int]) -> None:
-        closed = scenes.closed(sorted({1, *callers}))
-        self._keep(closed)
+        closed = self._keep(scenes.closed(sorted({1, *callers})))
         rate, alone = capacity(closed), median(closed[0].latencies())
         if "open" in scenarios:
             self._keep(scenes.open(rate))
@@ -101,10 +104,13 @@ class Session:
         if "mixed" in scenarios:
             self._keep(scenes.mixed(rate, alone))
 
-    def _keep(self, measurements: Sequence[Measurement]) -> None:
-        self.measurements += measurements
+    def _keep(self, measurements: Iterable[Measurement]) -> list[Measurement]:
+        kept = []
         for measurement in measurements:
+            kept.append(measurement)
+            self.measurements.append(measurement)  # each as it is there: the next may fail
             self.console.print(_line(measurement), soft_wrap=True)
+        return kept
 
 
 def _line(measurement: Measurement) -> str:

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -45,13 +45,23 @@ class Subject:
 
 
 def running(url: str, model: str, metrics_address: str | None = None) -> Subject:
-    """The bundle ``model`` of the server at ``url``; its metrics are on the default port unless said otherwise."""
-    metrics = metrics_address or f"{url.rpartition(':')[0]}:{METRICS_PORT}"
+    """The bundle `model` of the server at `url`. Its metrics are looked for on the default port unless said otherwise.
+
+    Raises:
+        BenchError: there are no metrics at `metrics_address`. If they are only missed on the default port, the subject
+            has none.
+    """
     with Client(url) as client:
         capabilities = client.describe(model)
-    return Subject(
-        url=url, model=model, capabilities=capabilities, observer=Observer(bundle=model, metrics_address=metrics)
-    )
+    metrics = metrics_address or f"{url.rpartition(':')[0] or url}:{METRICS_PORT}"
+    observer = Observer(bundle=model, metrics_address=metrics.removeprefix("http://").removesuffix("/metrics"))
+    try:
+        observer.check()
+    except BenchError:
+        if metrics_address is not None:
+            raise
+        observer = replace(observer, metrics_address=None)
+    return Subject(url=url, model=model, capabilities=capabilities, observer=observer)
 
 
 @contextmanager

@@ -13,19 +13,20 @@ import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from imprompt import _transport
-from imprompt._errors import ImpromptError, InvalidRequest, Overloaded, ServerError
+from imprompt._errors import ConnectionFailed, ImpromptError, InvalidRequest, Overloaded, ServerError
 from imprompt._images import ImageInput
 from imprompt._model import Capabilities, ServedModel, is_bundle, model_name, no_bundle, read_model
 from imprompt._parameters import Parameters
-from imprompt._request import Request, build_encode_request, build_request
+from imprompt._request import Request, build_encode_request, build_request, check_request
 from imprompt._result import Progress, Result, read_embeds, read_event, read_outputs, read_result
-from imprompt._retry import MAX_RETRIES, PROBE_TIMEOUT_S, Budget, check_timeout
+from imprompt._retry import MAX_RETRIES, PROBE_TIMEOUT_S, Budget, check_retries, check_timeout
 
 
 class AsyncClient:
-    """`Client` for asyncio: same arguments, methods and errors, awaited. For one event loop.
+    """`Client` for asyncio: same arguments, methods and errors, awaited.
 
-    Cancelling the task that awaits a request stops the work on the server.
+    Cancelling the task that awaits a request stops the work on the server. Each event loop gets a connection of its
+    own, so a client may outlive `asyncio.run`; `close` it in the last loop that uses it.
     """
 
     def __init__(
@@ -38,11 +39,14 @@ class AsyncClient:
         metadata: Mapping[str, str] | Sequence[tuple[str, str]] | None = None,
     ) -> None:
         self._address, self._credentials = _transport.check_url(url), credentials
+        self._timeout, self._max_retries = check_timeout(timeout), check_retries(max_retries)
         self._metadata = _transport.as_metadata(metadata)
-        self._timeout, self._max_retries = check_timeout(timeout), max_retries
+        _transport.check_credentials(credentials)
+        self._connections: dict[asyncio.AbstractEventLoop, tuple[Any, Any]] = {}
+        """By event loop: channel and stub."""
+        self._closed = False
         self._models: dict[tuple[str, bool], ServedModel] = {}
-        self._channel: Any = None
-        self._connected: Any = None
+        self._seen: set[str] = set()
 
     async def __aenter__(self) -> Self:
         return self
@@ -54,8 +58,11 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the connection; calls under way are cancelled."""
-        if self._channel is not None:
-            await self._channel.close()
+        self._closed = True
+        channel, _ = self._connections.pop(asyncio.get_running_loop(), (None, None))
+        self._connections.clear()  # the loops of the others have ended, and their calls with them
+        if channel is not None:
+            await channel.close()
 
     async def generate(self, *, model: str, prompt: str | Sequence[str], **parameters: Unpack[Parameters]) -> Result:
         """Ask for pictures (or a clip) and wait for them; see `Client.generate`."""
@@ -63,41 +70,21 @@ class AsyncClient:
         request = await asyncio.to_thread(build_request, await self._model(model, budget), prompt, parameters)
         return read_result(await self._infer(request, budget), request)
 
-    async def stream(
+    def stream(
         self, *, model: str, prompt: str | Sequence[str], **parameters: Unpack[Parameters]
     ) -> AsyncGenerator[Progress | Result, None]:
-        """Like `generate`, but tells of the progress first: `Progress`, ..., then one `Result`.
+        """Like `generate`, but reports progress first: `Progress`, ..., then one `Result`.
 
-        Closing the generator (`aclose`), or leaving it by an exception, stops the work.
+        `timeout` counts from here. What can be checked at once is: the rest, and all of it for a model that this client
+        has not asked for yet, when the request is sent with the first `anext`. Closing the generator (`aclose`), or
+        leaving it by an exception, stops the work.
         """
         budget = self._budget(parameters.get("timeout"))
-        served = await self._model(model, budget, stream=True)
-        request = await asyncio.to_thread(build_request, served, prompt, parameters)
-        answered = False
-        while True:
-            call = self._stub.ModelStreamInfer(
-                iter([request.message(budget.remaining)]),
-                timeout=budget.grpc_timeout,
-                metadata=self._metadata + _transport.STREAM_METADATA,
-            )
-            failure: ImpromptError
-            try:
-                finished = False
-                async for answer in call:
-                    answered = True
-                    event = read_event(answer, request)
-                    finished = isinstance(event, Result)
-                    yield event
-                if not finished:
-                    raise ServerError("the answers ended without a result", request_id=request.id)
-                return
-            except (grpc.RpcError, asyncio.CancelledError) as error:
-                failure = await self._failure(error, call, request, budget)
-                if answered or not isinstance(failure, Overloaded):
-                    raise failure from error
-            finally:
-                call.cancel()
-            await asyncio.sleep(budget.pause(failure))
+        model_name(model, stream=True)
+        known = self._models.get((model, True))
+        if known is not None:
+            check_request(known, prompt, parameters)
+        return self._events(model, prompt, parameters, budget)
 
     async def encode_image(
         self, model: str, adapter: str, images: ImageInput | Sequence[ImageInput]
@@ -109,6 +96,7 @@ class AsyncClient:
 
     async def describe(self, model: str) -> Capabilities:
         """What a bundle can do: adapters, ControlNets, schedulers, defaults and limits."""
+        model_name(model, stream=False)
         self._models.pop((model, False), None)
         return (await self._model(model, self._budget())).capabilities
 
@@ -126,45 +114,61 @@ class AsyncClient:
 
     @property
     def _stub(self) -> Any:
-        """Made on first use: a channel belongs to the event loop that runs then."""
-        if self._channel is None:
-            options = _transport.CHANNEL_OPTIONS
+        """That of the running event loop, made on first use: a channel belongs to one loop."""
+        if self._closed:
+            raise ConnectionFailed(_transport.CLOSED)
+        loop = asyncio.get_running_loop()
+        if loop not in self._connections:
+            for ended in [known for known in self._connections if known.is_closed()]:
+                del self._connections[ended]
+            options = _transport.channel_options(self._address)
             if self._credentials is None:
-                self._channel = grpc.aio.insecure_channel(self._address, options)
+                channel = grpc.aio.insecure_channel(self._address, options)
             else:
-                self._channel = grpc.aio.secure_channel(self._address, self._credentials, options)
-            self._connected = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-        return self._connected
+                channel = grpc.aio.secure_channel(self._address, self._credentials, options)
+            self._connections[loop] = channel, service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        return self._connections[loop][1]
 
     def _budget(self, timeout: object = None) -> Budget:
         return Budget(self._max_retries, self._timeout if timeout is None else check_timeout(timeout))
 
     async def _model(self, bundle: str, budget: Budget, *, stream: bool = False) -> ServedModel:
-        key = (bundle, stream)
-        model = self._models.get(key)
-        if model is None:
+        name, key = model_name(bundle, stream=stream), (bundle, stream)
+        while (model := self._models.get(key)) is None:
             try:
-                model = read_model(await self._config(model_name(bundle, stream=stream), budget), stream=stream)
+                model = read_model(await self._config(name, budget, bundle), stream=stream)
             except InvalidRequest:
                 raise no_bundle(bundle, await self._served(budget)) from None
-            self._models[key] = model
+            except Overloaded as error:
+                await asyncio.sleep(budget.pause(error))
+            else:
+                self._models[key] = model
+                self._seen.add(bundle)
         return model
 
     async def _served(self, budget: Budget) -> list[str]:
-        index = await self._ask(self._stub.RepositoryIndex, service_pb2.RepositoryIndexRequest(ready=True), budget)
-        names = [entry.name for entry in index.models]
-        configs = await asyncio.gather(*(self._config(name, budget) for name in names))
-        return sorted(name for name, config in zip(names, configs, strict=True) if is_bundle(config))
+        # The repository index is closed to callers; statistics without a name are those of every model.
+        answer = await self._ask(self._stub.ModelStatistics, service_pb2.ModelStatisticsRequest(), budget)
+        names = sorted({model.name for model in answer.model_stats})
+        bundles = await asyncio.gather(*(self._is_bundle(name, budget) for name in names))
+        return [name for name, found in zip(names, bundles, strict=True) if found]
 
-    async def _config(self, name: str, budget: Budget) -> Any:
-        return (await self._ask(self._stub.ModelConfig, service_pb2.ModelConfigRequest(name=name), budget)).config
+    async def _is_bundle(self, name: str, budget: Budget) -> bool:
+        try:
+            return is_bundle(await self._config(name, budget))
+        except InvalidRequest:
+            return False
 
-    async def _ask(self, method: Any, message: Any, budget: Budget) -> Any:
+    async def _config(self, name: str, budget: Budget, bundle: str = "") -> Any:
+        request = service_pb2.ModelConfigRequest(name=name)
+        return (await self._ask(self._stub.ModelConfig, request, budget, bundle)).config
+
+    async def _ask(self, method: Any, message: Any, budget: Budget, bundle: str = "") -> Any:
         call = method(message, timeout=budget.question_timeout, metadata=self._metadata)
         try:
             return await call
         except (grpc.RpcError, asyncio.CancelledError) as error:
-            raise await self._failure(error, call, None, budget) from error
+            raise await self._failure(error, call, None, budget, bundle) from error
 
     async def _infer(self, request: Request, budget: Budget) -> dict[str, np.ndarray[Any, Any]]:
         while True:
@@ -174,14 +178,44 @@ class AsyncClient:
             try:
                 return read_outputs(await call)
             except (grpc.RpcError, asyncio.CancelledError) as error:
-                failure = await self._failure(error, call, request, budget)
+                failure = await self._failure(error, call, request, budget, request.bundle)
                 if not isinstance(failure, Overloaded):
                     raise failure from error
             finally:
                 call.cancel()
             await asyncio.sleep(budget.pause(failure))
 
-    async def _failure(self, error: BaseException, call: Any, request: Request | None, budget: Budget) -> ImpromptError:
+    async def _events(
+        self, model: str, prompt: object, parameters: Parameters, budget: Budget
+    ) -> AsyncGenerator[Progress | Result, None]:
+        served = await self._model(model, budget, stream=True)
+        request = await asyncio.to_thread(build_request, served, prompt, parameters)
+        answered = False
+        while True:
+            call = self._stub.ModelStreamInfer(
+                iter([request.message(budget.remaining)]), timeout=budget.grpc_timeout, metadata=self._metadata
+            )
+            failure: ImpromptError
+            try:
+                finished = False
+                async for answer in call:
+                    event = read_event(answer, request)
+                    answered, finished = True, isinstance(event, Result)
+                    yield event
+                if not finished:
+                    raise ServerError("the answers ended without a result", request_id=request.id)
+                return
+            except (grpc.RpcError, asyncio.CancelledError) as error:
+                failure = await self._failure(error, call, request, budget, request.bundle)
+                if answered or not isinstance(failure, Overloaded):
+                    raise failure from error
+            finally:
+                call.cancel()
+            await asyncio.sleep(budget.pause(failure))
+
+    async def _failure(
+        self, error: BaseException, call: Any, request: Request | None, budget: Budget, bundle: str
+    ) -> ImpromptError:
         """The exception for a failed call; a cancellation of the caller's own task is raised on.
 
         grpc.aio reports a call that the *server* cancelled by the same exception.
@@ -192,7 +226,8 @@ class AsyncClient:
                 raise error
             error = await _status(call)
         reachable = not _transport.may_be_unreachable(error) or await self._is_live()
-        failure = _transport.failure(error, self._address, request, budget, reachable=reachable)
+        expected = _transport.means_no_model(error) and (bundle in self._seen or not await self.is_ready())
+        failure = _transport.failure(error, self._address, request, budget, reachable=reachable, expected=expected)
         if request is not None and isinstance(failure, InvalidRequest):
             self._models.clear()
         return failure

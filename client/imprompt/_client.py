@@ -12,26 +12,27 @@ import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from imprompt import _transport
-from imprompt._errors import ImpromptError, InvalidRequest, Overloaded, ServerError
+from imprompt._errors import ConnectionFailed, ImpromptError, InvalidRequest, Overloaded, ServerError
 from imprompt._images import ImageInput
 from imprompt._model import Capabilities, ServedModel, is_bundle, model_name, no_bundle, read_model
 from imprompt._parameters import Parameters
 from imprompt._request import Request, build_encode_request, build_request
 from imprompt._result import Progress, Result, read_embeds, read_event, read_outputs, read_result
-from imprompt._retry import MAX_RETRIES, PROBE_TIMEOUT_S, Budget, check_timeout
+from imprompt._retry import MAX_RETRIES, PROBE_TIMEOUT_S, Budget, check_retries, check_timeout
 
 
 class Client:
     """Asks a server for pictures. Threads may share one; use it as a context manager, or `close` it.
 
     Args:
-        url: gRPC address of the server, `host:port`.
+        url: gRPC address of the server, `host:port` (default port: 8001). A server on this machine is never asked
+            through a proxy.
         timeout: seconds for each request that does not say its own (default: no limit).
         max_retries: how often a request that a full server refuses is sent again, with growing pauses.
         credentials: for TLS, such as `grpc.ssl_channel_credentials()`.
         metadata: sent with every call, such as `{"authorization": "Bearer ..."}`.
 
-    Every method raises `ConnectionFailed` when there is no server.
+    Every method raises `ConnectionFailed` when there is no server, or the client is closed.
     """
 
     def __init__(
@@ -44,14 +45,18 @@ class Client:
         metadata: Mapping[str, str] | Sequence[tuple[str, str]] | None = None,
     ) -> None:
         self._address = _transport.check_url(url)
-        if credentials is None:
-            self._channel = grpc.insecure_channel(self._address, _transport.CHANNEL_OPTIONS)
-        else:
-            self._channel = grpc.secure_channel(self._address, credentials, _transport.CHANNEL_OPTIONS)
-        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._timeout, self._max_retries = check_timeout(timeout), check_retries(max_retries)
         self._metadata = _transport.as_metadata(metadata)
-        self._timeout, self._max_retries = check_timeout(timeout), max_retries
+        _transport.check_credentials(credentials)
+        options = _transport.channel_options(self._address)
+        if credentials is None:
+            self._channel = grpc.insecure_channel(self._address, options)
+        else:
+            self._channel = grpc.secure_channel(self._address, credentials, options)
+        self._connected = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._closed = False
         self._models: dict[tuple[str, bool], ServedModel] = {}
+        self._seen: set[str] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -63,6 +68,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connection; calls under way are cancelled."""
+        self._closed = True
         self._channel.close()
 
     def generate(self, *, model: str, prompt: str | Sequence[str], **parameters: Unpack[Parameters]) -> Result:
@@ -87,7 +93,7 @@ class Client:
     def stream(
         self, *, model: str, prompt: str | Sequence[str], **parameters: Unpack[Parameters]
     ) -> Generator[Progress | Result, None, None]:
-        """Like `generate`, but tells of the progress first: `Progress`, ..., then one `Result`.
+        """Like `generate`, but reports progress first: `Progress`, ..., then one `Result`.
 
         The request is checked at once, and sent with the first `next`; `timeout` counts from here. Closing the
         generator, or leaving it by an exception, stops the work.
@@ -108,6 +114,7 @@ class Client:
 
     def describe(self, model: str) -> Capabilities:
         """What a bundle can do: adapters, ControlNets, schedulers, defaults and limits."""
+        model_name(model, stream=False)
         self._models.pop((model, False), None)
         return self._model(model, self._budget()).capabilities
 
@@ -122,35 +129,53 @@ class Client:
         except ImpromptError:
             return False
 
+    @property
+    def _stub(self) -> Any:
+        if self._closed:
+            raise ConnectionFailed(_transport.CLOSED)
+        return self._connected
+
     def _budget(self, timeout: object = None) -> Budget:
         """What a call has: `timeout` (default: the client's) and retries."""
         return Budget(self._max_retries, self._timeout if timeout is None else check_timeout(timeout))
 
     def _model(self, bundle: str, budget: Budget, *, stream: bool = False) -> ServedModel:
         """What a model takes; asked for once."""
-        key = (bundle, stream)
-        model = self._models.get(key)
-        if model is None:
+        name, key = model_name(bundle, stream=stream), (bundle, stream)
+        while (model := self._models.get(key)) is None:
             try:
-                model = read_model(self._config(model_name(bundle, stream=stream), budget), stream=stream)
+                model = read_model(self._config(name, budget, bundle), stream=stream)
             except InvalidRequest:
                 raise no_bundle(bundle, self._served(budget)) from None
-            self._models[key] = model
+            except Overloaded as error:
+                time.sleep(budget.pause(error))
+            else:
+                self._models[key] = model
+                self._seen.add(bundle)
         return model
 
     def _served(self, budget: Budget) -> list[str]:
-        index = self._ask(self._stub.RepositoryIndex, service_pb2.RepositoryIndexRequest(ready=True), budget)
-        return sorted(entry.name for entry in index.models if is_bundle(self._config(entry.name, budget)))
+        # The repository index is closed to callers; statistics without a name are those of every model.
+        answer = self._ask(self._stub.ModelStatistics, service_pb2.ModelStatisticsRequest(), budget)
+        names = {model.name for model in answer.model_stats}
+        return sorted(name for name in names if self._is_bundle(name, budget))
 
-    def _config(self, name: str, budget: Budget) -> Any:
-        return self._ask(self._stub.ModelConfig, service_pb2.ModelConfigRequest(name=name), budget).config
+    def _is_bundle(self, name: str, budget: Budget) -> bool:
+        try:
+            return is_bundle(self._config(name, budget))
+        except InvalidRequest:
+            return False  # unloaded since it was listed
 
-    def _ask(self, method: Any, message: Any, budget: Budget) -> Any:
+    def _config(self, name: str, budget: Budget, bundle: str = "") -> Any:
+        """The configuration of the model `name`, which belongs to `bundle`."""
+        return self._ask(self._stub.ModelConfig, service_pb2.ModelConfigRequest(name=name), budget, bundle).config
+
+    def _ask(self, method: Any, message: Any, budget: Budget, bundle: str = "") -> Any:
         """A small question, answered at once."""
         try:
             return method(message, timeout=budget.question_timeout, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise self._failure(error, None, budget) from error
+            raise self._failure(error, None, budget, bundle) from error
 
     def _infer(self, request: Request, budget: Budget) -> dict[str, np.ndarray[Any, Any]]:
         while True:
@@ -160,7 +185,7 @@ class Client:
             try:
                 return read_outputs(call.result())
             except grpc.RpcError as error:
-                failure = self._failure(error, request, budget)
+                failure = self._failure(error, request, budget, request.bundle)
                 if not isinstance(failure, Overloaded):
                     raise failure from error
             finally:
@@ -171,31 +196,29 @@ class Client:
         answered = False
         while True:
             call = self._stub.ModelStreamInfer(
-                iter([request.message(budget.remaining)]),
-                timeout=budget.grpc_timeout,
-                metadata=self._metadata + _transport.STREAM_METADATA,
+                iter([request.message(budget.remaining)]), timeout=budget.grpc_timeout, metadata=self._metadata
             )
             try:
                 finished = False
                 for answer in call:
-                    answered = True
                     event = read_event(answer, request)
-                    finished = isinstance(event, Result)
+                    answered, finished = True, isinstance(event, Result)
                     yield event
                 if not finished:
                     raise ServerError("the answers ended without a result", request_id=request.id)
                 return
             except grpc.RpcError as error:
-                failure = self._failure(error, request, budget)
+                failure = self._failure(error, request, budget, request.bundle)
                 if answered or not isinstance(failure, Overloaded):
                     raise failure from error
             finally:
                 call.cancel()
             time.sleep(budget.pause(failure))
 
-    def _failure(self, error: Any, request: Request | None, budget: Budget) -> ImpromptError:
+    def _failure(self, error: Any, request: Request | None, budget: Budget, bundle: str) -> ImpromptError:
         reachable = not _transport.may_be_unreachable(error) or self._is_live()
-        failure = _transport.failure(error, self._address, request, budget, reachable=reachable)
+        expected = _transport.means_no_model(error) and (bundle in self._seen or not self.is_ready())
+        failure = _transport.failure(error, self._address, request, budget, reachable=reachable, expected=expected)
         if request is not None and isinstance(failure, InvalidRequest):
             self._models.clear()  # the server may serve other versions by now
         return failure

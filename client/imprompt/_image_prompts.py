@@ -5,10 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
-
-from imprompt._errors import invalid
-from imprompt._images import encode, encode_mask, listed, listed_masks, to_numpy
+from imprompt._errors import invalid, shown
+from imprompt._images import Encoder, encode, encode_all, encode_mask, listed, listed_masks, to_numpy
 from imprompt._model import ServedModel
 from imprompt._tensors import Tensor, bytes_tensor, encode_input, is_list, is_number, numeric_tensor, to_json
 
@@ -33,11 +31,11 @@ def encode_image_prompts(model: ServedModel, given: Mapping[str, object]) -> lis
         if name in given:
             is_mask = name == "ip_adapter_masks"
             pictures = _by_adapter(name, given[name], model, listed_masks if is_mask else listed)
-            tensors += _pictures_by_adapter(model, name, pictures, encode_mask if is_mask else encode)
+            tensors += pictures_by_adapter(model, name, pictures, encode_mask if is_mask else encode)
             if name == "ip_adapter_image":
                 used |= pictures.keys()
     if EMBEDS in given:
-        embeds = _by_adapter(EMBEDS, given[EMBEDS], model, lambda array: [array])
+        embeds = _by_adapter(EMBEDS, given[EMBEDS], model, lambda array, _: [array])
         tensors += [_embeds(model, adapter, values) for adapter, values in embeds.items()]
         used |= embeds.keys()
     adapters = [name for name in model.adapters if name in used or not used]
@@ -50,7 +48,7 @@ def encode_image_prompts(model: ServedModel, given: Mapping[str, object]) -> lis
 
 
 def _by_adapter(
-    parameter: str, value: object, model: ServedModel, split: Callable[[object], list[object]]
+    parameter: str, value: object, model: ServedModel, split: Callable[[object, str], list[object]]
 ) -> dict[str, list[object]]:
     """The pictures (masks, embeddings) of each adapter that has some, in the order of the bundle."""
     adapters = model.adapters
@@ -63,7 +61,7 @@ def _by_adapter(
     else:
         listing = list(value) if is_list(value) else [value]
         if len(adapters) == 1:
-            flat = [item for entry in listing if entry is not None for item in split(entry)]
+            flat = [item for entry in listing if entry is not None for item in split(entry, parameter)]
             return {adapters[0]: flat} if flat else {}
         if len(listing) != len(adapters):
             raise invalid(
@@ -71,18 +69,21 @@ def _by_adapter(
                 f"an entry for each of {', '.join(adapters)}, or a dict by adapter name; got {len(listing)}",
             )
         entries = dict(zip(adapters, listing, strict=True))
-    parts = {name: split(entry) for name, entry in entries.items() if entry is not None}
+    parts = {name: split(entry, parameter) for name, entry in entries.items() if entry is not None}
     return {name: part for name, part in parts.items() if part}
 
 
-def _pictures_by_adapter(
+def pictures_by_adapter(
     model: ServedModel,
     parameter: str,
     pictures: Mapping[str, list[object]],
-    encoder: Callable[[object, str], bytes],
+    encoder: Encoder = encode,
+    *,
+    keyword: str | None = None,
 ) -> list[Tensor]:
+    """The tensors of the input `parameter`; errors name the `keyword` that a caller knows it by, if that is another."""
     names = [name for name, images in pictures.items() for _ in images]
-    data = [encoder(image, parameter) for images in pictures.values() for image in images]
+    data = encode_all([image for images in pictures.values() for image in images], keyword or parameter, encoder)
     if not data:
         return []
     tensors = [bytes_tensor(model.inputs[parameter], data)]
@@ -100,7 +101,7 @@ def _embeds(model: ServedModel, adapter: str, values: list[object]) -> Tensor:
     value = values[0]
     if getattr(value, "ndim", 0) == len(wanted.dims) - 1 and wanted.dims[2] == 1:
         # Face embeddings are [2, faces, 1, 512] in diffusers' guide, but it takes [2, faces, 512] as well.
-        value = to_numpy(value)[:, :, None]
+        value = to_numpy(value, EMBEDS)[:, :, None]
     return numeric_tensor(wanted, value, parameter=EMBEDS, label=f"{adapter}: ")
 
 
@@ -117,8 +118,8 @@ def _in_order(parameter: str, value: object, model: ServedModel, adapters: list[
 
 def _scale(model: ServedModel, value: object, adapters: list[str]) -> Tensor:
     """Plain numbers as they are; all else as a JSON list with an entry for each adapter in use."""
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
+    if hasattr(value, "__array__"):
+        value = to_numpy(value, SCALE).tolist()
     if isinstance(value, Mapping) and value and all(name in model.adapters for name in value):
         entries = [value.get(name, 1.0) for name in adapters]
     elif is_list(value):
@@ -129,7 +130,10 @@ def _scale(model: ServedModel, value: object, adapters: list[str]) -> Tensor:
         entries = [value] * max(len(adapters), 1)
     else:
         entries = [value]
-    entries = [_plain_scale(entry) for entry in entries]
+    try:
+        entries = [_plain_scale(entry) for entry in entries]
+    except RecursionError:
+        raise invalid(SCALE, "numbers, dicts by block and lists of them; these are nested too deep") from None
     if all(isinstance(entry, float) for entry in entries):
         return numeric_tensor(model.inputs[SCALE], entries)
     if SCALE_CONFIG not in model.inputs:
@@ -145,20 +149,23 @@ def _plain_scale(value: object) -> object:
         return {_block(name): _plain_scale(entry) for name, entry in value.items()}
     if is_list(value):
         return [_plain_scale(entry) for entry in value]
-    if is_number(value):
+    if not is_number(value):
+        raise invalid(SCALE, f"numbers, dicts by block and lists of them; got {shown(value)}")
+    try:
         return float(value)
-    raise invalid(SCALE, f"numbers, dicts by block and lists of them; got {value!r}")
+    except OverflowError:
+        raise invalid(SCALE, f"{shown(value)} is too large") from None
 
 
 def _block(name: object) -> str:
     if not isinstance(name, str):
-        raise invalid(SCALE, f"blocks have names, such as 'up'; got {name!r}")
+        raise invalid(SCALE, f"blocks have names, such as 'up'; got {shown(name)}")
     return name
 
 
 def known_adapter(parameter: str, name: object, adapters: Sequence[str]) -> None:
     """Refuse a name that is none of `adapters`."""
-    if name not in adapters:
-        close = difflib.get_close_matches(str(name), adapters, 1)
+    if not isinstance(name, str) or name not in adapters:
+        close = difflib.get_close_matches(name, adapters, 1) if isinstance(name, str) else []
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise invalid(parameter, f"no adapter {name!r}; the bundle has {', '.join(adapters) or 'none'}{hint}")
+        raise invalid(parameter, f"no adapter {shown(name)}; the bundle has {', '.join(adapters) or 'none'}{hint}")

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 from tritonclient.grpc import model_config_pb2
 
-from imprompt._errors import InvalidRequest, invalid
+from imprompt._errors import InvalidRequest, invalid, shown
 
 _STREAM_SUFFIX = "_stream"
 
@@ -70,8 +70,14 @@ class ServedModel:
         return tuple(adapter["name"] for adapter in self.capabilities.get("ip_adapters", ()))
 
 
-def model_name(bundle: str, *, stream: bool) -> str:
-    """Name of the Triton model that serves `bundle`: with one answer, or with progress."""
+def model_name(bundle: object, *, stream: bool) -> str:
+    """Name of the Triton model that serves `bundle`: with one answer, or with progress.
+
+    Raises:
+        InvalidRequest: `bundle` is no name.
+    """
+    if not isinstance(bundle, str) or not bundle.isprintable():
+        raise invalid("model", f"the name of a bundle, got {shown(bundle)}")
     return bundle + _STREAM_SUFFIX if stream else bundle
 
 
@@ -101,7 +107,7 @@ def read_model(config: Any, *, stream: bool) -> ServedModel:
 
 def no_bundle(name: str, served: Sequence[str]) -> InvalidRequest:
     """The error for a bundle that is not there."""
-    return invalid("model", f"no bundle {name!r}; served: {', '.join(served) or 'none'}")
+    return invalid("model", f"no bundle {shown(name)}; served: {', '.join(served) or 'none'}")
 
 
 def _is_pipeline(config: Any, *, stream: bool) -> bool:

@@ -106,12 +106,13 @@ class Parameters(TypedDict, total=False):
     """Layers of the text encoder to leave out."""
     num_images_per_prompt: int | None
     seed: int | Sequence[int] | None
-    """What `torch.Generator("cpu").manual_seed` takes: one for all pictures, or one each. Random if not given; the
-    result tells which."""
+    """What `torch.Generator("cpu").manual_seed` takes: one for all pictures, or one each, each of 64 bits, signed or
+    not (-1 is 2**64 - 1). Random if not given; the result tells which."""
     scheduler: str | None
     """diffusers class name (default: the bundle's)."""
     scheduler_config: Mapping[str, Any] | None
-    """Values that replace those of the scheduler's configuration."""
+    """Values that replace those of the scheduler's configuration; diffusers' whole `dict(pipe.scheduler.config)` will
+    do."""
 
     output_type: str | None
     """`pil` (default), `np` (uint8 [height, width, 3]) or `latent`."""

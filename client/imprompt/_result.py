@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 from PIL import Image, ImageSequence
 from tritonclient.utils import deserialize_bytes_tensor, triton_to_np_dtype
 
-from imprompt._errors import ServerError
+from imprompt._errors import ServerError, invalid, shown, status_of
 from imprompt._images import decode
 from imprompt._request import Request
+from imprompt._tensors import is_number
+from imprompt._transport import StreamError
 
 Array = np.ndarray[Any, Any]
 
 FPS = 8
 """Frames per second of saved clips: what AnimateDiff's motion modules were trained for."""
+_MAX_FPS = 1000
+"""Animations have whole milliseconds for each frame."""
 _ANIMATIONS = (".gif", ".webp")
 _VIDEO = ".mp4"
+_STILLS = "pictures are saved as .png, .jpg or .webp"
+_CLIPS = "clips are saved as .gif, .webp or .mp4"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,9 +52,12 @@ class Result:
     request_id: str
     output_type: str
     seeds: list[int]
-    """The seed of each picture, also when the server chose it."""
+    """The seed that repeats each picture, also when the server chose it. Empty when several pictures share the
+    generator of one seed: no seed repeats one of them alone."""
     timings: dict[str, float]
     """Seconds by stage on the server; stages may overlap. `total` is the whole time there."""
+    warnings: list[str] = field(default_factory=list)
+    """What the server did other than one may expect, such as cutting a long prompt."""
     nsfw_content_detected: list[bool] | None = None
     """For each picture whether the safety checker blacked it; None if the bundle has none."""
     latents: Array | None = None
@@ -81,14 +92,16 @@ class Result:
             The files written.
 
         Raises:
-            ValueError: there are no pictures (latents were asked for), or the ending does not fit.
+            ValueError: there are no pictures (latents were asked for), or `path` or `fps` does not fit.
         """
-        path = Path(path)
+        path = check_path(path)
+        check_fps(fps)
         if self.encoded is not None and all(_container(data) == _format_of(path) for data in self.encoded):
             return self._write(path, self.encoded, lambda data, target: target.write_bytes(data))
         items: Sequence[Any] = self.frames if self.frames is not None else self.images
         if not items:
             raise ValueError(f"there are no pictures to save; output_type was {self.output_type!r}")
+        check_ending(path, clip=self.frames is not None)
         if self.frames is None:
             return self._write(path, items, _save_picture)
         return self._write(path, items, lambda clip, target: _save_clip(clip, target, fps))
@@ -125,11 +138,14 @@ def read_event(answer: Any, request: Request) -> Progress | Result:
     """One `ModelStreamInferResponse`.
 
     Raises:
-        ServerError: it carries an error without a status, as proxies and old servers send it.
+        StreamError: the request failed; it is reported by the model, or by Triton itself, which leaves out the status.
     """
     if answer.error_message:
-        raise ServerError(answer.error_message, request_id=request.id)
+        raise StreamError(status_of(answer.error_message), answer.error_message)
     outputs = read_outputs(answer.infer_response)
+    if "error" in outputs:
+        status, message = (text.decode(errors="replace") for text in outputs["error"].ravel())
+        raise StreamError(grpc.StatusCode.__members__.get(status, grpc.StatusCode.UNKNOWN), message)
     if "step" in outputs and "seeds" not in outputs:
         previews = outputs.get("preview")
         preview = None if previews is None or not previews.size else decode(previews.ravel()[0])
@@ -150,7 +166,12 @@ def read_result(outputs: Mapping[str, Array], request: Request) -> Result:
         model=request.bundle,
         request_id=request.id,
         output_type=request.output_type,
-        seeds=[int(seed) for seed in outputs["seeds"].ravel()] if "seeds" in outputs else [],
+        seeds=[request.seeds.get(int(seed), int(seed)) for seed in outputs["seeds"].ravel()]
+        if "seeds" in outputs
+        else [],
+        warnings=[text.decode(errors="replace") for text in outputs["warnings"].ravel()]
+        if "warnings" in outputs
+        else [],
         timings=json.loads(outputs["timings"].ravel()[0]) if "timings" in outputs else {},
         nsfw_content_detected=None if flags is None else [bool(flag) for flag in flags.ravel()],
         latents=outputs["latents"].copy() if "latents" in outputs else None,
@@ -159,6 +180,11 @@ def read_result(outputs: Mapping[str, Array], request: Request) -> Result:
         _frames=outputs.get("frames"),
         _clip=request.clip,
     )
+
+
+def _listed(outputs: Mapping[str, Array], name: str) -> list[Any]:
+    """The values of an output; none if it is absent."""
+    return outputs[name].ravel().tolist() if name in outputs else []
 
 
 def read_embeds(outputs: Mapping[str, Array], adapter: str, request: Request) -> Array:
@@ -173,14 +199,41 @@ def _pil(image: Any) -> Image.Image:
     return image if isinstance(image, Image.Image) else Image.fromarray(image)
 
 
-def check_ending(path: Path) -> None:
-    """Refuse a file that no picture or clip can be saved to.
+def check_path(path: object) -> Path:
+    """A file to write to."""
+    if not isinstance(path, str | os.PathLike):
+        raise invalid("path", f"the path of a file, got {shown(path)}")
+    return Path(path)
+
+
+def check_fps(fps: object) -> None:
+    """Refuse a rate at which no clip can run."""
+    if not is_number(fps) or not 0 < fps <= _MAX_FPS:
+        raise invalid("fps", f"frames per second, above 0 to {_MAX_FPS}; got {shown(fps)}")
+
+
+def check_ending(path: Path, *, clip: bool = False) -> None:
+    """Refuse a file that no picture, or no clip, can be saved to.
 
     Raises:
-        ValueError: the ending stands for no known format.
+        ValueError: the ending stands for no format of that kind, or a package for it is missing.
     """
-    if _format_of(path) is None and path.suffix.lower() != _VIDEO:
-        raise ValueError(f"{path.name}: pictures are saved as .png, .jpg or .webp, clips as .gif, .webp or .mp4")
+    if not clip:
+        if not _pillow_writes(_format_of(path)):
+            raise ValueError(f"{path.name}: {_STILLS}")
+    elif path.suffix.lower() == _VIDEO:
+        _imageio()
+    elif path.suffix.lower() not in _ANIMATIONS:
+        raise ValueError(f"{path.name}: {_CLIPS}")
+
+
+def _pillow_writes(format: str | None) -> bool:
+    """Whether pillow can write a picture in `format`; some it only reads, and some need a plugin."""
+    try:
+        Image.new("RGB", (64, 64)).save(io.BytesIO(), format or "")
+        return True
+    except (KeyError, OSError, ValueError):
+        return False
 
 
 def _format_of(path: Path) -> str | None:
@@ -194,24 +247,24 @@ def _container(data: bytes) -> str | None:
 
 
 def _save_picture(image: Any, path: Path) -> None:
-    if _format_of(path) in (None, "MP4"):
-        raise ValueError(f"{path.name}: pictures are saved as .png, .jpg or .webp")
     _pil(image).save(path)
 
 
 def _save_clip(clip: Sequence[Any], path: Path, fps: float) -> None:
     frames = [_pil(frame) for frame in clip]
-    if path.suffix.lower() in _ANIMATIONS:
+    if path.suffix.lower() == _VIDEO:
+        # In this process: a program of its own (ffmpeg) would be forked from one that gRPC's threads run in.
+        pixels = np.stack([np.asarray(frame) for frame in frames])
+        _imageio().imwrite(path, pixels, fps=fps, plugin="pyav", codec="libx264")
+    else:
         first, *rest = frames
         first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
-    elif path.suffix.lower() == _VIDEO:
-        pixels = np.stack([np.asarray(frame) for frame in frames])
-        try:
-            from imageio import v3 as imageio
 
-            # In this process: a program of its own (ffmpeg) would be forked from one that gRPC's threads run in.
-            imageio.imwrite(path, pixels, fps=fps, plugin="pyav", codec="libx264")
-        except ImportError:
-            raise ValueError(f'{path.suffix} needs: pip install "imageio[pyav]"; .gif and .webp do not') from None
-    else:
-        raise ValueError(f"{path.name}: clips are saved as {', '.join((*_ANIMATIONS, *_VIDEO))}")
+
+def _imageio() -> Any:
+    try:
+        from imageio import v3
+        from imageio.plugins import pyav  # noqa: F401
+    except ImportError:
+        raise ValueError(f'{_VIDEO} needs: pip install "imageio[pyav]"; .gif and .webp do not') from None
+    return v3

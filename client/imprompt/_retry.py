@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import numbers
 import random
 import time
 
-from imprompt._errors import Overloaded, invalid
+from imprompt._errors import DeadlineExceeded, Overloaded, invalid, shown
 from imprompt._tensors import is_number
 
 MAX_RETRIES = 4
@@ -22,15 +22,24 @@ QUESTION_TIMEOUT_S = 30.0
 """At most, for what a server answers without work."""
 PROBE_TIMEOUT_S = 2.0
 """For the question whether somebody is there at all."""
+_FOREVER_S = 1e9
+"""As good as no limit; the clocks of gRPC end a little after."""
 
 
 def check_timeout(value: object) -> float | None:
     """Seconds; None (or infinity) for no limit."""
     if value is None:
         return None
-    if not is_number(value) or not float(value) > 0:
-        raise invalid("timeout", f"seconds, more than 0; got {value!r}")
-    return float(value) if math.isfinite(value) else None
+    if not is_number(value) or not value > 0:
+        raise invalid("timeout", f"seconds, more than 0; got {shown(value)}")
+    return float(value) if value < _FOREVER_S else None
+
+
+def check_retries(value: object) -> int:
+    """How often a request may be sent again."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 0:
+        raise invalid("max_retries", f"a whole number, 0 or more; got {shown(value)}")
+    return int(value)
 
 
 class Budget:
@@ -43,23 +52,38 @@ class Budget:
 
     @property
     def remaining(self) -> float | None:
-        """Seconds that are left; None without a limit."""
-        return None if self._end is None else max(self._end - time.monotonic(), 1e-3)
+        """Seconds that are left; None without a limit.
+
+        Raises:
+            DeadlineExceeded: none are.
+        """
+        if self.late:
+            raise self.over()
+        return self._left
+
+    @property
+    def _left(self) -> float | None:
+        return None if self._end is None else self._end - time.monotonic()
 
     @property
     def grpc_timeout(self) -> float | None:
         """Deadline of the call itself, in seconds from now."""
-        return None if self.remaining is None else self.remaining + GRACE_S
+        return None if self._left is None else self._left + GRACE_S
 
     @property
     def question_timeout(self) -> float:
         """Deadline of a small question, in seconds from now."""
-        return min(QUESTION_TIMEOUT_S, self.remaining or math.inf)
+        left = self.remaining
+        return QUESTION_TIMEOUT_S if left is None else min(QUESTION_TIMEOUT_S, left)
 
     @property
     def late(self) -> bool:
         """Whether the caller's time is over."""
-        return self._end is not None and time.monotonic() >= self._end
+        return self._left is not None and self._left <= 0
+
+    def over(self, request_id: str | None = None) -> DeadlineExceeded:
+        """The error for a caller whose time is over."""
+        return DeadlineExceeded(f"timeout: {self.timeout:g} seconds are over", request_id=request_id)
 
     def pause(self, error: Overloaded) -> float:
         """Seconds to wait after `error` before the next attempt.
@@ -68,7 +92,7 @@ class Budget:
             Overloaded: `error`, when no attempt or not enough time is left, or the server asks for too long a wait.
         """
         hint = error.retry_after or 0.0
-        left = self.remaining
+        left = self._left
         if not self._retries_left or (left is None and hint > MAX_DELAY_S):
             raise error
         pause = max(hint, min(self._delay, MAX_DELAY_S)) * (1 + JITTER * random.random())

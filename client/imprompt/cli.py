@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
+import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +26,9 @@ from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
 from imprompt import Capabilities, Client, ImpromptError, Parameters, Result, __version__
-from imprompt._result import FPS, check_ending
+from imprompt._errors import shown
+from imprompt._request import asks_for_clip
+from imprompt._result import FPS, check_ending, check_fps
 
 app = typer.Typer(
     name="imprompt",
@@ -37,13 +42,17 @@ out, err = Console(), Console(stderr=True)
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 _ADAPTER_FILE = re.compile(r"(?P<adapter>[a-z][a-z0-9_-]*)=(?P<file>.+)")
 
+_OWN = ("imprompt", "imprompt_bench", "imprompt_demo", "imprompt_export", "imprompt_serving")
+
 Url = Annotated[str, typer.Option(envvar="IMPROMPT_URL", help="gRPC address of the server, host:port.")]
 
 
 def _json(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except RecursionError:
+        raise typer.BadParameter("not JSON that can be read: nested too deep") from None
+    except ValueError as error:
         raise typer.BadParameter(f"not JSON: {error}") from None
 
 
@@ -51,10 +60,10 @@ def _parameter(text: str) -> tuple[str, Any]:
     """`NAME=JSON`; what is no JSON is text."""
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise typer.BadParameter(f"NAME=JSON, got {text!r}")
+        raise typer.BadParameter(f"NAME=JSON, got {shown(text)}")
     try:
         return name, json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return name, value
 
 
@@ -80,9 +89,8 @@ def export(
     """Turn a checkpoint set into models of a Triton repository, and check each against PyTorch."""
     package = _load("imprompt_export", "export")
     try:
-        rows = package.export(bundle, repository, refit_from=refit_from)
-    except ImportError as error:
-        _fail_for_want_of(error, "export")
+        with _extra("export"):
+            rows = package.export(bundle, repository, refit_from=refit_from)
     except (package.BundleError, package.EngineError, OSError) as error:
         _fail(str(error))
     # Loaded only after other failures: it takes seconds, as it brings torch.
@@ -95,7 +103,9 @@ def export(
 def serve(
     repository: Annotated[Path, typer.Argument(help="Model repository, as `imprompt export` writes it.")],
     grpc_port: Annotated[int, typer.Option(help="0: any free port.")] = 8001,
-    http_port: Annotated[int, typer.Option(help="0: any free port.")] = 8000,
+    http_port: Annotated[
+        int | None, typer.Option(help="Open Triton's HTTP port, which is off by default. 0: any free port.")
+    ] = None,
     metrics_port: Annotated[int, typer.Option(help="0: any free port.")] = 8002,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     drain_timeout: Annotated[float, typer.Option(help="Seconds that running requests get on shutdown.")] = 30.0,
@@ -105,7 +115,7 @@ def serve(
     launcher = _load("imprompt_serving.launcher", "server")
 
     def ready(addresses: Any) -> None:
-        print(f"ready grpc={addresses.grpc} http={addresses.http} metrics={addresses.metrics}", flush=True)
+        print(f"ready {addresses}", flush=True)
 
     try:
         status = launcher.serve(
@@ -129,8 +139,11 @@ def generate(
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to show; several make a picture each.")],
     model: Annotated[str | None, typer.Option(help="Bundle (default: the only one that is served).")] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="File to write; several pictures get a number.")
-    ] = Path("out.png"),
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="File to write; several get a number (default: out.png, or out.gif for a clip)."
+        ),
+    ] = None,
     url: Url = "localhost:8001",
     negative_prompt: Annotated[list[str] | None, typer.Option(help="What to stay away from.")] = None,
     ip_adapter_image: Annotated[
@@ -176,27 +189,37 @@ def generate(
     preview: Annotated[Path | None, typer.Option(help="Keep this file up to date with a preview.")] = None,
     fps: Annotated[float, typer.Option(help="Frames per second of a saved clip.")] = FPS,
 ) -> None:
-    """Make pictures, or a clip, and save them."""
-    # The options carry the names of the parameters: what is one goes on as it is.
-    parameters: dict[str, Any] = {
-        name: context.params[name]
-        for name in Parameters.__annotations__
-        if context.params.get(name) not in (None, [], ())
-    }
-    for name in ("ip_adapter_image", "negative_ip_adapter_image", "ip_adapter_masks"):
-        if name in parameters:
-            parameters[name] = _by_adapter(name, parameters[name])
-    if preview is not None:
-        parameters["preview"] = True
-    parameters |= dict(param or ())
-    with _reported_errors(), Client(url) as client:
-        for option, file in (("output", output), ("preview", preview or output)):
-            check_ending(file)
-            if not file.absolute().parent.is_dir():
-                _fail(f"--{option}: no such folder: {file.parent}")
-        result = _follow(client, model or _only_bundle(client), prompt, parameters, preview)
+    """Make pictures, or a clip, and save them.
+
+    The files go to stdout, a line each; seeds, seconds and warnings to stderr.
+    """
+    began = time.perf_counter()
+    with _reported_errors():
+        # The options carry the names of the parameters: what is one goes on as it is.
+        parameters: dict[str, Any] = {
+            name: context.params[name]
+            for name in Parameters.__annotations__
+            if context.params.get(name) not in (None, [], ())
+        }
+        for name in ("ip_adapter_image", "negative_ip_adapter_image", "ip_adapter_masks"):
+            if name in parameters:
+                parameters[name] = _by_adapter(name, parameters[name])
+        if preview is not None:
+            parameters["preview"] = True
+        parameters |= dict(param or ())
+        clip = asks_for_clip(parameters)
+        output = output or Path("out.gif" if clip else "out.png")
+        _check_file("output", output, clip=clip)
+        if preview is not None:
+            _check_file("preview", preview)
+        check_fps(fps)
+        if parameters.get("output_type") == "latent":
+            _fail("output_type: latents are not saved to files; the Python client gives them as an array")
+        with Client(url) as client:
+            result = _follow(client, model or _only_bundle(client), prompt, parameters, preview)
         for path in result.save(output, fps=fps):
-            out.print(str(path), soft_wrap=True, highlight=False, markup=False)
+            out.print(_printable(str(path)), soft_wrap=True, highlight=False, markup=False)
+        _tell(result, time.perf_counter() - began)
 
 
 @app.command(rich_help_panel="Client")
@@ -218,13 +241,16 @@ def models(
 @app.command(context_settings=_PASS_ON, rich_help_panel="More")
 def demo(context: typer.Context) -> None:
     """The whole round on the embedded bundle."""
-    raise typer.Exit(_load("imprompt_demo", "export,server").main(context.args))
+    with _extra("export,server"):
+        raise typer.Exit(_load("imprompt_demo", "export,server").main(context.args))
 
 
 @app.command(context_settings=_PASS_ON, rich_help_panel="More")
 def bench(context: typer.Context) -> None:
     """Measure latency and throughput of a server."""
-    raise typer.Exit(_load("imprompt_bench.cli", "bench").main(context.args))
+    package = _load("imprompt_bench.cli", "bench")
+    with _extra("bench,export,server"):
+        raise typer.Exit(package.main(context.args))
 
 
 def _follow(client: Client, model: str, prompt: list[str], parameters: dict[str, Any], preview: Path | None) -> Result:
@@ -243,6 +269,25 @@ def _follow(client: Client, model: str, prompt: list[str], parameters: dict[str,
     raise AssertionError("a stream ends with a result or an error")
 
 
+def _tell(result: Result, seconds: float) -> None:
+    """What else there is to know of pictures that were saved."""
+    for warning in result.warnings:
+        err.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True, highlight=False)
+    seeds = ", ".join(map(str, result.seeds))
+    drawn = f"seed{'s' if len(result.seeds) > 1 else ''} {seeds}, " if seeds else ""
+    err.print(f"{drawn}{seconds:.1f} s", soft_wrap=True, highlight=False)
+
+
+def _check_file(option: str, file: Path, *, clip: bool = False) -> None:
+    """Refuse, before anything is sent, a file that the answer could not be written to."""
+    check_ending(file, clip=clip)
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        _fail(f"--{option}: no such folder: {file.parent}")
+    if file.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
+        _fail(f"--{option}: {file} cannot be written")
+
+
 def _replace(file: Path, picture: Image) -> None:
     """Write beside and rename, so that a viewer sees all of a picture or the one before."""
     draft = file.with_stem(f".{file.stem}")
@@ -259,7 +304,7 @@ def _only_bundle(client: Client) -> str:
 
 def _by_adapter(parameter: str, values: list[str]) -> list[str] | dict[str, list[str]]:
     """`NAME=FILE` options as a dict by adapter name, `FILE` ones as a list."""
-    named = [None if Path(value).exists() else _ADAPTER_FILE.fullmatch(value) for value in values]
+    named = [None if os.path.exists(value) else _ADAPTER_FILE.fullmatch(value) for value in values]
     if not any(named):
         return values
     files: dict[str, list[str]] = {}
@@ -293,14 +338,32 @@ def _short(value: object) -> str:
 
 def _load(module: str, extra: str) -> Any:
     """Another package of the project, or a hint at what to install for it."""
-    try:
+    with _extra(extra, module):
         return importlib.import_module(module)
+
+
+@contextmanager
+def _extra(extra: str, package: str = "") -> Iterator[None]:
+    """Where packages of `extra` are imported; one that is missing is named with what to install.
+
+    Args:
+        package: a package of the project itself that may be missing, too.
+    """
+    try:
+        yield
     except ImportError as error:
-        _fail_for_want_of(error, extra)
+        if error.name != package and _is_ours(error):
+            raise  # a bug
+        _fail(f'{error}. This command needs more packages: pip install "imprompt[{extra}]"')
 
 
-def _fail_for_want_of(error: ImportError, extra: str) -> NoReturn:
-    _fail(f'{error}. This command needs more packages: pip install "imprompt[{extra}]"')
+def _is_ours(error: ImportError) -> bool:
+    """Whether `error` is about the project's own modules, or about something that one of them took for there."""
+    if (error.name or "").partition(".")[0] in _OWN:
+        return True
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    module = frame.f_globals.get("__name__", "")
+    return not isinstance(error, ModuleNotFoundError) and module.partition(".")[0] in _OWN
 
 
 @contextmanager
@@ -313,5 +376,10 @@ def _reported_errors() -> Iterator[None]:
 
 
 def _fail(message: str, *, status: int = 1) -> NoReturn:
-    err.print(f"[red]error:[/red] {escape(message)}", soft_wrap=True, highlight=False)
+    err.print(f"[red]error:[/red] {escape(_printable(message))}", soft_wrap=True, highlight=False)
     raise typer.Exit(status)
+
+
+def _printable(text: str) -> str:
+    """`text` with what a terminal cannot show escaped, such as bytes of a file name that are not UTF-8."""
+    return text.encode(errors="backslashreplace").decode()

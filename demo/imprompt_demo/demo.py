@@ -19,18 +19,20 @@ from pathlib import Path
 import torch
 from diffusers.utils import logging as diffusers_logging
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from imprompt import Client, Result
+from imprompt import Client, ImpromptError, Result
 from imprompt_demo import bundle_path, sheet
 from imprompt_demo.use_cases import MODEL, STYLES, Studio
-from imprompt_export import export
+from imprompt_export import BundleError, EngineError, export
 from imprompt_export.report import Report, table
-from imprompt_serving.launcher import Server
+from imprompt_serving.launcher import LaunchError, Server
 
 BUNDLES = ("bundle.toml", "bundle-lcm.toml")
 FRAME_MS = 90
+_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 console = Console(highlight=False)
 
@@ -42,7 +44,14 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--work", type=Path, default=Path(".demo"), help="where the model repository is kept")
     parser.add_argument("--verbose", action="store_true", help="show the tables of the exports")
     options = parser.parse_args(arguments)
-    main(options.output, work=options.work, verbose=options.verbose)
+    if options.output.suffix.lower() not in _ENDINGS or options.output.is_dir():
+        parser.error(f"argument -o/--output: a file that ends in {', '.join(_ENDINGS)}; got {str(options.output)!r}")
+    try:
+        options.output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        main(options.output, work=options.work, verbose=options.verbose)
+    except (BundleError, EngineError, ImpromptError, LaunchError, OSError) as error:
+        console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        return 1
     return 0
 
 

@@ -314,10 +314,15 @@ def unet(
     def run(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         if frames:
             tensors = _by_frame(tensors, control)
-        prompts.tokens = [tensors[f"ip_tokens_{name}"] for name in adapters]
-        prompts.bias = [tensors[f"ip_bias_{name}"] for name in adapters]
-        prompts.scale = [tensors[f"ip_scale_{name}"] for name in adapters]
-        prompts.masks = [{i: tensors[f"ip_mask_{name}_{i}"] for i in levels} for name in adapters]
+        prompts.adapters = [
+            image_prompt.AdapterPrompts.of(
+                tokens=tensors[f"ip_tokens_{name}"],
+                bias=tensors[f"ip_bias_{name}"],
+                scale=tensors[f"ip_scale_{name}"],
+                masks={i: tensors[f"ip_mask_{name}_{i}"] for i in levels},
+            )
+            for name in adapters
+        ]
         sample, timestep, text = (tensors[name] for name in ("sample", "timestep", "encoder_hidden_states"))
         down = [tensors[name] for name in control]
         middle = down.pop() if down else None

@@ -14,18 +14,30 @@ from torch.nn import functional as F
 from imprompt_serving.specs import CrossAttention
 
 
-@dataclass(kw_only=True, slots=True)
-class ImagePrompts:
-    """What the cross-attention layers of one UNet call share; set by the graph before each call, one entry an adapter.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterPrompts:
+    """The image prompts of one adapter in one UNet call, B rows with G groups of T tokens each.
 
-    Shapes: ``tokens`` [B, G, T, D] (G groups with a softmax each), ``bias`` [B, G, T] (0, or large and negative for
-    padding), ``scale`` [B, G, L] (a value for each layer), ``masks`` by level [B, G, q].
+    Shapes: `tokens` [B * G, T, D], `bias` [B * G, 1, 1, T] (0, or large and negative for padding), `scale` [B, G, L] (a
+    value for each layer), `masks` by level [B, G, q].
     """
 
-    tokens: list[Tensor] = field(default_factory=list)
-    bias: list[Tensor] = field(default_factory=list)
-    scale: list[Tensor] = field(default_factory=list)
-    masks: list[dict[int, Tensor]] = field(default_factory=list)
+    tokens: Tensor
+    bias: Tensor
+    scale: Tensor
+    masks: dict[int, Tensor]
+
+    @classmethod
+    def of(cls, *, tokens: Tensor, bias: Tensor, scale: Tensor, masks: dict[int, Tensor]) -> AdapterPrompts:
+        """From the inputs of the graph: `tokens` [B, G, T, D] and `bias` [B, G, T]."""
+        return cls(tokens=tokens.flatten(0, 1), bias=bias.flatten(0, 1)[:, None, None], scale=scale, masks=masks)
+
+
+@dataclass(kw_only=True, slots=True)
+class ImagePrompts:
+    """What the cross-attention layers share: the prompts of each adapter, set by the graph before each UNet call."""
+
+    adapters: list[AdapterPrompts] = field(default_factory=list)
 
 
 class ImagePromptProcessor(nn.Module):
@@ -45,16 +57,22 @@ class ImagePromptProcessor(nn.Module):
         query = heads(attn.to_q(hidden_states))
         key, value = heads(attn.to_k(encoder_hidden_states)), heads(attn.to_v(encoder_hidden_states))
         attended = F.scaled_dot_product_attention(query, key, value)
-        for index, (to_k, to_v) in enumerate(zip(self.to_k_ip, self.to_v_ip, strict=True)):
-            tokens = self.prompts.tokens[index]
-            groups = tokens.shape[1:3]
-            key, value = heads(to_k(tokens.flatten(1, 2))), heads(to_v(tokens.flatten(1, 2)))
-            scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-            scores = scores.unflatten(-1, groups) + self.prompts.bias[index][:, None, None]
-            weight = self.prompts.scale[index][:, :, self.layer, None] * self.prompts.masks[index][self.level]
-            shares = scores.softmax(-1) * weight.transpose(1, 2)[:, None, :, :, None]
-            attended = attended + shares.flatten(-2) @ value
+        for prompts, to_k, to_v in zip(self.prompts.adapters, self.to_k_ip, self.to_v_ip, strict=True):
+            key, value = heads(to_k(prompts.tokens)), heads(to_v(prompts.tokens))
+            attended = attended + self._image_attention(prompts, query, key, value)
         return attn.to_out[0](attended.transpose(1, 2).flatten(2))
+
+    def _image_attention(self, prompts: AdapterPrompts, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of `query` [B, heads, q, d] to the image tokens of one adapter, of the same shape.
+
+        Each group of tokens is a row of ordinary attention, which compilers fuse. The weight of a group does not depend
+        on the token, so it is applied to the output: between softmax and product it would keep them from that.
+        """
+        groups = prompts.scale.shape[:2]
+        queries = query[:, None].expand(-1, groups[1], -1, -1, -1).flatten(0, 1)
+        attended = F.scaled_dot_product_attention(queries, key, value, attn_mask=prompts.bias)
+        weight = prompts.scale[:, :, self.layer, None] * prompts.masks[self.level]
+        return (attended.unflatten(0, groups) * weight[:, :, None, :, None]).sum(1)
 
 
 def cross_attention_layers(unet: Any) -> list[CrossAttention]:

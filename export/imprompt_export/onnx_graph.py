@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import onnx_ir as ir
 import torch
 from onnxscript import opset18 as op
 from onnxscript.function_libs.torch_lib.ops.core import aten_flatten, aten_unflatten
@@ -98,16 +99,18 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """Attention without a mask as the four operators that engines know how to join; any other by onnxscript.
+    """Attention, with an additive mask at most, as the few operators that engines fuse; any other by onnxscript.
 
     onnxscript's own turns the key around by way of shapes that are computed at each call.
     """
-    if attn_mask is not None or is_causal or enable_gqa:
+    if (attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL) or is_causal or enable_gqa:
         return aten_scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     factor = op.CastLike(op.Constant(value_float=scale or query.shape[-1] ** -0.5), query)
     scores = op.MatMul(op.Mul(query, factor), op.Transpose(key, perm=[0, 1, 3, 2]))
+    if attn_mask is not None:
+        scores = op.Add(scores, attn_mask)
     return op.MatMul(op.Softmax(scores, axis=-1), value)
 
 

@@ -4,7 +4,7 @@ Triton's own SIGTERM refuses every call between models from that moment on ("Ser
 the middle of its work could only fail. The launcher therefore drains first:
 
 1. It creates the file named by the environment variable `IMPROMPT_DRAIN_FILE`. Its text is the time, in seconds since
-   the epoch, at which running requests have to end.
+   the epoch, at which running requests have to end; an empty file means now.
 2. A model that fronts callers refuses new requests (UNAVAILABLE), and lets running ones go on until then.
 3. The launcher sends SIGTERM when the gauge `imprompt_requests_in_flight` is 0, or a little after that time.
 
@@ -14,6 +14,7 @@ the file and wait for the gauge.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -34,11 +35,17 @@ def announce_drain(file: Path, *, deadline: float) -> None:
 
 
 def drain_deadline() -> float | None:
-    """None while requests are taken; during a drain, the time (seconds since the epoch) at which running ones end."""
+    """None while requests are taken; during a drain, the time (seconds since the epoch) at which running ones end.
+
+    A file that holds no number, such as the empty one that a hook made with `>`, or none that can be read, means now.
+    """
     try:
-        return float(Path(os.environ[DRAIN_FILE_VARIABLE]).read_text())
+        deadline = float(Path(os.environ[DRAIN_FILE_VARIABLE]).read_bytes())
     except (KeyError, FileNotFoundError):
         return None
+    except (OSError, ValueError):
+        return 0.0
+    return 0.0 if math.isnan(deadline) else deadline
 
 
 def check_drain_deadline() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class RequestError(Exception):
     """A request that ends without a picture; ``status`` names the gRPC status its caller sees."""
@@ -41,3 +43,13 @@ def from_status(status: str, message: str) -> RequestError:
         parameter, _, problem = message.partition(": ")
         return InvalidRequest(parameter, problem)
     return {Overloaded.status: Overloaded, Cancelled.status: Cancelled}.get(status, RequestError)(message)
+
+
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+
+
+def unexpected(error: Exception) -> RequestError:
+    """The error that a caller sees for an exception that nobody foresaw; memory addresses are left out."""
+    if isinstance(error, RequestError):
+        return error
+    return RequestError(_ADDRESS.sub("", f"{type(error).__name__}: {error}"))

@@ -25,14 +25,18 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self, TextIO
 
+import grpc
 import psutil
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from imprompt_serving._triton_install import LaunchError, find_triton
 from imprompt_serving.drain import DRAIN_FILE_VARIABLE, IN_FLIGHT_METRIC, announce_drain
+from imprompt_serving.triton.internal import SECRET_VARIABLE
 
 __all__ = ["Addresses", "LaunchError", "Server", "serve"]
 
 RESPONSE_CACHE_BYTES = 256 * 2**20
+CLOSED_APIS = "shared-memory,trace,logging,model-repository"
 # Calls between models, and answers, that one Python model can have under way; others wait. (Triton's default: 32)
 CALLS_BETWEEN_MODELS = 64
 # Triton's own wait for running requests after SIGTERM. Short, as the drain came before, and as a stream that a client
@@ -60,19 +64,24 @@ REAPER = """read -r _; kill -s KILL -- "-$1"; rm -rf -- "/dev/shm/$2"* "$3" """
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Addresses:
-    """Where a running server listens, each as `host:port`."""
+    """Where a running server listens, each as `host:port`; `http` is None when that port is off."""
 
     grpc: str
-    http: str
     metrics: str
+    http: str | None = None
+
+    def __str__(self) -> str:
+        http = f" http={self.http}" if self.http else ""
+        return f"grpc={self.grpc}{http} metrics={self.metrics}"
 
 
 class Server:
     """One Triton over one model repository: `with Server(repository) as server: Client(server.grpc_address)`.
 
-    A port 0 means any free one. What Triton and the models print goes to `log` (default: stderr): warnings, errors and
-    the models' own output, or all of it if `verbose`. Until the server is ready it is kept back; if it never gets
-    ready, it is in the error. Leaving the context stops without a drain. Not to be started twice.
+    A port 0 means any free one; without an `http_port` Triton speaks gRPC only. What Triton and the models print goes
+    to `log` (default: stderr): warnings, errors and the models' own output, or all of it if `verbose`. Until the server
+    is ready it is kept back; if it never gets ready, it is in the error. Leaving the context stops without a drain. Not
+    to be started twice.
 
     Raises `LaunchError` for a repository without models.
     """
@@ -85,7 +94,7 @@ class Server:
         repository: str | os.PathLike[str],
         *,
         grpc_port: int = 0,
-        http_port: int = 0,
+        http_port: int | None = None,
         metrics_port: int = 0,
         host: str = "127.0.0.1",
         start_timeout: float = 900.0,
@@ -93,7 +102,9 @@ class Server:
         log: TextIO | None = None,
     ) -> None:
         self._repository = _checked_repository(Path(repository))
-        self._wanted_ports = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
+        self._wanted_ports = {"grpc": grpc_port, "metrics": metrics_port}
+        if http_port is not None:
+            self._wanted_ports["http"] = http_port
         self._host = host
         self._start_timeout = start_timeout
         self._verbose = verbose
@@ -107,7 +118,7 @@ class Server:
         return self.addresses.grpc
 
     @property
-    def http_address(self) -> str:
+    def http_address(self) -> str | None:
         return self.addresses.http
 
     @property
@@ -178,6 +189,7 @@ class Server:
     def stop(self, *, hurry: Callable[[], bool] = lambda: False) -> None:
         """Ends Triton with SIGTERM, by force when it takes too long or `hurry` says so. Harmless when nothing runs."""
         if self._process is not None and self._process.poll() is None:
+            announce_drain(self._drain_file, deadline=time.time())  # requests that still run end by name, not as broken
             self._process.terminate()
             until = time.monotonic() + EXIT_TIMEOUT_S + KILL_AFTER_S
             while self._process.poll() is None and time.monotonic() < until and not hurry():
@@ -216,12 +228,12 @@ class Server:
                 f"--backend-config=python,thread-pool-size={CALLS_BETWEEN_MODELS}",
                 f"--cache-directory={triton.caches}",
                 f"--cache-config=local,size={RESPONSE_CACHE_BYTES}",
-                *(f"--{name}-address={listen}" for name in ports),
-                *(f"--{name}-port={port}" for name, port in ports.items()),
+                *_listen_options(listen, ports),
                 f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
                 f"--log-info={str(self._verbose).lower()}",
             ],
-            env=triton.environment() | {DRAIN_FILE_VARIABLE: str(self._drain_file)},
+            env=triton.environment()
+            | {DRAIN_FILE_VARIABLE: str(self._drain_file), SECRET_VARIABLE: secrets.token_urlsafe()},
             cwd=scratch,  # first on the models' sys.path: a random.py where the user stands must not get in the way
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -244,7 +256,7 @@ class Server:
 
     def _wait_until_ready(self, give_up: Callable[[], bool]) -> bool:
         until = time.monotonic() + self._start_timeout
-        while not _is_ready(self.addresses.http):
+        while not _is_ready(self.addresses.grpc):
             status = self._running.poll()
             if status is not None:
                 raise LaunchError(
@@ -264,7 +276,7 @@ def serve(
     repository: str | os.PathLike[str],
     *,
     grpc_port: int = 8001,
-    http_port: int = 8000,
+    http_port: int | None = None,
     metrics_port: int = 8002,
     host: str = "127.0.0.1",
     on_ready: Callable[[Addresses], None],
@@ -389,12 +401,28 @@ def _get(address: str, path: str) -> tuple[int, str]:
         connection.close()
 
 
-def _is_ready(http_address: str) -> bool:
+def _is_ready(grpc_address: str) -> bool:
     """The server answers and every model is ready (Triton's strict readiness, its default)."""
-    try:
-        return _get(http_address, "/v2/health/ready")[0] == 200
-    except (OSError, http.client.HTTPException):
-        return False
+    # A new channel each time: one that saw no server waits longer and longer before it looks again.
+    with grpc.insecure_channel(grpc_address, [("grpc.enable_http_proxy", 0)]) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        try:
+            return bool(stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=5).ready)
+        except grpc.RpcError:
+            return False
+
+
+def _listen_options(address: str, ports: dict[str, int]) -> list[str]:
+    """Options of Triton for its ports, with the parts of its API closed that only an operator may use.
+
+    They open for a header that nobody knows. Loading and unloading is refused by `--model-control-mode=none` too.
+    """
+    closed = f"{CLOSED_APIS}:imprompt-operator={secrets.token_urlsafe()}"
+    options = [f"--{name}-address={address}" for name in ports]
+    options += [f"--{name}-port={port}" for name, port in ports.items()]
+    options.append(f"--grpc-restricted-protocol={closed}")
+    options.append(f"--http-restricted-api={closed}" if "http" in ports else "--allow-http=false")
+    return options
 
 
 def _requests_in_flight(metrics_address: str) -> int | None:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from imprompt import ConnectionFailed
+from imprompt_bench import cli, load, subject
 from imprompt_bench.load import closed_loop, open_loop
 from imprompt_bench.observe import Observer, count
 from imprompt_bench.plots import spans
-from imprompt_bench.results import BenchError, Sample
+from imprompt_bench.results import BenchError, Run, Sample
+from imprompt_bench.subject import Subject
 from imprompt_bench.workload import POOL, Workload
 
 SLOW_S = 0.05
@@ -79,6 +88,80 @@ def test_counters_of_one_bundle() -> None:
 def test_a_server_without_metrics_is_named() -> None:
     with pytest.raises(BenchError, match=r"no metrics at 127\.0\.0\.1:1: .*--metrics"):
         Observer(bundle="sd15", metrics_address="127.0.0.1:1").snapshot()
+
+
+@contextmanager
+def page(text: str, status: int = 200) -> Iterator[str]:
+    """The address of a server with `text` on every page."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Page)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_metrics_of_another_server_are_not_taken() -> None:
+    with page('nv_inference_count{model="sd15",version="1"} 0') as address:
+        Observer(bundle="sd15", metrics_address=address).check()
+        with pytest.raises(BenchError, match="are not those of sdxl"):
+            Observer(bundle="sdxl", metrics_address=address).check()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1", "a b", "", "127.0.0.1:x", "\n"])
+def test_an_address_without_metrics_is_one_error(address: str) -> None:
+    with pytest.raises(BenchError, match="--metrics says where"):
+        Observer(bundle="sd15", metrics_address=address).check()
+
+
+def test_metrics_that_go_away_cost_only_the_counters() -> None:
+    with page("") as address, Observer(bundle="sd15", metrics_address=address).watch() as use:
+        assert use() is not None
+    with Observer(bundle="sd15", metrics_address=address).watch() as use:
+        assert use() is None
+    with Observer(bundle="sd15", metrics_address=None).watch() as use:
+        assert use() is None
+
+
+def test_what_was_measured_before_an_error_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(url: str, plan: object, traffic: object) -> list[Sample]:
+        if runs.pop(0) == "fails":
+            raise ConnectionFailed(f"{url}: gone")
+        return [Sample(index=0, intended=0.0, sent=0.0, ended=1.0)]
+
+    runs = ["works", "fails"]
+    limits = {"height": [32, 256]}
+    capabilities: Any = {"limits": limits, "defaults": {"height": 64}, "backend": "b", "precision": "fp32"}
+    observer = Observer(bundle="sd15", metrics_address=None)
+    served = Subject(url="h:1", model="sd15", capabilities=capabilities | {"ip_adapters": []}, observer=observer)
+    monkeypatch.setattr(subject, "running", lambda *_: served)
+    monkeypatch.setattr(load, "run", run)
+    output = tmp_path / "new" / "run.json"
+    arguments = ["--url", "h:1", "--model", "sd15", "--scenario", "closed", "--callers", "2", "-o", str(output)]
+    assert cli.main(arguments) == 1
+    assert [point.value for point in Run.load(output).of("closed")] == [1]
+    said = capsys.readouterr()
+    assert said.out == f"{output}\n"
+    assert "no metrics of sd15 on port 8002: the server's own counters are left out" in said.err
+    assert "error: h:1: gone" in said.err
+
+
+def test_a_file_that_cannot_be_written_is_named_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--url", "127.0.0.1:1", "--model", "sd15", "-o", str(tmp_path)]) == 1
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_requests_have_prompts_and_pictures_of_their_own() -> None:

@@ -50,6 +50,7 @@ INPUTS = {
     "scheduler": ("STRING", ONE),
     "scheduler_config": ("STRING", ONE),
     "output_type": ("STRING", ONE),
+    "output_format": ("STRING", ONE),
     "preview": ("BOOL", ONE),
     "timeout": ("FP64", ONE),
     "encode_image": ("STRING", ONE),
@@ -58,11 +59,19 @@ EMBED_SIZE = 8
 
 
 class Refusal(Exception):
-    """Raised by an answer: the call ends with this status."""
+    """Raised by an answer: the call ends with this status, a stream with an answer that carries it."""
 
     def __init__(self, status: grpc.StatusCode, message: str) -> None:
         super().__init__(message)
         self.status, self.message = status, message
+
+
+class Aborted(Refusal):
+    """The same from a proxy: also the call of a stream ends with the status."""
+
+
+class TritonsOwn(Exception):
+    """Raised by an answer to a stream: an error of Triton itself, which leaves out the status."""
 
 
 @dataclass
@@ -179,6 +188,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.calls: list[Call] = []
         self.config_calls = 0
         self.config_delay = 0.0
+        self.ready = True
         self.configs = {"one_unet": model_config_pb2.ModelConfig(name="one_unet")}
         for name, adapters in (("one", ("plain",)), ("two", ("plus", "face")), ("none", ())):
             for stream in (False, True):
@@ -189,12 +199,12 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         return service_pb2.ServerLiveResponse(live=True)
 
     def ServerReady(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
-        return service_pb2.ServerReadyResponse(ready=True)
+        return service_pb2.ServerReadyResponse(ready=self.ready)
 
-    def RepositoryIndex(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
-        response = service_pb2.RepositoryIndexResponse()
+    def ModelStatistics(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        response = service_pb2.ModelStatisticsResponse()
         for name in self.configs:
-            response.models.add(name=name, state="READY")
+            response.model_stats.add(name=name, version="1")
         return response
 
     def ModelConfig(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
@@ -215,8 +225,13 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
             for request in requests:
                 for answer in self._answers(request, context):
                     yield service_pb2.ModelStreamInferResponse(infer_response=answer)
+        except Aborted as aborted:
+            context.abort(aborted.status, aborted.message)
         except Refusal as refusal:
-            context.abort(refusal.status, refusal.message)
+            error = _to_response({"error": texts(refusal.status.name, refusal.message)})
+            yield service_pb2.ModelStreamInferResponse(infer_response=error)
+        except TritonsOwn as own:
+            yield service_pb2.ModelStreamInferResponse(error_message=str(own))
 
     def _answers(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         call = Call(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -18,12 +20,14 @@ from typer.testing import CliRunner
 from typer.testing import Result as Outcome
 
 from imprompt import __version__, cli
+from imprompt_serving.launcher import Addresses
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with a few pictures."""
     monkeypatch.chdir(tmp_path)
+    Path("folder.png").mkdir()
     for name in ("a.png", "b.png", "mask.png"):
         Image.new("RGB", (4, 4), "red").save(name)
     return tmp_path
@@ -49,6 +53,19 @@ def test_a_picture_is_saved_and_named(generate: Any, folder: Path) -> None:
     outcome = generate("-o", "cat.png")
     assert (outcome.exit_code, outcome.stdout) == (0, "cat.png\n"), outcome.output
     assert opened(folder / "cat.png").size == (16, 8)
+
+
+def test_seed_seconds_and_warnings_go_to_stderr(generate: Any, triton: FakeTriton, folder: Path) -> None:
+    triton.answer = lambda call: iter(
+        [{**picture(), "seeds": np.array([2**40]), "warnings": texts("cut at [77] tokens")}]
+    )
+    outcome = generate("-o", "cat.png")
+    assert outcome.stdout == "cat.png\n"
+    assert re.search(rf"^warning: cut at \[77\] tokens\nseed {2**40}, \d+\.\d s\n$", outcome.stderr, re.MULTILINE)
+    triton.answer = lambda call: iter([picture(2)])
+    assert re.search(r"^seeds 0, 1, \d+\.\d s$", generate().stderr, re.MULTILINE)
+    triton.answer = lambda call: iter([{**picture(2), "seeds": np.array([], np.int64)}])
+    assert re.search(r"^\d+\.\d s$", generate().stderr, re.MULTILINE)
 
 
 def test_several_pictures_get_a_number(generate: Any, triton: FakeTriton, folder: Path) -> None:
@@ -144,7 +161,26 @@ def test_the_only_bundle_needs_no_name(run: Any, url: str, triton: FakeTriton) -
         ("--param hight=64", "hight: two has no such parameter; did you mean height"),
         ("--ip-adapter-image x=a.png", "ip_adapter_image: no adapter 'x'"),
         ("-o nowhere/out.png", "--output: no such folder: nowhere"),
-        ("-o out.txt", "out.txt: pictures are saved as"),
+        ("-o out.txt", "out.txt: pictures are saved as .png, .jpg or .webp"),
+        ("-o out.mp4", "out.mp4: pictures are saved as .png, .jpg or .webp"),
+        ("-o out.psd", "out.psd: pictures are saved as"),
+        ("-o out", "out: pictures are saved as"),
+        ("-o folder.png", "--output: folder.png cannot be written"),
+        ("--num-frames 8 -o out.png", "out.png: clips are saved as .gif, .webp or .mp4"),
+        ("--param num_frames=8 -o out.jpg", "out.jpg: clips are saved as"),
+        ("--video a.png -o out.png", "out.png: clips are saved as"),
+        ("--num-frames 8 --param output_format=png -o out.png", "out.png: clips are saved as"),
+        ("--preview now.mp4", "now.mp4: pictures are saved as"),
+        ("--num-frames 8 --preview now.txt", "now.txt: pictures are saved as"),
+        ("--param output_type=latent", "output_type: latents are not saved"),
+        ("--num-frames 8 --fps 0", "fps: frames per second, above 0 to 1000; got 0"),
+        ("--fps nan", "fps: frames per second"),
+        (f"--ip-adapter-image {'x' * 5000}", "ip_adapter_image: an entry for each"),
+        ("--image \udcff.png", "image: no such file: \\udcff.png"),
+        ("-p \udcff", "prompt: takes text; character 0 ('\\udcff') is half of one: a lone surrogate (item 2 of 2)"),
+        (f"--param height={'[' * 100_000}", "height: takes whole numbers, got '[[["),
+        ("--timeout 0", "timeout: seconds, more than 0"),
+        ("--param prompt_3=x", "prompt_3: two has no such parameter"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_status_1(
@@ -157,12 +193,30 @@ def test_a_wrong_request_is_one_line_and_status_1(
     assert not triton.calls
 
 
+def test_video_without_a_package_for_it_is_refused_first(
+    generate: Any, triton: FakeTriton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "imageio", None)
+    outcome = generate("--num-frames", "8", "-o", "out.mp4")
+    assert outcome.exit_code == 1
+    assert 'error: .mp4 needs: pip install "imageio[pyav]"; .gif and .webp do not\n' in outcome.stderr
+    assert not triton.calls
+
+
+def test_without_a_name_the_file_fits_the_answer(generate: Any, triton: FakeTriton) -> None:
+    assert generate().stdout == "out.png\n"
+    triton.answer = lambda call: iter([clips()])
+    assert generate("--num-frames", "3").stdout == "out.gif\n"
+
+
 @pytest.mark.parametrize(
     "options",
     [
         "--scheduler-config {",
         "--height tall",
         "--param height",
+        f"--scheduler-config {'[' * 100_000}",
+        f"--ip-adapter-scale {'9' * 5000}",
         "--nonsense",
         "--ip-adapter-image plus=a.png --ip-adapter-image b.png",
     ],
@@ -219,6 +273,47 @@ def test_a_missing_package_is_named_with_what_to_install(
     assert f'pip install "imprompt[{extra}]"' in outcome.stderr.replace("\n", "")
 
 
+def in_a_fresh_python(*arguments: str, without: str = "", code: str = "") -> subprocess.CompletedProcess[str]:
+    """`imprompt` in a process that has imported nothing yet, and cannot import the package `without`."""
+    script = f"import sys; sys.modules.update({dict.fromkeys(filter(None, [without]))}); {code}\n"
+    script += f"from imprompt.cli import app; app({list(arguments)}, prog_name='imprompt')"
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "without", "extra"),
+    [
+        (["demo"], "torch", "export,server"),
+        (["demo"], "diffusers", "export,server"),
+        (["bench", "--help"], "psutil", "bench"),
+        (["bench"], "torch", "bench,export,server"),
+    ],
+)
+def test_a_package_that_is_missed_deep_inside_is_named_too(arguments: list[str], without: str, extra: str) -> None:
+    outcome = in_a_fresh_python(*arguments, without=without)
+    assert outcome.returncode == 1
+    assert "Traceback" not in outcome.stderr
+    assert without in outcome.stderr
+    assert outcome.stderr.endswith(f'This command needs more packages: pip install "imprompt[{extra}]"\n')
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        "from imprompt_serving.errors import Nothing",
+        "import imprompt_serving.nothing",
+        "from json import nothing",
+    ],
+)
+def test_a_bug_of_our_own_is_not_called_a_missing_package(run: Any, monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
+    module = ModuleType("imprompt_demo")
+    exec(f"def main(arguments):\n    {bug}", vars(module))
+    monkeypatch.setitem(sys.modules, "imprompt_demo", module)
+    outcome = run("demo")
+    assert isinstance(outcome.exception, ImportError)
+    assert "pip install" not in outcome.output
+
+
 def install(monkeypatch: pytest.MonkeyPatch, **modules: dict[str, Any]) -> None:
     for name, content in modules.items():
         module = ModuleType(name)
@@ -268,17 +363,17 @@ def test_serve_prints_ready_and_the_addresses(run: Any, monkeypatch: pytest.Monk
 
     def serve(repository: Path, *, on_ready: Any, **options: Any) -> int:
         given.update(options, repository=repository)
-        on_ready(SimpleNamespace(grpc="h:1", http="h:2", metrics="h:3"))
+        on_ready(Addresses(grpc="h:1", metrics="h:3"))
         return 1
 
     install(monkeypatch, imprompt_serving__launcher={"serve": serve, "LaunchError": RuntimeError})
     outcome = run("serve", "repo", "--grpc-port", "1", "--host", "0.0.0.0", "--drain-timeout", "5")
-    assert outcome.stdout == "ready grpc=h:1 http=h:2 metrics=h:3\n"
+    assert outcome.stdout == "ready grpc=h:1 metrics=h:3\n"
     assert outcome.exit_code == 1
     assert given == {
         "repository": Path("repo"),
         "grpc_port": 1,
-        "http_port": 8000,
+        "http_port": None,
         "metrics_port": 8002,
         "host": "0.0.0.0",
         "drain_timeout": 5.0,

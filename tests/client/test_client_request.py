@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from fake_triton import EMBED_SIZE, Call, FakeTriton
 from PIL import Image
 
@@ -77,6 +79,17 @@ def test_values_get_the_type_that_the_model_names(
 def test_dicts_become_json(sent: Any) -> None:
     call = sent(scheduler_config={"use_karras_sigmas": True, "steps_offset": np.int64(1)})
     assert json.loads(call.inputs["scheduler_config"][0]) == {"use_karras_sigmas": True, "steps_offset": 1}
+
+
+def test_a_configuration_of_diffusers_goes_as_it_is(sent: Any) -> None:
+    config = dict(DPMSolverMultistepScheduler(trained_betas=np.linspace(1e-4, 0.02, 10)).config)
+    assert config["lambda_min_clipped"] == -math.inf
+    given = {**config, "a": (np.float32(0.5), None), "b": np.float64("inf")}
+    received = json.loads(sent(scheduler_config=given).inputs["scheduler_config"][0])
+    assert received.pop("trained_betas") == config.pop("trained_betas").tolist()
+    assert received.pop("a") == [0.5, None]
+    assert received.pop("b") == math.inf
+    assert received == json.loads(json.dumps(config))
 
 
 def test_none_is_not_given(sent: Any) -> None:
@@ -149,10 +162,22 @@ def test_a_wrong_value_is_refused_before_anything_is_sent(
     [
         ("guidance", "did you mean guidance_scale"),
         ("ip_adapter_imge", "did you mean ip_adapter_image"),
+        ("hight", "did you mean height?"),
+        ("step", "did you mean num_inference_steps?"),
+        ("inference_steps", "did you mean num_inference_steps?"),
+        ("timesteps", "did you mean num_inference_steps or scheduler_config?"),
+        ("sigmas", "did you mean num_inference_steps or scheduler_config?"),
+        ("cfg_scale", "did you mean guidance_scale?"),
+        ("sampler", "did you mean scheduler?"),
+        ("seeds", "did you mean seed?"),
+        ("frame", "did you mean num_frames?"),
+        ("prompts", "did you mean prompt"),
+        ("size", "did you mean height or width"),
         ("ip_adapter_image_embedding", "ip_adapter_image_embeds"),
         ("generator", "`seed`"),
         ("cross_attention_kwargs", "`ip_adapter_masks`"),
-        ("zzz", "see `describe`"),
+        ("zzz", "two has no such parameter; `imprompt.Parameters` and docs/protocol.md list them all"),
+        ("time", "has no such parameter; `imprompt.Parameters`"),
         ("ip_adapter_image_adapter", "has no such parameter"),
         ("encode_image", "has no such parameter"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,8 @@ import numpy as np
 import pytest
 from fake_triton import Call, FakeTriton, clips, encoded, opened, picture, texts
 from PIL import Image
-from tritonclient.grpc import service_pb2
 
-from imprompt import Client, InvalidRequest, Overloaded, Progress, Result, ServerError
-from imprompt._result import read_event
+from imprompt import Client, InvalidRequest, Overloaded, Progress, Result
 
 
 @pytest.fixture
@@ -46,6 +45,20 @@ def test_latents(answered: Any) -> None:
     assert (result.images, result.seeds, result.timings) == ([], [5, 6], {})
     with pytest.raises(ValueError, match="output_type was 'latent'"):
         result.save("out.png")
+
+
+def test_seeds_come_back_as_they_were_given(answered: Any) -> None:
+    given = [2**64 - 1, 2**63, 5, -1 - 2**40]
+    wire = np.array([-1, -(2**63), 5, -1 - 2**40])
+    for seeds in (given, tuple(given[:3]), np.array(given[:3], np.uint64)):
+        assert answered({**picture(4), "seeds": wire[: len(seeds)]}, seed=seeds).seeds == list(seeds)
+    assert answered({**picture(), "seeds": np.array([-1])}, seed=-1).seeds == [-1]
+    assert answered({**picture(2), "seeds": np.array([], np.int64)}, seed=7).seeds == []
+
+
+def test_warnings(answered: Any) -> None:
+    assert answered(picture()).warnings == []
+    assert answered({**picture(), "warnings": texts("cut: ä", "b")}).warnings == ["cut: ä", "b"]
 
 
 def test_flagged_pictures(answered: Any) -> None:
@@ -87,14 +100,6 @@ def test_previews(client: Client, triton: FakeTriton) -> None:
     assert isinstance(progress, Progress)
     assert progress.preview is not None
     assert progress.preview.size == (16, 8)
-
-
-def test_an_error_without_a_status_is_the_servers() -> None:
-    answer = service_pb2.ModelStreamInferResponse(error_message="broken")
-    request = type("Request", (), {"id": "7"})
-    with pytest.raises(ServerError, match="broken") as caught:
-        read_event(answer, request)  # type: ignore[arg-type]
-    assert caught.value.request_id == "7"
 
 
 # Files
@@ -147,11 +152,32 @@ def test_video_without_imageio_says_what_to_install(
         answered(clips()).save(tmp_path / "out.mp4")
 
 
-@pytest.mark.parametrize(("outputs", "ending"), [(clips(), "png"), (picture(), "mp4"), (picture(), "txt")])
-def test_an_ending_that_does_not_fit(answered: Any, tmp_path: Path, outputs: Any, ending: str) -> None:
-    with pytest.raises(ValueError, match="are saved as"):
+@pytest.mark.parametrize(
+    ("outputs", "ending", "message"),
+    [
+        (clips(), "png", "out.png: clips are saved as .gif, .webp or .mp4"),
+        (clips(), "txt", "out.txt: clips are saved as .gif, .webp or .mp4"),
+        (picture(), "mp4", "out.mp4: pictures are saved as .png, .jpg or .webp"),
+        (picture(), "txt", "out.txt: pictures are saved as"),
+        (picture(), "psd", "out.psd: pictures are saved as"),  # pillow only reads it
+        (picture(), "xbm", "out.xbm: pictures are saved as"),  # pillow has no colors there
+    ],
+)
+def test_an_ending_that_does_not_fit(answered: Any, tmp_path: Path, outputs: Any, ending: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
         answered(outputs).save(tmp_path / f"out.{ending}")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), 10**400, "8", None, True])
+def test_a_rate_at_which_nothing_runs(answered: Any, tmp_path: Path, fps: Any) -> None:
+    with pytest.raises(InvalidRequest, match="fps: frames per second, above 0 to 1000"):
+        answered(clips()).save(tmp_path / "out.gif", fps=fps)
+
+
+def test_a_path_that_is_none(answered: Any) -> None:
+    with pytest.raises(InvalidRequest, match="path: the path of a file, got 3"):
+        answered(picture()).save(3)
 
 
 @pytest.mark.parametrize("data", [encoded("JPEG", "red"), encoded("GIF", "red", "blue"), b"....ftypisom..."])

@@ -93,11 +93,11 @@ import sys
 from imprompt_serving.launcher import LaunchError, serve
 
 def ready(addresses):
-    print("ready", addresses.grpc, addresses.http, addresses.metrics, flush=True)
+    print("ready", addresses.grpc, addresses.metrics, flush=True)
 
 try:
     sys.exit(
-        serve(sys.argv[1], grpc_port=0, http_port=0, metrics_port=0, drain_timeout=float(sys.argv[2]), on_ready=ready)
+        serve(sys.argv[1], grpc_port=0, metrics_port=0, drain_timeout=float(sys.argv[2]), on_ready=ready)
     )
 except LaunchError as error:
     print(f"error: {error}", file=sys.stderr)
@@ -215,14 +215,19 @@ def foreground(repository: Path, *, drain_timeout: float = 20) -> Iterator[Foreg
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line.startswith("ready "), errors.read_text()
-        grpc_address, http, metrics = line.split()[1:]
+        grpc_address, metrics = line.split()[1:]
         family = psutil.Process(process.pid).children(recursive=True)
         assert leftovers(process.pid)  # so that a test that finds none proves something
         assert list(scratch.iterdir())
-        yield Foreground(process, errors, scratch, Addresses(grpc=grpc_address, http=http, metrics=metrics), family)
+        yield Foreground(process, errors, scratch, Addresses(grpc=grpc_address, metrics=metrics), family)
     finally:
         process.kill()
         process.communicate()
+
+
+def listening(pid: int) -> set[tuple[str, int]]:
+    connections = psutil.Process(pid).net_connections("inet")
+    return {tuple(connection.laddr) for connection in connections if connection.status == psutil.CONN_LISTEN}
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
@@ -246,6 +251,8 @@ def test_serves_on_free_loopback_ports_and_leaves_nothing(
         assert stream.rest() == ["step", "step", "end"]
         assert set(server.stub_pids) == {"echo_0_0", "steps_0_0"}
         server.check()
+        assert server.http_address is None
+        assert len(listening(server.pid)) == 2  # gRPC and metrics
         assert set(leftovers(os.getpid())) > set(before)
         processes = [psutil.Process(pid) for pid in (server.pid, *server.stub_pids.values())]
     assert not any(alive(process) for process in processes)
@@ -281,6 +288,17 @@ def test_what_the_drain_timeout_cuts_off_gets_one_error(repository: Path) -> Non
         assert "did not end in the time that was left" in last
         assert server.wait() == 1
         server.assert_nothing_left()
+
+
+@needs_triton
+def test_requests_that_run_when_a_server_stops_without_a_drain_end_by_name(repository: Path) -> None:
+    with Server(repository) as server:
+        running = Stream(server.grpc_address, 1000)
+        assert running.next() == "step"
+        server.stop()
+        while (last := running.next()) == "step":
+            pass
+    assert "did not end in the time that was left" in last
 
 
 @needs_triton

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from imprompt_serving.denoiser.answers import Listener
 from imprompt_serving.denoiser.batch import Part
 from imprompt_serving.denoiser.line import Load
-from imprompt_serving.denoiser.loop import Denoiser, Listener
+from imprompt_serving.denoiser.loop import Denoiser
 from imprompt_serving.denoiser.meter import Meter, Population
 from imprompt_serving.errors import Cancelled, InvalidRequest, Overloaded, RequestError
 from imprompt_serving.specs import Limits
@@ -221,6 +222,18 @@ def test_a_cancelled_place_is_free_again(room: Room) -> None:
     assert room.meter.last == Population(0, 0, 1, 2)
 
 
+def test_a_second_job_of_one_id_is_refused_and_keeps_no_place(room: Room) -> None:
+    first = room.submit(FakeJob("a"))
+    for _ in range(2):
+        with pytest.raises(RequestError, match="there is a job a already"):
+            room.submit(FakeJob("a"))
+        with pytest.raises(RequestError, match="there is a job a already"):
+            room.denoiser.admit("a", Load(2, 3))
+    room.gate.open(None)
+    assert first.final == "finished"
+    assert room.meter.last == Population(0, 0, 0, 0)
+
+
 def test_the_engines_error_hits_only_the_job_that_causes_it(room: Room) -> None:
     room.gate.poison.add("bad")
     answers = {name: room.submit(FakeJob(name)) for name in ("a", "bad", "c")}
@@ -317,6 +330,17 @@ def test_whoever_left_takes_no_room_in_the_line() -> None:
     finally:
         room.gate.open(None)
         room.denoiser.stop()
+
+
+def test_stopping_does_not_wait_longer_than_asked_for_a_call_that_hangs() -> None:
+    room = Room()
+    answers = room.submit(FakeJob("a"))
+    room.gate.entered()
+    began = time.monotonic()
+    room.denoiser.stop(0.1)
+    assert time.monotonic() - began < WAIT_S / 2
+    room.gate.open(None)
+    assert isinstance(answers.final, Overloaded)
 
 
 def test_stopping_tells_those_who_wait() -> None:

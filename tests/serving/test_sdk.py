@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,21 @@ import tritonclient.grpc
 from PIL import Image
 from typer.testing import CliRunner
 
-from imprompt import AsyncClient, Cancelled, DeadlineExceeded, Progress, Result
+from imprompt import (
+    AsyncClient,
+    Cancelled,
+    Client,
+    ConnectionFailed,
+    DeadlineExceeded,
+    InvalidRequest,
+    Progress,
+    Result,
+)
+from imprompt._model import Input
 from imprompt.cli import app
+from imprompt_bench import cli as bench
+from imprompt_bench import subject
+from imprompt_bench.results import Run
 from parity import assert_same
 from served import Served
 from tiny import images
@@ -119,6 +133,73 @@ def test_generate_from_the_shell(sd15: Served, tmp_path: Path) -> None:
     bad = CliRunner().invoke(app, [*arguments, "--height", "100"])
     assert bad.exit_code == 1
     assert "height" in bad.output
+
+
+def test_refusals_in_streams_keep_their_status_and_leave_the_log_alone(
+    sd15: Served, capfd: pytest.CaptureFixture[str]
+) -> None:
+    capfd.readouterr()
+    for _ in range(20):
+        with pytest.raises(InvalidRequest, match="num_inference_steps: ") as caught:
+            list(sd15.client.stream(**{**SMALL, "num_inference_steps": 0}))
+        assert caught.value.parameter == "num_inference_steps"
+        assert caught.value.request_id
+    time.sleep(0.5)
+    assert "HandleCancellation" not in capfd.readouterr().err
+
+
+def test_the_time_of_a_stream_ends_it(sd15: Served) -> None:
+    with pytest.raises(DeadlineExceeded, match=r"timeout: 0\.5 seconds are over"):
+        list(sd15.client.stream(**LONG, timeout=0.5))
+    assert idle(sd15)
+
+
+def test_what_triton_itself_finds_in_a_stream_is_the_callers_mistake(sd15: Served) -> None:
+    client = Client(sd15.server.grpc_address)
+    served = client._model("sd15", client._budget(), stream=True)
+    wrong = {**served.inputs, "foo": Input(name="foo", dtype="INT32", dims=(1,))}
+    client._models["sd15", True] = replace(served, inputs=wrong)
+    with client, pytest.raises(InvalidRequest, match="unexpected inference input 'foo'") as caught:
+        list(client.stream(**SMALL, foo=1))  # type: ignore[call-arg]
+    assert caught.value.parameter == "foo"
+
+
+def test_large_seeds_come_back_as_they_were_given(sd15: Served) -> None:
+    result = sd15.client.generate(**{**SMALL, "seed": 2**64 - 1})
+    assert result.seeds == [2**64 - 1]
+    assert_same(result, pictures(sd15.client.generate(**{**SMALL, "seed": -1})))
+
+
+def test_a_proxy_of_the_environment_is_not_asked(sd15: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with Client(sd15.server.grpc_address) as client:
+        assert client.models() == ["sd15"]
+
+
+def test_the_metrics_port_is_not_that_of_grpc(sd15: Served) -> None:
+    with (
+        Client(sd15.server.metrics_address) as client,
+        pytest.raises(ConnectionFailed, match="is to be host:port of the server's gRPC endpoint"),
+    ):
+        client.models()
+
+
+def test_bench_goes_on_without_metrics(
+    sd15: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(subject, "METRICS_PORT", 1)
+    output = tmp_path / "run.json"
+    extent = "--scenario closed --callers 1 --size 64 --steps 2 --requests 2".split()
+    address = ["--url", sd15.server.grpc_address, "--model", "sd15"]
+    assert bench.main([*address, *extent, "-o", str(output)]) == 0
+    assert "no metrics of sd15 on port 1" in capsys.readouterr().err
+    (point,) = Run.load(output).measurements
+    assert (len(point.samples), point.server) == (2, None)
+    assert bench.main([*address, *extent, "--metrics", "127.0.0.1:1", "-o", str(tmp_path / "none.json")]) == 1
+    assert "no metrics at 127.0.0.1:1" in capsys.readouterr().err
 
 
 def test_models_from_the_shell(sd15: Served) -> None:

@@ -1,64 +1,78 @@
-"""The loop that owns all active jobs: one engine call a tick, then each job's own scheduler."""
+"""The denoiser: continuous batching of the steps of all active jobs.
+
+One thread owns the jobs and runs commands (admit, submit, cancel, stop) one after the other, each at once. A second
+thread computes a tick: a call of the engines, then a step of each job's own scheduler. On a device a tick has been
+computed when it has been launched; a third thread then waits for the device. At most two ticks are in flight, so that
+new jobs, cancellations and deadlines are never more than two ticks late, and seconds are those of the device.
+"""
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
+from imprompt_serving.denoiser.answers import Answers, AnswerThreads, Listener
 from imprompt_serving.denoiser.batch import Batcher, Part
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.line import Load, check_room
 from imprompt_serving.denoiser.meter import Meter, Population
 from imprompt_serving.denoiser.policy import Candidate, plan
-from imprompt_serving.errors import Cancelled, Overloaded, RequestError
+from imprompt_serving.errors import Cancelled, Overloaded, RequestError, unexpected
 from imprompt_serving.specs import Limits
 
 logger = logging.getLogger(__name__)
 
 KEEP_S = 300.0
 """How long a place is kept for a job that was admitted, and a cancelled id is remembered for a job on its way."""
+TICKS_IN_FLIGHT = 2
+"""Ticks that may be launched and not complete: with one the device would idle while the next tick is launched."""
 _RECENT = 0.2
 """Weight of the latest tick in the mean of tick seconds."""
 
-
-class Listener:
-    """Who hears of a job: any number of ``progress`` calls, then exactly one of ``finish`` and ``fail``.
-
-    All are called in a thread of their own, in order. ``progress`` gets the steps done, the steps in all, and the
-    picture as the UNet sees it so far (latents) if the job asks for previews.
-    """
-
-    def __init__(
-        self,
-        progress: Callable[[int, int, torch.Tensor | None], None],
-        finish: Callable[[Job], None],
-        fail: Callable[[RequestError], None],
-    ) -> None:
-        self.progress, self.finish, self.fail = progress, finish, fail
+Wait = Callable[[], None]
+"""Returns when the device has done all that had been launched when this was made."""
 
 
-class Outcome(Listener):
-    """A listener for who waits for the end: ``ended`` is set then, and ``error`` is what went wrong, if anything."""
+@dataclass(slots=True)
+class _Active:
+    """A job in the loop, and how to answer it."""
 
-    def __init__(self) -> None:
-        self.ended = threading.Event()
-        self.error: RequestError | None = None
-        super().__init__(lambda *_: None, lambda _: self.ended.set(), self._failed)
+    job: Job
+    answers: Answers
 
-    def _failed(self, error: RequestError) -> None:
-        self.error = error
-        self.ended.set()
+
+class _Advance(NamedTuple):
+    """What a tick did to a job: whether it is done, the steps it has done if that is to be told, or what went wrong."""
+
+    active: _Active
+    done: bool = False
+    step: int | None = None
+    preview: torch.Tensor | None = None
+    error: Exception | None = None
+
+
+class _Tick(NamedTuple):
+    began: float
+    rows: int
+    advances: list[_Advance]
 
 
 class Denoiser:
-    """Continuous batching of denoising steps: a job joins or leaves between any two ticks."""
+    """Takes jobs from any thread; a job joins or leaves between any two ticks.
+
+    Args:
+        networks: predicts the noise for the rows of a tick.
+        mark: called after each launch; gives what waits for the device, or None where launching is computing.
+    """
 
     def __init__(
         self,
@@ -67,20 +81,25 @@ class Denoiser:
         max_rows: int,
         limits: Limits | None = None,
         meter: Meter | None = None,
+        mark: Callable[[], Wait | None] = lambda: None,
     ) -> None:
-        self._networks, self._batcher, self._max_rows = networks, batcher, max_rows
+        self._networks, self._batcher, self._max_rows, self._mark = networks, batcher, max_rows, mark
         self._limits, self._meter = limits or Limits(), meter or Meter()
-        self._jobs: dict[str, tuple[Job, Listener]] = {}
+        self._answer_threads = AnswerThreads()
+        self._owner = ThreadPoolExecutor(1, thread_name_prefix="denoiser")
+        self._launcher = ThreadPoolExecutor(1, thread_name_prefix="launch")
+        self._waiter = ThreadPoolExecutor(1, thread_name_prefix="device")
+        # What follows belongs to the owner's thread alone.
+        self._jobs: dict[str, _Active] = {}
         self._admitted: dict[str, tuple[Load, float]] = {}
         self._cancelled: dict[str, float] = {}
-        self._changed = threading.Condition()
         self._stopping = False
+        self._launch: Future[None] | None = None
+        self._in_flight: list[float] = []
+        """When each tick began that has been launched, or is being launched, and is not complete."""
+        self._completed = 0.0
+        """When the latest tick was complete."""
         self._tick, self._tick_seconds = 0, 0.0
-        self._tick_began: float | None = None
-        self._telling: set[str] = set()
-        self._answers = ThreadPoolExecutor(1, thread_name_prefix="answers")
-        self._thread = threading.Thread(target=self._run, name="denoiser", daemon=True)
-        self._thread.start()
 
     def admit(self, job_id: str, load: Load) -> None:
         """Keep a place in the waiting line for a job that is about to come. A second time it does nothing.
@@ -88,214 +107,230 @@ class Denoiser:
         Raises:
             Overloaded: the line is full, or the loop is stopping.
             Cancelled: the job was cancelled before it came.
+            RequestError: a job of this id is active.
         """
-        with self._changed:
-            self._forget_old()
-            if self._stopping:
-                raise Overloaded("the server is stopping")
-            if job_id in self._cancelled:
-                raise Cancelled("cancelled by its caller")
-            if job_id in self._admitted:
-                return
-            running, waiting = self._loads()
-            try:
-                check_room(
-                    load,
-                    running,
-                    waiting,
-                    call_rows=self._max_rows,
-                    tick_seconds=max(self._tick_seconds, self._elapsed()),
-                    limits=self._limits,
-                )
-            except Overloaded as error:
-                self._meter.refused(error.reason)
-                raise
-            self._admitted[job_id] = load, time.monotonic()
-            self._report_population()
+        self._command(self._admit, job_id, load)
 
     def submit(self, job: Job, listener: Listener) -> None:
-        """Take a job; it joins at the next tick. Raises as ``admit`` does."""
-        with self._changed:
-            self.admit(job.id, job.load)
-            if job.id in self._jobs:
-                raise RequestError(f"there is a job {job.id} already")
-            del self._admitted[job.id]
-            job.since = self._tick
-            self._jobs[job.id] = (job, listener)
-            self._report_population()
-            self._changed.notify()
+        """Take a job; it joins at the next tick. Raises as `admit` does."""
+        self._command(self._submit, job, listener)
 
     def check_wanted(self, job_id: str) -> None:
-        """Before a job is prepared. Raises ``Cancelled`` if it was."""
-        with self._changed:
-            if job_id in self._cancelled:
-                raise Cancelled("cancelled by its caller")
+        """Before a job is prepared. Raises `Cancelled` if it was."""
+        self._command(self._check_wanted, job_id)
 
     def cancel(self, job_id: str) -> None:
-        """Stop a job within one tick, or as soon as it comes; finished ones are not affected."""
-        with self._changed:
-            self._forget_old()
-            self._admitted.pop(job_id, None)
-            self._cancelled[job_id] = time.monotonic()
-            self._report_population()
-            self._changed.notify()
+        """Stop a job at once, or as soon as it comes; finished ones are not affected."""
+        with suppress(Overloaded):  # stopping, which ends all jobs
+            self._command(self._cancel, job_id)
 
-    def stop(self) -> None:
-        """End the loop; what is still active is told so."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify()
-        self._thread.join()
-        self._answers.shutdown()
+    def stop(self, timeout: float | None = None) -> None:
+        """End the loop and fail what is still active. After `timeout` seconds, leave a call that hangs to itself."""
+        with suppress(Overloaded):
+            launch = self._command(self._stop)
+            wait_for([launch] if launch else [], timeout)
+        for thread in (self._launcher, self._waiter, self._owner):
+            thread.shutdown(wait=False)
+        self._answer_threads.close(timeout)
 
-    @torch.inference_mode()
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not self._jobs and not self._stopping:
-                    self._batcher.forget()
-                    self._changed.wait()
-                if self._stopping:
-                    break
-            try:
-                self._turn()
-            except Exception as error:  # a fault of the loop itself: nobody may wait for an answer that never comes
-                logger.exception("a tick failed")
-                for job_id in list(self._jobs):
-                    self._fail(job_id, RequestError(f"{type(error).__name__}: {error}"))
-        for job_id in list(self._jobs):
-            self._fail(job_id, Overloaded("the server is stopping"))
+    def _command(self, command: Callable[..., Any], *arguments: Any) -> Any:
+        """Run `command` on the owner's thread, which nothing keeps waiting."""
+        try:
+            future = self._owner.submit(command, *arguments)
+        except RuntimeError:  # shut down
+            raise Overloaded("the server is stopping") from None
+        return future.result()
 
-    def _turn(self) -> None:
-        """One tick. Its references to jobs end with it, so that finished ones are freed while the loop waits."""
-        self._drop_ended()
-        with self._changed:
-            active = [job for job, _ in self._jobs.values()]
-        if not active:
+    def _post(self, command: Callable[..., None], *arguments: Any) -> None:
+        """Have the owner's thread run `command` later; nobody waits for it."""
+        with suppress(RuntimeError):  # stopped meanwhile
+            self._owner.submit(self._run_posted, command, *arguments)
+
+    def _run_posted(self, command: Callable[..., None], *arguments: Any) -> None:
+        try:
+            command(*arguments)
+        except Exception as error:  # a bug in the loop: fail every job rather than leave callers waiting
+            logger.exception("the loop failed")
+            self._launch, self._in_flight = None, []
+            for active in list(self._jobs.values()):
+                self._fail(active, unexpected(error))
+
+    def _admit(self, job_id: str, load: Load) -> None:
+        self._forget_old()
+        if self._stopping:
+            raise Overloaded("the server is stopping")
+        self._check_wanted(job_id)
+        if job_id in self._jobs:
+            raise RequestError(f"there is a job {job_id} already")
+        if job_id in self._admitted:
             return
-        self._tick_began = time.perf_counter()
-        rows = self._serve(active)
-        seconds = self._elapsed()
-        self._tick_began = None
-        self._tick_seconds += (seconds - self._tick_seconds) * (_RECENT if self._tick_seconds else 1.0)
-        self._meter.ticked(rows, seconds)
+        running, waiting = self._loads()
+        seconds = max(self._tick_seconds, self._elapsed())
+        try:
+            check_room(load, running, waiting, call_rows=self._max_rows, tick_seconds=seconds, limits=self._limits)
+        except Overloaded as error:
+            self._meter.refused(error.reason)
+            raise
+        self._admitted[job_id] = load, time.monotonic()
+        self._report_population()
 
-    def _elapsed(self) -> float:
-        """Seconds since the current tick began; the first one may take long, and there is no mean yet."""
-        began = self._tick_began
-        return 0.0 if began is None else time.perf_counter() - began
+    def _submit(self, job: Job, listener: Listener) -> None:
+        self._admit(job.id, job.load)
+        del self._admitted[job.id]
+        job.since = self._tick
+        self._jobs[job.id] = _Active(job, Answers(listener, self._answer_threads, self._meter))
+        self._report_population()
+        self._post(self._start_tick)
 
-    def _drop_ended(self) -> None:
+    def _check_wanted(self, job_id: str) -> None:
+        if job_id in self._cancelled:
+            raise Cancelled("cancelled by its caller")
+
+    def _cancel(self, job_id: str) -> None:
+        self._forget_old()
+        self._admitted.pop(job_id, None)
+        self._cancelled[job_id] = time.monotonic()
+        if job_id in self._jobs:
+            self._fail(self._jobs[job_id], Cancelled("cancelled by its caller"))
+        self._report_population()
+
+    def _stop(self) -> Future[None] | None:
+        self._stopping = True
+        for active in list(self._jobs.values()):
+            self._fail(active, Overloaded("the server is stopping"))
+        return self._launch
+
+    def _start_tick(self) -> None:
+        """Launch the next tick, unless one is being launched or enough are in flight."""
+        if self._launch is not None or len(self._in_flight) >= TICKS_IN_FLIGHT:
+            return
+        self._drop_late()
+        parts = self._plan()
+        if parts:
+            self._tick += 1
+            self._report_population()
+            began = time.perf_counter()
+            self._in_flight.append(began)
+            self._launch = self._launcher.submit(self._compute_tick, began, parts)
+        elif not self._jobs:
+            self._batcher.forget()
+
+    def _drop_late(self) -> None:
         now = time.monotonic()
-        with self._changed:
-            jobs = [job for job, _ in self._jobs.values()]
-            cancelled = self._cancelled.keys() & self._jobs.keys()
-        for job in jobs:
-            if job.id in cancelled:
-                self._fail(job.id, Cancelled("cancelled by its caller"))
-            elif job.deadline is not None and now > job.deadline:
-                self._fail(job.id, Cancelled(f"timeout: {job.request.timeout:g} seconds are over"))
+        for active in list(self._jobs.values()):
+            if active.job.deadline is not None and now > active.job.deadline:
+                self._fail(active, Cancelled(f"timeout: {active.job.request.timeout:g} seconds are over"))
 
-    def _serve(self, active: list[Job]) -> int:
-        """Compute the next call; returns its rows."""
+    def _plan(self) -> list[tuple[_Active, Part]]:
+        """Rows of jobs for the next tick."""
+        # A job that is done stays until the device has got there.
+        actives = [active for active in self._jobs.values() if not active.job.done]
         candidates = [
             Candidate(
                 job.key, job.rows, job.pending, job.since, job.started is not None, job.request.priority, job.frames
             )
-            for job in active
+            for job in (active.job for active in actives)
         ]
-        parts = []
+        planned = []
         for share in plan(candidates, self._max_rows):
-            job = active[share.index]
+            job = actives[share.index].job
             start = job.rows - job.pending
-            parts.append(Part(job, start, start + share.rows))
+            planned.append((actives[share.index], Part(job, start, start + share.rows)))
             job.since = self._tick
             job.started = job.started or time.monotonic()
-        self._tick += 1
-        with self._changed:
-            self._report_population()
+        return planned
+
+    @torch.inference_mode()
+    def _compute_tick(self, began: float, parts: list[tuple[_Active, Part]]) -> None:
+        """On the launcher's thread: compute a tick, or launch it; the owner hears of it."""
+        rows = sum(part.stop - part.start for _, part in parts)
+        wait = None
         try:
-            self._compute(parts)
+            advances = self._run_batch(parts)
+            wait = self._mark()
+        except Exception as error:
+            logger.exception("a tick failed")
+            advances = [_Advance(active, error=error) for active, _ in parts]
+        del parts  # finished jobs are freed while the thread waits
+        self._post(self._launched, _Tick(began, rows, advances), wait)
+
+    def _run_batch(self, parts: Sequence[tuple[_Active, Part]]) -> list[_Advance]:
+        try:
+            noise_pred = self._predict([part for _, part in parts])
         except Exception as error:
             if len(parts) == 1:
-                self._report(parts[0].job, error)
-            else:
-                # One bad job must not take its neighbours along: find it by running them one at a time.
-                for part in parts:
-                    with self._failing(part.job):
-                        self._compute([part])
-        return sum(part.stop - part.start for part in parts)
+                return [_Advance(parts[0][0], error=error)]
+            # One bad job must not take its neighbors along: find it by running them one at a time.
+            return [advance for part in parts for advance in self._run_batch([part])]
+        rows = noise_pred.split([part.stop - part.start for _, part in parts])
+        return [_advance(active, own) for (active, _), own in zip(parts, rows, strict=True)]
 
-    def _compute(self, parts: list[Part]) -> None:
-        inputs = self._batcher.inputs(parts)
-        noise_pred = self._networks(parts, inputs)
-        for part, rows in zip(parts, noise_pred.split([part.stop - part.start for part in parts]), strict=True):
-            with self._failing(part.job):
-                self._advance(part.job, rows)
+    def _predict(self, parts: list[Part]) -> torch.Tensor:
+        return self._networks(parts, self._batcher.inputs(parts))
 
-    def _advance(self, job: Job, rows: torch.Tensor) -> None:
-        before = job.step
-        job.fill(rows)
-        if job.done:
-            self._finish(job.id)
-        elif job.step > before and job.request.progress_every and job.step % job.request.progress_every == 0:
-            _, listener = self._jobs.get(job.id, (None, None))
-            if listener is not None:
-                # Previews may take longer than a tick: one at a time, or they would pile up.
-                preview = None if job.id in self._telling else job.predicted
-                self._telling.add(job.id)
-                self._answers.submit(self._progress, job, listener, job.step, job.steps, preview)
+    def _launched(self, tick: _Tick, wait: Wait | None) -> None:
+        self._launch = None
+        if wait is None:
+            self._complete(tick)
+        else:
+            self._waiter.submit(self._wait_for_device, wait, tick)
+            self._start_tick()
 
-    def _progress(self, job: Job, listener: Listener, *arguments: Any) -> None:
-        with self._failing(job):
-            listener.progress(*arguments)
-        self._telling.discard(job.id)
-
-    @contextmanager
-    def _failing(self, job: Job) -> Iterator[None]:
-        """What goes wrong within ends ``job``, and it alone."""
+    def _wait_for_device(self, wait: Wait, tick: _Tick) -> None:
         try:
-            yield
-        except Exception as error:
-            self._report(job, error)
+            wait()
+        except Exception as error:  # an error of the device shows when it is waited for
+            logger.exception("the device failed")
+            tick = tick._replace(advances=[advance._replace(error=error) for advance in tick.advances])
+        self._post(self._complete, tick)
 
-    def _report(self, job: Job, error: Exception) -> None:
+    def _complete(self, tick: _Tick) -> None:
+        """A tick is computed: tell the callers, and start the next one."""
+        now = time.perf_counter()
+        seconds = now - max(tick.began, self._completed)
+        del self._in_flight[:1]
+        self._completed = now
+        self._tick_seconds += (seconds - self._tick_seconds) * (_RECENT if self._tick_seconds else 1.0)
+        self._meter.ticked(tick.rows, seconds)
+        for advance in tick.advances:
+            self._tell(advance)
+        self._start_tick()
+
+    def _elapsed(self) -> float:
+        """Seconds since the current tick began; the first one may take long, and there is no mean yet."""
+        if not self._in_flight:
+            return 0.0
+        return time.perf_counter() - max(self._in_flight[0], self._completed)
+
+    def _tell(self, advance: _Advance) -> None:
+        active = advance.active
+        if self._jobs.get(active.job.id) is not active:
+            return  # cancelled or failed meanwhile
+        if advance.error is not None:
+            self._report(active, advance.error)
+        elif advance.done:  # not `job.done`: later ticks may have been launched
+            self._pop(active)
+            active.answers.finish(active.job)
+        elif advance.step is not None:
+            on_error = partial(self._post, self._report, active)
+            active.answers.progress(advance.step, active.job.steps, advance.preview, on_error)
+
+    def _report(self, active: _Active, error: Exception) -> None:
         if not isinstance(error, RequestError):
-            logger.error("job %s failed", job.id, exc_info=error)
-            error = RequestError(f"{type(error).__name__}: {error}")
-        self._fail(job.id, error)
+            logger.error("job %s failed", active.job.id, exc_info=error)
+        self._fail(active, unexpected(error))
 
-    def _finish(self, job_id: str) -> None:
-        ended = self._pop(job_id)
-        if ended is not None:
-            self._answers.submit(self._tell_finished, *ended)
+    def _fail(self, active: _Active, error: RequestError) -> None:
+        if self._pop(active):
+            active.answers.fail(error)
 
-    def _tell_finished(self, job: Job, listener: Listener) -> None:
-        try:
-            listener.finish(job)
-            self._meter.ended("finished")
-        except Exception as error:
-            logger.exception("the result of job %s was not taken", job.id)
-            self._tell_failed(listener, RequestError(f"{type(error).__name__}: {error}"))
-
-    def _fail(self, job_id: str, error: RequestError) -> None:
-        ended = self._pop(job_id)
-        if ended is not None:
-            self._answers.submit(self._tell_failed, ended[1], error)
-
-    def _tell_failed(self, listener: Listener, error: RequestError) -> None:
-        self._meter.ended("cancelled" if isinstance(error, Cancelled) else "failed")
-        try:
-            listener.fail(error)
-        except Exception:
-            logger.exception("nobody took the news that a job ended: %s", error)
-
-    def _pop(self, job_id: str) -> tuple[Job, Listener] | None:
-        """Take a job out; whoever gets it gives the one final answer."""
-        with self._changed:
-            ended = self._jobs.pop(job_id, None)
-            self._report_population()
-            return ended
+    def _pop(self, active: _Active) -> bool:
+        """Take a job out; whoever gets True gives the one final answer."""
+        if self._jobs.get(active.job.id) is not active:
+            return False
+        del self._jobs[active.job.id]
+        self._report_population()
+        return True
 
     def _forget_old(self) -> None:
         """Places of jobs that never came, and cancellations of jobs that never will."""
@@ -306,8 +341,8 @@ class Denoiser:
             del self._cancelled[job_id]
 
     def _loads(self) -> tuple[list[Load], list[Load]]:
-        """Of the jobs that have begun, and of those that have not, announced ones included, cancelled ones not."""
-        jobs = [job for job, _ in self._jobs.values() if job.id not in self._cancelled]
+        """Of the jobs that have begun, and of those that have not, announced ones included."""
+        jobs = [active.job for active in self._jobs.values() if not active.job.done]
         running = [job.load for job in jobs if job.started is not None]
         waiting = [job.load for job in jobs if job.started is None]
         return running, waiting + [load for load, _ in self._admitted.values()]
@@ -316,3 +351,21 @@ class Denoiser:
         running, waiting = self._loads()
         rows = [sum(load.rows for load in loads) for loads in (running, waiting)]
         self._meter.population(Population(len(running), rows[0], len(waiting), rows[1]))
+
+
+def _candidate(job: Job) -> Candidate:
+    begun = job.started is not None
+    return Candidate(job.key, job.rows, job.pending, job.since, begun, job.request.priority, job.frames)
+
+
+def _advance(active: _Active, rows: torch.Tensor) -> _Advance:
+    """Give a job its rows of the UNet's output."""
+    job, before = active.job, active.job.step
+    try:
+        job.fill(rows)
+    except Exception as error:
+        return _Advance(active, error=error)
+    every = job.request.progress_every
+    if job.done or job.step == before or not every or job.step % every:
+        return _Advance(active, done=job.done)
+    return _Advance(active, step=job.step, preview=job.predicted)

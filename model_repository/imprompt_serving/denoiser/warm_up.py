@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from imprompt_serving.denoiser.answers import Outcome
 from imprompt_serving.denoiser.batch import Batcher
 from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.job import Job
-from imprompt_serving.denoiser.loop import Denoiser, Outcome
+from imprompt_serving.denoiser.loop import Denoiser
 from imprompt_serving.denoiser.networks import Networks
 from imprompt_serving.denoiser.preview import previews
 from imprompt_serving.errors import RequestError
@@ -16,6 +17,8 @@ from imprompt_serving.job import AdapterUse, JobRequest
 from imprompt_serving.specs import Bundle
 
 WAIT_S = 600.0
+STOP_S = 10.0
+"""How long a warm-up that failed waits for its thread to end."""
 
 
 def warm_up(bundle: Bundle, conditioner: Conditioner, networks: Networks, device: torch.device) -> None:
@@ -40,10 +43,12 @@ def warm_up(bundle: Bundle, conditioner: Conditioner, networks: Networks, device
     tensors = _tensors(bundle, height, width)
     job = Job(request, bundle, conditioner(request, tensors), tensors, device)
     denoiser, outcome = Denoiser(networks, Batcher(bundle), bundle.shapes.rows.max), Outcome()
-    denoiser.submit(job, outcome)
-    if not outcome.ended.wait(WAIT_S):
-        raise RequestError(f"the first step was not done after {WAIT_S:g} seconds")
-    denoiser.stop()
+    try:
+        denoiser.submit(job, outcome)
+        if not outcome.ended.wait(WAIT_S):
+            raise RequestError(f"the first step was not done after {WAIT_S:g} seconds")
+    finally:
+        denoiser.stop(STOP_S)
     if outcome.error:
         raise outcome.error
     if job.predicted is not None:

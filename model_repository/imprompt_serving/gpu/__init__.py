@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -33,6 +33,15 @@ def _onnxruntime_built_for_cuda() -> bool:
     from imprompt_serving.engines.onnxruntime import built_for_cuda
 
     return built_for_cuda()
+
+
+def mark(device: torch.device) -> Callable[[], None] | None:
+    """What waits until ``device`` has done all that was launched on it so far; None for the CPU, which has already."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event(blocking=True)
+    event.record(torch.cuda.current_stream(device))
+    return event.synchronize
 
 
 def call(engine: Engine, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +17,20 @@ import numpy as np
 import torch
 
 from imprompt_serving import metrics
+from imprompt_serving.denoiser.answers import Listener
 from imprompt_serving.denoiser.assembly import assemble
 from imprompt_serving.denoiser.batch import Batcher
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.line import Load
-from imprompt_serving.denoiser.loop import Denoiser, Listener
+from imprompt_serving.denoiser.loop import Denoiser
 from imprompt_serving.denoiser.preview import previews
 from imprompt_serving.denoiser.warm_up import warm_up
 from imprompt_serving.engines import Engine, load_engine
-from imprompt_serving.errors import RequestError
-from imprompt_serving.gpu import device_of
+from imprompt_serving.errors import RequestError, unexpected
+from imprompt_serving.gpu import device_of, mark
 from imprompt_serving.job import Admission, JobRequest
 from imprompt_serving.specs import Bundle
+from imprompt_serving.triton.internal import check_internal, warn_if_open
 from imprompt_serving.triton.metrics import DenoiserMeter, Metrics
 from imprompt_serving.triton.tensors import arrays, response, send_final, texts
 
@@ -49,42 +53,49 @@ class TritonPythonModel:
             warm_up(bundle, self._conditioner, networks, device)
         self._metrics = Metrics(metrics.DENOISER, args["model_name"])
         meter = DenoiserMeter(self._metrics)
-        self._denoiser = Denoiser(networks, Batcher(bundle), bundle.shapes.rows.max, bundle.limits, meter)
+        self._denoiser = Denoiser(
+            networks, Batcher(bundle), bundle.shapes.rows.max, bundle.limits, meter, partial(mark, device)
+        )
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
+        self._name = args["model_name"]
+        warn_if_open(self._name)
 
     def execute(self, requests: list[Any]) -> None:
-        """Take jobs in a thread of their own: cancellations and questions for a place must not stand in their line."""
         for request in requests:
-            tensors, sender = arrays(request), request.get_response_sender()
-            if "job" in tensors:
-                # Triton keeps a thread of the caller's occupied until the first answer: here it is, and empty.
-                sender.send(response({}))
-                self._preparing.submit(_guarded, self._accept, tensors, sender)
-            else:
-                _guarded(self._manage, tensors, sender)
+            sender = request.get_response_sender()
+            with _refusing(sender):
+                check_internal(request, self._name)
+                self._take(arrays(request), sender)
 
-    def _manage(self, tensors: dict[str, np.ndarray], sender: Any) -> None:
-        if "cancel" in tensors:
+    def _take(self, tensors: dict[str, np.ndarray], sender: Any) -> None:
+        """Prepare jobs on a separate thread, so that cancellations and admissions are never queued behind them."""
+        if "job" in tensors:
+            # Triton blocks a thread of the caller until the first response: send an empty one.
+            sender.send(response({}))
+            self._preparing.submit(self._accept, tensors, sender, time.monotonic())
+        elif "cancel" in tensors:
             self._denoiser.cancel(tensors["cancel"][0].decode())
+            send_final(sender)
         else:
             asked = msgspec.json.decode(tensors["admit"][0], type=Admission)
             self._denoiser.admit(asked.id, Load(asked.rows, asked.steps, asked.shape))
-        send_final(sender)
+            send_final(sender)
 
-    @torch.no_grad()
-    def _accept(self, tensors: dict[str, np.ndarray], sender: Any) -> None:
-        request = msgspec.json.decode(tensors.pop("job")[0], type=JobRequest)
-        self._denoiser.check_wanted(request.id)
-        given = {name: torch.from_numpy(value) for name, value in tensors.items()}
-        job = Job(request, self._bundle, self._conditioner(request, given), given, self._device)
-        listener = Listener(
-            progress=lambda step, steps, predicted: sender.send(
-                response(_progress(step, steps, predicted, self._bundle))
-            ),
-            finish=lambda job: send_final(sender, response(_result(job))),
-            fail=lambda error: _refuse(sender, error),
-        )
-        self._denoiser.submit(job, listener)
+    def _accept(self, tensors: dict[str, np.ndarray], sender: Any, came: float) -> None:
+        with _refusing(sender), torch.no_grad():
+            request = msgspec.json.decode(tensors.pop("job")[0], type=JobRequest)
+            self._denoiser.check_wanted(request.id)
+            given = {name: torch.from_numpy(value) for name, value in tensors.items()}
+            job = Job(request, self._bundle, self._conditioner(request, given), given, self._device)
+            bundle = self._bundle
+            listener = Listener(
+                progress=lambda step, steps, predicted: sender.send(
+                    response(_progress(step, steps, predicted, bundle))
+                ),
+                finish=lambda job: send_final(sender, response(_result(job, came))),
+                fail=lambda error: _refuse(sender, error),
+            )
+            self._denoiser.submit(job, listener)
 
     def finalize(self) -> None:
         self._preparing.shutdown()
@@ -92,15 +103,16 @@ class TritonPythonModel:
         self._metrics.close()
 
 
-def _guarded(act: Callable[[dict[str, np.ndarray], Any], None], tensors: dict[str, np.ndarray], sender: Any) -> None:
-    """``act``; what goes wrong is its answer."""
+@contextmanager
+def _refusing(sender: Any) -> Iterator[None]:
+    """Answer the request of `sender` with what goes wrong within."""
     try:
-        act(tensors, sender)
+        yield
     except RequestError as error:
         _refuse(sender, error)
     except Exception as error:
         logger.exception("a job was not accepted")
-        _refuse(sender, RequestError(f"{type(error).__name__}: {error}"))
+        _refuse(sender, unexpected(error))
 
 
 def _refuse(sender: Any, error: RequestError) -> None:
@@ -115,9 +127,14 @@ def _progress(step: int, steps: int, predicted: torch.Tensor | None, bundle: Bun
     return answer
 
 
-def _result(job: Job) -> dict[str, np.ndarray]:
+def _result(job: Job, came: float) -> dict[str, np.ndarray]:
+    """The answer to a finished job that `came` (monotonic seconds) to this model and `arrived` in the loop."""
     started = job.started or job.arrived
-    timings = {"queue": started - job.arrived, "denoise": time.monotonic() - started}
+    timings = {
+        "preparation": job.arrived - came,
+        "queue": started - job.arrived,
+        "denoise": time.monotonic() - started,
+    }
     return {
         "latents": job.latents.cpu().numpy(),
         "timings": texts(json.dumps(timings)),

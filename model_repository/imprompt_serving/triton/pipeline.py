@@ -17,13 +17,14 @@ import triton_python_backend_utils as pb_utils
 
 from imprompt_serving import metrics
 from imprompt_serving.drain import admitted, check_drain_deadline
-from imprompt_serving.errors import Cancelled, RequestError
+from imprompt_serving.errors import Cancelled, RequestError, unexpected
 from imprompt_serving.pipeline.flow import Pipeline
 from imprompt_serving.pipeline.models import Tensors
 from imprompt_serving.pipeline.request import parse
 from imprompt_serving.specs import Bundle
+from imprompt_serving.triton.internal import secret_parameters
 from imprompt_serving.triton.metrics import Metrics
-from imprompt_serving.triton.tensors import arrays, failure, raise_for_error, response, send_final, to_tensors
+from imprompt_serving.triton.tensors import arrays, failure, raise_for_error, response, send_final, texts, to_tensors
 
 logger = logging.getLogger(__name__)
 _POLL, _LONGEST_POLL, _POLLED_AT_ONCE = 0.02, 0.25, 4
@@ -31,6 +32,8 @@ _POLL, _LONGEST_POLL, _POLLED_AT_ONCE = 0.02, 0.25, 4
 is a message to Triton and back."""
 _HELD = 5.0
 """Seconds for which answers are held after their end; see `_let_go`."""
+_LONGEST_ID = 64
+"""Characters of a caller's request id that show up in the names of its jobs."""
 _MORE_THREADS = 64
 """For what is asked beside the jobs that run or wait: cancellations, say, must not stand in a line."""
 
@@ -91,18 +94,17 @@ def _request(model: str, tensors: Mapping[str, np.ndarray]) -> Any:
         model_name=model,
         requested_output_names=[],
         inputs=to_tensors(tensors),
+        parameters=secret_parameters(),
         preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
     )
 
 
-async def _send(sender: Any, answer: Any) -> None:
-    """The final answer, whose pictures are copied off the event loop; if that fails, word of it."""
+def _id_of(request: Any) -> str:
+    """The caller's id of a request; empty if it is not UTF-8, which Triton lets pass."""
     try:
-        await asyncio.to_thread(send_final, sender, answer)
-    except Exception as error:
-        logger.exception("an answer was not sent")
-        with suppress(Exception):  # it may have been closed
-            send_final(sender, failure(RequestError(f"the answer could not be sent: {error}")))
+        return str(request.request_id())
+    except UnicodeDecodeError:
+        return ""
 
 
 class TritonPythonModel:
@@ -130,26 +132,42 @@ class TritonPythonModel:
             await asyncio.wait(answers)
 
     async def _answer(self, request: Any) -> None:
-        """Exactly one final answer, whatever happens."""
+        """Send exactly one final answer, whatever happens."""
         sender = request.get_response_sender()
         try:
             with admitted(self._in_flight.increment):
-                await _send(sender, await self._result(request, sender))
-        except RequestError as error:  # during a drain
-            self._metrics.add(metrics.REQUESTS, error.status)
-            await _send(sender, failure(error))
+                await self._send(request, sender, await self._result(request, sender))
+        except Exception as error:  # during a drain
+            await self._send(request, sender, self._failure(request, error))
 
     async def _result(self, request: Any, sender: Any) -> Any:
         try:
             answer = await asyncio.to_thread(response, await self._serve(request, sender), request)
-            self._metrics.add(metrics.REQUESTS, "OK")
-            return answer
-        except RequestError as error:
-            failed = error
         except Exception as error:
-            logger.exception("request %s failed", request.request_id())
-            failed = RequestError(f"{type(error).__name__}: {error}")
+            return self._failure(request, error)
+        self._metrics.add(metrics.REQUESTS, "OK")
+        return answer
+
+    async def _send(self, request: Any, sender: Any, answer: Any) -> None:
+        """Send the final answer, whose pictures are copied off the event loop; if that fails, send the error."""
+        try:
+            await asyncio.to_thread(send_final, sender, answer)
+        except Exception as error:
+            with suppress(Exception):  # it may have been closed
+                send_final(sender, self._failure(request, error))
+
+    def _failure(self, request: Any, error: Exception) -> Any:
+        """Count and log `error`, and turn it into the answer that ends a request.
+
+        In a stream that is a tensor: there Triton drops the status of its own errors, or, for callers that ask for it
+        (`triton_grpc_error`), crashes after some hundreds of them.
+        """
+        failed = unexpected(error)
+        if failed is not error:
+            logger.error("request %r failed", _id_of(request), exc_info=error)
         self._metrics.add(metrics.REQUESTS, failed.status)
+        if self._streaming and "error" in request.requested_output_names():
+            return response({"error": texts(failed.status, str(failed))})
         return failure(failed)
 
     def finalize(self) -> None:
@@ -159,8 +177,8 @@ class TritonPythonModel:
         loop = asyncio.get_running_loop()
         came = loop.time()
         # Decoding pictures takes long enough to be kept off the event loop, which serves all callers.
-        wanted = await loop.run_in_executor(None, parse, arrays(request), self._bundle)
-        job_id = f"{request.request_id() or 'request'}-{uuid.uuid4().hex}"
+        wanted = await loop.run_in_executor(None, lambda: parse(arrays(request), self._bundle))
+        job_id = f"{_id_of(request)[:_LONGEST_ID] or 'request'}-{uuid.uuid4().hex}"
 
         def progress(answer: Tensors) -> None:
             sender.send(response(answer, request))

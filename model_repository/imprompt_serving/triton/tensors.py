@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from imprompt_serving.errors import RequestError
+from imprompt_serving.drain import drain_deadline
+from imprompt_serving.errors import InvalidRequest, Overloaded, RequestError
 
 # The server adds its classes to the module only after it has imported the model, hence names here, not values.
 _CODES = {
@@ -20,9 +21,19 @@ _CODES = {
 
 
 def arrays(request: Any) -> dict[str, np.ndarray]:
-    """Inputs of a request (or outputs of a response) by name."""
+    """Inputs of a request (or outputs of a response) by name.
+
+    Raises:
+        InvalidRequest: the bytes of a tensor are not what its data type and shape say.
+    """
     tensors = request.inputs() if hasattr(request, "inputs") else request.output_tensors()
-    return {tensor.name(): tensor.as_numpy() for tensor in tensors}
+    found = {}
+    for tensor in tensors:
+        try:
+            found[tensor.name()] = tensor.as_numpy()
+        except Exception as error:
+            raise InvalidRequest(tensor.name(), f"cannot be read: {error}") from None
+    return found
 
 
 def to_tensors(values: Mapping[str, np.ndarray]) -> list[Any]:
@@ -52,8 +63,15 @@ def send_final(sender: Any, answer: Any = None) -> None:
 
 
 def raise_for_error(answer: Any) -> None:
-    """Raise the error that an answer of another model carries."""
+    """Raise the error that an answer of another model carries.
+
+    Raises:
+        Overloaded: the server is stopping, when Triton refuses calls between models ("Server not ready").
+        RequestError: anything else.
+    """
     if answer.has_error():
+        if drain_deadline() is not None:
+            raise Overloaded("the server is stopping")
         raise RequestError(answer.error().message())
 
 

@@ -1,0 +1,174 @@
+"""Callbacks of jobs, called on threads of their own: neither the loop nor other jobs wait for a slow receiver."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from queue import SimpleQueue
+
+from torch import Tensor
+
+from imprompt_serving.denoiser.job import Job
+from imprompt_serving.denoiser.meter import Meter
+from imprompt_serving.errors import Cancelled, RequestError, unexpected
+
+logger = logging.getLogger(__name__)
+
+THREADS = 4
+SEND_LIMIT_S = 10.0
+"""A send that takes longer is given up: its thread is replaced, and ends when the send does."""
+_MOST_REPLACED = 64
+
+
+class Listener:
+    """Callbacks for one job: any number of `progress`, then exactly one of `finish` or `fail`.
+
+    They are called on other threads than the loop's, in order. `progress` gets the steps done, the steps in all, and
+    the picture as the UNet sees it so far (latents) if the job asks for previews.
+    """
+
+    def __init__(
+        self,
+        progress: Callable[[int, int, Tensor | None], None],
+        finish: Callable[[Job], None],
+        fail: Callable[[RequestError], None],
+    ) -> None:
+        self.progress, self.finish, self.fail = progress, finish, fail
+
+
+class Outcome(Listener):
+    """Lets a thread wait for the job to end: `ended` is set then, and `error` is what went wrong, if anything."""
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+        self.error: RequestError | None = None
+        super().__init__(lambda *_: None, lambda _: self.ended.set(), self._failed)
+
+    def _failed(self, error: RequestError) -> None:
+        self.error = error
+        self.ended.set()
+
+
+class Answers:
+    """Calls the listener of one job on `threads`. All methods return at once."""
+
+    def __init__(self, listener: Listener, threads: AnswerThreads, meter: Meter) -> None:
+        self._listener, self._threads, self._meter = listener, threads, meter
+        self._channel = Channel()
+
+    def progress(self, step: int, steps: int, preview: Tensor | None, on_error: Callable[[Exception], None]) -> None:
+        """Report a step; `on_error` hears of a listener that fails."""
+        # Previews may take longer than a tick: one at a time, or they would pile up.
+        preview = None if self._channel.scheduled else preview
+        self._send(self._progress, step, steps, preview, on_error)
+
+    def finish(self, job: Job) -> None:
+        self._send(self._finish, job)
+
+    def fail(self, error: RequestError) -> None:
+        self._send(self._fail, error)
+
+    def _send(self, call: Callable[..., None], *arguments: object) -> None:
+        self._threads.send(self._channel, partial(call, *arguments))
+
+    def _progress(self, step: int, steps: int, preview: Tensor | None, on_error: Callable[[Exception], None]) -> None:
+        try:
+            self._listener.progress(step, steps, preview)
+        except Exception as error:
+            on_error(error)
+
+    def _finish(self, job: Job) -> None:
+        try:
+            self._listener.finish(job)
+            self._meter.ended("finished")
+        except Exception as error:
+            logger.exception("the result of job %s was not taken", job.id)
+            self._fail(unexpected(error))
+
+    def _fail(self, error: RequestError) -> None:
+        self._meter.ended("cancelled" if isinstance(error, Cancelled) else "failed")
+        try:
+            self._listener.fail(error)
+        except Exception:
+            logger.exception("nobody took the news that a job ended: %s", error)
+
+
+class Channel:
+    """The answers of one job. They are sent in order, one at a time."""
+
+    def __init__(self) -> None:
+        self.calls: deque[Callable[[], None]] = deque()
+        self.scheduled = False
+
+
+class AnswerThreads:
+    """Calls the functions given to `send`, on several threads; those of one channel one after the other."""
+
+    def __init__(self, threads: int = THREADS, send_limit: float = SEND_LIMIT_S) -> None:
+        self._send_limit = send_limit
+        self._ready: SimpleQueue[Channel | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._sending: dict[threading.Thread, float] = {}
+        self._replaced: set[threading.Thread] = set()
+        self._threads = [self._start() for _ in range(threads)]
+
+    def send(self, channel: Channel, call: Callable[[], None]) -> None:
+        """Queue `call` behind the others of `channel`; returns at once."""
+        with self._lock:
+            self._replace_stuck()
+            channel.calls.append(call)
+            if channel.scheduled:
+                return
+            channel.scheduled = True
+        self._ready.put(channel)
+
+    def close(self, timeout: float | None = None) -> None:
+        """Send what is queued, then end the threads; waits `timeout` seconds for them at most."""
+        until = None if timeout is None else time.monotonic() + timeout
+        with self._lock:
+            working = [thread for thread in self._threads if thread not in self._replaced]
+        for _ in working:
+            self._ready.put(None)
+        for thread in working:
+            thread.join(None if until is None else max(until - time.monotonic(), 0.0))
+
+    def _start(self) -> threading.Thread:
+        # A daemon: a send that hangs must not keep the process from ending.
+        thread = threading.Thread(target=self._work, name="answers", daemon=True)
+        thread.start()
+        return thread
+
+    def _work(self) -> None:
+        this = threading.current_thread()
+        while (channel := self._ready.get()) is not None:
+            with self._lock:
+                call = channel.calls.popleft()
+                self._sending[this] = time.monotonic()
+            try:
+                call()
+            except Exception:
+                logger.exception("an answer was not sent")
+            del call  # it may hold the last reference to a finished job
+            with self._lock:
+                del self._sending[this]
+                channel.scheduled = bool(channel.calls)
+                if channel.scheduled:
+                    self._ready.put(channel)
+                if this in self._replaced:
+                    self._replaced.discard(this)
+                    self._threads.remove(this)
+                    return
+            del channel
+
+    def _replace_stuck(self) -> None:
+        """With the lock held: start a thread in place of each one whose send takes too long."""
+        latest = time.monotonic() - self._send_limit
+        for thread, began in self._sending.items():
+            if began < latest and thread not in self._replaced and len(self._replaced) < _MOST_REPLACED:
+                logger.error("an answer has not been taken for %g seconds", self._send_limit)
+                self._replaced.add(thread)
+                self._threads.append(self._start())

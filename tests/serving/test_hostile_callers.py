@@ -1,0 +1,254 @@
+"""Callers who mean harm, or do it by mistake, reach nothing but their own answer."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from tritonclient.grpc import InferenceServerClient, InferInput, service_pb2, service_pb2_grpc
+from tritonclient.utils import InferenceServerException, deserialize_bytes_tensor, serialize_byte_tensor
+
+from imprompt_serving.launcher import Server
+from served import Served
+
+# An engine that refuses negative numbers, hosted as those of a bundle are; and a model that calls it for every number.
+ENGINE = """
+import numpy as np
+from imprompt_serving.triton import engine
+
+class Picky:
+    def run(self, tensors):
+        if (tensors["x"] < 0).any():
+            raise ValueError(f"negative, says {object()}")
+        return {"y": 10 * tensors["x"], "rows": np.full((len(tensors["x"]), 1), len(tensors["x"]), np.float32)}
+
+engine.load_engine = lambda *arguments, **options: Picky()
+TritonPythonModel = engine.TritonPythonModel
+"""
+ENGINE_CONFIG = """
+backend: "python"
+max_batch_size: 8
+input [{ name: "x" data_type: TYPE_FP32 dims: [1] }]
+output [{ name: "y" data_type: TYPE_FP32 dims: [1] }, { name: "rows" data_type: TYPE_FP32 dims: [1] }]
+dynamic_batching { preferred_batch_size: [4] max_queue_delay_microseconds: 500000 }
+instance_group [{ kind: KIND_CPU }]
+parameters [{ key: "engine_backend" value: { string_value: "onnxruntime" } }]
+"""
+FRONT = """
+import asyncio
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from imprompt_serving.triton.internal import secret_parameters
+
+class TritonPythonModel:
+    async def execute(self, requests):
+        return [await self.answer(request) for request in requests]
+
+    async def answer(self, request):
+        values = pb_utils.get_input_tensor_by_name(request, "x").as_numpy()
+        said = await asyncio.gather(*map(self.ask, values))
+        return pb_utils.InferenceResponse([pb_utils.Tensor("said", np.array(said, dtype=object))])
+
+    async def ask(self, value):
+        call = pb_utils.InferenceRequest(
+            model_name="engine",
+            requested_output_names=["y", "rows"],
+            inputs=[pb_utils.Tensor("x", np.array([[value]], np.float32))],
+            parameters=secret_parameters(),
+        )
+        answer = await call.async_exec()
+        if answer.has_error():
+            return answer.error().message().encode()
+        y, rows = (tensor.as_numpy().item() for tensor in answer.output_tensors())
+        return f"{y:g} in a batch of {rows:g}".encode()
+"""
+FRONT_CONFIG = """
+backend: "python"
+input [{ name: "x" data_type: TYPE_FP32 dims: [-1] }]
+output [{ name: "said" data_type: TYPE_STRING dims: [-1] }]
+instance_group [{ kind: KIND_CPU }]
+"""
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InferenceServerClient]:
+    repository = tmp_path_factory.mktemp("engine") / "repository"
+    for name, code, config in (("engine", ENGINE, ENGINE_CONFIG), ("front", FRONT, FRONT_CONFIG)):
+        write_model(repository / name, code, config)
+    with Server(repository) as server, InferenceServerClient(server.grpc_address) as client:
+        yield client
+        server.check()
+
+
+def write_model(folder: Path, code: str, config: str) -> None:
+    (folder / "1").mkdir(parents=True)
+    (folder / "1" / "model.py").write_text(code)
+    (folder / "config.pbtxt").write_text(config)
+
+
+def tensor(name: str, values: Any) -> InferInput:
+    array = np.asarray(values)
+    dtypes = {"f": "FP32", "i": "INT64", "O": "BYTES"}
+    given = InferInput(name, list(array.shape), dtypes[array.dtype.kind])
+    given.set_data_from_numpy(array.astype(np.float32) if array.dtype.kind == "f" else array)
+    return given
+
+
+def ask(client: InferenceServerClient, *values: float) -> list[str]:
+    said = client.infer("front", [tensor("x", np.array(values, float))]).as_numpy("said")
+    return [text.decode() for text in said]
+
+
+def test_a_bad_request_fails_alone_and_its_neighbors_are_served(engine: InferenceServerClient) -> None:
+    assert ask(engine, 1, 2, 3, 4) == [f"{y} in a batch of 4" for y in (10, 20, 30, 40)]
+    one, bad, two, three = ask(engine, 1, -1, 2, 3)
+    assert [one, two, three] == [f"{y} in a batch of 1" for y in (10, 20, 30)]
+    assert bad == "ValueError: negative, says <object object>"
+
+
+def test_a_batch_of_bad_requests_leaves_the_server_up(engine: InferenceServerClient) -> None:
+    for _ in range(20):
+        assert len(set(ask(engine, -1, -2, -3, -4))) == 1
+    assert ask(engine, 5)[0].startswith("50 ")
+
+
+def test_an_engine_takes_no_calls_from_strangers(engine: InferenceServerClient) -> None:
+    for parameters in ({}, {"imprompt_secret": "guess"}, {"imprompt_secret": 1}, {"imprompt_secret": "é"}):
+        with pytest.raises(InferenceServerException, match="internal to its bundle") as error:
+            engine.infer("engine", [tensor("x", [[1.0]])], parameters=parameters)
+        assert error.value.status() == "StatusCode.INVALID_ARGUMENT"
+
+
+@pytest.mark.parametrize(
+    ("part", "tensors"),
+    [
+        ("denoiser", {"admit": [json.dumps({"id": "x", "rows": 10**6, "steps": 1000, "shape": "q"}).encode()]}),
+        ("denoiser", {"cancel": [b"x"]}),
+        ("denoiser", {"job": [b"{}"]}),
+        ("text_encoder", {"input_ids": np.full((1, 77), 10**9), "clip_skip": np.zeros((1, 1), np.int64)}),
+    ],
+    ids=["admit", "cancel", "job", "engine"],
+)
+def test_internal_models_of_a_bundle_refuse_strangers(sd15: Served, part: str, tensors: dict[str, Any]) -> None:
+    inputs = [tensor(name, np.array(v, dtype=object) if isinstance(v, list) else v) for name, v in tensors.items()]
+    message = service_pb2.ModelInferRequest(model_name=f"sd15_{part}")
+    for given in inputs:
+        message.inputs.append(given._get_tensor())
+        message.raw_input_contents.append(given._get_content())
+    answers = list(stub(sd15).ModelStreamInfer(iter([message])))
+    assert len(answers) == 1
+    said = answers[0].error_message or " ".join(error_of(answers[0]))
+    assert "takes no calls from outside" in said
+    assert sd15.generate(prompt="a cat", num_inference_steps=1, seed=0).images
+
+
+def stub(served: Served) -> Any:
+    return service_pb2_grpc.GRPCInferenceServiceStub(grpc.insecure_channel(served.server.grpc_address))
+
+
+def error_of(answer: Any) -> list[str]:
+    """Status and message of a stream's last answer."""
+    names = [output.name for output in answer.infer_response.outputs]
+    raw = answer.infer_response.raw_output_contents[names.index("error")]
+    return [text.decode() for text in deserialize_bytes_tensor(raw)]
+
+
+def stream_request(steps: int, outputs: tuple[str, ...] = ()) -> Any:
+    message = service_pb2.ModelInferRequest(model_name="sd15_stream")
+    message.inputs.add(name="prompt", datatype="BYTES", shape=[1])
+    message.inputs.add(name="num_inference_steps", datatype="INT32", shape=[1])
+    message.raw_input_contents.append(serialize_byte_tensor(np.array([b"a cat"], dtype=object)).item())
+    message.raw_input_contents.append(np.array([steps], np.int32).tobytes())
+    for name in outputs:
+        message.outputs.add(name=name)
+    return message
+
+
+@pytest.mark.parametrize("metadata", [(), (("triton_grpc_error", "true"),)], ids=["plain", "triton_grpc_error"])
+def test_a_stream_tells_the_status_of_an_error_in_its_last_answer(sd15: Served, metadata: Any) -> None:
+    """As a tensor: errors of Triton's own crash it when callers ask for their status in a stream."""
+    service = stub(sd15)
+    for _ in range(20):
+        (answer,) = service.ModelStreamInfer(iter([stream_request(0)]), metadata=metadata)
+        assert not answer.error_message
+        status, message = error_of(answer)
+        assert status == "INVALID_ARGUMENT"
+        assert message.startswith("num_inference_steps: ")
+
+
+def test_requests_of_one_stream_fail_apart(sd15: Served) -> None:
+    answers = list(stub(sd15).ModelStreamInfer(iter([stream_request(0), stream_request(1), stream_request(-1)])))
+    names = [{output.name for output in answer.infer_response.outputs} for answer in answers]
+    assert sum("error" in outputs for outputs in names) == 2
+    assert sum("images" in outputs for outputs in names) == 1
+
+
+def test_a_stream_that_asks_for_pictures_alone_gets_the_error_all_the_same(sd15: Served) -> None:
+    (answer,) = stub(sd15).ModelStreamInfer(iter([stream_request(0, ("images",))]))
+    assert answer.error_message.startswith("num_inference_steps: ")
+
+
+def over_http(served: Served, path: str, body: bytes) -> tuple[int, bytes]:
+    assert served.server.http_address is not None
+    connection = http.client.HTTPConnection(served.server.http_address, timeout=20)
+    try:
+        connection.request("POST", path, body, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+def test_a_request_id_that_is_not_utf8_is_answered(sd15: Served) -> None:
+    body: dict[str, Any] = {
+        "id": "@",
+        "inputs": [{"name": "prompt", "datatype": "BYTES", "shape": [1], "data": ["a cat"]}],
+    }
+    steps: dict[str, Any] = {"name": "num_inference_steps", "datatype": "INT32", "shape": [1], "data": [0]}
+    body["inputs"].append(steps)
+    data = json.dumps(body).encode().replace(b'"@"', b'"\xff\xfe"')
+    status, said = over_http(sd15, "/v2/models/sd15/infer", data)
+    assert status == 400
+    assert b"num_inference_steps: " in said
+    steps["data"] = [1]
+    data = json.dumps(body | {"outputs": [{"name": "seeds"}]}).encode().replace(b'"@"', b'"\xff\xfe"')
+    assert over_http(sd15, "/v2/models/sd15/infer", data)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("systemsharedmemory/region/x/register", {"key": "/x", "offset": 0, "byte_size": 1}),
+        ("cudasharedmemory/region/x/register", {"raw_handle": {"b64": ""}, "device_id": 0, "byte_size": 1}),
+        ("systemsharedmemory/unregister", {}),
+        ("logging", {"log_verbose_level": 9}),
+        ("trace/setting", {"trace_level": ["TIMESTAMPS"]}),
+        ("repository/index", {}),
+        ("repository/models/sd15/unload", {}),
+    ],
+)
+def test_the_apis_of_operators_are_closed_over_http(sd15: Served, path: str, body: dict[str, Any]) -> None:
+    assert over_http(sd15, f"/v2/{path}", json.dumps(body).encode())[0] == 403
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("SystemSharedMemoryRegister", service_pb2.SystemSharedMemoryRegisterRequest(name="x", key="/x", byte_size=1)),
+        ("LogSettings", service_pb2.LogSettingsRequest()),
+        ("TraceSetting", service_pb2.TraceSettingRequest()),
+        ("RepositoryIndex", service_pb2.RepositoryIndexRequest()),
+        ("RepositoryModelUnload", service_pb2.RepositoryModelUnloadRequest(model_name="sd15")),
+    ],
+)
+def test_the_apis_of_operators_are_closed_over_grpc(sd15: Served, method: str, message: Any) -> None:
+    with pytest.raises(grpc.RpcError) as error:
+        getattr(stub(sd15), method)(message)
+    assert "restricted" in error.value.details()
+    assert sd15.client.models() == ["sd15"]
