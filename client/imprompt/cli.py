@@ -87,13 +87,16 @@ def export(
     ] = None,
 ) -> None:
     """Turn a checkpoint set into models of a Triton repository, and check each against PyTorch."""
-    package, report = _load("imprompt_export", "export"), _load("imprompt_export.report", "export")
-    parity = _load("imprompt_export.parity", "export")
+    package = _load("imprompt_export", "export")
     try:
-        rows = package.export(bundle, repository, refit_from=refit_from)
-    except (package.BundleError, package.EngineError, parity.ParityError, OSError) as error:
+        with _extra("export"):
+            rows = package.export(bundle, repository, refit_from=refit_from)
+    except (package.BundleError, package.EngineError, OSError) as error:
         _fail(str(error))
-    out.print(report.table(rows))
+    # Loaded only after other failures: it takes seconds, as it brings torch.
+    except _load("imprompt_export.parity", "export").ParityError as error:
+        _fail(str(error))
+    out.print(_load("imprompt_export.report", "export").table(rows))
 
 
 @app.command(rich_help_panel="Server")

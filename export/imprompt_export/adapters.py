@@ -2,37 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from transformers import CLIPVisionModelWithProjection
-
-from imprompt_export.bundle import BundleError, IPAdapterSection
+from imprompt_export import kinds
+from imprompt_export.errors import BundleError
+from imprompt_export.sources import flat
 from imprompt_serving.specs import AdapterKind
 
-StateDict = dict[str, dict[str, torch.Tensor]]
+StateDict = Mapping[str, Mapping[str, Any]]
+"""Tensors, or whatever else has a shape, as `{"image_proj": ..., "ip_adapter": ...}`."""
 _PARTS = ("image_proj", "ip_adapter")
+_ENTRANCES = {"plain": "proj.weight", "full_face": "proj.0.weight", "plus": "proj_in.weight"}
+"""The first weights of a projection: those that take what the image encoder gives."""
 
 
 def read(file: Path) -> StateDict:
-    """An adapter file as ``{"image_proj": ..., "ip_adapter": ...}`` in float32."""
+    """An adapter file in float32."""
     if file.suffix == ".safetensors":
-        state_dict: StateDict = {part: {} for part in _PARTS}
-        with safe_open(file, framework="pt", device="cpu") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - not a mapping
-                part, _, rest = key.partition(".")
-                if part in state_dict:
-                    state_dict[part][rest] = tensors.get_tensor(key)
+        from safetensors.torch import load_file
+
+        content: Mapping[str, Any] = load_file(file)
     else:
+        import torch
+
         try:
-            state_dict = torch.load(file, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
             raise BundleError(f"{file} is not a file of plain tensors: {error}") from error
-    if not isinstance(state_dict, dict) or not all(state_dict.get(part) for part in _PARTS):
-        raise BundleError(f"{file} is not an IP-Adapter: it lacks image_proj or ip_adapter weights")
+    state_dict = in_parts(str(file), content)
     return {part: {key: value.float() for key, value in state_dict[part].items()} for part in _PARTS}
+
+
+def in_parts(what: str, content: Mapping[str, Any]) -> StateDict:
+    """The two parts of an adapter file, whether its tensors are nested (`.bin`) or not (`.safetensors`).
+
+    Raises:
+        BundleError: it is something else.
+    """
+    tensors = flat(content)
+    state_dict: dict[str, dict[str, Any]] = {part: {} for part in _PARTS}
+    for name, value in tensors.items():
+        part, _, key = name.partition(".")
+        if part in state_dict:
+            state_dict[part][key] = value
+    missing = [part for part in _PARTS if not state_dict[part]]
+    if len(missing) == 2:
+        raise BundleError(f"{what} is not an IP-Adapter: it is {kinds.of_names(tensors)}")
+    if missing:
+        raise BundleError(f"{what} is not an IP-Adapter: it lacks {missing[0]} weights")
+    return state_dict
 
 
 def kind_of(state_dict: StateDict, weight_name: str) -> AdapterKind:
@@ -54,9 +74,7 @@ def kind_of(state_dict: StateDict, weight_name: str) -> AdapterKind:
     raise BundleError(f"{weight_name}: unknown layout of image_proj weights")
 
 
-def embed_shapes(
-    kind: AdapterKind, state_dict: StateDict, encoder: CLIPVisionModelWithProjection | None
-) -> dict[str, tuple[int, ...]]:
+def embed_shapes(kind: AdapterKind, state_dict: StateDict, encoder: Any | None) -> dict[str, tuple[int, ...]]:
     """Shape of one picture's input to the projection, by name, as diffusers' pipelines pass it."""
     shapes: dict[str, tuple[int, ...]] = {}
     if kind.startswith("faceid"):
@@ -73,33 +91,38 @@ def embed_shapes(
 
 
 def check_fit(
-    section: IPAdapterSection, state_dict: StateDict, unet: Any, encoder: CLIPVisionModelWithProjection | None
+    name: str, file: str, state_dict: StateDict, layers: int, width: int, encoder: Mapping[str, Any] | None
 ) -> None:
-    """Refuse an adapter whose layers, cross-attention width or encoder width differ from those of the bundle."""
-    name, config = f"ip_adapter {section.name}", unet.config
+    """Refuse an adapter that is not made for `layers` of cross-attention of `width`, or for its `encoder`.
+
+    Args:
+        encoder: configuration of its image encoder; None if it has none.
+
+    Raises:
+        BundleError: it does not fit; the message has both numbers.
+    """
     weights = [value for key, value in state_dict["ip_adapter"].items() if key.endswith(".to_k_ip.weight")]
-    layers = sum(1 for key in unet.attn_processors if key.endswith("attn2.processor"))
-    width = weights[0].shape[1] if weights else 0
-    if (len(weights), width) != (layers, config.cross_attention_dim):
+    found = weights[0].shape[1] if weights else 0
+    if (len(weights), found) != (layers, width):
         raise BundleError(
-            f"{name}: {section.weight_name} is made for {len(weights)} attention layers of width {width}, but the base "
-            f"has {layers} of width {config.cross_attention_dim}; take the file for this family "
+            f"ip_adapter {name}: {file} is made for {len(weights)} attention layers of width {found}, but the base "
+            f"has {layers} of width {width}; take the file for this family "
             "(models/ip-adapter*_sd15 for SD1.5, sdxl_models/ip-adapter*_sdxl for SDXL)"
         )
-    kind = kind_of(state_dict, section.weight_name)
+    kind = kind_of(state_dict, file)
     if kind == "faceid":
         return
     if encoder is None:
-        raise BundleError(f"{name}: a {kind} adapter needs an image encoder; set image_encoder_folder")
+        raise BundleError(f"ip_adapter {name}: a {kind} adapter needs an image encoder; set image_encoder_folder")
     projection = state_dict["image_proj"]
-    if kind == "plain":
-        wants, has, what = projection["proj.weight"].shape[1], encoder.config.projection_dim, "embeddings"
-    else:
-        key = {"full_face": "proj.0.weight", "plus": "proj_in.weight"}.get(kind, "perceiver_resampler.proj_in.weight")
-        wants, has, what = projection[key].shape[1], encoder.config.hidden_size, "hidden states"
+    key = _ENTRANCES.get(kind, "perceiver_resampler.proj_in.weight")
+    if key not in projection:
+        raise BundleError(f"ip_adapter {name}: {file} is incomplete: it has no image_proj.{key}")
+    size, what = ("projection_dim", "embeddings") if kind == "plain" else ("hidden_size", "hidden states")
+    wants, has = projection[key].shape[1], encoder[size]
     if wants != has:
         raise BundleError(
-            f"{name}: {section.weight_name} wants {what} of width {wants}, but its image encoder gives {has}; "
+            f"ip_adapter {name}: {file} wants {what} of width {wants}, but its image encoder gives {has}; "
             "ip-adapter_sdxl goes with the ViT-bigG encoder of sdxl_models/image_encoder, all others (the "
             "*_sdxl_vit-h ones too) with the ViT-H encoder of models/image_encoder"
         )

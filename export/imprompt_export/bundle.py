@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
+from imprompt_export import kinds, sources
+from imprompt_export.errors import BundleError, did_you_mean, some_of
 from imprompt_serving.engines import BACKENDS
 from imprompt_serving.specs import Limits, Shapes
 
-_NAME = re.compile(r"[a-z][a-z0-9_]*")
+NO_FACES = "face_encoder: the bundle has no FaceID adapter that it could serve"
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _RESERVED = {"down", "mid", "up", "stream", "denoiser"}
-
-
-class BundleError(ValueError):
-    """A bundle file that cannot be exported; the message names the key or file and what would be right."""
+_LARGEST = 2**31 - 1
+"""Of numbers: requests and engines have 32 bits for them."""
+_LEAST = {"waiting_rows": 0, "waiting_seconds": 0, "image_aspect_ratio": 1}
+"""Of `[limits]`; of the others 1, or above 0 where they are not whole."""
 
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -27,11 +31,11 @@ class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class IPAdapterSection(_Section, frozen=True):
-    """An IP-Adapter, with the parameters of diffusers' ``load_ip_adapter``."""
+    """An IP-Adapter, with the parameters of diffusers' `load_ip_adapter`; `path` may be the file itself."""
 
     name: str
     path: str
-    weight_name: str
+    weight_name: str | None = None
     subfolder: str = ""
     image_encoder_folder: str | Literal[False] = "image_encoder"
 
@@ -120,55 +124,73 @@ class BundleFile(_Section, frozen=True):
             content = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise BundleError(f"cannot read bundle file {path}: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # UnicodeDecodeError and TOMLDecodeError among them
             raise BundleError(f"{path} is not TOML: {error}") from None
-        if "folder" in content:
-            raise BundleError("Object contains unknown field `folder`")
+        _check_keys(content, cls, str(path))
         try:
             bundle = msgspec.convert({**content, "folder": str(path.resolve().parent)}, cls, dec_hook=_decode_path)
         except msgspec.ValidationError as error:
-            raise BundleError(f"{path}: {error}") from None
-        bundle._check()
+            raise BundleError(f"{path}: {_place_first(str(error))}") from None
+        try:
+            bundle._check()
+        except OSError as error:
+            raise BundleError(f"{path}: cannot read {error.filename}: {error.strerror}") from None
         return bundle
 
     def _check(self) -> None:
+        self._check_names()
+        for key, number in _numbers(self):
+            if not -_LARGEST <= number <= _LARGEST:  # NaN too
+                raise BundleError(f"{key}: must be a number of at most {_LARGEST}, got {number}")
+        self._check_shapes(self.shapes)
+        self._check_limits(self.limits)
+        self._check_engine(self.engine)
+        self.locate(self.base, "base")
+        for lora in self.lora:
+            sources.tensors(f"lora {lora.path}", self.lora_file(lora))
+        for adapter in self.ip_adapter:
+            self.adapter_file(adapter)
+            self.image_encoder(adapter)
+        for what, path, wanted in self.networks():
+            kinds.model_config(what, self.locate(path, what), "", wanted)
+        if self.face_encoder is not None:
+            self._check_face_encoder(self.face_encoder)
+
+    def _check_names(self) -> None:
         for what, sections in self._named().items():
             names = [section.name for section in sections]
             for name in names:
                 if not _NAME.fullmatch(name) or name in _RESERVED:
-                    raise BundleError(f"{what}: {name!r} must match [a-z][a-z0-9_]* and be none of {sorted(_RESERVED)}")
+                    raise BundleError(
+                        f"{what}: {name!r} must match [a-z][a-z0-9_]*, have at most 64 characters, and be none of "
+                        f"{', '.join(sorted(_RESERVED))}"
+                    )
             if len(set(names)) < len(names):
-                raise BundleError(f"{what}: names must differ, got {names}")
+                raise BundleError(f"{what}: names must differ, got {some_of(names)}")
+        twice = [engine for engine, count in Counter(self.denoiser_engines()).items() if count > 1]
+        if twice:
+            raise BundleError(f"controlnet.name: two networks would be called {twice[0]}; rename one of them")
+
+    def _check_shapes(self, shapes: Shapes) -> None:
         for axis in ("height", "width", "rows", "frames"):
-            low, opt, high = getattr(self.shapes, axis)
+            low, opt, high = getattr(shapes, axis)
             if not 1 <= low <= opt <= high:
                 raise BundleError(f"shapes.{axis}: must be [min, opt, max] in ascending order, got {[low, opt, high]}")
             if axis in ("height", "width") and (low % 8 or opt % 8 or high % 8):
                 raise BundleError(f"shapes.{axis}: sizes must be multiples of 8, got {[low, opt, high]}")
-        tokens = self.shapes.image_tokens
+        tokens = shapes.image_tokens
         if not tokens or tokens[0] < 1 or list(tokens) != sorted(set(tokens)):
             raise BundleError(f"shapes.image_tokens: must be ascending padding buckets, got {list(tokens)}")
-        if self.shapes.regions < 1:
-            raise BundleError(f"shapes.regions: must be at least 1, got {self.shapes.regions}")
-        if self.limits.waiting_rows < 0 or not 0 <= self.limits.waiting_seconds < float("inf"):
-            raise BundleError("limits: waiting_rows and waiting_seconds must not be negative")
-        self._check_engine(self.engine)
-        for lora in self.lora:
-            root = Path(self.locate(lora.path))
-            if root.is_dir() and lora.weight_name and not (root / (lora.subfolder or "") / lora.weight_name).is_file():
-                raise BundleError(f"lora: no file {root / (lora.subfolder or '') / lora.weight_name}")
-        for adapter in self.ip_adapter:
-            self.adapter_file(adapter)
-            self.image_encoder(adapter)
-        for net in self.controlnet:
-            self.check_model(f"controlnet {net.name}", net.path)
-        for t2i in self.t2i_adapter:
-            self.check_model(f"t2i_adapter {t2i.name}", t2i.path)
-        if self.motion_adapter is not None:
-            self.check_model("motion_adapter", self.motion_adapter.path)
+        if shapes.regions < 1:
+            raise BundleError(f"shapes.regions: must be at least 1, got {shapes.regions}")
 
-        if self.face_encoder is not None:
-            self._check_face_encoder(self.face_encoder)
+    def _check_limits(self, limits: Limits) -> None:
+        for key, number in msgspec.structs.asdict(limits).items():
+            least = _LEAST.get(key, 1 if isinstance(number, int) else None)
+            if least is None and number <= 0:
+                raise BundleError(f"limits.{key}: must be above 0, got {number}")
+            if least is not None and number < least:
+                raise BundleError(f"limits.{key}: must be at least {least}, got {number}")
 
     def _check_engine(self, engine: EngineSection) -> None:
         backend = BACKENDS[_one_of("engine.backend", engine.backend, BACKENDS)]
@@ -183,7 +205,7 @@ class BundleFile(_Section, frozen=True):
         missing = [package for package in packages if find_spec(package) is None]
         if missing:
             extras = ",".join(packages[package] for package in missing)
-            raise BundleError(f"engine: {', '.join(missing)} is not installed: install imprompt[export,{extras}]")
+            raise BundleError(f'engine: {", ".join(missing)} is not installed: pip install "imprompt[export,{extras}]"')
         if engine.refit and not backend.compiled:
             raise BundleError(f"engine.refit: is for TensorRT's engines; {engine.backend} has nothing to refit")
         for target in engine.targets:
@@ -199,7 +221,9 @@ class BundleFile(_Section, frozen=True):
         if not 0 < section.det_thresh < 1:
             raise BundleError(f"face_encoder.det_thresh: above 0 and below 1, got {section.det_thresh:g}")
         if not self.ip_adapter:
-            raise BundleError("face_encoder: the bundle has no FaceID adapter that it could serve")
+            raise BundleError(NO_FACES)
+        if find_spec("insightface") is None:
+            raise BundleError('face_encoder: insightface is not installed: pip install "imprompt[export,face]"')
 
     def _named(self) -> dict[str, Sequence[Any]]:
         return {
@@ -208,44 +232,58 @@ class BundleFile(_Section, frozen=True):
             "controlnet.name, t2i_adapter.name": (*self.controlnet, *self.t2i_adapter),
         }
 
-    def locate(self, path: str) -> str:
-        """A path relative to the bundle file as absolute; anything that is not there is taken for a hub id."""
-        local = self.folder / path
-        if local.exists():
-            return str(local.resolve())
-        if local.is_absolute() or path.startswith(".") or path.count("/") != 1 or (local.parent.is_dir()):
-            raise BundleError(f"{path}: no such file or folder in {self.folder}")
-        return path
+    def denoiser_engines(self) -> list[str]:
+        """Names of the engines in the folder of the denoiser."""
+        names = ["unet", "motion_unet"]
+        names += [f"image_projection_{adapter.name}" for adapter in self.ip_adapter]
+        names += [f"{part}_{net.name}" for net in self.controlnet for part in ("controlnet", "controlnet_embedding")]
+        return names + [f"t2i_adapter_{adapter.name}" for adapter in self.t2i_adapter]
 
-    def check_model(self, what: str, path: str) -> None:
-        """Refuse a local folder that holds no diffusers model."""
-        root = Path(self.locate(path))
-        if root.exists() and not (root / "config.json").is_file():
-            raise BundleError(f"{what}: no config.json in {root}")
+    def models(self) -> list[str]:
+        """Names of all the Triton models that this bundle may have; some depend on its checkpoints."""
+        parts = ["stream", "denoiser", *(f"denoiser_{gpu}" for gpu in self.engine.devices)]
+        parts += ["text_encoder", "text_encoder_2", "vae_encoder", "vae_decoder", "safety_checker", "face_encoder"]
+        parts += [f"image_encoder_{adapter.name}" for adapter in self.ip_adapter]
+        return [self.name, *(f"{self.name}_{part}" for part in parts)]
+
+    def networks(self) -> Iterator[tuple[str, str, str]]:
+        """What messages call each network beside the base, its path, and what it must be."""
+        for net in self.controlnet:
+            yield f"controlnet {net.name}", net.path, "a ControlNet"
+        for t2i in self.t2i_adapter:
+            yield f"t2i_adapter {t2i.name}", t2i.path, "a T2I-Adapter"
+        if self.motion_adapter is not None:
+            yield "motion_adapter", self.motion_adapter.path, "a motion adapter"
+
+    def locate(self, path: str, what: str = "path") -> str:
+        """A path relative to the bundle file as absolute, or a hub id (`sources.locate`)."""
+        return sources.locate(what, self.folder, path)
+
+    def lora_file(self, lora: LoraSection) -> Path:
+        """The weight file of a LoRA."""
+        what = f"lora {lora.path}"
+        return sources.weights_file(what, self.locate(lora.path, what), lora.subfolder or "", lora.weight_name)
 
     def adapter_file(self, adapter: IPAdapterSection) -> Path:
         """The weight file of an adapter."""
-        root = self.locate(adapter.path)
-        if Path(root).is_dir():
-            file = Path(root, adapter.subfolder, adapter.weight_name)
-        else:
-            file = _download(root, "/".join(filter(None, (adapter.subfolder, adapter.weight_name))))
-        if not file.is_file():
-            raise BundleError(f"ip_adapter {adapter.name}: no file {file}")
-        return file
+        what = f"ip_adapter {adapter.name}"
+        return sources.weights_file(what, self.locate(adapter.path, what), adapter.subfolder, adapter.weight_name)
 
     def image_encoder(self, adapter: IPAdapterSection) -> tuple[str, str] | None:
         """Root and subfolder of an adapter's image encoder, found as diffusers does; None for those that need none."""
-        if adapter.image_encoder_folder is False:
+        folder, what = adapter.image_encoder_folder, f"ip_adapter {adapter.name}"
+        if folder is False:
             return None
-        folder = adapter.image_encoder_folder
+        root = self.locate(adapter.path, what)
+        if sources.is_local(root) and Path(root).is_file():
+            root = str(Path(root).parent)
         subfolder = folder if "/" in folder else (Path(adapter.subfolder) / folder).as_posix()
-        root = self.locate(adapter.path)
-        if Path(root).is_dir() and not Path(root, subfolder, "config.json").is_file():
+        if sources.is_local(root) and not Path(root, subfolder, "config.json").is_file():
             raise BundleError(
-                f"ip_adapter {adapter.name}: no image encoder at {Path(root, subfolder)}; "
+                f"{what}: no image encoder at {Path(root, subfolder)}; "
                 "set image_encoder_folder (false for FaceID adapters)"
             )
+        kinds.model_config(what, root, subfolder, "a CLIP image encoder")
         return root, subfolder
 
 
@@ -255,13 +293,62 @@ def _one_of(key: str, value: str, allowed: Iterable[str]) -> str:
     return value
 
 
+def _numbers(section: msgspec.Struct, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Every number in `section`, by its key."""
+    for name in section.__struct_fields__:
+        values = getattr(section, name)
+        for value in values if isinstance(values, tuple) else (values,):
+            if isinstance(value, msgspec.Struct):
+                yield from _numbers(value, f"{prefix}{name}.")
+            elif isinstance(value, int | float):
+                yield f"{prefix}{name}", value
+
+
+def _check_keys(content: Mapping[str, Any], section: type[msgspec.Struct], place: str) -> None:
+    """Refuse a key that `section` does not have, with the one that may have been meant."""
+    fields = {name: kind for name, kind in _sections(section).items() if name != "folder"}
+    for key, value in content.items():
+        if key not in fields:
+            raise BundleError(f"{place}: no such key: {key}{did_you_mean(key, fields) or _elsewhere(key, section)}")
+        inner = fields[key]
+        for index, table in enumerate(value if isinstance(value, list) else [value]):
+            if inner is not None and isinstance(table, Mapping):
+                number = f"[{index}]" if isinstance(value, list) else ""
+                _check_keys(table, inner, f"{place}: {key}{number}")
+
+
+def _sections(section: type[msgspec.Struct]) -> dict[str, type[msgspec.Struct] | None]:
+    """The keys of a section, and of those that are sections themselves, their type."""
+    found = {}
+    for field in msgspec.structs.fields(section):
+        types = (field.type, *getattr(field.type, "__args__", ()))
+        found[field.name] = next((t for t in types if isinstance(t, type) and issubclass(t, msgspec.Struct)), None)
+    return found
+
+
+def _elsewhere(key: str, section: type[msgspec.Struct]) -> str:
+    """The end of a message about a key that another section has."""
+    homes = {name: inner for name, inner in _sections(BundleFile).items() if inner is not None and inner is not section}
+    home = next((name for name, inner in homes.items() if key in _sections(inner)), None)
+    if section is not BundleFile and key in _sections(BundleFile) and key != "name":
+        return "; it is a key of the file itself, not of a section"
+    return f"; it is a key of {home}" if home else "; see docs/bundle.md for those there are"
+
+
+def _place_first(message: str) -> str:
+    """msgspec's messages with the key in front: `shapes.rows: Expected ...`."""
+    text, found, place = message.partition(" - at `$.")
+    place = place.rstrip("`")
+    if missing := re.fullmatch(r"Object missing required field `(\w+)`(?: - at `\$\.?(.*)`)?", message):
+        key = f"{missing[2]}.{missing[1]}" if missing[2] else missing[1]
+        return f"{key}: this key is required"
+    if not found:
+        return message
+    text = re.sub("`object( . null)?`", "a table ([...])", text).replace("`array`", "a list ([[...]] for tables)")
+    return f"{place}: {text[:1].lower()}{text[1:]}"
+
+
 def _decode_path(kind: type, value: object) -> object:
     if kind is Path and isinstance(value, str):
         return Path(value)
     raise NotImplementedError(kind)
-
-
-def _download(repository: str, file: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    return Path(hf_hub_download(repository, file))

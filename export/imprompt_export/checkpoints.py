@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,10 @@ import torch
 from diffusers import ControlNetModel, DiffusionPipeline
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from imprompt_export import adapters, control, faces, motion, t2i
-from imprompt_export.bundle import BundleError, BundleFile
+from imprompt_export import adapters, checks, control, faces, lora, motion, t2i
+from imprompt_export.bundle import BundleFile
+from imprompt_export.errors import refusing
 from imprompt_serving.specs import AdapterKind
-
-FAMILIES = {
-    "StableDiffusionPipeline": "sd15",
-    "StableDiffusionImg2ImgPipeline": "sd15",
-    "StableDiffusionInpaintPipeline": "sd15",
-    "LatentConsistencyModelPipeline": "sd15",
-    "StableDiffusionXLPipeline": "sdxl",
-    "StableDiffusionXLImg2ImgPipeline": "sdxl",
-    "StableDiffusionXLInpaintPipeline": "sdxl",
-}
-"""Pipelines that a base folder may name; the tasks are the server's own, whatever it names."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +40,8 @@ class Checkpoints:
     t2i_adapters: dict[str, Any]
     motion_unet: Any | None
     face_models: dict[str, Path]
+    notes: tuple[str, ...] = ()
+    """What the user should know."""
 
 
 def load(bundle: BundleFile) -> Checkpoints:
@@ -59,16 +50,21 @@ def load(bundle: BundleFile) -> Checkpoints:
     Raises:
         BundleError: a checkpoint is missing, of another family, or does not fit the UNet or its image encoder.
     """
+    checks.check_checkpoints(bundle)
     pipeline = _load_base(bundle)
     own_processor = getattr(pipeline, "feature_extractor", None)
     encoders, encoder_of = _load_encoders(bundle)
     loaded = _load_adapters(bundle, pipeline, encoders, encoder_of)
-    _fuse_loras(bundle, pipeline)
+    notes = _fuse_carried_loras(pipeline)
+    for section in bundle.lora:
+        what = f"lora {section.path}"
+        with refusing(what):
+            lora.fuse(what, bundle.lora_file(section), section.scale, pipeline)
     widths = {a.name: a.embeds["image_embeds"][-1] for a in loaded if a.kind.startswith("faceid")}
     used = {adapter.image_encoder for adapter in loaded}
     encoders = {name: model for name, model in encoders.items() if name in used}
     return Checkpoints(
-        family=FAMILIES[type(pipeline).__name__],
+        family=checks.FAMILIES[type(pipeline).__name__],
         pipeline=pipeline,
         adapters=loaded,
         image_encoders=encoders,
@@ -80,25 +76,13 @@ def load(bundle: BundleFile) -> Checkpoints:
         t2i_adapters=t2i.load_t2i_adapters(bundle, pipeline.unet),
         motion_unet=motion.load_motion_unet(bundle, pipeline.unet),
         face_models=faces.find_models(bundle, widths),
+        notes=notes,
     )
 
 
 def _load_base(bundle: BundleFile) -> Any:
-    try:
+    with refusing(f"base: {bundle.base} cannot be loaded as a diffusers pipeline"):
         pipeline = DiffusionPipeline.from_pretrained(bundle.locate(bundle.base), dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise BundleError(f"base: {bundle.base} cannot be loaded as a diffusers pipeline: {error}") from error
-    name = type(pipeline).__name__
-    if name not in FAMILIES:
-        raise BundleError(f"base: {name} is not served; folders of {', '.join(sorted(FAMILIES))} are")
-    channels = pipeline.vae.config.latent_channels
-    if pipeline.unet.config.in_channels not in (channels, 2 * channels + 1):
-        raise BundleError(
-            f"base: a UNet of {pipeline.unet.config.in_channels} input channels is not served; "
-            f"{channels} (text-to-image) and {2 * channels + 1} (inpainting) are"
-        )
-    if pipeline.text_encoder is None or pipeline.config.get("requires_aesthetics_score"):
-        raise BundleError("base: an SDXL refiner (one text encoder, an aesthetics score) is not served; its base is")
     # Pipelines correct outdated configurations, each in its own way: the denoiser does what the task's one does.
     pipeline.scheduler = type(pipeline.scheduler).from_pretrained(bundle.locate(bundle.base), subfolder="scheduler")
     return pipeline
@@ -115,7 +99,8 @@ def _load_encoders(bundle: BundleFile) -> tuple[dict[str, CLIPVisionModelWithPro
             continue
         if place not in by_place:
             by_place[place] = section.name
-            model = CLIPVisionModelWithProjection.from_pretrained(place[0], subfolder=place[1])
+            with refusing(f"ip_adapter {section.name}: its image encoder cannot be loaded"):
+                model = CLIPVisionModelWithProjection.from_pretrained(place[0], subfolder=place[1])
             encoders[section.name] = model.float().eval()
         encoder_of[section.name] = by_place[place]
     return encoders, encoder_of
@@ -124,22 +109,33 @@ def _load_encoders(bundle: BundleFile) -> tuple[dict[str, CLIPVisionModelWithPro
 def _load_adapters(
     bundle: BundleFile, pipeline: Any, encoders: dict[str, CLIPVisionModelWithProjection], encoder_of: dict[str, str]
 ) -> tuple[LoadedAdapter, ...]:
+    files = {section.name: bundle.adapter_file(section) for section in bundle.ip_adapter}
+    layers = sum(1 for key in pipeline.unet.attn_processors if key.endswith("attn2.processor"))
     state_dicts = []
     for section in bundle.ip_adapter:
-        state_dicts.append(adapters.read(bundle.adapter_file(section)))
-        adapters.check_fit(section, state_dicts[-1], pipeline.unet, encoders.get(encoder_of.get(section.name, "")))
+        state_dicts.append(adapters.read(files[section.name]))
+        encoder = encoders.get(encoder_of.get(section.name, ""))
+        adapters.check_fit(
+            section.name,
+            files[section.name].name,
+            state_dicts[-1],
+            layers,
+            pipeline.unet.config.cross_attention_dim,
+            None if encoder is None else encoder.config.to_dict(),
+        )
     if not state_dicts:
         return ()
-    pipeline.load_ip_adapter(
-        list(state_dicts),
-        subfolder="",
-        weight_name=[section.weight_name for section in bundle.ip_adapter],
-        image_encoder_folder=None,
-    )
+    with refusing("ip_adapter: diffusers cannot load it"):
+        pipeline.load_ip_adapter(
+            list(state_dicts),
+            subfolder="",
+            weight_name=[files[section.name].name for section in bundle.ip_adapter],
+            image_encoder_folder=None,
+        )
     projections = pipeline.unet.encoder_hid_proj.image_projection_layers
     loaded = []
     for section, state_dict, projection in zip(bundle.ip_adapter, state_dicts, projections, strict=True):
-        kind = adapters.kind_of(state_dict, section.weight_name)
+        kind = adapters.kind_of(state_dict, files[section.name].name)
         encoder = None if kind == "faceid" else encoder_of[section.name]
         if kind.startswith("faceid_plus"):
             projection.shortcut = kind == "faceid_plusv2"
@@ -150,26 +146,15 @@ def _load_adapters(
     return tuple(loaded)
 
 
-def _fuse_loras(bundle: BundleFile, pipeline: Any) -> None:
-    """Fuse the LoRAs of the bundle, and those that FaceID adapters brought (as active as diffusers made them)."""
+def _fuse_carried_loras(pipeline: Any) -> tuple[str, ...]:
+    """Fuse the LoRAs that FaceID adapters brought, as active as diffusers made them; returns what is to be told."""
     carried = sorted(getattr(pipeline.unet, "peft_config", {}))
-    names = list(pipeline.get_active_adapters()) if carried else []
-    if len(carried) > len(names):
-        warnings.warn(f"of the adapters' own LoRAs only {names} is used, as in diffusers", stacklevel=2)
-    scales = [1.0] * len(names)
-    for index, section in enumerate(bundle.lora):
-        arguments = {"weight_name": section.weight_name, "subfolder": section.subfolder}
-        try:
-            pipeline.load_lora_weights(
-                bundle.locate(section.path),
-                adapter_name=f"lora_{index}",
-                **{key: value for key, value in arguments.items() if value is not None},
-            )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise BundleError(f"lora: {section.path} cannot be loaded: {error}") from error
-        names.append(f"lora_{index}")
-        scales.append(section.scale)
-    if names:
-        pipeline.set_adapters(names, scales)
-        pipeline.fuse_lora(adapter_names=names)
-        pipeline.unload_lora_weights()
+    if not carried:
+        return ()
+    names = list(pipeline.get_active_adapters())
+    pipeline.set_adapters(names, [1.0] * len(names))
+    pipeline.fuse_lora(adapter_names=names)
+    pipeline.unload_lora_weights()
+    if len(carried) == len(names):
+        return ()
+    return (f"of the LoRAs that the adapters carry only {', '.join(names)} is used, as in diffusers",)

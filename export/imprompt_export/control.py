@@ -8,39 +8,26 @@ import torch
 from diffusers import ControlNetModel
 from torch import Tensor, nn
 
-from imprompt_export.bundle import BundleError, BundleFile
+from imprompt_export.bundle import BundleFile
+from imprompt_export.checks import check_controlnet
+from imprompt_export.errors import refusing
 from imprompt_export.graphs import Axes, Graph, Input, added_conditions, added_input, level_axes, level_sizes
 from imprompt_serving.specs import Residual, residual_names
 
 
 def load_controlnets(bundle: BundleFile, unet: Any) -> dict[str, Any]:
-    """The ControlNets of ``bundle`` by name, in float32.
+    """The ControlNets of `bundle` by name, in float32.
 
     Raises:
         BundleError: a folder holds no ControlNet, or one for another base.
     """
     nets = {}
     for section in bundle.controlnet:
-        try:
+        with refusing(f"controlnet {section.name}: {section.path} cannot be loaded"):
             net = ControlNetModel.from_pretrained(bundle.locate(section.path), dtype=torch.float32)
-        except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-            raise BundleError(f"controlnet {section.name}: {section.path} cannot be loaded: {error}") from error
-        _check_fit(section.name, net.config, unet.config)
+        check_controlnet(section.name, net.config, unet.config)
         nets[section.name] = net.eval()
     return nets
-
-
-def _check_fit(name: str, net: Any, unet: Any) -> None:
-    """Refuse a net whose inputs or residuals are not those of the UNet."""
-    wanted = {"in_channels": unet.out_channels}
-    for key in ("cross_attention_dim", "block_out_channels", "layers_per_block", "addition_embed_type"):
-        wanted[key] = unet[key]
-    for key, value in wanted.items():
-        has, wants = (list(v) if isinstance(v, tuple) else v for v in (net[key], value))
-        if has != wants:
-            raise BundleError(
-                f"controlnet {name}: its {key} is {has}, but the base takes {wants}; it is made for another family"
-            )
 
 
 def residuals(unet: Any) -> tuple[Residual, ...]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -14,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TimeElapsedColumn
 
 from imprompt_export import control, graphs, image_prompt, openvino_ir, report, t2i
-from imprompt_export.bundle import BundleError, BundleFile
+from imprompt_export.bundle import BundleFile
 from imprompt_export.checkpoints import Checkpoints, LoadedAdapter, load
 from imprompt_export.graphs import Graph
 from imprompt_export.int8 import check_quality, quantize_bundle
@@ -29,25 +27,15 @@ from imprompt_serving import specs
 from imprompt_serving.engines import BACKENDS
 
 
-def export(
-    bundle_path: str | Path,
-    repository: str | Path,
-    console: Console | None = None,
-    refit_from: Path | None = None,
-) -> report.Report:
-    """Export the bundle at ``bundle_path`` into ``repository`` and compare each engine with PyTorch.
-
-    Models of other bundles in ``repository`` stay; those of a bundle of the same name are replaced, once everything
-    is exported and checked. TensorRT's engines under ``refit_from`` are given the weights of the bundle instead of
-    being built again (``Builder``).
+def export_bundle(bundle: BundleFile, work: Path, console: Console | None, refit_from: Path | None) -> report.Report:
+    """Export `bundle` into `work`, its models under `models`, and compare each engine with PyTorch.
 
     Raises:
-        BundleError: something in the bundle file or its checkpoints does not fit; nothing was written.
-        ParityError: an engine does not compute what PyTorch does, or is too far from it in int8; nothing was written.
-        EngineError: an engine cannot be compiled; nothing was written.
+        BundleError: checkpoints do not fit.
+        ParityError: an engine does not compute what PyTorch does, or is too far from it in int8.
+        EngineError: an engine cannot be compiled.
     """
     console = console or Console(stderr=True)
-    bundle = BundleFile.load(bundle_path)
     builder = _builder(bundle, refit_from)
     runner = check_runner(bundle.engine.backend, bundle.engine.precision, bundle.engine.targets)
     if runner is None:
@@ -56,53 +44,50 @@ def export(
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("loading checkpoints", total=None)
         checkpoints = load(bundle)
+        for note in checkpoints.notes:
+            console.print(note)
         spec = describe(bundle, checkpoints)
         todo = bundle_graphs(bundle, checkpoints)
         progress.update(task, total=len(todo))
         made = report.Report()
-        # Beside the repository: a server that starts meanwhile must not see half a model.
-        with tempfile.TemporaryDirectory(prefix=f".{bundle.name}-", dir=_made(repository).parent) as work:
-            files = {}
-            for graph in todo:
-                progress.update(task, description=f"exporting {graph.name}")
-                start = time.perf_counter()
-                source = Path(work, graph.name, f"{graph.name}.onnx")
-                export_onnx(graph, source, dtype_of(graph, bundle.engine.precision))
-                files[graph.name] = source
-                if builder is not None:
-                    files[graph.name] = source.parent / "engine" / f"{graph.name}.plan"
-                    told = partial(_tell, progress, task, graph.name)
-                    builder.build(source, files[graph.name], profiles(graph, spec), told)
-                elif bundle.engine.backend == "openvino":
-                    files[graph.name] = openvino_ir.convert(source)
-                seconds = time.perf_counter() - start
-                if runner is not None:
-                    ran = files[graph.name] if runner == bundle.engine.backend else source
-                    at = check_axes(graph, spec) if BACKENDS[runner].compiled else graph.checks
-                    compared = compare(graph, ran, runner, bundle.engine.precision, at)
-                    made.engines += [report.Row.of(row, export_seconds=seconds) for row in compared]
-                    check(compared)
-                progress.advance(task)
-            if bundle.engine.precision == "int8":
-                progress.update(task, description="quantizing to int8", total=None)
-                checkpoints.pipeline.unet.to("meta")  # its weights are in the engine; quantization wants the memory
-                files, made.int8 = quantize_bundle(spec, checkpoints, files, bundle.engine.min_snr_db)
-                check_quality(made.int8)
-            models = Path(work, "models")
-            write_models(models, spec, bundle.engine.host, {graph.name: graph for graph in todo}, files, checkpoints)
-            report.save(made, models / bundle.name, spec, run_by=runner)
-            _replace(models, Path(repository), bundle.name)
+        files = {}
+        for graph in todo:
+            progress.update(task, description=f"exporting {graph.name}")
+            start = time.perf_counter()
+            source = Path(work, graph.name, f"{graph.name}.onnx")
+            export_onnx(graph, source, dtype_of(graph, bundle.engine.precision))
+            files[graph.name] = source
+            if builder is not None:
+                files[graph.name] = source.parent / "engine" / f"{graph.name}.plan"
+                told = partial(_tell, progress, task, graph.name)
+                builder.build(source, files[graph.name], profiles(graph, spec), told)
+            elif bundle.engine.backend == "openvino":
+                files[graph.name] = openvino_ir.convert(source)
+            seconds = time.perf_counter() - start
+            if runner is not None:
+                ran = files[graph.name] if runner == bundle.engine.backend else source
+                at = check_axes(graph, spec) if BACKENDS[runner].compiled else graph.checks
+                compared = compare(graph, ran, runner, bundle.engine.precision, at)
+                made.engines += [report.Row.of(row, export_seconds=seconds) for row in compared]
+                check(compared)
+            progress.advance(task)
+        if bundle.engine.precision == "int8":
+            progress.update(task, description="quantizing to int8", total=None)
+            checkpoints.pipeline.unet.to("meta")  # its weights are in the engine; quantization wants the memory
+            files, made.int8 = quantize_bundle(spec, checkpoints, files, bundle.engine.min_snr_db)
+            check_quality(made.int8)
+        models = work / "models"
+        write_models(models, spec, bundle.engine.host, {graph.name: graph for graph in todo}, files, checkpoints)
+        report.save(made, models / bundle.name, spec, run_by=runner)
     return made
 
 
 def _builder(bundle: BundleFile, refit_from: Path | None) -> Builder | None:
     """What compiles the engines, for backends that need it."""
     engine = bundle.engine
-    if BACKENDS[engine.backend].compiled:
-        return Builder(engine.backend, targets=engine.targets, refit=engine.refit, refit_from=refit_from)
-    if refit_from is not None:
-        raise BundleError(f"--refit-from is for TensorRT's engines; engine.backend is {engine.backend}")
-    return None
+    if not BACKENDS[engine.backend].compiled:
+        return None
+    return Builder(engine.backend, targets=engine.targets, refit=engine.refit, refit_from=refit_from)
 
 
 def _tell(progress: Progress, task: TaskID, name: str, line: str) -> None:
@@ -264,21 +249,3 @@ def _safety_checker(pipeline: Any) -> specs.ImageEncoder | None:
     if checker is None:
         return None
     return _image_encoder("safety_checker", checker.config.vision_config.image_size, pipeline.feature_extractor)
-
-
-def _made(repository: str | Path) -> Path:
-    Path(repository).mkdir(parents=True, exist_ok=True)
-    return Path(repository).resolve()
-
-
-def _replace(models: Path, repository: Path, bundle: str) -> None:
-    """Put the new models in the place of those of the same bundle."""
-    for old in repository.iterdir():
-        owner = old / "1" / "owner"
-        if owner.is_file() and owner.read_text().strip() == bundle:
-            shutil.rmtree(old)
-    for model in models.iterdir():
-        target = repository / model.name
-        if target.exists():
-            shutil.rmtree(target)
-        model.rename(target)

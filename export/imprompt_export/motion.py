@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from diffusers import MotionAdapter, UNetMotionModel
 
-from imprompt_export.bundle import BundleError, BundleFile
+from imprompt_export.bundle import BundleFile
+from imprompt_export.checks import check_motion_adapter
+from imprompt_export.errors import refusing
 
 
 def load_motion_unet(bundle: BundleFile, unet: Any) -> Any | None:
@@ -24,14 +26,12 @@ def load_motion_unet(bundle: BundleFile, unet: Any) -> Any | None:
     if bundle.motion_adapter is None:
         return None
     path = bundle.motion_adapter.path
-    if unet.config.addition_embed_type is not None or unet.config.in_channels != unet.config.out_channels:
-        raise BundleError("motion_adapter: clips are served for SD1.5 bases without mask input only")
-    try:
+    what = f"motion_adapter: {path}"
+    with refusing(f"{what} cannot be loaded"):
         adapter = MotionAdapter.from_pretrained(bundle.locate(path), dtype=torch.float32)
-        with _without_projections(unet):
-            return UNetMotionModel.from_unet2d(unet, adapter).eval()
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise BundleError(f"motion_adapter: {path} does not fit the base: {error}") from error
+    check_motion_adapter(path, adapter.config, unet.config)
+    with refusing(f"{what} does not fit the base"), _without_projections(unet):
+        return UNetMotionModel.from_unet2d(unet, adapter).eval()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,11 +61,19 @@ def compare(graph: Graph, path: Path, backend: str, precision: str = "fp32", che
         seconds = time.perf_counter() - start
         difference, allowed = 0.0, 0.0
         for name, value in zip(graph.outputs, expected, strict=True):
-            reference = value.numpy().astype(np.float64)
-            difference = max(difference, float(np.abs(reference - answer[name].astype(np.float64)).max()))
-            allowed = max(allowed, tolerance * (np.abs(reference).max() if value.is_floating_point() else 1.0))
-        rows.append(Row(engine=graph.name, sizes=axes, seconds=seconds, difference=difference, allowed=float(allowed)))
+            scale = float(value.abs().max()) if value.is_floating_point() else 1.0
+            difference = max(difference, _distance(value.numpy(), answer[name]))
+            allowed = max(allowed, tolerance * scale)
+        rows.append(Row(engine=graph.name, sizes=axes, seconds=seconds, difference=difference, allowed=allowed))
     return rows
+
+
+def _distance(expected: np.ndarray, answer: np.ndarray) -> float:
+    """The largest difference; infinite where one of both is not a number, or a yes is a no."""
+    if expected.dtype == bool:
+        return 0.0 if np.array_equal(expected, answer) else math.inf
+    distance = float(np.abs(expected.astype(np.float64) - answer.astype(np.float64)).max())
+    return math.inf if math.isnan(distance) else distance
 
 
 def check(rows: list[Row]) -> None:

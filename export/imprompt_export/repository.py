@@ -12,6 +12,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from imprompt_export.checkpoints import Checkpoints
 from imprompt_export.graphs import Graph
+from imprompt_export.install import OWNER
 from imprompt_export.profiles import batch
 from imprompt_serving import config
 from imprompt_serving.capabilities import capabilities
@@ -64,7 +65,7 @@ def _write(root: Path, bundle: Bundle, model: pb.ModelConfig, module: str | None
     folder = root / model.name / "1"
     folder.mkdir(parents=True)
     (root / model.name / "config.pbtxt").write_text(config.to_pbtxt(model))
-    (folder / "owner").write_text(f"{bundle.name}\n")
+    (root / model.name / OWNER).write_text(f"{bundle.name}\n")
     if module is not None:
         (folder / "model.py").write_text(_SHIM.format(module=module))
     return folder

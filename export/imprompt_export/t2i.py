@@ -8,7 +8,9 @@ import torch
 from diffusers import T2IAdapter
 from torch import Tensor
 
-from imprompt_export.bundle import BundleError, BundleFile
+from imprompt_export.bundle import BundleFile
+from imprompt_export.checks import check_t2i_adapter
+from imprompt_export.errors import refusing
 from imprompt_export.graphs import Axes, Graph, Input, level_axes, level_sizes
 from imprompt_serving.specs import Residual, feature_names
 
@@ -21,16 +23,9 @@ def load_t2i_adapters(bundle: BundleFile, unet: Any) -> dict[str, Any]:
     """
     adapters = {}
     for section in bundle.t2i_adapter:
-        what = f"t2i_adapter {section.name}"
-        try:
+        with refusing(f"t2i_adapter {section.name}: {section.path} cannot be loaded"):
             adapter = T2IAdapter.from_pretrained(bundle.locate(section.path), dtype=torch.float32)
-        except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-            raise BundleError(f"{what}: {section.path} cannot be loaded: {error}") from error
-        has, wants = list(adapter.config.channels), [feature.channels for feature in features(unet)]
-        xl = adapter.config.adapter_type == "full_adapter_xl"
-        if has != wants or xl != (unet.config.addition_embed_type is not None):
-            kind = adapter.config.adapter_type
-            raise BundleError(f"{what}: a {kind} of channels {has}; the base wants {wants}; it is for another family")
+        check_t2i_adapter(section.name, adapter.config, unet.config)
         adapters[section.name] = adapter.eval()
     return adapters
 

@@ -17,8 +17,10 @@ from typing import Any
 import msgspec
 import onnx
 
+from imprompt_export.errors import one_line
 from imprompt_export.profiles import Profile
 from imprompt_serving.engines import EngineError
+from imprompt_serving.engines.files import write_whole
 from imprompt_serving.engines.tensorrt_package import EngineInfo, EngineTensor, tensorrt
 
 Report = Callable[[str], None]
@@ -71,16 +73,15 @@ class Builder:
         """
         info = self._info(source, profiles)
         kept = self._cache / f"{_digest(info)}.plan"
-        if not kept.exists():
+        described = _kept_info(kept) if kept.exists() else None
+        if described is None:
             self._cache.mkdir(parents=True, exist_ok=True)
             content, described = self._refitted(source, info) or self._built(source, info, profiles, report)
             described.save(kept)
-            made = kept.with_suffix(f".{os.getpid()}")
-            made.write_bytes(content)
-            made.rename(kept)  # a build that is broken off leaves no engine
+            write_whole(kept, content)  # last: where it is, all is there
         engine.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(kept, engine)
-        EngineInfo.load(kept).save(engine)
+        described.save(engine)
 
     def _info(self, source: Path, profiles: Sequence[Profile]) -> EngineInfo:
         return EngineInfo(
@@ -109,14 +110,15 @@ class Builder:
         timings = self._cache / f"{_digest([trt.__version__, self._target])}.timings"
         if not self._targets:  # TensorRT-RTX times nothing before it runs
             known = timings.read_bytes() if timings.exists() else b""
-            config.set_timing_cache(config.create_timing_cache(known), False)
+            cache = config.create_timing_cache(known) or config.create_timing_cache(b"")  # None if it is damaged
+            config.set_timing_cache(cache, False)
         monitor = config.progress_monitor = _monitor(trt, report)
         engine = builder.build_serialized_network(network, config)
         if engine is None:
             hint = " (engine.refit needs the GPU to be there)" if self._refit and self._targets else ""
             raise EngineError(f"{self._backend} cannot build {source.stem}{hint}; see its messages above")
         if not self._targets:
-            timings.write_bytes(config.get_timing_cache().serialize())
+            write_whole(timings, bytes(config.get_timing_cache().serialize()))
         del monitor  # must outlive the build
         return engine, _described(info, network, made)
 
@@ -245,12 +247,20 @@ def _engines(folder: Path) -> list[tuple[str, Path]]:
     """Engines under ``folder`` that take weights, by what they have in common with those that can give them."""
     found = []
     for file in sorted(folder.rglob("*.plan")):
-        info = EngineInfo.load(file)
-        if info.refit:
+        info = _kept_info(file)
+        if info is not None and info.refit:
             found.append((_kind(info), file))
     if not found:
         raise EngineError(f"--refit-from: no engine in {folder} was made to take weights (engine.refit = true)")
     return found
+
+
+def _kept_info(engine: Path) -> EngineInfo | None:
+    """What `engine` says of itself; None where that is missing or damaged."""
+    try:
+        return EngineInfo.load(engine)
+    except (OSError, msgspec.DecodeError):
+        return None
 
 
 def _kind(info: EngineInfo) -> str:
@@ -281,4 +291,5 @@ def _digest(value: Any) -> str:
 
 
 def _errors(parser: Any) -> str:
-    return "; ".join(str(parser.get_error(index)) for index in range(parser.num_errors)) or "no reason given"
+    reasons = [str(parser.get_error(index)) for index in range(parser.num_errors)]
+    return one_line("; ".join(reasons), 600) or "no reason given"

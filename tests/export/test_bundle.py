@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
 from imprompt_export import BundleError, BundleFile
 from imprompt_export.adapters import kind_of, read
 from imprompt_export.checkpoints import load
-from tiny import adapters, base
+from imprompt_export.exporter import bundle_graphs, describe
+from imprompt_export.repository import _IN_DENOISER
+from imprompt_serving import wire
+from tiny import adapters, base, control
 
 BASE = 'name = "tiny"\nbase = "base"\n'
 ADAPTER = """
@@ -79,6 +83,62 @@ def test_bundle_files_are_checked(folder: Path, text: str, said: str) -> None:
         load(BundleFile.load(write(folder, text)))
 
 
+NET = '[[controlnet]]\nname = "{}"\npath = "net"\n'
+LORA = '[[lora]]\npath = "lora"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (BASE + ADAPTER.replace("weight_", "weigth_"), r"ip_adapter\[0\]: .* weigth_name; did you mean weight_name\?"),
+        (BASE + "[[lroa]]", "lroa; did you mean lora"),
+        (BASE + "[engine]\nprecison = 1", "engine: no such key: precison; did you mean precision"),
+        (BASE + 'precision = "fp16"', "no such key: precision; it is a key of engine"),
+        (BASE + LORA + 'base = "x"', r"lora\[0\]: no such key: base; it is a key of the file itself"),
+        (BASE + "xyzzy = 1", r"no such key: xyzzy; see docs/bundle\.md"),
+        (BASE + 'folder = "x"', "no such key: folder"),
+        (BASE + '[ip_adapter]\nname = "x"', r"ip_adapter: expected a list \(\[\[...\]\] for tables\), got a table"),
+        (BASE + '[[motion_adapter]]\npath = "x"', r"motion_adapter: expected a table .* got a list"),
+        (BASE + '[limits]\nimages = "3"', "limits.images: expected `int`, got `str`"),
+        (BASE + '[[controlnet]]\nname = "x"', r"controlnet\[0\]\.path: this key is required"),
+        (BASE + '"\\u001b[31m\\n" = 1', r"no such key: \[31m"),
+        (BASE + "x = " + "[" * 5000, "is not TOML"),
+        (BASE + "x = " + "9" * 5000, "is not TOML"),
+        # Values
+        (BASE + "[shapes]\nrows = [1, 2, " + "9" * 400 + "]", "shapes.rows: must be a number of at most"),
+        (BASE + LORA + "scale = nan", "lora.scale: must be a number"),
+        (BASE + LORA + "scale = -inf", "lora.scale: must be a number"),
+        (BASE + "[engine]\nmin_snr_db = nan", "engine.min_snr_db: must be a number"),
+        *((BASE + f"[limits]\n{key} = 0", f"limits.{key}: must be (at least 1|above 0), got 0") for key in (
+            "prompt_characters", "json_characters", "images", "image_megapixels", "image_aspect_ratio", "sample_steps",
+            "train_timesteps", "timeout_seconds",
+        )),
+        *((BASE + f"[limits]\n{key} = -1", f"limits.{key}: must be at least 0, got -1") for key in (
+            "waiting_rows", "waiting_seconds",
+        )),
+        *((BASE + f"[limits]\n{key} = {value}", f"limits.{key}: must be a number of") for value in ("nan", "inf")
+          for key in ("waiting_seconds", "image_megapixels", "image_aspect_ratio", "timeout_seconds")),
+        (BASE + "[limits]\nimage_aspect_ratio = 0.5", "limits.image_aspect_ratio: must be at least 1"),
+        # Names
+        (BASE.replace("tiny", "a" * 65), "at most 64 characters"),
+        (BASE.replace("tiny", "a" * 30000), "name: 'aaa"),
+        (BASE + NET.format("x") + NET.format("embedding_x"), "two networks would be called controlnet_embedding_x"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line_that_helps(folder: Path, text: str, said: str) -> None:
+    with pytest.raises(BundleError, match=said) as refused:
+        BundleFile.load(write(folder, text))
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value).encode()) < 1000
+
+
+def test_limits_that_are_allowed(folder: Path) -> None:
+    limits = BundleFile.load(
+        write(folder, BASE + "[limits]\nwaiting_rows = 0\nwaiting_seconds = 0\nimage_megapixels = 0.1\nimages = 1")
+    ).limits
+    assert (limits.waiting_rows, limits.waiting_seconds, limits.image_megapixels, limits.images) == (0, 0, 0.1, 1)
+
+
 def test_a_missing_bundle_file() -> None:
     with pytest.raises(BundleError, match=r"nowhere\.toml"):
         BundleFile.load("nowhere.toml")
@@ -113,6 +173,55 @@ def test_both_file_formats_hold_the_same(folder: Path) -> None:
     for part in first:
         assert first[part].keys() == second[part].keys()
         assert all(torch.equal(first[part][key], second[part][key]) for key in first[part])
+
+
+def test_the_names_that_are_compared_are_those_of_the_models(folder: Path) -> None:
+    """`BundleFile.models` and `denoiser_engines` are known before anything is loaded; these are of checkpoints."""
+    control.make_controlnet(folder / "net")
+    control.make_t2i_adapter(folder / "sketch")
+    sections = NET.format("depth") + NET.format("canny") + '[[t2i_adapter]]\nname = "sketch"\npath = "sketch"\n'
+    bundle = BundleFile.load(write(folder, BASE + ADAPTER + sections + "[engine]\ndevices = [0, 2]\n"))
+    checkpoints = load(bundle)
+    graphs, spec = bundle_graphs(bundle, checkpoints), describe(bundle, checkpoints)
+    names = [graph.name for graph in graphs]
+    in_denoiser = {name for name in names if name.startswith(_IN_DENOISER)}
+    assert in_denoiser == set(bundle.denoiser_engines()) - {"motion_unet"}
+    models = {spec.name, spec.model("stream"), *spec.denoisers, *(spec.model(n) for n in names if n not in in_denoiser)}
+    assert models == set(bundle.models()) - {
+        spec.model(part) for part in ("denoiser", "text_encoder_2", "safety_checker", "face_encoder")
+    }
+    for tensors in (
+        *([t.name for t in graph.inputs] + list(graph.outputs) for graph in graphs),
+        [tensor.name for tensor in wire.request_tensors(spec, stream=True)],
+        [tensor.name for tensor in wire.response_tensors(spec, stream=True)],
+        [tensor.name for tensor in wire.job_tensors(spec)],
+    ):
+        assert len(set(tensors)) == len(tensors)
+
+
+NAMES = ("a", "a_0", "a_0_1", "negative_a", "embeds_a", "adapter", "image", "masks", "scale", "embedding", "mask_a")
+
+
+def test_tensors_of_no_two_names_are_alike(folder: Path) -> None:
+    """Of adapters and nets whose names look like parts of tensors' names."""
+    control.make_controlnet(folder / "net")
+    bundle = BundleFile.load(write(folder, BASE + ADAPTER + NET.format("net")))
+    checkpoints = load(bundle)
+    spec = describe(bundle, checkpoints)
+    spec = msgspec.structs.replace(
+        spec,
+        adapters=tuple(msgspec.structs.replace(spec.adapters[0], name=name, clip_shape=(1,)) for name in NAMES),
+        controlnets=tuple(msgspec.structs.replace(spec.controlnets[0], name=name) for name in NAMES),
+    )
+    for tables in (
+        wire.request_tensors(spec, stream=True), wire.response_tensors(spec, stream=True), wire.job_tensors(spec)
+    ):  # fmt: skip
+        names = [tensor.name for tensor in tables]
+        assert len(set(names)) == len(names)
+    inputs = [
+        f"ip_{part}_{name}" for name in NAMES for part in ("tokens", "bias", "scale")
+    ] + [f"ip_mask_{name}_{level}" for name in NAMES for level in spec.levels]  # fmt: skip
+    assert len(set(inputs)) == len(inputs)
 
 
 @pytest.mark.parametrize(

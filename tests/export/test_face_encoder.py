@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 import bundles
 from imprompt_export import BundleError, BundleFile
+from imprompt_export.checks import check_checkpoints
 from imprompt_export.faces import find_models
 from tiny import adapters, base
 from tiny.faces import make_face_models
@@ -68,12 +70,29 @@ def test_a_bundle_without_adapters(folder: Path) -> None:
 def test_a_bundle_without_faceid_adapters(folder: Path) -> None:
     with pytest.raises(BundleError, match="no FaceID adapter"):
         find_models(load(folder), {})
+    (folder / "ip/ip-adapter-faceid-portrait_sd15.bin").unlink()
+    adapters.make_image_encoder(folder / "ip/models/image_encoder")
+    adapters.make_adapter(folder / "ip", "plain")
+    text = (folder / "bundle.toml").read_text().replace("image_encoder_folder = false", "")
+    text = text.replace("-faceid-portrait_sd15.bin", "_sd15.safetensors").replace(
+        'subfolder = "."', 'subfolder = "models"'
+    )
+    (folder / "bundle.toml").write_text(text)
+    with pytest.raises(BundleError, match="no FaceID adapter"):
+        check_checkpoints(BundleFile.load(folder / "bundle.toml"))
 
 
 @pytest.mark.parametrize(("name", "task"), [("det_10g", "detection"), ("w600k_r50", "recognition")])
 def test_a_missing_model(folder: Path, name: str, task: str) -> None:
     (folder / f"buffalo/{name}.onnx").unlink()
     with pytest.raises(BundleError, match=rf"no {task} model among .*genderage\.onnx"):
+        find_models(load(folder), WIDTHS)
+
+
+@pytest.mark.parametrize(("name", "task"), [("det_10g", "detection"), ("w600k_r50", "recognition")])
+def test_two_models_for_one_task(folder: Path, name: str, task: str) -> None:
+    shutil.copyfile(folder / f"buffalo/{name}.onnx", folder / "buffalo/another.onnx")
+    with pytest.raises(BundleError, match=rf"several {task} models in .*: another\.onnx, {name}\.onnx; leave one"):
         find_models(load(folder), WIDTHS)
 
 

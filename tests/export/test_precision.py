@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -11,13 +12,14 @@ import torch
 from onnx import TensorProto
 from transformers import CLIPVisionModelWithProjection
 
-from imprompt_export import graphs
+from imprompt_export import graphs, openvino_ir, parity
 from imprompt_export.bundle import BundleFile
 from imprompt_export.checkpoints import load
 from imprompt_export.exporter import bundle_graphs
 from imprompt_export.onnx_graph import export_onnx
 from imprompt_export.parity import check_runner, compare
 from imprompt_export.precision import Positional, dtype_of
+from imprompt_serving.engines import load_engine
 from tiny import base
 from tiny.weights import randomize
 
@@ -113,3 +115,62 @@ def test_a_comparison_at_other_sizes(graph: graphs.Graph, tmp_path: Path) -> Non
     rows = compare(graph, tmp_path / "graph.onnx", "onnxruntime", checks=({"batch": 2}, {"batch": 5}))
     assert [row.sizes for row in rows] == [{"batch": 2}, {"batch": 5}]
     assert all(row.passed for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision"), [("onnxruntime", "fp32"), ("onnxruntime", "fp16"), ("openvino", "fp32")]
+)
+def test_engines_of_the_vae_tell_pictures_that_are_not_finite(tmp_path: Path, backend: str, precision: str) -> None:
+    """One by one: neighbours in the batch are fine."""
+    if backend == "openvino":
+        pytest.importorskip("openvino", reason="OpenVINO is not installed: imprompt[openvino]")
+    decoder = graphs.vae_decoder(base._vae(1, scaling_factor=0.18215))
+    file = tmp_path / "vae_decoder.onnx"
+    export_onnx(decoder, file, {"fp32": torch.float32, "fp16": torch.float16}[precision])
+    output = {value.name: value.type.tensor_type.elem_type for value in onnx.load(file).graph.output}
+    assert output == {"images": TensorProto.UINT8, "finite": TensorProto.BOOL}
+    if backend == "openvino":
+        file = openvino_ir.convert(file)
+    latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    latents[1, 0, 3, 3], latents[2] = torch.nan, torch.inf
+    answer = load_engine(file, backend).run({"latents": latents.numpy()})
+    assert answer["finite"].astype(bool).tolist() == [[True], [False], [False], [True]]
+    alone = load_engine(file, backend).run({"latents": latents[3:].numpy()})
+    assert np.abs(answer["images"][3].astype(int) - alone["images"][0].astype(int)).max() <= 1
+
+
+class Broken:
+    """An engine whose answers are `values`."""
+
+    def __init__(self, **values: torch.Tensor) -> None:
+        self._values = {name: value.numpy() for name, value in values.items()}
+
+    def run(self, tensors: object) -> dict[str, np.ndarray]:
+        return self._values
+
+
+@pytest.mark.parametrize(
+    ("values", "passed"),
+    [
+        ({"images": torch.ones(2), "finite": torch.tensor([True, True])}, True),
+        ({"images": torch.tensor([1.0, torch.nan]), "finite": torch.tensor([True, True])}, False),
+        ({"images": torch.tensor([1.0, torch.inf]), "finite": torch.tensor([True, True])}, False),
+        ({"images": torch.ones(2), "finite": torch.tensor([True, False])}, False),
+    ],
+)
+def test_a_comparison_is_not_blind(
+    monkeypatch: pytest.MonkeyPatch, values: dict[str, torch.Tensor], passed: bool
+) -> None:
+    """To values that are not numbers, and to a yes in the place of a no where levels may differ by one."""
+    expected = (torch.ones(2), torch.tensor([True, True]))
+    graph = graphs.Graph(
+        name="any",
+        module=torch.nn.Identity(),
+        run=lambda _: expected,
+        inputs=(),
+        outputs={"images": (2,), "finite": (2,)},
+        checks=({},),
+        tolerance=1.0,
+    )
+    monkeypatch.setattr(parity, "load_engine", lambda path, backend: Broken(**values))
+    assert [row.passed for row in compare(graph, Path("any"), "onnxruntime")] == [passed]

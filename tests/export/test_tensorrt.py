@@ -230,6 +230,12 @@ def test_a_second_build_is_skipped(tmp_path: Path) -> None:
     assert not build(first)
     shutil.rmtree(tmp_path / "cache")
     assert build(first)
+    for described in (tmp_path / "cache").glob("*.json"):
+        described.write_bytes(described.read_bytes()[:40])  # a writer of an earlier version was killed
+    assert build(first)
+    assert not build(first)
+    assert EngineInfo.load(engine).target == "SM89"
+    assert {file.suffix for file in (tmp_path / "cache").iterdir()} == {".json", ".plan"}
 
 
 def test_engines_that_can_take_each_others_weights(tmp_path: Path) -> None:
@@ -250,6 +256,10 @@ def test_engines_that_can_take_each_others_weights(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="was made to take weights"):
         builder(refit_from=engine.parent)
     donor.save(engine)
+    for name, described in (("damaged", "{"), ("unknown", None)):
+        (engine.parent / f"{name}.plan").touch()
+        if described:
+            (engine.parent / f"{name}.json").write_text(described)
     refitting = builder(refit_from=engine.parent)
     with pytest.raises(EngineError, match="no engine there has the architecture of net"):
         refitting.build(files[2], tmp_path / "out.plan", [PROFILE])

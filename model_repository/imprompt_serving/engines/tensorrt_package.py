@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from imprompt_serving.engines.backends import BACKENDS, EngineError
+from imprompt_serving.engines.files import write_whole
 
 _MODULES = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 """What a backend is imported as; the bindings of TensorRT-RTX are a wheel of their own."""
@@ -63,7 +64,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """As the builder understood the graph. Inputs that a graph does not use are not there."""
 
     def save(self, engine: Path) -> None:
-        _beside(engine).write_bytes(msgspec.json.format(msgspec.json.encode(self)) + b"\n")
+        write_whole(_beside(engine), msgspec.json.format(msgspec.json.encode(self)) + b"\n")
 
     @classmethod
     def load(cls, engine: Path) -> EngineInfo:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from imprompt_serving.engines import EngineError
+from imprompt_serving.engines.files import write_whole
 from imprompt_serving.engines.tensorrt_package import EngineInfo, tensorrt
 from imprompt_serving.gpu import Shapes, key_of
 from imprompt_serving.gpu.recent import Recent
@@ -206,14 +207,17 @@ class TensorRTEngine:
         self._kernels = config.create_runtime_cache()
         self._kernels_file = self._path.with_suffix(".kernels")
         if self._kernels_file.exists():
-            self._kernels.deserialize(self._kernels_file.read_bytes())
+            self._kernels.deserialize(self._kernels_file.read_bytes())  # False where they are another GPU's
         config.set_runtime_cache(self._kernels)
         return config
 
     def _keep_kernels(self) -> None:
-        """Save what was compiled for this GPU, for the next start; not where the repository is read-only."""
+        """Save what was compiled for this GPU, for the next start; not where the repository is read-only.
+
+        Servers may share a repository, and one may start while another saves.
+        """
         with contextlib.suppress(OSError):
-            self._kernels_file.write_bytes(self._kernels.serialize())
+            write_whole(self._kernels_file, bytes(self._kernels.serialize()))
 
 
 def _enqueue(context: Any, stream: torch.cuda.Stream) -> None:

@@ -1,0 +1,218 @@
+"""Whether what a bundle names is there, is of the right kind, and fits together: by configurations and tensor names.
+
+Nothing here imports torch: a mistake is reported within a second or two, and not after a minute of loading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from imprompt_export import adapters, kinds, lora
+from imprompt_export.bundle import NO_FACES, BundleFile, IPAdapterSection
+from imprompt_export.errors import BundleError, refusing
+from imprompt_export.sources import flat, is_local, read_json, tensors
+from imprompt_serving.engines import BACKENDS
+from imprompt_serving.engines.tensorrt_package import tensorrt
+
+FAMILIES = {
+    "StableDiffusionPipeline": "sd15",
+    "StableDiffusionImg2ImgPipeline": "sd15",
+    "StableDiffusionInpaintPipeline": "sd15",
+    "LatentConsistencyModelPipeline": "sd15",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusionXLImg2ImgPipeline": "sdxl",
+    "StableDiffusionXLInpaintPipeline": "sdxl",
+}
+"""Pipelines that a base folder may name; the tasks are the server's own, whatever it names."""
+_DEFAULTS: dict[str, Any] = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "latent_channels": 4,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "cross_attention_dim": 1280,
+    "addition_embed_type": None,
+    "adapter_type": "full_adapter",
+    "transformer_layers_per_block": 1,
+    "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+    "hidden_size": 768,
+    "projection_dim": 512,
+}
+"""What diffusers' and transformers' classes take for a key that a configuration lacks; one value for all of them."""
+
+
+def value(config: Mapping[str, Any], key: str) -> Any:
+    """`key` of a configuration, lists as tuples."""
+    found = config.get(key, _DEFAULTS[key])
+    return tuple(found) if isinstance(found, list) else found
+
+
+def check_options(bundle: BundleFile, refit_from: Path | None) -> None:
+    """Refuse what this machine lacks for an export of `bundle`.
+
+    Raises:
+        BundleError: `--refit-from` does not go with it.
+        EngineError: the package of its backend is not installed, or too old.
+    """
+    compiled = BACKENDS[bundle.engine.backend].compiled
+    if compiled:
+        tensorrt(bundle.engine.backend)
+    if refit_from is not None and not compiled:
+        raise BundleError(f"--refit-from is for TensorRT's engines; engine.backend is {bundle.engine.backend}")
+    if refit_from is not None and not refit_from.is_dir():
+        raise BundleError(f"--refit-from: no such folder: {refit_from}")
+
+
+def check_checkpoints(bundle: BundleFile) -> None:
+    """Refuse a bundle whose base cannot be served, or whose other checkpoints do not fit it.
+
+    Raises:
+        BundleError: says what does not fit, and what would.
+    """
+    with refusing("a configuration of the checkpoints is not understood"):
+        _check_base_and_parts(bundle)
+
+
+def _check_base_and_parts(bundle: BundleFile) -> None:
+    unet = check_base(bundle)
+    layers, width = cross_attention_layers(unet), value(unet, "cross_attention_dim")
+    kinds_of_adapters = []
+    for section in bundle.ip_adapter:
+        what, file = f"ip_adapter {section.name}", bundle.adapter_file(section)
+        content = tensors(what, file)
+        if content is not None:
+            state_dict = adapters.in_parts(f"{what}: {file}", content)
+            adapters.check_fit(section.name, file.name, state_dict, layers, width, _encoder(bundle, section))
+            kinds_of_adapters.append(adapters.kind_of(state_dict, file.name))
+    read = len(kinds_of_adapters) == len(bundle.ip_adapter)
+    if bundle.face_encoder is not None and read and not any(kind.startswith("faceid") for kind in kinds_of_adapters):
+        raise BundleError(NO_FACES)
+    for what, path, _ in bundle.networks():
+        if is_local(root := bundle.locate(path)):
+            kinds.check_weights(what, Path(root))
+    for net in bundle.controlnet:
+        check_controlnet(net.name, _config(bundle, net.path), unet)
+    for t2i in bundle.t2i_adapter:
+        check_t2i_adapter(t2i.name, _config(bundle, t2i.path), unet)
+    if bundle.motion_adapter is not None:
+        path = bundle.motion_adapter.path
+        check_motion_adapter(path, _config(bundle, path), unet)
+    targets = _lora_targets(bundle)
+    for lora_section in bundle.lora:
+        what, file = f"lora {lora_section.path}", bundle.lora_file(lora_section)
+        content = tensors(what, file)
+        if content is not None and targets is not None:
+            lora.plan(what, flat(content), targets)
+        elif content is not None:
+            lora.factors(what, flat(content))
+
+
+def check_base(bundle: BundleFile) -> dict[str, Any]:
+    """Refuse a base that is not served; returns the configuration of its UNet."""
+    root = bundle.locate(bundle.base)
+    index = kinds.pipeline_index("base", root)
+    name = index.get("_class_name")
+    if name not in FAMILIES:
+        raise BundleError(f"base: {name} is not served; folders of {', '.join(sorted(FAMILIES))} are")
+    if (
+        not all(index.get("text_encoder") or ())
+        or "text_encoder" not in index
+        or index.get("requires_aesthetics_score")
+    ):
+        raise BundleError("base: an SDXL refiner (one text encoder, an aesthetics score) is not served; its base is")
+    unet = kinds.model_config("base", root, "unet", "a UNet")
+    channels = value(kinds.model_config("base", root, "vae", "a VAE"), "latent_channels")
+    if value(unet, "in_channels") not in (channels, 2 * channels + 1):
+        raise BundleError(
+            f"base: a UNet of {value(unet, 'in_channels')} input channels is not served; "
+            f"{channels} (text-to-image) and {2 * channels + 1} (inpainting) are"
+        )
+    return unet
+
+
+def cross_attention_layers(unet: Mapping[str, Any]) -> int:
+    """How many layers of a UNet of this configuration attend to the prompts."""
+    down, up = value(unet, "down_block_types"), value(unet, "up_block_types")
+    depths, layers = value(unet, "transformer_layers_per_block"), value(unet, "layers_per_block")
+    depths, layers = (each if isinstance(each, tuple) else (each,) * len(down) for each in (depths, layers))
+    middle = depths[-1] if unet.get("mid_block_type", "UNetMidBlock2DCrossAttn") == "UNetMidBlock2DCrossAttn" else 0
+    on_the_way_down = sum(d * n for block, d, n in zip(down, depths, layers, strict=True) if "CrossAttn" in block)
+    backwards = zip(up, reversed(depths), reversed(layers), strict=True)
+    return middle + on_the_way_down + sum(d * (n + 1) for block, d, n in backwards if "CrossAttn" in block)
+
+
+def check_controlnet(name: str, net: Mapping[str, Any], unet: Mapping[str, Any]) -> None:
+    """Refuse a net whose inputs or residuals are not those of the UNet."""
+    wanted = {"in_channels": value(unet, "out_channels")}
+    for key in ("cross_attention_dim", "block_out_channels", "layers_per_block", "addition_embed_type"):
+        wanted[key] = value(unet, key)
+    for key, wants in wanted.items():
+        has = value(net, key)
+        if has != wants:
+            raise BundleError(
+                f"controlnet {name}: its {key} is {_shown(has)}, but the base takes {_shown(wants)}; it is made for "
+                "another family"
+            )
+
+
+def check_t2i_adapter(name: str, adapter: Mapping[str, Any], unet: Mapping[str, Any]) -> None:
+    """Refuse an adapter whose features are not those that the UNet takes."""
+    kind, xl = value(adapter, "adapter_type"), value(unet, "addition_embed_type") is not None
+    has, wants = value(adapter, "channels"), value(unet, "block_out_channels")
+    wants += wants[-1:] if xl else ()
+    if has != wants or (kind == "full_adapter_xl") != xl:
+        raise BundleError(
+            f"t2i_adapter {name}: a {kind} of channels {_shown(has)}; the base wants {_shown(wants)}; it is for "
+            "another family"
+        )
+
+
+def check_motion_adapter(path: str, adapter: Mapping[str, Any], unet: Mapping[str, Any]) -> None:
+    """Refuse an adapter for another UNet, and a UNet that no adapter is made for."""
+    if value(unet, "addition_embed_type") is not None or value(unet, "in_channels") != value(unet, "out_channels"):
+        raise BundleError("motion_adapter: clips are served for SD1.5 bases without mask input only")
+    has, wants = value(adapter, "block_out_channels"), value(unet, "block_out_channels")
+    if has != wants:
+        raise BundleError(
+            f"motion_adapter: {path} does not fit the base: its block_out_channels are {_shown(has)}, and those of the "
+            f"base {_shown(wants)}"
+        )
+
+
+def _shown(configured: Any) -> str:
+    return str(list(configured) if isinstance(configured, tuple) else configured)
+
+
+def _config(bundle: BundleFile, path: str) -> dict[str, Any]:
+    return read_json(path, bundle.locate(path), "config.json")
+
+
+def _encoder(bundle: BundleFile, section: IPAdapterSection) -> dict[str, Any] | None:
+    place = bundle.image_encoder(section)
+    if place is None:
+        return None
+    what = f"ip_adapter {section.name}"
+    if is_local(place[0]):
+        kinds.check_weights(what, Path(*place))
+    config = read_json(what, place[0], f"{place[1]}/config.json")
+    return {key: value(config, key) for key in ("hidden_size", "projection_dim")}
+
+
+def _lora_targets(bundle: BundleFile) -> lora.Targets | None:
+    """Shapes of the weights of the base; None where they are not in safetensors files on this machine."""
+    root = bundle.locate(bundle.base)
+    targets: dict[str, dict[str, tuple[int, ...]]] = {}
+    for component in lora.COMPONENTS if is_local(root) else ():
+        folder = Path(root, component)
+        names: dict[str, Any] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            names |= tensors("base", file) or {}
+        if folder.is_dir() and not names:
+            return None
+        shapes = {name.removesuffix(".weight"): info.shape for name, info in names.items() if name.endswith(".weight")}
+        targets[component] = {name: shape for name, shape in shapes.items() if len(shape) > 1}
+    return targets or None

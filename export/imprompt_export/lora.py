@@ -1,0 +1,249 @@
+"""LoRAs: read in the formats of kohya, diffusers, PEFT and ComfyUI, and added to the weights that they were made for.
+
+W + scale * alpha / rank * up @ down, as in https://arxiv.org/abs/2106.09685. Every tensor of a file must be used: a
+part that is left out makes other pictures, and nobody would notice.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from imprompt_export import kinds
+from imprompt_export.errors import BundleError, some_of
+from imprompt_export.sources import flat
+
+Shape = tuple[int, ...]
+Targets = Mapping[str, Mapping[str, Shape]]
+"""Shapes of weights by component (`unet`, `text_encoder`, `text_encoder_2`) and layer."""
+
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+_FACTOR = re.compile(r"(?P<layer>.+?)[._]lora(?:_linear_layer)?[._](?P<role>down|up|A|B)(?:\.[A-Za-z0-9_]+)?\.weight")
+_ROLES = {"A": "down", "B": "up"}
+_PREFIXES = {
+    "lora_unet_": "unet",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te_": "text_encoder",
+    "unet.": "unet",
+    "model.diffusion_model.": "unet",
+    "diffusion_model.": "unet",
+    "text_encoder.": "text_encoder",
+    "text_encoder_2.": "text_encoder_2",
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
+}
+_LDM_RESNET = {
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_LDM_OTHERS = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+
+
+class Update(NamedTuple):
+    """A change of the weights of `layer` in `component`: the names of its tensors in the file."""
+
+    component: str
+    layer: str
+    down: str
+    up: str
+    alpha: str | None
+
+
+def factors(what: str, tensors: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Names of the tensors `down`, `up` and perhaps `alpha` of each layer, as the file calls it.
+
+    Raises:
+        BundleError: the file is no LoRA, or holds more than one.
+    """
+    layers: dict[str, dict[str, str]] = {}
+    others = []
+    for name in tensors:
+        if match := _FACTOR.fullmatch(name):
+            role = _ROLES.get(match["role"], match["role"])
+            layers.setdefault(match["layer"], {})[role] = name
+        elif name.endswith(".alpha"):
+            layers.setdefault(name.removesuffix(".alpha"), {})["alpha"] = name
+        else:
+            others.append(name)
+    if others:
+        kind = kinds.of_names(others)
+        kind = kinds.of_names(tensors) if kind.endswith("layout") else kind
+        if kind != "a LoRA":
+            raise BundleError(f"{what} is {kind} ({others[0]}); a LoRA is wanted")
+        raise BundleError(f"{what} has parts that cannot be applied: {some_of(others, 2)}")
+    if not layers:
+        raise BundleError(f"{what} is {kinds.of_names(tensors)}; a LoRA is wanted")
+    for layer, names in layers.items():
+        for role in ("down", "up"):
+            if role not in names:
+                raise BundleError(f"{what} is incomplete: {layer} has no {role} weights")
+    return layers
+
+
+def plan(what: str, tensors: Mapping[str, Any], targets: Targets) -> list[Update]:
+    """The updates that a file of `tensors` (names and whatever has a shape) makes to weights of the shapes `targets`.
+
+    Raises:
+        BundleError: it is no LoRA, or not all of it fits.
+    """
+    layers, index = factors(what, tensors), {name: _aliases(name, shapes) for name, shapes in targets.items()}
+    updates, unknown = [], []
+    for layer, names in layers.items():
+        found = _find(layer, index)
+        if found is None:
+            unknown.append(layer)
+            continue
+        shape, down, up = targets[found[0]][found[1]], tensors[names["down"]].shape, tensors[names["up"]].shape
+        if not _fits(tuple(shape), tuple(down), tuple(up)):
+            raise BundleError(
+                f"{what}: {layer} is made for weights of {up[0]} x {down[1]}, but the base has {shape[0]} x {shape[1]} "
+                "there; it is for another family"
+            )
+        updates.append(Update(*found, names["down"], names["up"], names.get("alpha")))
+    if unknown:
+        raise BundleError(
+            f"{what}: {len(unknown)} of its {len(layers)} layers are not in the base, such as {some_of(unknown, 2)}; "
+            "it is for another family"
+        )
+    twice = {update[:2] for update in updates}
+    if len(twice) < len(updates):
+        raise BundleError(f"{what} has weights for the same layers under different names")
+    return updates
+
+
+def fuse(what: str, file: Path, scale: float, pipeline: Any) -> None:
+    """Add the LoRA in `file` to the weights of a diffusers `pipeline`.
+
+    Raises:
+        BundleError: it is no LoRA, or not all of it fits.
+    """
+    import torch
+    from torch import nn
+
+    tensors = read(file)
+    weights: dict[str, dict[str, torch.Tensor]] = {}
+    for name in COMPONENTS:
+        modules = getattr(pipeline, name, nn.Module()).named_modules()
+        weights[name] = {layer: m.weight for layer, m in modules if isinstance(m, nn.Linear | nn.Conv2d)}
+    targets = {name: {layer: tuple(w.shape) for layer, w in found.items()} for name, found in weights.items()}
+    settings = _settings(file)
+    with torch.no_grad():
+        for update in plan(what, tensors, targets):
+            down, up = tensors[update.down].float().flatten(1), tensors[update.up].float().flatten(1)
+            alpha = None if update.alpha is None else float(tensors[update.alpha])
+            weight = weights[update.component][update.layer]
+            change = _strength(settings.get(update.component, {}), update.layer, alpha, len(down)) * (up @ down)
+            weight += scale * change.reshape(weight.shape)
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The tensors of a file of weights; nothing in it is run."""
+    if file.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(file)
+    import torch
+
+    return flat(torch.load(file, map_location="cpu", weights_only=True))
+
+
+def _fits(weight: Shape, down: Shape, up: Shape) -> bool:
+    """Linear layers and convolutions of one pixel are the same."""
+    if len(down) < 2 or len(up) < 2 or up[1] != down[0] or any(size != 1 for size in up[2:]):
+        return False
+    return up[0] == weight[0] and _plain(down[1:]) == _plain(weight[1:])
+
+
+def _plain(shape: Shape) -> Shape:
+    return shape[:1] if all(size == 1 for size in shape[1:]) else shape
+
+
+def _find(layer: str, index: Mapping[str, Mapping[str, str]]) -> tuple[str, str] | None:
+    """Component and name of the layer that a file calls `layer`."""
+    name = layer.removeprefix("base_model.model.")
+    component = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None)
+    candidates = COMPONENTS if component is None else (_PREFIXES[component],)
+    name = name.removeprefix(component or "").replace(".processor.", ".").replace(".", "_")
+    for candidate in candidates:
+        known = index.get(candidate, {})
+        for spelling in (name, f"{name}_0"):  # diffusers' old files call to_out.0 to_out
+            if spelling in known:
+                return candidate, known[spelling]
+    return None
+
+
+def _aliases(component: str, layers: Mapping[str, Shape]) -> dict[str, str]:
+    """The layers of a component by all the names that files have for them, with underscores."""
+    names = {name: name for name in layers}
+    if component == "unet":
+        names |= {old: name for name in layers if (old := _ldm_name(name, layers))}
+    else:
+        # transformers 5 dropped the outer name.
+        names |= {f"text_model.{name.removeprefix('text_model.')}": name for name in layers}
+        names |= {name.removeprefix("text_model."): name for name in layers}
+    return {name.replace(".", "_"): layer for name, layer in names.items()}
+
+
+def _ldm_name(name: str, layers: Mapping[str, Shape]) -> str | None:
+    """What Stability's own code, and so ComfyUI and kohya's scripts for SDXL, call a layer of the UNet."""
+    kind, *parts = name.split(".")
+    if len(parts) < 3:
+        return _LDM_OTHERS.get(name)
+    if kind == "mid_block":
+        block, index, *rest = parts
+        place = f"middle_block.{1 if block == 'attentions' else 2 * int(index)}"
+    elif kind in ("down_blocks", "up_blocks"):
+        level, block, index, *rest = parts
+        count = sum(f"{kind}.0.resnets.{i}.conv1" in layers for i in range(8))
+        attends = any(layer.startswith(f"{kind}.{level}.attentions.") for layer in layers)
+        if block == "downsamplers":
+            return f"input_blocks.{(int(level) + 1) * (count + 1)}.0.op"
+        if block == "upsamplers":
+            return f"output_blocks.{int(level) * count + count - 1}.{1 + attends}.conv"
+        number = int(level) * count + int(index) if kind == "up_blocks" else 1 + int(level) * (count + 1) + int(index)
+        side = "input" if kind == "down_blocks" else "output"
+        place = f"{side}_blocks.{number}.{int(block == 'attentions')}"
+    else:
+        return None
+    inner = ".".join(rest)
+    return f"{place}.{_LDM_RESNET.get(inner, inner) if block == 'resnets' else inner}"
+
+
+def _settings(file: Path) -> dict[str, dict[str, Any]]:
+    """What PEFT keeps beside the weights, by component: in the file itself (diffusers), or in `adapter_config.json`."""
+    beside = file.with_name("adapter_config.json")
+    if file.stem == "adapter_model" and beside.is_file():
+        return dict.fromkeys(COMPONENTS, json.loads(beside.read_text(encoding="utf-8")))
+    if file.suffix != ".safetensors":
+        return {}
+    from safetensors import safe_open
+
+    with safe_open(file, framework="np") as opened:
+        kept = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    return {
+        name: {key.removeprefix(f"{name}."): value for key, value in kept.items() if key.startswith(f"{name}.")}
+        for name in COMPONENTS
+    }
+
+
+def _strength(settings: Mapping[str, Any], layer: str, alpha: float | None, rank: int) -> float:
+    """Alpha over the rank; without an alpha, 1."""
+    if alpha is None:
+        alpha = settings.get("lora_alpha", rank)
+        for pattern, value in (settings.get("alpha_pattern") or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", layer):
+                alpha = value
+    return float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)

@@ -1,0 +1,290 @@
+"""Checkpoints that are missing, damaged, of the wrong kind or for another base: one line, before torch is imported."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+from imprompt_export import BundleError, BundleFile, checks
+from tiny import adapters, base, control
+
+BASE = 'name = "tiny"\nbase = "base"\n'
+IP = "ip/models/ip-adapter_sd15.safetensors"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One of every kind for SD1.5, some for SDXL, and what broke."""
+    folder = tmp_path_factory.mktemp("checks")
+    base.make_sd15(folder / "base")
+    base.make_sdxl(folder / "xl", layers_per_block=1)
+    for family, encoder in (("models", "vit_h"), ("sdxl_models", "big_g")):
+        adapters.make_image_encoder(folder / "ip" / family / "image_encoder", kind=encoder)
+    for kind in ("plain", "plus"):
+        adapters.make_adapter(folder / "ip", kind)
+    adapters.make_adapter(folder / "ip", "plain", weight_name="ip-adapter_sd15.bin", subfolder="bin")
+    adapters.make_adapter(folder / "ip", "plain", family="sdxl")
+    control.make_controlnet(folder / "depth")
+    control.make_controlnet(folder / "xldepth", family="sdxl", layers_per_block=1)
+    control.make_t2i_adapter(folder / "sketch")
+    control.make_motion_adapter(folder / "motion")
+    control.make_motion_adapter(folder / "motion2", levels=2)
+    control.make_lora(folder / "lora", weight_name="a.safetensors")
+    for name in ("a", "b"):
+        (folder / "two").mkdir(exist_ok=True)
+        shutil.copyfile(folder / "lora/a.safetensors", folder / f"two/{name}.safetensors")
+    for name in ("empty", "no_weights", "no_json"):
+        (folder / name).mkdir()
+    shutil.copyfile(folder / "depth/config.json", folder / "no_weights/config.json")
+    shutil.copytree(folder / "depth", folder / "only_fp16")
+    weights = folder / "only_fp16/diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".fp16.safetensors"))
+    (folder / "no_json/config.json").write_text("{")
+    shutil.copytree(folder / "base", folder / "odd")
+    odd = json.loads((folder / "odd/unet/config.json").read_text()) | {"layers_per_block": "two"}
+    (folder / "odd/unet/config.json").write_text(json.dumps(odd))
+    for name, change in (("base", "unet"), ("depth", "")):
+        shutil.copytree(folder / name, folder / f"cut_{name}")
+        _cut(folder / f"cut_{name}" / change / "diffusion_pytorch_model.safetensors")
+    for part in ("vae", "text_encoder"):
+        shutil.copytree(folder / "base", folder / f"no_{part}")
+        shutil.rmtree(folder / f"no_{part}" / part)
+    for file in ("cut.safetensors", "cut.bin"):
+        source = next(folder.glob(f"ip/{'bin' if file.endswith('bin') else 'models'}/*{Path(file).suffix}"))
+        shutil.copyfile(source, folder / file)
+        _cut(folder / file)
+    (folder / "page.safetensors").write_text("<!doctype html>" * 30)
+    save_file({k: v for k, v in load_file(folder / IP).items() if "image_proj" not in k}, folder / "half.safetensors")
+    return folder
+
+
+def _cut(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+
+
+def adapter(path: str, more: str = "") -> str:
+    return f'{BASE}[[ip_adapter]]\nname = "a"\npath = "{path}"\n{more}\n'
+
+
+def net(kind: str, path: str) -> str:
+    heads = {"controlnet": '[[controlnet]]\nname = "n"', "t2i_adapter": '[[t2i_adapter]]\nname = "n"'}
+    return f'{BASE}{heads.get(kind, f"[{kind}]")}\npath = "{path}"\n'
+
+
+def lora(path: str, more: str = "") -> str:
+    return f'{BASE}[[lora]]\npath = "{path}"\n{more}\n'
+
+
+def check(root: Path, text: str) -> None:
+    file = root / "bundle.toml"
+    file.write_text(text)
+    checks.check_checkpoints(BundleFile.load(file))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        adapter(IP),
+        adapter(IP, 'weight_name = "ip-adapter_sd15.safetensors"'),
+        adapter("ip/bin/ip-adapter_sd15.bin", 'image_encoder_folder = "../models/image_encoder"'),
+        adapter("ip/bin", 'image_encoder_folder = "../models/image_encoder"'),
+        adapter("ip", 'subfolder = "bin"\nimage_encoder_folder = "models/image_encoder"'),
+        lora("two", 'weight_name = "b.safetensors"'),
+        net("controlnet", "depth"),
+        net("t2i_adapter", "sketch"),
+        net("motion_adapter", "motion"),
+    ],
+)
+def test_what_fits(root: Path, text: str) -> None:
+    """Files given directly among it, and the only file of a folder."""
+    check(root, text)
+
+
+ENCODER = "ip/models/image_encoder"
+CONTROLNET_FILE = "depth/diffusion_pytorch_model.safetensors"
+NO_ENCODER = "image_encoder_folder = false"
+KINDS = {
+    "depth": "a ControlNet",
+    "motion": "a motion adapter",
+    "sketch": "a T2I-Adapter",
+    "lora": ".*a LoRA",
+    "ip/models": ".*an IP-Adapter",
+    "base": "a diffusers pipeline",
+    "base/unet": "a UNet",
+    "base/vae": "a VAE",
+    "empty": "an empty folder",
+    ENCODER: "a CLIP image encoder",
+}
+WANTED = {"controlnet": "a ControlNet", "t2i_adapter": "a T2I-Adapter", "motion_adapter": "a motion adapter"}
+
+
+@pytest.mark.parametrize("path", KINDS)
+@pytest.mark.parametrize("section", WANTED)
+def test_one_network_for_another(root: Path, section: str, path: str) -> None:
+    if KINDS[path] != WANTED[section]:
+        refused(root, net(section, path), f"{section}.*: .* is {KINDS[path]}.*; wanted is {WANTED[section]}")
+
+
+@pytest.mark.parametrize("path", [*sorted({*KINDS} - {"base"}), IP, "bundle.toml"])
+def test_anything_for_a_base(root: Path, path: str) -> None:
+    kind = KINDS.get(path) or {IP: "an IP-Adapter; convert a single file", "bundle.toml": r"a \.toml file"}[path]
+    refused(root, BASE.replace('"base"', f'"{path}"'), f"base: .* as a diffusers pipeline: it is {kind}")
+
+
+@pytest.mark.parametrize("path", ["depth", "motion", "sketch", "lora", "base/unet", ENCODER])
+def test_anything_for_an_image_prompt_adapter(root: Path, path: str) -> None:
+    kind = KINDS[path].removeprefix(".*")
+    refused(root, adapter(path, NO_ENCODER), f"ip_adapter a: .* is not an IP-Adapter: it is {kind}")
+
+
+@pytest.mark.parametrize("path", ["depth", "motion", "sketch", "base/unet", "base/vae", ENCODER, IP])
+def test_anything_for_a_lora(root: Path, path: str) -> None:
+    refused(root, lora(path), f"lora {path} is {KINDS.get(path, 'an IP-Adapter')} .*; a LoRA is wanted")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (adapter(IP, 'image_encoder_folder = "../../depth"'), "depth is a ControlNet; wanted is a CLIP image encoder"),
+        (net("controlnet", CONTROLNET_FILE), "is a ControlNet; wanted is the folder of a ControlNet"),
+        # Damaged or incomplete
+        (adapter("cut.safetensors", NO_ENCODER), r"cut\.safetensors is damaged"),
+        (adapter("cut.bin", NO_ENCODER), r"cut\.bin is damaged"),
+        (adapter("page.safetensors", NO_ENCODER), "is damaged or no safetensors file"),
+        (adapter("half.safetensors", NO_ENCODER), "lacks image_proj"),
+        (adapter("depth/config.json", NO_ENCODER), "is no file with weights"),
+        (lora("cut.safetensors"), r"cut\.safetensors is damaged"),
+        (net("controlnet", "cut_depth"), r"controlnet n: .*cut_depth.* is damaged"),
+        (net("controlnet", "no_weights"), "controlnet n: no weights in .*no_weights"),
+        (net("controlnet", "only_fp16"), r"no weights in .*model\.fp16\.safetensors is not a name that is looked"),
+        (net("controlnet", "no_json"), r"controlnet n: .*config\.json is not JSON"),
+        (BASE.replace('"base"', '"cut_base"'), r"base: .*unet.* is damaged"),
+        (BASE.replace('"base"', '"odd"'), "a configuration of the checkpoints is not understood"),
+        (BASE.replace('"base"', '"no_vae"'), "base: no folder vae in .*no_vae"),
+        (BASE.replace('"base"', '"no_text_encoder"'), "base: no folder text_encoder"),
+        # Made for another base
+        (adapter("ip/sdxl_models"), "made for 17 attention layers of width 128, but the base has 10 of width 48"),
+        (adapter(IP, 'image_encoder_folder = "../sdxl_models/image_encoder"'), "of width 64, but .* gives 80"),
+        (net("controlnet", "xldepth"), "controlnet n: its cross_attention_dim is 128, but the base takes 48"),
+        (net("motion_adapter", "motion2"), "motion_adapter: motion2 does not fit the base"),
+        (net("motion_adapter", "motion").replace('"base"', '"xl"'), r"motion_adapter: clips are served for SD1\.5"),
+        (net("t2i_adapter", "sketch").replace('"base"', '"xl"'), "t2i_adapter n: .* it is for another family"),
+        (lora("lora").replace('"base"', '"xl"'), "are not in the base|is for another family"),
+        # Ambiguous or misspelt
+        (lora("two"), r"lora two: .* holds a\.safetensors, b\.safetensors; say which one by weight_name"),
+        (adapter("ip", 'subfolder = "models"'), r"holds ip-adapter-plus_sd15\.safetensors, ip-adapter_sd15\.safe"),
+        (adapter(IP, 'weight_name = "other.safetensors"'), "is a file already"),
+        (adapter("ip/models", 'weight_name = "ip-adapter_sd15.safetensor"'), r"mean ip-adapter_sd15\.safetensors"),
+        (adapter("ip", 'subfolder = "modles"'), "no folder .*modles; did you mean models"),
+        (net("controlnet", "dpeth"), "controlnet n: no such file or folder .*: dpeth; did you mean depth"),
+        (lora("lora", 'subfolder = "x"'), "no folder .*x"),
+    ],
+)
+def test_what_does_not_fit(root: Path, text: str, said: str) -> None:
+    refused(root, text, said)
+
+
+def refused(root: Path, text: str, said: str) -> None:
+    """The bundle is refused by one short line that matches `said`."""
+    with pytest.raises(BundleError, match=said) as raised:
+        check(root, text)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value).encode()) < 1000
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_attention_layers_are_counted_as_diffusers_makes_them(family: base.Family, layers: int) -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**base.unet_config(family, layers))
+    made = sum(name.endswith("attn2.processor") for name in unet.attn_processors)
+    assert checks.cross_attention_layers(json.loads(unet.to_json_string())) == made
+
+
+def test_a_configuration_that_leaves_out_the_defaults() -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel()
+    assert checks.cross_attention_layers({}) == sum(n.endswith("attn2.processor") for n in unet.attn_processors)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (BASE + "colour = 3", "colour"),
+        (net("controlnet", "motion"), "is a motion adapter"),
+        (adapter("ip/sdxl_models"), "width 128"),
+        (adapter("cut.bin", NO_ENCODER), "damaged"),
+        (lora("two"), "weight_name"),
+        (BASE + '[engine]\nbackend = "tensorrt"', 'pip install "imprompt[gpu]"'),
+    ],
+)
+def test_a_mistake_is_reported_without_importing_torch(root: Path, text: str, said: str) -> None:
+    (root / "bundle.toml").write_text(text)
+    code = (
+        "import sys; from imprompt.cli import app\n"
+        "try: app(['export', sys.argv[1], '-o', sys.argv[2]])\n"
+        "finally: print([m for m in ('torch', 'diffusers', 'transformers', 'onnx') if m in sys.modules])"
+    )
+    if "tensorrt" in text and find_spec("tensorrt"):
+        pytest.skip("TensorRT is installed")
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code, root / "bundle.toml", root / "repository"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert time.perf_counter() - start < 10  # on a busy machine; 0.5 s on an idle one
+    assert done.returncode == 1
+    assert done.stdout.strip() == "[]"
+    assert said in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert not (root / "repository").exists()
+
+
+@pytest.mark.parametrize("there", ["file", "taken"])
+def test_an_output_that_cannot_be_used_is_refused_first(root: Path, tmp_path: Path, there: str) -> None:
+    (root / "bundle.toml").write_text(BASE)
+    repository = tmp_path / "repository"
+    if there == "file":
+        repository.write_text("mine")
+    else:
+        (repository / "tiny_stream/1").mkdir(parents=True)
+        (repository / "tiny_stream/1/owner").write_text("tiny_stream\n")
+    code = (
+        "import sys; from imprompt_export import export\n"
+        "try: export(*sys.argv[1:3])\n"
+        "except ValueError as error: print(error)\n"
+        "print('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, root / "bundle.toml", repository]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    said, torch_there = done.stdout.splitlines()
+    assert torch_there == "False"
+    assert ("is a file" if there == "file" else "belongs to bundle tiny_stream") in said
+
+
+def test_a_missing_package_is_named_after_the_bundle_is_checked(root: Path, tmp_path: Path) -> None:
+    (root / "bundle.toml").write_text(BASE)
+    code = (
+        "import sys; sys.modules['diffusers'] = None\n"
+        "from imprompt.cli import app; app(['export', sys.argv[1], '-o', sys.argv[2]])"
+    )
+    command = [sys.executable, "-c", code, root / "bundle.toml", tmp_path / "repository"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert 'This command needs more packages: pip install "imprompt[export]"' in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "repository").exists()

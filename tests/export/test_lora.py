@@ -1,0 +1,210 @@
+"""LoRAs: every format changes the weights as diffusers does, and what cannot be applied completely is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from imprompt_export import BundleError, BundleFile, lora
+from imprompt_export.checks import check_checkpoints
+from tiny import adapters, base, control
+
+Weights = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lora")
+    base.make_sd15(folder / "sd15")
+    base.make_sdxl(folder / "sdxl", layers_per_block=1)
+    control.make_lora(folder / "sd15-lora", fmt="peft", text_encoder=True)
+    control.make_lora(folder / "sdxl-lora", fmt="peft", family="sdxl", layers_per_block=1)
+    return folder
+
+
+def pipeline(root: Path, family: str) -> Any:
+    return DiffusionPipeline.from_pretrained(root / family)
+
+
+def weights(pipe: Any) -> Weights:
+    """Of the networks that a LoRA may change, with the names of layers before anything was loaded."""
+    found: Weights = {}
+    for name in ("unet", "text_encoder", "text_encoder_2"):
+        if (model := getattr(pipe, name, None)) is not None:
+            found |= {f"{name}.{key}": value.clone() for key, value in model.state_dict().items()}
+    return found
+
+
+def fused(root: Path, family: str, file: Path, scale: float = 0.7) -> Weights:
+    pipe = pipeline(root, family)
+    lora.fuse("lora", file, scale, pipe)
+    return weights(pipe)
+
+
+def by_diffusers(root: Path, family: str, file: Path, scale: float = 0.7) -> Weights:
+    pipe = pipeline(root, family)
+    pipe.load_lora_weights(file, adapter_name="x")
+    pipe.set_adapters(["x"], [scale])
+    pipe.fuse_lora(adapter_names=["x"])
+    pipe.unload_lora_weights()
+    return weights(pipe)
+
+
+def assert_equal(ours: Weights, theirs: Weights) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], atol=1e-5, rtol=1e-5, msg=f"{name} differs")
+
+
+def save(file: Path, content: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: value.clone(memory_format=torch.contiguous_format) for name, value in content.items()}, file, metadata
+    )
+    return file
+
+
+@pytest.mark.parametrize("fmt", ["kohya", "peft", "diffusers"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_the_same_weights_as_diffusers(
+    root: Path, tmp_path: Path, fmt: control.LoraFormat, family: base.Family
+) -> None:
+    layers = 1 if family == "sdxl" else None
+    file = control.make_lora(tmp_path, fmt=fmt, family=family, layers_per_block=layers, text_encoder=family == "sd15")
+    ours, plain = fused(root, family, file), weights(pipeline(root, family))
+    assert_equal(ours, by_diffusers(root, family, file))
+    changed = {name.partition(".")[0] for name in ours if not torch.equal(ours[name], plain[name])}
+    assert changed == ({"unet", "text_encoder"} if family == "sd15" else {"unet"})
+
+
+def renamed(content: Weights, rename: Callable[[str], str]) -> Weights:
+    return {rename(name): value for name, value in content.items()}
+
+
+def ldm(name: str, layers: Mapping[str, Any]) -> str:
+    """A tensor of a LoRA of PEFT's, as it is called for Stability's own UNet."""
+    layer, lora_part = name.removeprefix("unet.").split(".lora_")
+    return f"{lora._ldm_name(layer, layers) or layer}.lora_{lora_part}"
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize(
+    "prefix", ["diffusion_model.", "model.diffusion_model.", "base_model.model.", "base_model.model.unet.", ""]
+)
+def test_other_prefixes(root: Path, tmp_path: Path, family: str, prefix: str) -> None:
+    file = root / f"{family}-lora/pytorch_lora_weights.safetensors"
+    unet = {name: value for name, value in load_file(file).items() if name.startswith("unet.")}
+    expected = fused(root, family, save(tmp_path / "a.safetensors", unet))
+    other = save(tmp_path / "b.safetensors", renamed(unet, lambda name: prefix + name.removeprefix("unet.")))
+    assert_equal(fused(root, family, other), expected)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_names_of_comfyui(root: Path, tmp_path: Path, family: str) -> None:
+    """`diffusion_model.input_blocks...`: each layer that is trained has a name there, and another one each."""
+    layers = dict(pipeline(root, family).unet.named_modules())
+    file = root / f"{family}-lora/pytorch_lora_weights.safetensors"
+    unet = {name: value for name, value in load_file(file).items() if name.startswith("unet.")}
+    expected = fused(root, family, save(tmp_path / "a.safetensors", unet))
+    other = renamed(unet, lambda name: f"diffusion_model.{ldm(name, layers)}")
+    assert len(other) == len(unet)
+    assert not any("up_blocks" in name or "down_blocks" in name for name in other)
+    assert_equal(fused(root, family, save(tmp_path / "b.safetensors", other)), expected)
+
+
+def test_kohyas_names_for_sdxl_are_those_that_diffusers_takes(root: Path, tmp_path: Path) -> None:
+    """The mapping of `input_blocks` to `down_blocks` is that of diffusers."""
+    layers = dict(pipeline(root, "sdxl").unet.named_modules())
+    content = load_file(root / "sdxl-lora/pytorch_lora_weights.safetensors")
+
+    def kohya(name: str) -> str:
+        layer, _, part = ldm(name, layers).rpartition(".lora_")
+        return f"lora_unet_{layer.replace('.', '_')}.lora_{'down' if part[0] == 'A' else 'up'}.weight"
+
+    file = save(tmp_path / "kohya.safetensors", renamed(content, kohya))
+    pipe = pipeline(root, "sdxl")
+    state, alphas = pipe.lora_state_dict(str(file), unet_config=pipe.unet.config)
+    theirs = {name.replace(".processor", "").split(".lora")[0].split("_lora.")[0] for name in state}
+    ours = {f"unet.{update.layer}" for update in lora.plan("lora", load_file(file), _targets(pipe))}
+    assert {name.removesuffix(".0") for name in ours} == {name.removesuffix(".0") for name in theirs}
+    assert not alphas
+    assert_equal(fused(root, "sdxl", file), fused(root, "sdxl", root / "sdxl-lora/pytorch_lora_weights.safetensors"))
+
+
+def _targets(pipe: Any) -> lora.Targets:
+    modules = pipe.unet.named_modules()
+    return {"unet": {name: tuple(m.weight.shape) for name, m in modules if getattr(m, "weight", None) is not None}}
+
+
+def test_a_folder_of_peft_has_its_alpha_beside_the_weights(root: Path, tmp_path: Path) -> None:
+    content = load_file(root / "sd15-lora/pytorch_lora_weights.safetensors")
+    unet = {name.removeprefix("unet."): value for name, value in content.items() if name.startswith("unet.")}
+    file = save(tmp_path / "adapter_model.safetensors", renamed(unet, lambda name: f"base_model.model.{name}"))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 2, "peft_type": "LORA"}))
+    plain = save(tmp_path / "plain/a.safetensors", renamed(unet, lambda name: f"unet.{name}"))
+    assert_equal(fused(root, "sd15", file, 1.0), fused(root, "sd15", plain, 0.5))
+
+
+def test_metadata_of_diffusers_counts(root: Path, tmp_path: Path) -> None:
+    content = load_file(root / "sd15-lora/pytorch_lora_weights.safetensors")
+    unet = {name: value for name, value in content.items() if name.startswith("unet.")}
+    layers = sorted({name.removeprefix("unet.").partition(".lora_")[0] for name in unet})
+    settings: dict[str, Any] = {"unet.r": 4, "unet.lora_alpha": 1, "unet.target_modules": layers}
+    settings["unet.alpha_pattern"] = {layers[0]: 3}
+    file = save(tmp_path / "a.safetensors", unet, {"format": "pt", "lora_adapter_metadata": json.dumps(settings)})
+    assert_equal(fused(root, "sd15", file), by_diffusers(root, "sd15", file))
+
+
+def _first(content: Weights) -> str:
+    return next(name.partition(".lora_down")[0] for name in content if ".lora_down" in name)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: c | {f"{_first(c)}.dora_scale": torch.ones(4)}, r"is a DoRA \(.*dora_scale\); a LoRA is wanted"),
+        (lambda c: c | {f"{_first(c)}.lora_magnitude_vector": torch.ones(4)}, "is a DoRA"),
+        (lambda c: c | {f"{_first(c)}.lora_mid.weight": torch.ones(4, 4, 3, 3)}, r"cannot be applied: .*lora_mid"),
+        (lambda c: c | {f"{_first(c)}.diff_b": torch.ones(4)}, r"cannot be applied: .*diff_b"),
+        (lambda c: c | {"bundle_emb.cat.string_to_param": torch.ones(4)}, r"cannot be applied: bundle_emb"),
+        (lambda c: {n.replace("lora_down", "lokr_w1"): v for n, v in c.items()}, r"is a LoKr \("),
+        (lambda c: {f"{_first(c)}.hada_w1_a": torch.ones(4, 4)}, r"is a LoHa \("),
+        (lambda c: {n: v for n, v in c.items() if n != f"{_first(c)}.lora_up.weight"}, "incomplete: .* no up weights"),
+        (lambda c: {n.replace("lora_unet_", "lora_te2_"): v for n, v in c.items()}, "are not in the base, such as"),
+        (lambda c: c | {f"lora_unet_more.{s}": torch.ones(4, 4) for s in ("lora_up.weight", "lora_down.weight")},
+         "1 of its .* layers are not in the base, such as lora_unet_more"),
+        (lambda c: c | {f"{_first(c)}.lora_down.weight": torch.ones(4, 5)}, "is made for weights of .* x 5, but"),
+        (lambda c: c | {f"{_first(c)}.lora_up.weight": torch.ones(3, 4)}, "is made for weights of 3 x"),
+        (lambda c: c | {n.replace("lora_te_", "text_encoder."): v for n, v in c.items() if "lora_te_" in n},
+         "the same layers under different names"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_applied_completely(
+    root: Path, tmp_path: Path, change: Callable[[Weights], Weights], said: str
+) -> None:
+    """Refused by the names of tensors, without loading them, and when they are applied."""
+    content = load_file(control.make_lora(tmp_path / "whole", text_encoder=True))
+    file = save(tmp_path / "broken.safetensors", change(content))
+    (tmp_path / "bundle.toml").write_text(f'name = "t"\nbase = "{root}/sd15"\n[[lora]]\npath = "broken.safetensors"\n')
+    with pytest.raises(BundleError, match=rf"lora broken\.safetensors.*{said}"):
+        check_checkpoints(BundleFile.load(tmp_path / "bundle.toml"))
+    pipe = pipeline(root, "sd15")
+    before = weights(pipe)
+    with pytest.raises(BundleError, match=said):
+        lora.fuse("lora", file, 1.0, pipe)
+    assert_equal(weights(pipe), before)
+
+
+def test_an_adapter_of_another_kind_is_no_lora(root: Path, tmp_path: Path) -> None:
+    faceid = adapters.make_adapter(tmp_path, "faceid")
+    (tmp_path / "bundle.toml").write_text(f'name = "t"\nbase = "{root}/sd15"\n[[lora]]\npath = "{faceid.name}"\n')
+    with pytest.raises(BundleError, match=r"is an IP-Adapter .*; a LoRA is wanted"):
+        check_checkpoints(BundleFile.load(tmp_path / "bundle.toml"))

@@ -1,0 +1,80 @@
+"""Files that several processes share appear whole."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from imprompt_serving.engines.files import write_whole
+from imprompt_serving.engines.tensorrt_package import EngineInfo
+from imprompt_serving.gpu.tensorrt import TensorRTEngine
+
+SIZE = 1 << 20
+
+
+def test_a_reader_never_sees_a_part(tmp_path: Path) -> None:
+    file, stop = tmp_path / "engine.kernels", threading.Event()
+    contents = [bytes([letter]) * SIZE for letter in b"ab"]
+    write_whole(file, contents[0])
+
+    def write() -> None:
+        while not stop.is_set():
+            for content in contents:
+                write_whole(file, content)
+
+    writers = [threading.Thread(target=write) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    seen = {file.read_bytes() for _ in range(200)}
+    stop.set()
+    for writer in writers:
+        writer.join()
+    assert seen <= set(contents)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_a_writer_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "engine.kernels"
+    write_whole(file, b"before")
+
+    def full(self: Path, content: bytes) -> int:
+        self.touch()
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        write_whole(file, b"after")
+    monkeypatch.undo()
+    assert file.read_bytes() == b"before"
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_what_an_engine_says_of_itself_is_replaced_whole(tmp_path: Path) -> None:
+    """A reader that has the file open goes on with the old one."""
+    info = EngineInfo(
+        backend="tensorrt", version="1", target="SM89", model="m", architecture="a", settings="s", refit=False
+    )
+    info.save(tmp_path / "unet.plan")
+    with (tmp_path / "unet.json").open("rb") as opened:
+        EngineInfo(
+            backend="tensorrt", version="2", target="SM89", model="m", architecture="a", settings="s", refit=False
+        ).save(tmp_path / "unet.plan")
+        assert b'"version": "1"' in opened.read()
+    assert EngineInfo.load(tmp_path / "unet.plan").version == "2"
+
+
+def test_kernels_are_saved_whole(tmp_path: Path) -> None:
+    """By one server, while another reads them. The rest of an engine needs a GPU."""
+    engine, contents = TensorRTEngine.__new__(TensorRTEngine), [b"old" * SIZE, b"new" * SIZE]
+    engine._kernels_file = tmp_path / "unet.kernels"
+    for content in contents:
+        engine._kernels = SimpleNamespace(serialize=lambda content=content: memoryview(content))
+        engine._keep_kernels()
+        if content is contents[0]:
+            opened = engine._kernels_file.open("rb")
+    with opened:
+        assert opened.read() == contents[0]
+    assert engine._kernels_file.read_bytes() == contents[1]
