@@ -23,12 +23,12 @@ SPECS = ("specs", "wire", "config", "capabilities")
 """Modules of `imprompt_serving` that say what a bundle is; the exporter goes by them, and runs its denoiser."""
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "imprompt": (),
-    "imprompt_export": tuple(f"imprompt_serving.{name}" for name in (*SPECS, "engines", "denoiser", "job")),
+    "imprompt_export": tuple(f"imprompt_serving.{name}" for name in (*SPECS, "backends", "denoiser", "job")),
     "imprompt_serving": (),
     "imprompt_bench": ("imprompt", "imprompt_export", "imprompt_serving"),
     "imprompt_demo": ("imprompt", "imprompt_export", "imprompt_serving"),
 }
-LIGHT = ("pipeline", "engines", "specs", "wire", "config", "capabilities", "job", "errors")
+LIGHT = ("pipeline", "backends", "specs", "wire", "config", "capabilities", "job", "errors")
 
 
 def modules(room: str) -> list[Path]:

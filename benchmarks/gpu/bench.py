@@ -43,7 +43,7 @@ from imprompt_export.graphs import Axes, Graph  # noqa: E402
 from imprompt_export.image_prompt import AdapterPrompts  # noqa: E402
 from imprompt_export.precision import Positional, cast  # noqa: E402
 from imprompt_export.profiles import Profile  # noqa: E402
-from imprompt_serving.engines import EngineError, load_engine  # noqa: E402
+from imprompt_serving.backends import EngineError, get_backend  # noqa: E402
 from imprompt_serving.gpu import DeviceEngine  # noqa: E402
 from imprompt_serving.specs import level_size  # noqa: E402
 
@@ -207,40 +207,54 @@ def _key(graph: Graph, tensors: Mapping[str, Tensor]) -> tuple[Any, ...]:
     return tuple(tuple(tensors[tensor.name].shape) for tensor in graph.inputs)
 
 
-def exported(backend: str) -> Callable[..., tuple[Run, Run]]:
-    """The engines that imprompt serves: exported to ONNX in the types asked for, compiled if the backend compiles."""
+def onnxruntime(case: Case, shapes: list[Axes], work: Path, options: argparse.Namespace) -> tuple[Run, Run]:
+    """As imprompt serves it: exported to ONNX in the types asked for."""
+    from imprompt_serving.backends.onnxruntime import check_cuda
+
+    if options.device != "cpu":
+        check_cuda()  # before the export, which takes long
+
+    from imprompt_serving.gpu.onnxruntime import OnnxRuntimeDeviceEngine
+
+    def make(graph: Graph) -> Run:
+        return _run(graph, OnnxRuntimeDeviceEngine(_exported(graph, work, options), options.device))
+
+    return make(case.unet), make(case.decoder)
+
+
+def tensorrt(backend: str) -> Callable[..., tuple[Run, Run]]:
+    """The engines of TensorRT or TensorRT-RTX, as imprompt serves them, but tuned for the shapes that are measured."""
 
     def make(case: Case, shapes: list[Axes], work: Path, options: argparse.Namespace) -> tuple[Run, Run]:
-        if backend == "onnxruntime":  # before the export, which takes long
-            from imprompt_serving.engines.onnxruntime import check_cuda
+        from imprompt_export.backends.tensorrt import Builder
 
-            if options.device != "cpu":
-                check_cuda()
-        unet, vae = (_exported(graph, backend, sizes, work, options) for graph, sizes in case.graphs(shapes))
+        builder = Builder(backend, targets=_targets(), cache=options.cache)
+        if options.device == "cpu":
+            raise EngineError(f"engines of {backend} need a GPU to run")
+
+        def built(graph: Graph, sizes: list[Axes]) -> Run:
+            plan = work / backend / f"{graph.name}.plan"
+            builder.build(_exported(graph, work, options), plan, [_profile(graph, axes) for axes in sizes])
+            engine: Any = get_backend(backend).load(plan, device=options.device)
+            return _run(graph, engine)
+
+        unet, vae = (built(graph, sizes) for graph, sizes in case.graphs(shapes))
         return unet, vae
 
     return make
 
 
-def _exported(graph: Graph, backend: str, shapes: list[Axes], work: Path, options: argparse.Namespace) -> Run:
+def _exported(graph: Graph, work: Path, options: argparse.Namespace) -> Path:
+    """The ONNX file of `graph`, which several engines start from."""
     from imprompt_export.onnx_graph import export_onnx
-    from imprompt_export.tensorrt import Builder
 
-    engine: DeviceEngine
-    source = work / graph.name / f"{graph.name}.onnx"
-    builder = None if backend == "onnxruntime" else Builder(backend, targets=_targets(), cache=options.cache)
-    if builder is not None and options.device == "cpu":
-        raise EngineError(f"engines of {backend} need a GPU to run")
-    if not source.exists():
-        export_onnx(graph, source, torch.float32 if graph.full_precision else options.dtype)
-    if builder is None:
-        from imprompt_serving.gpu.onnxruntime import OnnxRuntimeDeviceEngine
+    file = work / graph.name / f"{graph.name}.onnx"
+    if not file.exists():
+        export_onnx(graph, file, torch.float32 if graph.full_precision else options.dtype)
+    return file
 
-        engine = OnnxRuntimeDeviceEngine(source, options.device)
-    else:
-        plan = work / backend / f"{graph.name}.plan"
-        builder.build(source, plan, [_profile(graph, axes) for axes in shapes])
-        engine = load_engine(plan, backend, device=options.device)  # type: ignore[assignment]
+
+def _run(graph: Graph, engine: DeviceEngine) -> Run:
     output = next(iter(graph.outputs))
     return lambda tensors: engine.run_tensors(tensors)[output]
 
@@ -263,7 +277,8 @@ ENGINES: dict[str, Callable[..., tuple[Run, Run]]] = {
     "diffusers": diffusers_eager,
     "torch.compile": diffusers_compiled,
     "aot_inductor": aot_inductor,
-    **{backend: exported(backend) for backend in ("onnxruntime", "tensorrt", "tensorrt_rtx")},
+    "onnxruntime": onnxruntime,
+    **{backend: tensorrt(backend) for backend in ("tensorrt", "tensorrt_rtx")},
 }
 
 

@@ -18,8 +18,8 @@ from torch._inductor import config as inductor
 from imprompt_bench.checkpoints import ADAPTER, Checkpoints, require
 from imprompt_bench.systems import Answer, Arguments, System
 from imprompt_bench.workload import Workload
+from imprompt_serving.backends import Engine, get_backend
 from imprompt_serving.denoiser.conditioning import Conditioner
-from imprompt_serving.engines import Engine, load_engine
 from imprompt_serving.job import AdapterUse, JobRequest
 from imprompt_serving.pipeline.images import clip_pixels
 from imprompt_serving.pipeline.text import PromptTokenizer
@@ -72,7 +72,7 @@ class BareLoop:
         self._folder = repository / f"{name}_denoiser" / "1"
         bundle = self._bundle = Bundle.load(self._folder)
 
-        load = partial(load_engine, backend=bundle.backend, threads=bundle.threads)
+        load = partial(get_backend(bundle.backend).load, threads=bundle.threads)
 
         def model(part: str) -> Engine:
             return load(repository / f"{name}_{part}" / "1" / "model.onnx")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from imprompt_bench.checkpoints import SCHEDULER
+from imprompt_serving.backends import Engine
 from imprompt_serving.denoiser.answers import Outcome
 from imprompt_serving.denoiser.batch import Batcher
 from imprompt_serving.denoiser.conditioning import Conditioner
@@ -16,7 +17,6 @@ from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.loop import Denoiser
 from imprompt_serving.denoiser.meter import Meter
 from imprompt_serving.denoiser.networks import Networks
-from imprompt_serving.engines import Engine
 from imprompt_serving.job import AdapterUse, JobRequest
 from imprompt_serving.specs import Adapter, Bundle, CrossAttention, Range, Shapes, TextEncoder
 

@@ -1,4 +1,4 @@
-"""Checkpoint set -> compiled engines -> Triton model repository."""
+"""Checkpoint set -> engines -> Triton model repository."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from imprompt_export.bundle import BundleFile
 from imprompt_export.errors import BundleError
-from imprompt_serving.engines import EngineError
+from imprompt_serving.backends import EngineError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,12 +27,12 @@ def export(
 
     Models of other bundles in `repository` stay; those of a bundle of the same name are replaced, all at once, after
     everything is exported and checked. TensorRT engines under `refit_from` get the weights of the bundle instead of
-    being built again (`tensorrt.Builder`).
+    being built again (`backends.tensorrt.Builder`).
 
     Raises:
         BundleError: something in the bundle file or its checkpoints does not fit; nothing was written.
         ParityError: an engine does not compute what PyTorch does, or is too far from it in int8; nothing was written.
-        EngineError: an engine cannot be compiled; nothing was written.
+        EngineError: an engine cannot be made; nothing was written.
     """
     from imprompt_export import checks, install
     from imprompt_export.quiet import quiet

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +13,9 @@ from typing import Any, Literal
 import msgspec
 
 from imprompt_export import kinds, sources
-from imprompt_export.errors import BundleError, did_you_mean, some_of
-from imprompt_serving.engines import BACKENDS
+from imprompt_export.backends import export_backend
+from imprompt_export.errors import BundleError, did_you_mean, one_of, some_of
+from imprompt_serving.backends import MODULES
 from imprompt_serving.specs import Limits, Shapes
 
 NO_FACES = "face_encoder: the bundle has no FaceID adapter that it could serve"
@@ -78,7 +79,7 @@ class LoraSection(_Section, frozen=True):
 
 
 class EngineSection(_Section, frozen=True):
-    """What the engines are compiled to, and who hosts the encoders and the VAE.
+    """The backend of the engines, and who hosts the encoders and the VAE.
 
     ``threads`` of one call on the CPU, 0 for one a core. ``devices``: GPUs that have a denoiser each.
     ``min_snr_db``: how good int8 must be (``int8.Quality``).
@@ -193,21 +194,11 @@ class BundleFile(_Section, frozen=True):
                 raise BundleError(f"limits.{key}: must be at least {least}, got {number}")
 
     def _check_engine(self, engine: EngineSection) -> None:
-        backend = BACKENDS[_one_of("engine.backend", engine.backend, BACKENDS)]
-        _one_of(f"engine.precision (with {engine.backend})", engine.precision, backend.precisions)
-        _one_of(f"engine.host (with {engine.backend})", engine.host, backend.hosts)
+        export_backend(one_of("engine.backend", engine.backend, MODULES)).check(engine)
         if engine.threads < 0:
             raise BundleError(f"engine.threads: 0 (one a core) or more, got {engine.threads}")
         if min(engine.devices, default=0) < 0 or len(set(engine.devices)) < len(engine.devices):
             raise BundleError(f"engine.devices: numbers of GPUs, each once, got {list(engine.devices)}")
-        packages = {"openvino": "openvino"} if engine.backend == "openvino" else {}
-        packages |= {"nncf": "int8"} if engine.precision == "int8" else {}
-        missing = [package for package in packages if find_spec(package) is None]
-        if missing:
-            extras = ",".join(packages[package] for package in missing)
-            raise BundleError(f'engine: {", ".join(missing)} is not installed: pip install "imprompt[export,{extras}]"')
-        if engine.refit and not backend.compiled:
-            raise BundleError(f"engine.refit: is for TensorRT's engines; {engine.backend} has nothing to refit")
         for target in engine.targets:
             if not re.fullmatch(r"SM\d{2,3}", target):
                 raise BundleError(f"engine.targets: compute capabilities such as SM89, got {target!r}")
@@ -285,12 +276,6 @@ class BundleFile(_Section, frozen=True):
             )
         kinds.model_config(what, root, subfolder, "a CLIP image encoder")
         return root, subfolder
-
-
-def _one_of(key: str, value: str, allowed: Iterable[str]) -> str:
-    if value not in allowed:
-        raise BundleError(f"{key}: {value!r} is none of {', '.join(allowed)}")
-    return value
 
 
 def _numbers(section: msgspec.Struct, prefix: str = "") -> Iterator[tuple[str, float]]:

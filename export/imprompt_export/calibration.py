@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 from imprompt_export import graphs
 from imprompt_export.checkpoints import Checkpoints
+from imprompt_serving.backends import Engine
 from imprompt_serving.denoiser.assembly import assemble
 from imprompt_serving.denoiser.batch import Batcher, Part
 from imprompt_serving.denoiser.job import Job
-from imprompt_serving.engines import Engine
 from imprompt_serving.job import AdapterUse, ControlUse, JobRequest
 from imprompt_serving.specs import Adapter, Bundle
 

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from imprompt_export import adapters, kinds, lora
+from imprompt_export.backends import export_backend
 from imprompt_export.bundle import NO_FACES, BundleFile, IPAdapterSection
 from imprompt_export.errors import BundleError, refusing
 from imprompt_export.sources import flat, is_local, read_json, tensors
-from imprompt_serving.engines import BACKENDS
-from imprompt_serving.engines.tensorrt_package import tensorrt
 
 FAMILIES = {
     "StableDiffusionPipeline": "sd15",
@@ -55,14 +54,13 @@ def check_options(bundle: BundleFile, refit_from: Path | None) -> None:
     """Refuse what this machine lacks for an export of `bundle`.
 
     Raises:
-        BundleError: `--refit-from` does not go with it.
+        BundleError: `--refit-from` does not go with it, or a package of its backend is not installed.
         EngineError: the package of its backend is not installed, or too old.
     """
-    compiled = BACKENDS[bundle.engine.backend].compiled
-    if compiled:
-        tensorrt(bundle.engine.backend)
-    if refit_from is not None and not compiled:
-        raise BundleError(f"--refit-from is for TensorRT's engines; engine.backend is {bundle.engine.backend}")
+    backend = export_backend(bundle.engine.backend)
+    backend.check_installed(bundle.engine)
+    if refit_from is not None and not backend.refittable:
+        raise BundleError(f"--refit-from is for TensorRT's engines; engine.backend is {backend.name}")
     if refit_from is not None and not refit_from.is_dir():
         raise BundleError(f"--refit-from: no such folder: {refit_from}")
 

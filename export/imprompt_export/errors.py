@@ -39,6 +39,17 @@ def some_of(names: Iterable[str], most: int = 5) -> str:
     return ", ".join(first) + (f" and {more} more" if more > 0 else "")
 
 
+def one_of(key: str, value: str, allowed: Iterable[str]) -> str:
+    """`value`, which is one of `allowed`.
+
+    Raises:
+        BundleError: it is not; the message names `key`.
+    """
+    if value not in allowed:
+        raise BundleError(f"{key}: {value!r} is none of {', '.join(allowed)}")
+    return value
+
+
 @contextmanager
 def refusing(what: str) -> Iterator[None]:
     """Report whatever a library raises over a file of the user's as a `BundleError` about `what`."""

@@ -11,20 +11,17 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TimeElapsedColumn
 
-from imprompt_export import control, graphs, image_prompt, openvino_ir, report, t2i
+from imprompt_export import control, graphs, image_prompt, report, t2i
+from imprompt_export.backends import export_backend
 from imprompt_export.bundle import BundleFile
 from imprompt_export.checkpoints import Checkpoints, LoadedAdapter, load
 from imprompt_export.graphs import Graph
-from imprompt_export.int8 import check_quality, quantize_bundle
 from imprompt_export.onnx_graph import export_onnx
-from imprompt_export.parity import check, check_runner, compare
+from imprompt_export.parity import check, compare
 from imprompt_export.precision import dtype_of
 from imprompt_export.preview import fit_preview
-from imprompt_export.profiles import check_axes, profiles
 from imprompt_export.repository import write_models
-from imprompt_export.tensorrt import Builder
 from imprompt_serving import specs
-from imprompt_serving.engines import BACKENDS
 
 
 def export_bundle(bundle: BundleFile, work: Path, console: Console | None, refit_from: Path | None) -> report.Report:
@@ -33,13 +30,13 @@ def export_bundle(bundle: BundleFile, work: Path, console: Console | None, refit
     Raises:
         BundleError: checkpoints do not fit.
         ParityError: an engine does not compute what PyTorch does, or is too far from it in int8.
-        EngineError: an engine cannot be compiled.
+        EngineError: an engine cannot be made.
     """
     console = console or Console(stderr=True)
-    builder = _builder(bundle, refit_from)
-    runner = check_runner(bundle.engine.backend, bundle.engine.precision, bundle.engine.targets)
+    engine, backend = bundle.engine, export_backend(bundle.engine.backend)
+    make_engine, runner = backend.compiler(engine, refit_from), backend.runner(engine)
     if runner is None:
-        console.print(f"{bundle.engine.precision} cannot be run here: the engines will not be compared with PyTorch")
+        console.print(f"{engine.precision} cannot be run here: the engines will not be compared with PyTorch")
     columns = (SpinnerColumn(), *Progress.get_default_columns()[:2], TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("loading checkpoints", total=None)
@@ -50,44 +47,29 @@ def export_bundle(bundle: BundleFile, work: Path, console: Console | None, refit
         todo = bundle_graphs(bundle, checkpoints)
         progress.update(task, total=len(todo))
         made = report.Report()
-        files = {}
+        engines: dict[str, Path] = {}
         for graph in todo:
             progress.update(task, description=f"exporting {graph.name}")
             start = time.perf_counter()
             source = Path(work, graph.name, f"{graph.name}.onnx")
-            export_onnx(graph, source, dtype_of(graph, bundle.engine.precision))
-            files[graph.name] = source
-            if builder is not None:
-                files[graph.name] = source.parent / "engine" / f"{graph.name}.plan"
-                told = partial(_tell, progress, task, graph.name)
-                builder.build(source, files[graph.name], profiles(graph, spec), told)
-            elif bundle.engine.backend == "openvino":
-                files[graph.name] = openvino_ir.convert(source)
+            export_onnx(graph, source, dtype_of(graph, engine.precision))
+            file = make_engine(graph, source, spec, partial(_tell, progress, task, graph.name))
+            engines[graph.name] = file
             seconds = time.perf_counter() - start
             if runner is not None:
-                ran = files[graph.name] if runner == bundle.engine.backend else source
-                at = check_axes(graph, spec) if BACKENDS[runner].compiled else graph.checks
-                compared = compare(graph, ran, runner, bundle.engine.precision, at)
+                ran = file if runner == backend.name else source
+                at = export_backend(runner).check_axes(graph, spec)
+                compared = compare(graph, ran, runner, engine.precision, at)
                 made.engines += [report.Row.of(row, export_seconds=seconds) for row in compared]
                 check(compared)
             progress.advance(task)
-        if bundle.engine.precision == "int8":
-            progress.update(task, description="quantizing to int8", total=None)
-            checkpoints.pipeline.unet.to("meta")  # its weights are in the engine; quantization wants the memory
-            files, made.int8 = quantize_bundle(spec, checkpoints, files, bundle.engine.min_snr_db)
-            check_quality(made.int8)
+        files, made.int8 = backend.finish(
+            engine, spec, checkpoints, engines, lambda line: progress.update(task, description=line, total=None)
+        )
         models = work / "models"
-        write_models(models, spec, bundle.engine.host, {graph.name: graph for graph in todo}, files, checkpoints)
+        write_models(models, spec, engine.host, {graph.name: graph for graph in todo}, files, checkpoints)
         report.save(made, models / bundle.name, spec, run_by=runner)
     return made
-
-
-def _builder(bundle: BundleFile, refit_from: Path | None) -> Builder | None:
-    """What compiles the engines, for backends that need it."""
-    engine = bundle.engine
-    if not BACKENDS[engine.backend].compiled:
-        return None
-    return Builder(engine.backend, targets=engine.targets, refit=engine.refit, refit_from=refit_from)
 
 
 def _tell(progress: Progress, task: TaskID, name: str, line: str) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from imprompt_export.calibration import GUIDANCE_SCALE, HELD_OUT, RUNS, Arrays, Recorder, Studio
 from imprompt_export.checkpoints import Checkpoints
 from imprompt_export.parity import ParityError
-from imprompt_serving.engines import Engine, load_engine
+from imprompt_serving.backends import Engine, get_backend
 from imprompt_serving.specs import Bundle
 
 SAMPLES = 12
@@ -71,9 +71,10 @@ def quantize_bundle(
     made = dict(files)
     for name in names:
         made[name] = quantize(files[name], samples.pop(name))
-    engines = {name: load_engine(made[name], bundle.backend) for name in names}
+    load = get_backend(bundle.backend).load
+    engines = {name: load(made[name]) for name in names}
     rows = []
-    studio = Studio(bundle, checkpoints, lambda name: engines.get(name) or load_engine(files[name], bundle.backend))
+    studio = Studio(bundle, checkpoints, lambda name: engines.get(name) or load(files[name]))
     distance = float(np.abs(studio.picture(HELD_OUT, prompt).astype(int) - picture).mean())
     for name in names:
         answers = [engines[name].run(tensors) for tensors in inputs[name]]
@@ -98,7 +99,7 @@ def _record(
     recorders: dict[str, Recorder] = {}
 
     def engine(name: str) -> Engine:
-        loaded = load_engine(files[name], bundle.backend)
+        loaded = get_backend(bundle.backend).load(files[name])
         if name not in names:
             return loaded
         recorders[name] = Recorder(loaded)

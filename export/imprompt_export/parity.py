@@ -13,8 +13,7 @@ import torch
 
 from imprompt_export.graphs import Axes, Graph
 from imprompt_export.precision import TOLERANCE
-from imprompt_export.tensorrt import compute_capability
-from imprompt_serving.engines import BACKENDS, load_engine
+from imprompt_serving.backends import get_backend
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,21 +34,9 @@ class ParityError(RuntimeError):
     """An exported engine does not compute what PyTorch does."""
 
 
-def check_runner(backend: str, precision: str, targets: Sequence[str] = ()) -> str | None:
-    """The backend that can run engines here for the comparison; None if there is none.
-
-    Engines that need a GPU which is not there are compared by their ONNX graph, in the same types, on the CPU. ONNX
-    Runtime has no bf16 there. Engines of TensorRT-RTX run on the GPUs of ``targets`` alone.
-    """
-    on_gpu = torch.cuda.is_available() and (backend != "tensorrt_rtx" or compute_capability() in targets)
-    if on_gpu or (not BACKENDS[backend].compiled and precision != "bf16"):
-        return backend
-    return None if precision == "bf16" else "onnxruntime"
-
-
 def compare(graph: Graph, path: Path, backend: str, precision: str = "fp32", checks: Sequence[Axes] = ()) -> list[Row]:
     """Run ``graph`` in PyTorch (in float32) and ``path`` in its engine at every size of ``checks`` (or its own)."""
-    engine = load_engine(path, backend)
+    engine = get_backend(backend).load(path)
     tolerance = graph.tolerance * (1.0 if graph.full_precision else TOLERANCE[precision])
     rows = []
     for seed, axes in enumerate(checks or graph.checks):

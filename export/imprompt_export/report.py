@@ -13,13 +13,15 @@ from rich.console import Group
 from rich.table import Table
 
 from imprompt_export import parity
+from imprompt_export.backends import export_backend
 from imprompt_export.int8 import Quality
 from imprompt_serving import specs
+from imprompt_serving.backends import MODULES
 
 FILE_NAME = "export.json"
 _VERSIONS = (
-    *("imprompt", "torch", "diffusers", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "nncf"),
-    *("tensorrt-cu13", "tensorrt-rtx-cu13-bindings"),
+    *("imprompt", "torch", "diffusers", "transformers", "onnx"),
+    *(distribution for name in MODULES for distribution in export_backend(name).distributions),
 )
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from tritonclient.grpc import model_config_pb2 as pb
 
+from imprompt_export.backends import export_backend
 from imprompt_export.checkpoints import Checkpoints
 from imprompt_export.graphs import Graph
 from imprompt_export.install import OWNER
-from imprompt_export.profiles import batch
 from imprompt_serving import config
+from imprompt_serving.backends import get_backend
 from imprompt_serving.capabilities import capabilities
-from imprompt_serving.engines import BACKENDS
 from imprompt_serving.specs import Bundle
 from imprompt_serving.wire import Tensor
 
@@ -77,9 +77,9 @@ def _engine_config(bundle: Bundle, host: str, graph: Graph) -> pb.ModelConfig:
     outputs = [
         Tensor(name, graph.output_dtypes.get(name, "FP32"), _dims(shape)) for name, shape in graph.outputs.items()
     ]
-    compiled = BACKENDS[bundle.backend].compiled
+    needs_gpu = get_backend(bundle.backend).needs_gpu
     # Triton makes an instance on each GPU of what it hosts itself, unless it is told which.
-    devices = bundle.devices or ((0,) if compiled and host == "native" else ())
+    devices = bundle.devices or ((0,) if needs_gpu and host == "native" else ())
     return config.engine(
         bundle.model(graph.name),
         inputs,
@@ -88,8 +88,8 @@ def _engine_config(bundle: Bundle, host: str, graph: Graph) -> pb.ModelConfig:
         host=host,
         threads=bundle.threads,
         # ONNX Runtime hosted by Python may be the one for CPUs, which Triton would refuse on a GPU.
-        devices=devices if compiled or host == "native" else (),
-        max_batch_size=batch(graph, bundle).max if compiled else bundle.shapes.rows.max,
+        devices=devices if needs_gpu or host == "native" else (),
+        max_batch_size=export_backend(bundle.backend).max_batch_size(graph, bundle),
         cache=graph.name.startswith(_CACHED),
     )
 

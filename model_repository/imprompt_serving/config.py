@@ -8,11 +8,9 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from imprompt_serving import wire
+from imprompt_serving.backends import get_backend
 from imprompt_serving.specs import Bundle
 from imprompt_serving.wire import Tensor
-
-_PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
-"""What Triton calls the files of its own backends."""
 
 
 def to_pbtxt(config: pb.ModelConfig) -> str:
@@ -63,7 +61,7 @@ def engine(
     With ``devices`` it has an instance on each of these GPUs.
     """
     if host == "native":
-        config = pb.ModelConfig(name=name, backend=backend, platform=_PLATFORMS[backend])
+        config = pb.ModelConfig(name=name, backend=backend, platform=get_backend(backend).triton_platform)
     else:
         config = _python_model(name, decoupled=False)
         config.parameters["engine_backend"].string_value = backend

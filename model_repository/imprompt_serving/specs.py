@@ -220,7 +220,7 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def region_tokens(self) -> int:
-        """Image tokens of a group that compiled engines take beside region masks: those of one picture."""
+        """Image tokens of a group beside region masks, in engines that are built for ranges: those of one picture."""
         return max(self.shapes.bucket(adapter.num_tokens) for adapter in self.adapters)
 
     def embeds_guidance(self, request: Asked) -> bool:

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from imprompt_serving.engines import EngineError
-from imprompt_serving.engines import onnxruntime as onnxruntime_engine
+from imprompt_serving.backends import EngineError
+from imprompt_serving.backends import onnxruntime as onnxruntime_engine
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/gpu/bench.py"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -12,14 +13,15 @@ import torch
 from onnx import TensorProto
 from transformers import CLIPVisionModelWithProjection
 
-from imprompt_export import graphs, openvino_ir, parity
-from imprompt_export.bundle import BundleFile
+from imprompt_export import graphs, parity
+from imprompt_export.backends import export_backend, openvino
+from imprompt_export.bundle import BundleFile, EngineSection
 from imprompt_export.checkpoints import load
 from imprompt_export.exporter import bundle_graphs
 from imprompt_export.onnx_graph import export_onnx
-from imprompt_export.parity import check_runner, compare
+from imprompt_export.parity import compare
 from imprompt_export.precision import Positional, dtype_of
-from imprompt_serving.engines import load_engine
+from imprompt_serving.backends import get_backend
 from tiny import base
 from tiny.weights import randomize
 
@@ -92,22 +94,27 @@ def test_the_vae_of_sdxl_stays_in_float32(tmp_path: Path, family: str, precision
     assert types["unet"] == types["text_encoder_2"] == half
 
 
+def runner(backend: str, precision: str, targets: tuple[str, ...] = ()) -> str | None:
+    return export_backend(backend).runner(EngineSection(backend=backend, precision=precision, targets=targets))
+
+
 def test_who_compares() -> None:
     """Without a GPU, the graph of an engine is compared on the CPU; bf16 is not to be had there."""
     if torch.cuda.is_available() or "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("there is a GPU")
-    assert check_runner("onnxruntime", "fp16") == check_runner("tensorrt_rtx", "fp16") == "onnxruntime"
-    assert check_runner("tensorrt", "bf16") is check_runner("onnxruntime", "bf16") is None
+    assert runner("onnxruntime", "fp16") == runner("tensorrt_rtx", "fp16") == "onnxruntime"
+    assert runner("tensorrt", "bf16") is runner("onnxruntime", "bf16") is None
+    assert runner("openvino", "fp32") == "openvino"
 
 
-@pytest.mark.parametrize(("targets", "runner"), [(("SM89", "SM90"), "tensorrt_rtx"), (("SM89",), "onnxruntime")])
+@pytest.mark.parametrize(("targets", "expected"), [(("SM89", "SM90"), "tensorrt_rtx"), (("SM89",), "onnxruntime")])
 def test_engines_for_other_gpus_are_compared_by_their_graph(
-    monkeypatch: pytest.MonkeyPatch, targets: tuple[str, ...], runner: str
+    monkeypatch: pytest.MonkeyPatch, targets: tuple[str, ...], expected: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert check_runner("tensorrt_rtx", "fp16", targets) == runner
-    assert check_runner("tensorrt", "fp16", targets) == "tensorrt"
+    assert runner("tensorrt_rtx", "fp16", targets) == expected
+    assert runner("tensorrt", "fp16", targets) == "tensorrt"
 
 
 def test_a_comparison_at_other_sizes(graph: graphs.Graph, tmp_path: Path) -> None:
@@ -130,12 +137,12 @@ def test_engines_of_the_vae_tell_pictures_that_are_not_finite(tmp_path: Path, ba
     output = {value.name: value.type.tensor_type.elem_type for value in onnx.load(file).graph.output}
     assert output == {"images": TensorProto.UINT8, "finite": TensorProto.BOOL}
     if backend == "openvino":
-        file = openvino_ir.convert(file)
+        file = openvino.convert(file)
     latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     latents[1, 0, 3, 3], latents[2] = torch.nan, torch.inf
-    answer = load_engine(file, backend).run({"latents": latents.numpy()})
+    answer = get_backend(backend).load(file).run({"latents": latents.numpy()})
     assert answer["finite"].astype(bool).tolist() == [[True], [False], [False], [True]]
-    alone = load_engine(file, backend).run({"latents": latents[3:].numpy()})
+    alone = get_backend(backend).load(file).run({"latents": latents[3:].numpy()})
     assert np.abs(answer["images"][3].astype(int) - alone["images"][0].astype(int)).max() <= 1
 
 
@@ -172,5 +179,5 @@ def test_a_comparison_is_not_blind(
         checks=({},),
         tolerance=1.0,
     )
-    monkeypatch.setattr(parity, "load_engine", lambda path, backend: Broken(**values))
+    monkeypatch.setattr(parity, "get_backend", lambda name: SimpleNamespace(load=lambda path: Broken(**values)))
     assert [row.passed for row in compare(graph, Path("any"), "onnxruntime")] == [passed]

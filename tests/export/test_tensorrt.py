@@ -20,15 +20,15 @@ from tritonclient.grpc import model_config_pb2 as pb
 import bundles
 from imprompt_bench import rig
 from imprompt_export import BundleError, BundleFile, EngineError, export
+from imprompt_export.backends.tensorrt import Builder, compute_capability, refit
 from imprompt_export.checkpoints import load
 from imprompt_export.exporter import bundle_graphs, describe
 from imprompt_export.graphs import image_projection
 from imprompt_export.onnx_graph import export_onnx
 from imprompt_export.profiles import Profile, check_axes
 from imprompt_export.repository import _engine_config
-from imprompt_export.tensorrt import Builder, compute_capability, refit
-from imprompt_serving import config, engines
-from imprompt_serving.engines.tensorrt_package import EngineInfo, tensorrt
+from imprompt_serving import config
+from imprompt_serving.backends.tensorrt import TENSORRT, TENSORRT_RTX, EngineInfo
 from imprompt_serving.gpu.tensorrt import profile_for
 from imprompt_serving.wire import Tensor
 from tiny import base, control
@@ -346,13 +346,13 @@ def test_weights_there_and_back(tmp_path: Path) -> None:
     Builder("tensorrt_rtx", targets=TARGETS, cache=tmp_path / "0", refit=True).build(
         sources["a"], tmp_path / "0/net.plan", [PROFILE]
     )
-    answers = [engines.load_engine(tmp_path / "0/net.plan", "tensorrt_rtx").run({"x": x})["y"]]
+    answers = [TENSORRT_RTX.load(tmp_path / "0/net.plan").run({"x": x})["y"]]
     for step, name in enumerate("ba", start=1):
         builder = Builder(
             "tensorrt_rtx", targets=TARGETS, cache=tmp_path / f"cache{step}", refit_from=tmp_path / str(step - 1)
         )
         builder.build(sources[name], tmp_path / f"{step}/net.plan", [PROFILE])
-        answers.append(engines.load_engine(tmp_path / f"{step}/net.plan", "tensorrt_rtx").run({"x": x})["y"])
+        answers.append(TENSORRT_RTX.load(tmp_path / f"{step}/net.plan").run({"x": x})["y"])
     np.testing.assert_array_equal(answers[1], 2 * answers[0])
     np.testing.assert_array_equal(answers[2], answers[0])
 
@@ -379,15 +379,15 @@ def test_a_target_that_does_not_exist() -> None:
 
 def test_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EngineError, match=r'"tensorrt" needs tensorrt: pip install "imprompt\[gpu\]"'):
-        tensorrt("tensorrt")
+        TENSORRT.package()
     monkeypatch.setattr(trt, "__version__", "1.1.0")
     with pytest.raises(EngineError, match=r"tensorrt_rtx 1\.1\.0 is too old; 1\.4 or newer"):
-        tensorrt("tensorrt_rtx")
+        TENSORRT_RTX.package()
 
 
 def test_engines_without_a_gpu(tmp_path: Path, repository: Path) -> None:
     engine = repository / "tiny_text_encoder/1/model.plan"
     with pytest.raises(EngineError, match=r"model\.plan is an engine of tensorrt_rtx, which needs an NVIDIA GPU"):
-        engines.load_engine(engine, "tensorrt_rtx")
+        TENSORRT_RTX.load(engine)
     with pytest.raises(EngineError, match=rf"built by tensorrt_rtx {trt.__version__}, but 9\.9 is installed here"):
         EngineInfo.check(engine, "9.9")

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from imprompt_serving.engines.files import write_whole
-from imprompt_serving.engines.tensorrt_package import EngineInfo
+from imprompt_serving.backends.files import write_whole
+from imprompt_serving.backends.tensorrt import EngineInfo
 from imprompt_serving.gpu.tensorrt import TensorRTEngine
 
 SIZE = 1 << 20

@@ -13,10 +13,10 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from imprompt_export.tensorrt import Builder, compute_capability
-from imprompt_serving.engines import EngineError, load_engine
-from imprompt_serving.engines import onnxruntime as onnxruntime_engine
-from imprompt_serving.gpu import DeviceEngine, call, device_of
+from imprompt_export.backends.tensorrt import Builder, compute_capability
+from imprompt_serving.backends import MODULES, EngineError, get_backend
+from imprompt_serving.backends import onnxruntime as onnxruntime_engine
+from imprompt_serving.gpu import DeviceEngine, call
 from imprompt_serving.gpu.onnxruntime import OnnxRuntimeDeviceEngine
 from imprompt_serving.gpu.recent import Recent
 from imprompt_serving.gpu.tensorrt import GRAPHS, TensorRTEngine, capturing, profile_for
@@ -122,7 +122,7 @@ def test_onnxruntime_on_tensors(tmp_path: Path) -> None:
 def test_both_kinds_of_engines_are_called_alike(tmp_path: Path) -> None:
     file = write(tmp_path / "model.onnx")
     x = torch.arange(6.0).reshape(2, 3)
-    for engine in (load_engine(file, "onnxruntime"), OnnxRuntimeDeviceEngine(file, "cpu")):
+    for engine in (get_backend("onnxruntime").load(file), OnnxRuntimeDeviceEngine(file, "cpu")):
         assert torch.equal(call(engine, {"x": x})["y"], 2 * x)
 
 
@@ -134,16 +134,16 @@ def test_a_gpu_that_onnxruntime_cannot_use(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(onnxruntime_engine, "gpu_there", lambda: True)
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: looked.append(True))
     with pytest.warns(UserWarning, match="CUDA"), pytest.raises(EngineError, match=r"cannot use the GPU: .*cuDNN"):
-        load_engine(write(tmp_path / "model.onnx"), "onnxruntime")
+        get_backend("onnxruntime").load(write(tmp_path / "model.onnx"))
     assert looked
     monkeypatch.setattr(onnxruntime_engine, "gpu_there", lambda: False)
-    load_engine(write(tmp_path / "model.onnx"), "onnxruntime")
+    get_backend("onnxruntime").load(write(tmp_path / "model.onnx"))
 
 
 @without_cuda
 def test_a_device_for_the_onnxruntime_of_cpus(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="install onnxruntime-gpu"):
-        load_engine(write(tmp_path / "model.onnx"), "onnxruntime", device="cuda:0")
+        get_backend("onnxruntime").load(write(tmp_path / "model.onnx"), device="cuda:0")
 
 
 class FakeGraph:
@@ -178,15 +178,15 @@ def test_a_capture_is_ended(monkeypatch: pytest.MonkeyPatch, broken: bool) -> No
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt", "tensorrt_rtx"])
+@pytest.mark.parametrize("backend", MODULES)
 def test_without_a_gpu_tensors_stay_on_the_cpu(backend: str) -> None:
-    assert device_of(backend) == torch.device("cpu")
+    assert get_backend(backend).device() == torch.device("cpu")
 
 
 @pytest.mark.gpu
 @needs_gpu
 def test_onnxruntime_on_a_gpu(tmp_path: Path) -> None:
-    engine = load_engine(write(tmp_path / "model.onnx"), "onnxruntime", device="cuda:0")
+    engine = get_backend("onnxruntime").load(write(tmp_path / "model.onnx"), device="cuda:0")
     assert isinstance(engine, OnnxRuntimeDeviceEngine)
     check(engine, "cuda:0")
 
@@ -203,7 +203,8 @@ def test_tensorrt_on_a_gpu(tmp_path: Path, backend: str) -> None:
     except EngineError as error:
         pytest.skip(str(error))
     builder.build(write(tmp_path / "model.onnx"), tmp_path / "model.plan", [{"x": ((1, 1), (2, 4), (8, 64))}])
-    engine = TensorRTEngine(tmp_path / "model.plan", backend)
+    engine = get_backend(backend).load(tmp_path / "model.plan")
+    assert isinstance(engine, TensorRTEngine)
     check(engine, "cuda")
     for width in (*range(1, GRAPHS + 3), 1):
         x = torch.randn(3, width, device="cuda")

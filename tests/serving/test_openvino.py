@@ -1,4 +1,4 @@
-"""A bundle compiled for OpenVINO: the pictures of diffusers, through a running Triton."""
+"""A bundle for OpenVINO: the pictures of diffusers, through a running Triton."""
 
 from __future__ import annotations
 

@@ -260,7 +260,7 @@ def test_embeddings_are_no_way_around_the_limit_of_image_tokens() -> None:
     assert len(parsed(**many, encode_image="plain").image_prompts[0].images) == 5  # which end in no UNet
 
 
-def test_compiled_engines_take_no_long_list_beside_masks() -> None:
+def test_engines_for_ranges_take_no_long_list_beside_masks() -> None:
     given = {
         "ip_adapter_image": [SMALL] * 4,
         "ip_adapter_image_adapter": ["plain"] * 2 + ["other"] * 2,
@@ -268,8 +268,8 @@ def test_compiled_engines_take_no_long_list_beside_masks() -> None:
         "ip_adapter_masks_adapter": ["plain"] * 2,
     }
     assert len(parsed(**given).image_prompts) == 2
-    compiled = msgspec.structs.replace(BUNDLE, backend="tensorrt")
-    assert "at most 4 are served beside several masks" in str(refused(compiled, **given))
+    for_ranges = msgspec.structs.replace(BUNDLE, backend="tensorrt")
+    assert "at most 4 are served beside several masks" in str(refused(for_ranges, **given))
 
 
 @pytest.mark.parametrize(("given", "kept"), [(None, 60.0), (5.0, 5.0), (1e9, 60.0)])

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+from imprompt_serving.backends import Engine
 from imprompt_serving.denoiser.conditioning import CPU, Conditioner
 from imprompt_serving.denoiser.networks import Networks
-from imprompt_serving.engines import Engine
 from imprompt_serving.specs import Bundle
 
 

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from imprompt_serving.backends import Engine
 from imprompt_serving.denoiser.control import Control, acts, prepare_controls
 from imprompt_serving.denoiser.features import Features, prepare_features, total
 from imprompt_serving.denoiser.image_prompts import absent_inputs, adapter_inputs, group_scales, has_regions
-from imprompt_serving.engines import Engine
 from imprompt_serving.job import JobRequest
 from imprompt_serving.specs import Adapter, Bundle
 

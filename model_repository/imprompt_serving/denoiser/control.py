@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from imprompt_serving.engines import Engine
+from imprompt_serving.backends import Engine
 from imprompt_serving.job import ControlUse, JobRequest
 from imprompt_serving.specs import Bundle
 

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from imprompt_serving.backends import get_backend
 from imprompt_serving.denoiser.conditioning import CPU, Conditioning
 from imprompt_serving.denoiser.control import Control, acts
 from imprompt_serving.denoiser.line import Load
@@ -22,7 +23,6 @@ from imprompt_serving.denoiser.schedulers import (
 )
 from imprompt_serving.denoiser.start import generators, start
 from imprompt_serving.denoiser.windows import Window, merge, windows
-from imprompt_serving.engines import BACKENDS
 from imprompt_serving.errors import InvalidRequest, RequestError
 from imprompt_serving.job import JobRequest
 from imprompt_serving.specs import Bundle
@@ -75,8 +75,8 @@ class Job:
         """Frames of the windows of the current step; a single one of all frames for most clips; empty for pictures."""
         self.frames = len(self.windows[0]) if self.windows else 1
         """Frames of a row."""
-        # Compiled engines have a profile for region masks, which long lists of pictures do not fit.
-        apart = BACKENDS[bundle.backend].compiled and conditioning.regions
+        # Engines for ranges have a profile for region masks, which long lists of pictures do not fit.
+        apart = get_backend(bundle.backend).builds_for_ranges and conditioning.regions
         self.key = ("motion_unet" if self.windows else "unet", self.frames, *self.latents.shape[-2:], apart)
         """Jobs with equal keys can share a call."""
 

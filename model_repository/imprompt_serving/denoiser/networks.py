@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from imprompt_serving.backends import Engine
 from imprompt_serving.denoiser.batch import Part
 from imprompt_serving.denoiser.control import Control
 from imprompt_serving.denoiser.job import Job
-from imprompt_serving.engines import Engine
 from imprompt_serving.gpu import call
 from imprompt_serving.specs import Bundle, level_size
 

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from imprompt_serving.engines import BACKENDS, Engine
+from imprompt_serving.backends import Engine
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 """Names and shapes of a call's inputs: calls that are alike in them can share buffers and CUDA graphs."""
@@ -23,16 +23,9 @@ class DeviceEngine(Protocol):
         ...
 
 
-def device_of(backend: str, index: int = 0) -> torch.device:
-    """Where the denoiser keeps its tensors with engines of ``backend``."""
-    on_gpu = BACKENDS[backend].compiled or (backend == "onnxruntime" and _onnxruntime_built_for_cuda())
-    return torch.device("cuda", index) if on_gpu and torch.cuda.is_available() else torch.device("cpu")
-
-
-def _onnxruntime_built_for_cuda() -> bool:
-    from imprompt_serving.engines.onnxruntime import built_for_cuda
-
-    return built_for_cuda()
+def cuda_or_cpu(index: int) -> torch.device:
+    """The GPU of this number; the CPU where there is no GPU."""
+    return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def mark(device: torch.device) -> Callable[[], None] | None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imprompt_serving.engines.onnxruntime import check_cuda, session
+from imprompt_serving.backends.onnxruntime import check_cuda, session
 from imprompt_serving.gpu import key_of
 from imprompt_serving.gpu.recent import Recent
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imprompt_serving.engines import EngineError
-from imprompt_serving.engines.files import write_whole
-from imprompt_serving.engines.tensorrt_package import EngineInfo, tensorrt
+from imprompt_serving.backends import EngineError
+from imprompt_serving.backends.files import write_whole
+from imprompt_serving.backends.tensorrt import EngineInfo, TensorRT
 from imprompt_serving.gpu import Shapes, key_of
 from imprompt_serving.gpu.recent import Recent
 
@@ -90,10 +90,12 @@ class TensorRTEngine:
     calls take turns, all contexts work in the same memory.
     """
 
-    def __init__(self, path: Path, backend: str, *, device: str = "cuda") -> None:
+    def __init__(self, path: Path, backend: TensorRT, *, device: str = "cuda") -> None:
         if not torch.cuda.is_available():
-            raise EngineError(f"{path.name} is an engine of {backend}, which needs an NVIDIA GPU; there is none here")
-        self._trt = trt = tensorrt(backend)
+            raise EngineError(
+                f"{path.name} is an engine of {backend.name}, which needs an NVIDIA GPU; there is none here"
+            )
+        self._trt = trt = backend.package()
         EngineInfo.check(path, trt.__version__)
         self._device = torch.device(device)
         with torch.cuda.device(self._device):
@@ -101,12 +103,14 @@ class TensorRTEngine:
             self._runtime = trt.Runtime(self._logger)
             self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
             if self._engine is None:
-                raise EngineError(f"{path.name} cannot be loaded by {backend} {trt.__version__}; see its message above")
+                raise EngineError(
+                    f"{path.name} cannot be loaded by {backend.name} {trt.__version__}; see its message above"
+                )
             self._stream = torch.cuda.Stream(self._device)
             with torch.cuda.stream(self._stream):
                 size = self._engine.device_memory_size_v2  # of the largest profile
                 self._memory = torch.empty(size, dtype=torch.uint8, device=self._device)
-            self._path, self._rtx = path, backend == "tensorrt_rtx"
+            self._path, self._rtx = path, backend.finishes_on_gpu
             self._capturable = not self._rtx  # TensorRT-RTX captures by itself
             given = trt.ExecutionContextAllocationStrategy.USER_MANAGED
             self._contexts = self._rtx_config(given) if self._rtx else given

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from imprompt_serving.engines.backends import BACKENDS
+from imprompt_serving.backends import get_backend
 from imprompt_serving.errors import InvalidRequest, shown
 from imprompt_serving.job import AdapterUse
 from imprompt_serving.pipeline.images import decode_all
@@ -149,8 +149,8 @@ def _check_tokens(plans: tuple[ImagePromptPlan, ...], bundle: Bundle) -> None:
                 "ip_adapter_image",
                 f"{plan.count} pictures for {name} make {plan.tokens} image tokens; at most {limit} are served",
             )
-    # Compiled engines have no profile for several masks of one adapter and many pictures of another.
-    if BACKENDS[bundle.backend].compiled and any(len(plan.masks) > 1 for plan in plans):
+    # Engines for ranges have no profile for several masks of one adapter and many pictures of another.
+    if get_backend(bundle.backend).builds_for_ranges and any(len(plan.masks) > 1 for plan in plans):
         for plan in plans:
             if plan.tokens > bundle.region_tokens:
                 raise InvalidRequest(

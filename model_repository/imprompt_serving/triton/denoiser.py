@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from imprompt_serving import metrics
+from imprompt_serving.backends import Engine, get_backend
 from imprompt_serving.denoiser.answers import Listener
 from imprompt_serving.denoiser.assembly import assemble
 from imprompt_serving.denoiser.batch import Batcher
@@ -25,9 +26,8 @@ from imprompt_serving.denoiser.line import Load
 from imprompt_serving.denoiser.loop import Denoiser
 from imprompt_serving.denoiser.preview import previews
 from imprompt_serving.denoiser.warm_up import warm_up
-from imprompt_serving.engines import Engine, load_engine
 from imprompt_serving.errors import RequestError, unexpected
-from imprompt_serving.gpu import device_of, mark
+from imprompt_serving.gpu import mark
 from imprompt_serving.job import Admission, JobRequest
 from imprompt_serving.specs import Bundle
 from imprompt_serving.triton.internal import check_internal, warn_if_open
@@ -42,11 +42,11 @@ class TritonPythonModel:
         torch.set_num_threads(1)  # what torch does here is small; the cores belong to the engines
         folder = Path(args["model_repository"], args["model_version"])
         bundle = self._bundle = Bundle.load(folder)
-
-        device = self._device = device_of(bundle.backend, bundle.denoisers[args["model_name"]])
+        backend = get_backend(bundle.backend)
+        device = self._device = backend.device(bundle.denoisers[args["model_name"]])
 
         def engine(name: str) -> Engine:
-            return load_engine(folder / name, bundle.backend, threads=bundle.threads, device=str(device))
+            return backend.load(folder / name, threads=bundle.threads, device=str(device))
 
         self._conditioner, networks = assemble(bundle, engine, device)
         with torch.no_grad():

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from imprompt_serving.engines import load_engine
+from imprompt_serving.backends import get_backend
 from imprompt_serving.errors import RequestError, unexpected
 from imprompt_serving.triton.internal import check_internal, warn_if_open
 from imprompt_serving.triton.tensors import arrays, failure, response
@@ -26,7 +26,7 @@ class TritonPythonModel:
         path = Path(args["model_repository"], args["model_version"], "model")
         device = f"cuda:{args['model_instance_device_id']}" if args["model_instance_kind"] == "GPU" else ""
         threads = int(given.get("engine_threads", 0))
-        self._engine = load_engine(path, given["engine_backend"], threads=threads, device=device)
+        self._engine = get_backend(given["engine_backend"]).load(path, threads=threads, device=device)
         self._name = args["model_name"]
         warn_if_open(self._name)
 

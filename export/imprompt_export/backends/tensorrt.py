@@ -10,23 +10,70 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-import onnx
 
+from imprompt_export.backends import Compile, ExportBackend, Tell
 from imprompt_export.errors import one_line
-from imprompt_export.profiles import Profile
-from imprompt_serving.engines import EngineError
-from imprompt_serving.engines.files import write_whole
-from imprompt_serving.engines.tensorrt_package import EngineInfo, EngineTensor, tensorrt
+from imprompt_serving.backends import EngineError
+from imprompt_serving.backends import tensorrt as serving
+from imprompt_serving.backends.files import write_whole
+from imprompt_serving.backends.tensorrt import EngineInfo, EngineTensor
+from imprompt_serving.specs import Bundle
 
-Report = Callable[[str], None]
-"""Takes a line about what the builder is doing."""
+if TYPE_CHECKING:
+    from imprompt_export.bundle import EngineSection
+    from imprompt_export.graphs import Axes, Graph
+    from imprompt_export.profiles import Profile
+
 _RECIPE = 2
 """How engines are made: another number where it changes, so that those that were kept are not taken any more."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorRT(ExportBackend):
+    refittable: bool = True
+
+    def check_installed(self, engine: EngineSection) -> None:
+        serving.BACKENDS[self.name].package()
+
+    def compiler(self, engine: EngineSection, refit_from: Path | None) -> Compile:
+        from imprompt_export.profiles import profiles
+
+        builder = Builder(self.name, targets=engine.targets, refit=engine.refit, refit_from=refit_from)
+
+        def build(graph: Graph, source: Path, bundle: Bundle, tell: Tell) -> Path:
+            file = source.parent / "engine" / f"{graph.name}.plan"
+            builder.build(source, file, profiles(graph, bundle), tell)
+            return file
+
+        return build
+
+    def runner(self, engine: EngineSection) -> str | None:
+        """Engines that no GPU here can run are compared by their ONNX files, in the same types, on the CPU.
+
+        ONNX Runtime has no bf16 there.
+        """
+        import torch
+
+        only_for = engine.targets if serving.BACKENDS[self.name].finishes_on_gpu else None
+        if torch.cuda.is_available() and (only_for is None or compute_capability() in only_for):
+            return self.name
+        return "onnxruntime" if engine.precision != "bf16" else None
+
+    def check_axes(self, graph: Graph, bundle: Bundle) -> tuple[Axes, ...]:
+        from imprompt_export.profiles import check_axes
+
+        return check_axes(graph, bundle)
+
+    def max_batch_size(self, graph: Graph, bundle: Bundle) -> int:
+        from imprompt_export.profiles import batch
+
+        return batch(graph, bundle).max
 
 
 class Builder:
@@ -49,10 +96,11 @@ class Builder:
         refit_from: Path | None = None,
         cache: Path | None = None,
     ) -> None:
+        served = serving.BACKENDS[backend]
         self._backend, self._refit = backend, refit or refit_from is not None
-        self._package = tensorrt(backend)
+        self._package = served.package()
         self._logger = self._package.Logger(self._package.Logger.ERROR)
-        self._targets = self._known(targets) if backend == "tensorrt_rtx" else ()
+        self._targets = self._known(targets) if served.finishes_on_gpu else ()
         self._target = "+".join(self._targets) or gpu_name()
         self._cache = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "imprompt", "engines")
         self._donors = dict(_engines(refit_from)) if refit_from else {}
@@ -63,7 +111,7 @@ class Builder:
             raise EngineError(f"engine.targets: {', '.join(targets)}; {self._backend} builds for {', '.join(known)}")
         return tuple(targets)
 
-    def build(self, source: Path, engine: Path, profiles: Sequence[Profile], report: Report = lambda _: None) -> None:
+    def build(self, source: Path, engine: Path, profiles: Sequence[Profile], report: Tell = lambda _: None) -> None:
         """Compile ``source``, whose inputs have the ranges of ``profiles``, into the file ``engine``.
 
         An engine of the same model, settings, version and GPU that was built before is taken as it is.
@@ -95,7 +143,7 @@ class Builder:
         )
 
     def _built(
-        self, source: Path, info: EngineInfo, profiles: Sequence[Profile], report: Report
+        self, source: Path, info: EngineInfo, profiles: Sequence[Profile], report: Tell
     ) -> tuple[Any, EngineInfo]:
         trt = self._package
         builder = trt.Builder(self._logger)
@@ -222,7 +270,7 @@ def _described(info: EngineInfo, network: Any, profiles: Sequence[Any]) -> Engin
     return msgspec.structs.replace(info, inputs=inputs, outputs=outputs)
 
 
-def _monitor(trt: Any, report: Report) -> Any:
+def _monitor(trt: Any, report: Tell) -> Any:
     """The builder's phases as lines."""
 
     class Monitor(trt.IProgressMonitor):
@@ -270,6 +318,8 @@ def _kind(info: EngineInfo) -> str:
 
 def _architecture(source: Path) -> str:
     """A hash of the graph in ``source`` without the values of its weights."""
+    import onnx
+
     model = onnx.load(source, load_external_data=False)
     for weight in model.graph.initializer:
         for field in ("raw_data", "external_data", "float_data", "int32_data"):
@@ -293,3 +343,9 @@ def _digest(value: Any) -> str:
 def _errors(parser: Any) -> str:
     reasons = [str(parser.get_error(index)) for index in range(parser.num_errors)]
     return one_line("; ".join(reasons), 600) or "no reason given"
+
+
+BACKENDS = {
+    "tensorrt": TensorRT(name="tensorrt", distributions=("tensorrt-cu13",)),
+    "tensorrt_rtx": TensorRT(name="tensorrt_rtx", distributions=("tensorrt-rtx-cu13-bindings",)),
+}

@@ -1,22 +1,45 @@
-"""ONNX Runtime in process."""
+"""ONNX Runtime: on the CPU, and on NVIDIA GPUs where it is built for them."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnxruntime
 
-from imprompt_serving.engines.backends import EngineError
+from imprompt_serving.backends import FLOATS, Backend, Engine, EngineError
+
+if TYPE_CHECKING:
+    import onnxruntime
+    import torch
 
 CUDA = "CUDAExecutionProvider"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OnnxRuntime(Backend):
+    def _load(self, file: Path, threads: int, device: str) -> Engine:
+        if device.startswith("cuda"):
+            from imprompt_serving.gpu.onnxruntime import OnnxRuntimeDeviceEngine
+
+            return OnnxRuntimeDeviceEngine(file, device)
+        return OnnxRuntimeEngine(file, threads=threads)
+
+    def device(self, index: int = 0) -> torch.device:
+        import torch
+
+        from imprompt_serving.gpu import cuda_or_cpu
+
+        return cuda_or_cpu(index) if built_for_cuda() else torch.device("cpu")
+
+
 def built_for_cuda() -> bool:
     """Whether the ONNX Runtime that is installed is the one for GPUs."""
+    import onnxruntime
+
     # Newer builds have CUDA as a plugin, which may not be listed before its libraries are found.
     return CUDA in onnxruntime.get_available_providers() or bool(onnxruntime.cuda_version)
 
@@ -43,6 +66,8 @@ def session(path: Path, *, threads: int = 0, gpu: int = 0) -> onnxruntime.Infere
     Raises:
         EngineError: ONNX Runtime cannot use the GPU; by itself it would go on with the CPU, and say nothing.
     """
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if threads:
@@ -76,3 +101,10 @@ class OnnxRuntimeEngine:
         # The exporter drops inputs that a graph does not use (the tokens of an encoder without image prompts, say).
         feeds = {name: value for name, value in tensors.items() if name in self._inputs}
         return dict(zip(self._outputs, self._session.run(None, feeds), strict=True))
+
+
+BACKENDS = {
+    "onnxruntime": OnnxRuntime(
+        name="onnxruntime", precisions=FLOATS, suffix=".onnx", extra="server", triton_platform="onnxruntime_onnx"
+    )
+}

@@ -1,14 +1,19 @@
-"""OpenVINO in process, on the CPU."""
+"""OpenVINO, on the CPU."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import openvino
+
+from imprompt_serving.backends import Backend, Engine
+
+if TYPE_CHECKING:
+    import torch
 
 SETTINGS: dict[str, Any] = {
     "PERFORMANCE_HINT": "LATENCY",  # one call at a time, on all cores
@@ -22,13 +27,26 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpenVino(Backend):
+    def _load(self, file: Path, threads: int, device: str) -> Engine:
+        return OpenVinoEngine(file, threads=threads)
+
+    def device(self, index: int = 0) -> torch.device:
+        import torch
+
+        return torch.device("cpu")
+
+
 class OpenVinoEngine:
-    """A compiled model behind the engine interface; safe to call from several threads, one after the other.
+    """A model behind the engine interface; safe to call from several threads, one after the other.
 
     Weights stay in the file that is mapped, but for those that the CPU wants in another order.
     """
 
     def __init__(self, path: Path, *, threads: int = 0) -> None:
+        import openvino
+
         settings = SETTINGS | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
         self._request = openvino.Core().compile_model(str(path), "CPU", settings).create_infer_request()
         self._inputs = {port.any_name for port in self._request.model_inputs}
@@ -40,3 +58,6 @@ class OpenVinoEngine:
         with self._lock:
             answer = self._request.infer(feeds, share_inputs=True)  # outputs are copies
         return dict(zip(self._outputs, answer.values(), strict=True))
+
+
+BACKENDS = {"openvino": OpenVino(name="openvino", precisions=("fp32", "int8"), suffix=".xml", extra="openvino")}
