@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from imprompt_export.backends import export_backend
-from imprompt_serving.backends import MODULES, get_backend
+from imprompt_export import BundleError
+from imprompt_export.backends import export_backend, openvino
+from imprompt_export.bundle import EngineSection
+from imprompt_serving.backends import MODULES, EngineError, get_backend
 from test_packaging import ROOMS, ROOT, loaded_by, modules, within
 
 HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "nncf", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
@@ -23,6 +26,32 @@ def test_a_backend_is_there_in_both_rooms(name: str) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert backend.extra in extras
     assert f'`"{name}"`' in (ROOT / "docs/bundle.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("precision", "message"),
+    [
+        ("fp32", r'openvino is not installed: pip install "imprompt\[export,openvino\]"'),
+        ("int8", r'openvino, nncf is not installed: pip install "imprompt\[export,openvino,int8\]"'),
+    ],
+)
+def test_an_export_without_its_packages(monkeypatch: pytest.MonkeyPatch, precision: str, message: str) -> None:
+    monkeypatch.setattr(openvino, "find_spec", lambda name: None)
+    with pytest.raises(BundleError, match=message):
+        export_backend("openvino").check_installed(EngineSection(backend="openvino", precision=precision))
+
+
+@pytest.mark.parametrize(("name", "package", "extra"), [("onnxruntime", "onnxruntime", "server"), ("openvino",) * 3])
+def test_an_engine_without_its_package(monkeypatch: pytest.MonkeyPatch, name: str, package: str, extra: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(EngineError, match=rf"install imprompt\[{extra}\] where the engines run"):
+        get_backend(name).load(Path("unet"))
+
+
+def test_triton_hosts_what_it_has_a_platform_for() -> None:
+    hosts = {name: get_backend(name).hosts for name in MODULES}
+    both = ("python", "native")
+    assert hosts == {"onnxruntime": both, "openvino": ("python",), "tensorrt": both, "tensorrt_rtx": ("python",)}
 
 
 @pytest.mark.parametrize("room", ["imprompt_serving", "imprompt_export"])

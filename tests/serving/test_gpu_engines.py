@@ -17,8 +17,8 @@ from imprompt_export.backends.tensorrt import Builder, compute_capability
 from imprompt_serving.backends import MODULES, EngineError, get_backend
 from imprompt_serving.backends import onnxruntime as onnxruntime_engine
 from imprompt_serving.gpu import DeviceEngine, call
+from imprompt_serving.gpu.lru_cache import LRUCache
 from imprompt_serving.gpu.onnxruntime import OnnxRuntimeDeviceEngine
-from imprompt_serving.gpu.recent import Recent
 from imprompt_serving.gpu.tensorrt import GRAPHS, TensorRTEngine, capturing, profile_for
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
@@ -49,7 +49,7 @@ def test_shapes_that_no_profile_takes(sample: tuple[int, ...]) -> None:
 
 def test_what_was_used_last_is_kept() -> None:
     made: list[str] = []
-    recent: Recent[str] = Recent(2)
+    recent: LRUCache[str] = LRUCache(2)
 
     def get(key: str) -> str:
         return recent.get(key, lambda: made.append(key) or key)  # type: ignore[func-returns-value]
@@ -60,7 +60,7 @@ def test_what_was_used_last_is_kept() -> None:
 
 def test_a_value_that_is_in_use_is_waited_for() -> None:
     waited: list[str] = []
-    recent: Recent[str] = Recent(1, before_dropping=lambda: waited.append("."))
+    recent: LRUCache[str] = LRUCache(1, before_dropping=lambda: waited.append("."))
     for key in "aab":
         recent.get(key, partial(str, key))
     assert waited == ["."]
@@ -78,7 +78,7 @@ def test_a_value_makes_room_before_the_next_is_made() -> None:
         def __del__(self) -> None:
             alive.discard(id(self))
 
-    recent: Recent[Buffer] = Recent(1)
+    recent: LRUCache[Buffer] = LRUCache(1)
     for key in "abc":
         recent.get(key, Buffer)
     assert len(alive) == 1

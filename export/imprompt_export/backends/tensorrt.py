@@ -80,7 +80,7 @@ class Builder:
     """Builds engines for one backend, and keeps what it built.
 
     Args:
-        targets: compute capabilities for TensorRT-RTX, such as ``SM89``.
+        targets: compute capabilities for TensorRT-RTX, such as `SM89`.
         refit: whether the weights of the engines can be replaced later.
         refit_from: a folder, such as a repository; an engine in it that differs in its weights alone is given the new
             weights instead of being built again.
@@ -112,7 +112,7 @@ class Builder:
         return tuple(targets)
 
     def build(self, source: Path, engine: Path, profiles: Sequence[Profile], report: Tell = lambda _: None) -> None:
-        """Compile ``source``, whose inputs have the ranges of ``profiles``, into the file ``engine``.
+        """Compile `source`, whose inputs have the ranges of `profiles`, into the file `engine`.
 
         An engine of the same model, settings, version and GPU that was built before is taken as it is.
 
@@ -184,7 +184,7 @@ class Builder:
         return config
 
     def _refitted(self, source: Path, info: EngineInfo) -> tuple[Any, EngineInfo] | None:
-        """A donor's engine with the weights of ``source``; None without donors."""
+        """A donor's engine with the weights of `source`; None without donors."""
         if not self._donors:
             return None
         wanted = _kind(info)
@@ -216,7 +216,7 @@ def gpu_name() -> str:
 
 
 def compute_capability() -> str:
-    """That of the first GPU, as ``engine.targets`` has it: ``SM89``, say."""
+    """That of the first GPU, as `engine.targets` has it: `SM89`, say."""
     import torch
 
     major, minor = torch.cuda.get_device_capability()
@@ -224,7 +224,7 @@ def compute_capability() -> str:
 
 
 def refit(trt: Any, logger: Any, engine: Any, source: Path) -> None:
-    """Give ``engine`` the weights of ``source``: the parser only lays them out, the refitter puts them in.
+    """Give `engine` the weights of `source`: the parser only lays them out, the refitter puts them in.
 
     Raises:
         EngineError: weights are of other names or shapes, or missing.
@@ -251,7 +251,7 @@ def _serialized(trt: Any, engine: Any) -> Any:
 
 
 def _profile(builder: Any, network: Any, profile: Profile) -> Any:
-    """``profile`` for the inputs that the graph has; the exporter drops those that it does not use."""
+    """`profile` for the inputs that the graph has; the exporter drops those that it does not use."""
     made = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         name = network.get_input(index).name
@@ -260,7 +260,7 @@ def _profile(builder: Any, network: Any, profile: Profile) -> Any:
 
 
 def _described(info: EngineInfo, network: Any, profiles: Sequence[Any]) -> EngineInfo:
-    """``info`` with the inputs and outputs of ``network``."""
+    """`info` with the inputs and outputs of `network`."""
     inputs, outputs = {}, {}
     for tensor in (network.get_input(index) for index in range(network.num_inputs)):
         ranges = tuple(tuple(tuple(shape) for shape in profile.get_shape(tensor.name)) for profile in profiles)
@@ -292,7 +292,7 @@ def _monitor(trt: Any, report: Tell) -> Any:
 
 
 def _engines(folder: Path) -> list[tuple[str, Path]]:
-    """Engines under ``folder`` that take weights, by what they have in common with those that can give them."""
+    """Engines under `folder` that take weights, by what they have in common with those that can give them."""
     found = []
     for file in sorted(folder.rglob("*.plan")):
         info = _kept_info(file)
@@ -317,7 +317,7 @@ def _kind(info: EngineInfo) -> str:
 
 
 def _architecture(source: Path) -> str:
-    """A hash of the graph in ``source`` without the values of its weights."""
+    """A hash of the graph in `source` without the values of its weights."""
     import onnx
 
     model = onnx.load(source, load_external_data=False)

@@ -90,7 +90,7 @@ def session(path: Path, *, threads: int = 0, gpu: int = 0) -> onnxruntime.Infere
 
 
 class OnnxRuntimeEngine:
-    """An ``InferenceSession`` behind the engine interface; safe to call from several threads."""
+    """An `InferenceSession` behind the engine interface; safe to call from several threads."""
 
     def __init__(self, path: Path, *, threads: int = 0) -> None:
         self._session = session(path, threads=threads)

@@ -88,8 +88,8 @@ class EngineTensor(msgspec.Struct, frozen=True, kw_only=True):
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine was built from and for; kept as JSON beside it.
 
-    ``model`` is a hash of the graph with its weights, ``architecture`` one without: engines of equal architecture can
-    take each other's weights. ``target`` is the name of the GPU, or the compute capabilities that were asked for.
+    `model` is a hash of the graph with its weights, `architecture` one without: engines of equal architecture can
+    take each other's weights. `target` is the name of the GPU, or the compute capabilities that were asked for.
     """
 
     backend: str

@@ -29,7 +29,7 @@ def cuda_or_cpu(index: int) -> torch.device:
 
 
 def mark(device: torch.device) -> Callable[[], None] | None:
-    """What waits until ``device`` has done all that was launched on it so far; None for the CPU, which has already."""
+    """What waits until `device` has done all that was launched on it so far; None for the CPU, which has already."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event(blocking=True)
@@ -38,7 +38,7 @@ def mark(device: torch.device) -> Callable[[], None] | None:
 
 
 def call(engine: Engine, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Run ``engine`` on torch tensors: in place on their device if it can, or else through arrays."""
+    """Run `engine` on torch tensors: in place on their device if it can, or else through arrays."""
     if isinstance(engine, DeviceEngine):
         return engine.run_tensors(tensors)
     answer = engine.run({name: tensor.contiguous().numpy() for name, tensor in tensors.items()})

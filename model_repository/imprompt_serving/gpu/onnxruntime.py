@@ -13,7 +13,7 @@ from torch import Tensor
 
 from imprompt_serving.backends.onnxruntime import check_cuda, session
 from imprompt_serving.gpu import key_of
-from imprompt_serving.gpu.recent import Recent
+from imprompt_serving.gpu.lru_cache import LRUCache
 
 SHAPES = 64
 """Shapes whose outputs' shapes are remembered."""
@@ -26,7 +26,7 @@ _TYPES = {
 
 
 class OnnxRuntimeDeviceEngine:
-    """A session whose inputs and outputs are torch tensors on ``device`` (``cuda:0``, or ``cpu``).
+    """A session whose inputs and outputs are torch tensors on `device` (`cuda:0`, or `cpu`).
 
     Raises:
         EngineError: ONNX Runtime cannot use the GPU.
@@ -39,7 +39,7 @@ class OnnxRuntimeDeviceEngine:
         self._session = session(path, gpu=self._device.index or 0)
         self._inputs = {value.name for value in self._session.get_inputs()}
         self._outputs = {value.name: _TYPES[value.type] for value in self._session.get_outputs()}
-        self._shapes: Recent[list[tuple[int, ...]]] = Recent(SHAPES)
+        self._shapes: LRUCache[list[tuple[int, ...]]] = LRUCache(SHAPES)
         self._turn = threading.Lock()
 
     def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

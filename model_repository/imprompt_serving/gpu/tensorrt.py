@@ -18,7 +18,7 @@ from imprompt_serving.backends import EngineError
 from imprompt_serving.backends.files import write_whole
 from imprompt_serving.backends.tensorrt import EngineInfo, TensorRT
 from imprompt_serving.gpu import Shapes, key_of
-from imprompt_serving.gpu.recent import Recent
+from imprompt_serving.gpu.lru_cache import LRUCache
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ _PREPARING = threading.Lock()
 
 
 def profile_for(shapes: Shapes, profiles: Sequence[Limits]) -> int:
-    """The first of ``profiles`` that takes inputs of ``shapes``.
+    """The first of `profiles` that takes inputs of `shapes`.
 
     Raises:
         EngineError: none does; the message names the input that fits least often.
@@ -55,7 +55,7 @@ def _within(shape: Sequence[int], low: Sequence[int], high: Sequence[int]) -> bo
 def capturing() -> Iterator[torch.cuda.CUDAGraph]:
     """What is launched on the current stream becomes a CUDA graph.
 
-    ``torch.cuda.graph`` would wait for the whole device first, which is an error while another thread captures.
+    `torch.cuda.graph` would wait for the whole device first, which is an error while another thread captures.
 
     Raises:
         RuntimeError: something was launched that cannot be captured.
@@ -121,7 +121,7 @@ class TensorRTEngine:
         self._inputs = {name: kind for name, kind in types.items() if is_input[name]}
         self._outputs = {name: kind for name, kind in types.items() if not is_input[name]}
         self._profiles = [self._limits(index) for index in range(self._engine.num_optimization_profiles)]
-        self._calls: Recent[_Call] = Recent(GRAPHS, before_dropping=self._stream.synchronize)
+        self._calls: LRUCache[_Call] = LRUCache(GRAPHS, before_dropping=self._stream.synchronize)
         self._turn = threading.Lock()
 
     def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -151,7 +151,7 @@ class TensorRTEngine:
         return answer
 
     def _prepare(self, key: Shapes, given: Mapping[str, Tensor]) -> _Call:
-        """Buffers and a context for inputs of shapes ``key``; a first run, which allocates what it needs."""
+        """Buffers and a context for inputs of shapes `key`; a first run, which allocates what it needs."""
         with _PREPARING:
             context = self._context(key)
             inputs = {n: torch.empty(t.shape, dtype=self._inputs[n], device=self._device) for n, t in given.items()}
@@ -170,7 +170,7 @@ class TensorRTEngine:
             return _Call(inputs, outputs, context, self._captured(launch))
 
     def _context(self, key: Shapes) -> Any:
-        """An execution context for inputs of shapes ``key``."""
+        """An execution context for inputs of shapes `key`."""
         profile = profile_for(key, self._profiles)
         context = self._engine.create_execution_context(self._contexts)
         if context is None:
@@ -183,7 +183,7 @@ class TensorRTEngine:
         return context
 
     def _captured(self, launch: Callable[[], None]) -> Callable[[], None]:
-        """``launch`` as a CUDA graph; as it is if this engine cannot be captured."""
+        """`launch` as a CUDA graph; as it is if this engine cannot be captured."""
         if not self._capturable:
             return launch
         self._stream.synchronize()

@@ -9,10 +9,10 @@ from typing import Generic, TypeVar
 Value = TypeVar("Value")
 
 
-class Recent(Generic[Value]):
-    """Keeps the ``limit`` values that were asked for last; others are made again when they are wanted.
+class LRUCache(Generic[Value]):
+    """Keeps the `limit` values that were used last; others are made again when they are needed.
 
-    ``before_dropping`` is called before one is let go: to wait for a device that may still be using it.
+    `before_dropping` is called before a value is dropped: to wait for a device that may still be using it.
     """
 
     def __init__(self, limit: int, before_dropping: Callable[[], None] = lambda: None) -> None:
@@ -20,7 +20,7 @@ class Recent(Generic[Value]):
         self._values: OrderedDict[Hashable, Value] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """The value of ``key``, from ``make`` if it is not there."""
+        """The value of `key`, from `make` if it is not there."""
         if key not in self._values:
             while len(self._values) >= self._limit:  # first, so that its memory is there for the new one
                 self._before_dropping()
