@@ -405,13 +405,6 @@ def test_encode_image_asks_for_one_adapters_embeddings(client: Client, triton: F
 
 
 def test_what_is_left_of_a_short_timeout_is_never_less_than_a_server_takes() -> None:
-    request = Request(
-        model="x",
-        bundle="x",
-        id="1",
-        tensors=(),
-        output_type="pil",
-        clip=False,
-        timeout_input=Input(name="timeout", dtype="FP64", dims=(1,)),
-    )
+    timeout = Input(name="timeout", dtype="FP64", dims=(1,))
+    request = Request(model="x", bundle="x", id="1", tensors=(), output_type="pil", clip=False, timeout_input=timeout)
     assert np.frombuffer(request.message(1e-7).raw_input_contents[0]) == [1e-3]
