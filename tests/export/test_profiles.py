@@ -14,7 +14,7 @@ from diffusers import UNet2DConditionModel
 from imprompt_export import graphs, image_prompt
 from imprompt_export.control import residuals
 from imprompt_export.profiles import Profile, batch, check_axes, profiles
-from imprompt_serving.denoiser.batch import Batcher, Part
+from imprompt_serving.denoiser.batch import Batcher, RowSlice
 from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.errors import InvalidRequest
@@ -247,8 +247,8 @@ def test_jobs_that_may_share_a_call_fit_a_profile() -> None:
     together = [made for made in found.values() if made is not None]
     batcher, tried = Batcher(spec), 0
     for one, other in itertools.combinations_with_replacement(together, 2):
-        if one.key == other.key:
-            inputs = batcher.inputs([Part(one, 0, one.rows), Part(other, 0, other.rows)])
+        if one.batch_key == other.batch_key:
+            inputs = batcher.inputs([RowSlice(one, 0, one.rows), RowSlice(other, 0, other.rows)])
             profile_for(tuple((name, tuple(tensor.shape)) for name, tensor in inputs.items()), allowed)
             tried += 1
     assert tried > len(together)
@@ -257,4 +257,4 @@ def test_jobs_that_may_share_a_call_fit_a_profile() -> None:
 def test_engines_without_profiles_take_all_of_them_together() -> None:
     found = dict(jobs(TWO))
     assert None not in found.values()
-    assert len({made.key for made in found.values() if made is not None}) == 1
+    assert len({made.batch_key for made in found.values() if made is not None}) == 1

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from imprompt_serving.errors import InvalidRequest
-from imprompt_serving.job import Context
+from imprompt_serving.job import ContextWindow
 from imprompt_serving.pipeline.reader import Reader
 from imprompt_serving.specs import Bundle
 
 MAX_FRAMES = 256
 """Frames of all clips of a request that asks for several."""
-_CONTEXT = Context(length=16)
+_CONTEXT = ContextWindow(length=16)
 """What AnimateDiff's motion modules are trained for, and AnimateDiff-Evolved's default."""
 _MAX_STRIDE = 8
 _PARAMETERS = ("context_length", "context_stride", "context_overlap")
@@ -22,7 +22,7 @@ class Clip:
     """Frames of each clip, and the windows they are computed in."""
 
     frames: int
-    context: Context
+    context: ContextWindow
 
 
 def parse_clip(read: Reader, bundle: Bundle, clips: int) -> Clip | None:
@@ -55,11 +55,11 @@ def parse_clip(read: Reader, bundle: Bundle, clips: int) -> Clip | None:
     )
 
 
-def _context(read: Reader, frames: int, window: int) -> Context:
+def _context(read: Reader, frames: int, window: int) -> ContextWindow:
     """Windows for a clip; without a word of the caller one that fits the motion modules has a single window."""
     length = window if frames <= window else min(_CONTEXT.length, window)
     length = read.integer("context_length", length, 2, window)
-    return Context(
+    return ContextWindow(
         length=length,
         stride=read.integer("context_stride", _CONTEXT.stride, 1, _MAX_STRIDE),
         overlap=read.integer("context_overlap", min(_CONTEXT.overlap, length - 1), 0, length - 1),

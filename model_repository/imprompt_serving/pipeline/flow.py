@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from imprompt_serving.errors import RequestError
-from imprompt_serving.job import Admission, JobRequest, shape_of
+from imprompt_serving.job import Admission, JobRequest, batch_key
 from imprompt_serving.pipeline.dispatch import Dispatcher
 from imprompt_serving.pipeline.encode import ImagePromptEncoder, TextPromptEncoder, control_tensors, encode_start
 from imprompt_serving.pipeline.finish import Finisher
@@ -78,7 +78,9 @@ class Pipeline:
             id=job_id,
             rows=rows,
             steps=max(round(request.num_inference_steps * share), 1),
-            shape=shape_of(request.height, request.width, request.frames),
+            batch_key=batch_key(
+                self._bundle, request.height, request.width, request.frames, request.context, regions=request.regions
+            ),
         )
 
     async def _embeddings_only(self, request: Request, adapter: str) -> Tensors:
@@ -109,7 +111,7 @@ class Pipeline:
             controls=tuple(control.use for control in request.controls),
             guess_mode=request.guess_mode,
             frames=request.frames,
-            context=None if request.clip is None else request.clip.context,
+            context=request.context,
             sizes=request.sizes,
             timeout=max(request.timeout - seconds, 0.0),
             priority=request.priority,

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from imprompt_serving.errors import InvalidRequest
-from imprompt_serving.job import SizeConditions, Task
+from imprompt_serving.job import ContextWindow, SizeConditions, Task
 from imprompt_serving.pipeline.clips import Clip, parse_clip
 from imprompt_serving.pipeline.controls import Control, ControlPlan, load_controls, plan_controls
 from imprompt_serving.pipeline.encoded import CLIP_FORMATS, PICTURE_FORMATS
@@ -86,6 +86,16 @@ class Request:
     def pictures(self) -> int:
         """Results: pictures or clips."""
         return len(self.prompts[0]) * self.num_images_per_prompt
+
+    @property
+    def regions(self) -> bool:
+        """Whether an adapter has several masked images."""
+        return any(len(prompt.masks) > 1 for prompt in self.image_prompts)
+
+    @property
+    def context(self) -> ContextWindow | None:
+        """The window of a clip."""
+        return None if self.clip is None else self.clip.context
 
     @property
     def frames(self) -> int | None:
