@@ -20,7 +20,7 @@ from imprompt_serving.denoiser.job import Job
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.gpu.tensorrt import Limits, profile_for
 from imprompt_serving.job import AdapterUse
-from imprompt_serving.pipeline.image_prompts import ImagePromptPlan, _check_tokens
+from imprompt_serving.pipeline.image_prompts import ImagePromptPlan, check_tokens
 from imprompt_serving.specs import Adapter, Bundle, Motion, Range, Shapes, T2IAdapter, TextEncoder
 from jobs import job_request
 from tiny import base
@@ -201,6 +201,7 @@ class Projection:
 
 def job(spec: Bundle, kinds: Mapping[str, str]) -> Job:
     """A guided picture that uses each adapter in one of ``KINDS``."""
+    uses: list[AdapterUse] = []
     plans: list[ImagePromptPlan] = []
     tensors: dict[str, torch.Tensor] = {}
     for prefix in ("", "negative_"):
@@ -209,6 +210,7 @@ def job(spec: Bundle, kinds: Mapping[str, str]) -> Job:
         kind = kinds[adapter.name]
         if kind == "absent":
             continue
+        uses.append(AdapterUse(name=adapter.name))
         count = {"one": 1, "many": SHAPES.image_tokens[-1] // adapter.num_tokens, "masked": SHAPES.regions}[kind]
         for prefix in ("", "negative_"):
             tensors[f"{prefix}image_embeds_{adapter.name}"] = torch.zeros(count, *adapter.embed_shape)
@@ -216,11 +218,11 @@ def job(spec: Bundle, kinds: Mapping[str, str]) -> Job:
             tensors[f"ip_adapter_masks_{adapter.name}"] = torch.ones(count, 64, 64)
         pictures = (b"",) * count
         masks = pictures if kind == "masked" else ()
-        use = AdapterUse(name=adapter.name)
-        plans.append(ImagePromptPlan(adapter=adapter, files=pictures, negatives=(), embeds=None, masks=masks, use=use))
-    _check_tokens(tuple(plans), spec)
-    uses = tuple(plan.use for plan in plans)
-    request = job_request(id="-".join(kinds.values()), num_inference_steps=1, adapters=uses)
+        plans.append(
+            ImagePromptPlan(adapter=adapter, files=pictures, negatives=(), embeds=None, masks=masks, use=uses[-1])
+        )
+    check_tokens(tuple(plans), spec)
+    request = job_request(id="-".join(kinds.values()), num_inference_steps=1, adapters=tuple(uses))
     conditioner = Conditioner(spec, {adapter.name: Projection(adapter) for adapter in spec.adapters})
     return Job(request, spec, conditioner(request, tensors), tensors)
 
