@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 from imprompt_export.backends.tensorrt import Builder, compute_capability
 from imprompt_serving.backends import MODULES, EngineError, get_backend
 from imprompt_serving.backends import onnxruntime as onnxruntime_engine
-from imprompt_serving.gpu import DeviceEngine, call
+from imprompt_serving.gpu import DeviceEngine, run_on_tensors
 from imprompt_serving.gpu.lru_cache import LRUCache
 from imprompt_serving.gpu.onnxruntime import OnnxRuntimeDeviceEngine
 from imprompt_serving.gpu.tensorrt import GRAPHS, TensorRTEngine, capturing, profile_for
@@ -123,7 +123,7 @@ def test_both_kinds_of_engines_are_called_alike(tmp_path: Path) -> None:
     file = write(tmp_path / "model.onnx")
     x = torch.arange(6.0).reshape(2, 3)
     for engine in (get_backend("onnxruntime").load(file), OnnxRuntimeDeviceEngine(file, "cpu")):
-        assert torch.equal(call(engine, {"x": x})["y"], 2 * x)
+        assert torch.equal(run_on_tensors(engine, {"x": x})["y"], 2 * x)
 
 
 @without_cuda

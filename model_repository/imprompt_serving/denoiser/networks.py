@@ -12,7 +12,7 @@ from imprompt_serving.backends import Engine
 from imprompt_serving.denoiser.batch import RowSlice
 from imprompt_serving.denoiser.control import PreparedControlNet
 from imprompt_serving.denoiser.job import Job
-from imprompt_serving.gpu import call
+from imprompt_serving.gpu import run_on_tensors
 from imprompt_serving.specs import Bundle, level_size
 
 Tensors = dict[str, Tensor]
@@ -46,7 +46,7 @@ class StepNetworks:
         if self._bundle.controlnets:
             tensors |= self._residuals(parts, tensors, clips)
         unet = self._unets["motion_unet" if clips else "unet"]
-        return call(unet, tensors)["noise_pred"]
+        return run_on_tensors(unet, tensors)["noise_pred"]
 
     def _residuals(self, parts: Sequence[RowSlice], tensors: Tensors, clips: bool) -> Tensors:
         """What the ControlNets of all rows add; each net runs once, over the rows that use it."""
@@ -70,7 +70,9 @@ class StepNetworks:
         places = [row for use in uses for row in use.rows]
         frames, limit = len(inputs["sample"]) // len(places), self._bundle.shapes.rows.max
         for first in range(0, len(inputs["sample"]), limit):
-            answer = call(self._controlnets[name], {key: value[first : first + limit] for key, value in inputs.items()})
+            answer = run_on_tensors(
+                self._controlnets[name], {key: value[first : first + limit] for key, value in inputs.items()}
+            )
             for residual, value in answer.items():
                 index = torch.arange(first, first + len(value))
                 total[residual][torch.tensor(places)[index // frames], index % frames] += value

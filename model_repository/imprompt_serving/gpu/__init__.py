@@ -37,7 +37,7 @@ def mark(device: torch.device) -> Callable[[], None] | None:
     return event.synchronize
 
 
-def call(engine: Engine, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def run_on_tensors(engine: Engine, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Run `engine` on torch tensors: in place on their device if it can, or else through arrays."""
     if isinstance(engine, DeviceEngine):
         return engine.run_tensors(tensors)
