@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     repository = options.repository or options.work / "repository"
     log = Log(options.work / "fuzz-server.log")
     indices = options.only if options.only is not None else range(options.first, options.first + options.cases)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)
 
     def start() -> Server:
         server = Server(repository, log=log.file)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -19,6 +19,8 @@ from fuzz.tensors import Tensors, message, tensor, tensors
 from fuzz.transports import Crowd, Http, Sdk, Sendable, Stream, Unary
 
 _IDS = ("", "a", "x" * 5_000, " ", "\n", "\u4e2d", "%s", "../..", "0")
+_TIMES = 6
+"""That each of a crowd sends its request: Triton only batches what waits at the same moment."""
 _PARAMETERS = (
     *("priority", "timeout", "sequence_id", "sequence_start", "sequence_end", "binary_data_output", "classification"),
     *("triton_enable_empty_final_response", "triton_final_response", "correlation_id", "max_tokens", "nonsense", ""),
@@ -77,8 +79,8 @@ def _harmless(rng: Random, target: Target) -> tuple[str, Sendable]:
 
 
 def _unary(rng: Random, target: Target) -> tuple[str, Sendable]:
-    inputs = _spoilt(rng, target, target.pipeline)
-    return _shown(inputs), Unary(data=message(target.pipeline.name, inputs).SerializeToString())
+    text, inputs = _spoilt(rng, target, target.pipeline)
+    return text, Unary(data=message(target.pipeline.name, inputs).SerializeToString())
 
 
 def _stream(rng: Random, target: Target) -> tuple[str, Sendable]:
@@ -86,8 +88,8 @@ def _stream(rng: Random, target: Target) -> tuple[str, Sendable]:
     requests = [_spoilt(rng, target, model) for _ in range(rng.choice((1, 1, 1, 1, 3)))]
     read = rng.choice((None, None, None, 1, 2))
     stay = rng.random() < 0.2
-    text = f"{model.name}, read {read or 'all'}, stay {stay}: {' | '.join(map(_shown, requests))}"
-    data = tuple(message(model.name, inputs).SerializeToString() for inputs in requests)
+    text = f"{model.name}, read {read or 'all'}, stay {stay}: {' | '.join(spoilt for spoilt, _ in requests)}"
+    data = tuple(message(model.name, inputs).SerializeToString() for _, inputs in requests)
     return text, Stream(data=data, read=read, stay=stay)
 
 
@@ -222,8 +224,9 @@ def _crowd(rng: Random, target: Target) -> tuple[str, Sendable]:
     maker = rng.choice(makers)
     made = [maker() for _ in range(rng.randint(2, 6))]
     harmless = message(target.pipeline.name, tensors(target.pipeline, valid.small(target)))
-    text = f"{len(made)} at once, such as {made[0][0]}"
-    return text, Crowd(cases=tuple(one for _, one in made), harmless=Unary(data=harmless.SerializeToString()))
+    text = f"{len(made)} at once, {_TIMES} times, such as {made[0][0]}"
+    cases = tuple(one for _, one in made)
+    return text, Crowd(cases=cases, harmless=Unary(data=harmless.SerializeToString()), times=_TIMES)
 
 
 def _of_model(inputs: Tensors, model: Model) -> tuple[str, Sendable]:
@@ -295,13 +298,17 @@ KINDS: dict[str, tuple[int, Callable[[Random, Target], tuple[str, Sendable]]]] =
 """Kinds of cases by name: their shares, and what makes them."""
 
 
-def _spoilt(rng: Random, target: Target, model: Model) -> Tensors:
-    inputs = tensors(target.pipeline, valid.valid(rng, target))
+def _spoilt(rng: Random, target: Target, model: Model) -> tuple[str, Tensors]:
+    """A mutated request, and what is wrong with it."""
+    given = tensors(target.pipeline, valid.valid(rng, target))
+    inputs = dict(given)
     mutate(rng, target, model, inputs)
-    return inputs
+    changed = _shown({name: value for name, value in inputs.items() if given.get(name) != value})
+    dropped = "".join(f", without {name}" for name in given if name not in inputs)
+    return f"{changed}{dropped}; beside {_names(name for name in inputs if given.get(name) == inputs[name])}", inputs
 
 
-def _names(given: Any) -> str:
+def _names(given: Iterable[str]) -> str:
     return ", ".join(name for name in given if name not in ("height", "width", "timeout"))
 
 

@@ -23,7 +23,7 @@ from fuzz.keywords import as_keywords
 from fuzz.processes import Usage
 from fuzz.target import Target
 from fuzz.tensors import message, tensors
-from fuzz.transports import Answer, Connections, Unary
+from fuzz.transports import Answer, Connections, Stream, Unary
 from fuzz.verdicts import is_tritons, verdict
 from imprompt_serving.launcher import Server
 
@@ -212,8 +212,9 @@ class Attacked:
                 requests += [largest | {"num_frames": [min(limits["frames"][1], 16)]}]
             for request in requests * 2:
                 given = valid.small(target) | request | {"timeout": [self.deadline]}
-                data = message(target.pipeline.name, tensors(target.pipeline, given)).SerializeToString()
-                Unary(data=data).send(self.connections)
+                inputs = tensors(target.pipeline, given)
+                Unary(data=message(target.pipeline.name, inputs).SerializeToString()).send(self.connections)
+                Stream(data=(message(target.stream.name, inputs).SerializeToString(),)).send(self.connections)
 
     def usage(self) -> dict[str, Usage]:
         """What the server holds once it has let go of its last answers."""

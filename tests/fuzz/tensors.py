@@ -34,8 +34,10 @@ class Tensor:
     data: bytes | None
 
     def __str__(self) -> str:
-        size = "no data" if self.data is None else f"{len(self.data)} bytes {self.data[:60]!r}"
-        return f"{self.dtype}{list(self.shape)[:8]} {size}"
+        if self.data is None:
+            return f"{self.dtype}{list(self.shape)[:8]} without data"
+        start = self.data[4:] if self.dtype == "BYTES" and len(self.data) > 4 else self.data
+        return f"{self.dtype}{list(self.shape)[:8]} of {len(self.data)} bytes {start[:80]!r}"
 
 
 Tensors = dict[str, Tensor]
