@@ -40,11 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 140)
 
     def start() -> Server:
-        server = Server(repository, log=log.file)
+        server = Server(repository, http_port=None if options.no_http else 0, log=log.file)
         server.start()
         return server
 
-    with Attacked(start(), targets, http=not options.no_http, start=start, log=log) as attacked:
+    with Attacked(start(), targets, start=start, log=log) as attacked:
         try:
             failed = _fuzz(attacked, _cases(options.seed, indices, targets, http=not options.no_http), console)
             if options.only is None:

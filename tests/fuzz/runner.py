@@ -149,13 +149,12 @@ class Attacked:
         server: Server,
         targets: Sequence[Target],
         *,
-        http: bool,
         deadline: float = DEADLINE_S,
         start: Callable[[], Server] | None = None,
         log: Log | None = None,
     ) -> None:
         self.server, self.targets, self.log = server, targets, log
-        self.http, self.deadline, self._start = http, deadline, start
+        self.deadline, self._start = deadline, start
         self._pictures: dict[str, Any] = {}
         self._connect()
 
@@ -168,8 +167,7 @@ class Attacked:
         self.connections.close()
 
     def _connect(self) -> None:
-        address = self.server.http_address if self.http else None
-        self.connections = Connections(self.server.grpc_address, address, self.deadline)
+        self.connections = Connections(self.server.grpc_address, self.server.http_address, self.deadline)
         self.processes = processes.processes(self.server)
 
     def ended(self) -> list[str]:

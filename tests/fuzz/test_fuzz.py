@@ -24,7 +24,7 @@ def attacked(served: Callable[[str], Served]) -> Iterator[Attacked]:
     """The bundle with most features: ControlNets, a T2I-Adapter, clips and an image prompt."""
     control = served("control")
     targets = read_targets(control.bundle.repository)
-    with Attacked(control.server, targets, http=False) as attacked:
+    with Attacked(control.server, targets) as attacked:
         attacked.warm_up()
         yield attacked
 
