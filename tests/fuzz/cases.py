@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -320,7 +321,7 @@ def _values(arguments: dict[str, Any]) -> str:
     shown = []
     for name, value in arguments.items():
         try:
-            text = repr(value)[:80]
+            text = re.sub(r" at 0x\w+", "", repr(value))[:80]
         except ValueError:  # an integer of too many digits
             text = f"a huge {type(value).__name__}"
         shown.append(f"{name}={text}")

@@ -52,6 +52,8 @@ class Failure:
     @property
     def cause(self) -> str:
         """The same for failures that look alike: the verdict and the start of the message, without what varies."""
+        if self.verdict in ("memory address", "long message"):
+            return self.verdict
         return f"{self.verdict}: {_VARYING.sub('_', self.message)[:80]}"
 
 
