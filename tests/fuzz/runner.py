@@ -22,7 +22,7 @@ from fuzz.cases import Case
 from fuzz.keywords import as_keywords
 from fuzz.processes import Usage
 from fuzz.target import Target
-from fuzz.tensors import message, tensors
+from fuzz.tensors import Tensor, message, tensor, tensors
 from fuzz.transports import Answer, Connections, Stream, Unary
 from fuzz.verdicts import is_tritons, verdict
 from imprompt_serving.launcher import Server
@@ -36,6 +36,7 @@ SAME_LEVELS = 2
 """Levels of 255 by which a picture may differ from the first one: it may share a batch with a job that is leaving."""
 SETTLE_S = 7.0
 """The server holds what it has sent for 5 s."""
+SMALL_REQUESTS = 300
 PROGRESS_EVERY = 250
 
 
@@ -217,7 +218,16 @@ class Attacked:
                 Stream(data=(message(target.stream.name, inputs).SerializeToString(),)).send(self.connections)
 
     def usage(self) -> dict[str, Usage]:
-        """What the server holds once it has let go of its last answers."""
+        """What the server holds once it has let go of its last answers.
+
+        Triton keeps the buffers of large requests, and returns them to the system only as smaller ones follow.
+        """
+        target = self.targets[0]
+        small = tensors(target.pipeline, valid.small(target))
+        refused = small | {"num_inference_steps": tensor("INT32", [0])}
+        malformed = small | {"seed": Tensor(dtype="INT64", shape=(5,), data=b"")}
+        for inputs in (refused, malformed) * SMALL_REQUESTS:
+            Unary(data=message(target.pipeline.name, inputs).SerializeToString()).send(self.connections)
         time.sleep(SETTLE_S)
         return processes.usage(self.processes)
 
