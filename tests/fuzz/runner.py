@@ -36,7 +36,7 @@ SAME_LEVELS = 2
 """Levels of 255 by which a picture may differ from the first one: it may share a batch with a job that is leaving."""
 SETTLE_S = 7.0
 """The server holds what it has sent for 5 s."""
-SMALL_REQUESTS = 300
+SMALL_REQUESTS = 100
 PROGRESS_EVERY = 250
 
 
