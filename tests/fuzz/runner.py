@@ -175,8 +175,7 @@ class Attacked:
 
     def ended(self) -> list[str]:
         """Processes of the server that ended, or were replaced, since it was started or revived."""
-        gone = processes.ended(self.processes)
-        return gone or sorted(self.processes.keys() ^ processes.processes(self.server).keys())
+        return processes.ended(self.processes)
 
     def revive(self) -> bool:
         """Start the server again, if there is a way to."""
@@ -251,7 +250,7 @@ def run(attacked: Attacked, cases: Iterable[Case], *, progress: Callable[[str], 
             progress(f"{number} cases, {len(report.failures)} failures, {report.seconds:.0f} s")
         if not alive and not attacked.revive():
             break
-    if cases and not attacked.ended():
+    if not attacked.ended():
         _check(attacked, report, None)
     report.seconds = time.monotonic() - start
     return report
