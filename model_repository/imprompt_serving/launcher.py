@@ -52,11 +52,12 @@ DRAIN_GRACE_S = 3.0
 POLL_S = 0.1
 LOG_TAIL_LINES = 200
 
-# Lines of Triton that say nothing: on a machine without a GPU, when it is told to stop (see `EXIT_TIMEOUT_S`), or when a
-# coroutine of a model ended before Triton looked at it.
+# Lines of Triton that say nothing: without a GPU, when it is told to stop (see `EXIT_TIMEOUT_S`), or when a coroutine
+# of a model ended before Triton looked at it.
 HARMLESS = re.compile(
     r"Unable to allocate pinned system memory|CudaDriverHelper has not been initialized|DCGM unable to start"
-    r"|Failed to initialize NVML|Cannot remove future from background|^Signal \(\d+\) received|Exit timeout expired|^\s*$"
+    r"|Failed to initialize NVML|^Signal \(\d+\) received|Exit timeout expired|^\s*$"
+    r"|Cannot remove future from background"
 )
 # The first line of the reason; what follows (a traceback) has its line ends escaped.
 LOAD_FAILURE = re.compile(r"failed to load '(?P<model>[^']+)' version \d+: (?:Internal: )?(?P<reason>.+?)(?:\\n|\"?$)")
