@@ -21,6 +21,7 @@ from imprompt_bench.workload import Workload
 from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.engines import Engine, load_engine
 from imprompt_serving.job import AdapterUse, JobRequest
+from imprompt_serving.parameters import Settings
 from imprompt_serving.pipeline.images import clip_pixels
 from imprompt_serving.pipeline.text import PromptTokenizer
 from imprompt_serving.specs import Bundle
@@ -133,10 +134,13 @@ def _job(arguments: Arguments) -> JobRequest:
     """What the layout of the conditioning depends on."""
     return JobRequest(
         id="bare",
-        height=arguments["height"],
-        width=arguments["width"],
-        num_inference_steps=arguments["num_inference_steps"],
-        guidance_scale=arguments["guidance_scale"],
+        settings=Settings.with_defaults(
+            height=arguments["height"],
+            width=arguments["width"],
+            num_inference_steps=arguments["num_inference_steps"],
+            guidance_scale=arguments["guidance_scale"],
+            strength=1.0,
+        ),
         seeds=(arguments["seed"],),
         adapters=(AdapterUse(name=ADAPTER),),
     )

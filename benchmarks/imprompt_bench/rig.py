@@ -18,6 +18,7 @@ from imprompt_serving.denoiser.meter import Meter
 from imprompt_serving.denoiser.networks import Networks
 from imprompt_serving.engines import Engine
 from imprompt_serving.job import AdapterUse, JobRequest
+from imprompt_serving.parameters import Settings
 from imprompt_serving.specs import Adapter, Bundle, CrossAttention, Range, Shapes, TextEncoder
 
 TOKENS, WIDTH, CLIP_WIDTH = 4, 768, 1024
@@ -73,12 +74,15 @@ class Rig:
         """A guided picture of ``size`` x ``size`` pixels."""
         request = JobRequest(
             id=name,
-            height=size,
-            width=size,
-            num_inference_steps=steps,
-            guidance_scale=7.5,
+            settings=Settings.with_defaults(
+                height=size,
+                width=size,
+                num_inference_steps=steps,
+                guidance_scale=7.5,
+                strength=1.0,
+                scheduler=scheduler,
+            ),
             seeds=(seed,),
-            scheduler=scheduler,
             adapters=tuple(AdapterUse(name=adapter.name) for adapter in self.bundle.adapters),
         )
         tensors = self.embeddings(seed)

@@ -23,6 +23,7 @@ from imprompt_serving.denoiser.batch import Batcher, Part
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.engines import Engine
 from imprompt_serving.job import AdapterUse, ControlUse, JobRequest
+from imprompt_serving.parameters import Settings
 from imprompt_serving.specs import Adapter, Bundle
 
 Arrays = Mapping[str, np.ndarray]
@@ -94,10 +95,13 @@ class Studio:
         return JobRequest(
             id="calibration",
             task="inpainting" if bundle.unet_channels != bundle.latent_channels else "text-to-image",
-            height=shapes.height.opt,
-            width=shapes.width.opt,
-            num_inference_steps=run.steps,
-            guidance_scale=GUIDANCE_SCALE,
+            settings=Settings.with_defaults(
+                height=shapes.height.opt,
+                width=shapes.width.opt,
+                num_inference_steps=run.steps,
+                guidance_scale=GUIDANCE_SCALE,
+                strength=1.0,
+            ),
             seeds=(run.seed,),
             adapters=tuple(AdapterUse(name=a.name, scale=run.scale) for a in bundle.adapters if run.scale),
             controls=tuple(ControlUse(name=name) for name in bundle.net_names if run.controlled),

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from imprompt_serving.parameters import Settings
+
 Scale = float | dict[str, Any] | list[float]
 Task = Literal["text-to-image", "image-to-image", "inpainting"]
 
@@ -41,54 +43,26 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     overlap: int = 4
 
 
-class SizeConditions(msgspec.Struct, frozen=True, kw_only=True):
-    """SDXL's micro-conditioning, each (height, width) or (top, left); None takes diffusers' default."""
-
-    original_size: tuple[int, int] | None = None
-    crops_coords_top_left: tuple[int, int] = (0, 0)
-    target_size: tuple[int, int] | None = None
-    negative_original_size: tuple[int, int] | None = None
-    negative_crops_coords_top_left: tuple[int, int] = (0, 0)
-    negative_target_size: tuple[int, int] | None = None
-
-
 class JobRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One denoising job. ``seeds`` has one entry for all pictures together, or one for each."""
 
     id: str
     task: Task = "text-to-image"
-    height: int
-    width: int
-    num_inference_steps: int
-    num_images_per_prompt: int = 1
-    guidance_scale: float
-    guidance_rescale: float = 0.0
-    eta: float = 0.0
-    strength: float = 1.0
+    settings: Settings
     seeds: tuple[int, ...]
-    scheduler: str | None = None
-    scheduler_config: dict[str, Any] = {}
     adapters: tuple[AdapterUse, ...] = ()
     controls: tuple[ControlUse, ...] = ()
-    guess_mode: bool = False
-    """ControlNets act on the conditional branch only, and less on the finer residuals."""
     frames: int | None = None
     """Frames of each clip; None for pictures."""
     context: Context | None = None
     """Set for clips: a window for clips that are longer than it."""
-    sizes: SizeConditions = SizeConditions()
     timeout: float | None = None
-    """Seconds from arrival in the denoiser."""
-    priority: int = 5
-    """1 goes first, 9 last."""
-    progress_every: int = 0
-    """Steps between two progress answers; 0 for none."""
-    preview: bool = False
-    """Whether progress answers carry a small picture of each result."""
+    """Seconds left on arrival in the denoiser."""
+    reports_progress: bool = False
 
     @property
     def shape(self) -> str:
-        return shape_of(self.height, self.width, self.frames)
+        return shape_of(self.settings.height, self.settings.width, self.frames)
 
 
 class Admission(msgspec.Struct, frozen=True, kw_only=True):

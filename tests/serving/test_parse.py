@@ -207,7 +207,7 @@ def test_json_is_bounded() -> None:
 def test_configurations_that_are_taken() -> None:
     config = {"lambda_min_clipped": float("-inf"), "trained_betas": None, "noise_sampler_seed": 2**64 - 1}
     request = parsed(scheduler_config=json.dumps(config))
-    assert request.scheduler_config == config | {"lambda_min_clipped": "-inf"}
+    assert request.settings.scheduler_config == config | {"lambda_min_clipped": "-inf"}
     saved = {
         "_class_name": "DDIMScheduler",
         "_diffusers_version": "0.42",
@@ -215,9 +215,9 @@ def test_configurations_that_are_taken() -> None:
         "beta_end": 0.1,
     }
     request = parsed(scheduler_config=json.dumps(saved))
-    assert request.scheduler == "DDIMScheduler"
-    assert request.scheduler_config == {"_use_default_values": ["eta"], "beta_end": 0.1}
-    assert parsed(scheduler="LCMScheduler", scheduler_config=json.dumps(saved)).scheduler == "LCMScheduler"
+    assert request.settings.scheduler == "DDIMScheduler"
+    assert request.settings.scheduler_config == {"_use_default_values": ["eta"], "beta_end": 0.1}
+    assert parsed(scheduler="LCMScheduler", scheduler_config=json.dumps(saved)).settings.scheduler == "LCMScheduler"
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_configurations_that_are_taken() -> None:
         ({"image": picture(400, 400), "mask_image": picture(400, 400)}, "mask_image: 400x400 is too large"),
         ({"image": picture(90, 10)}, "image: 90x10 is too elongated; the longer side may be 8 times"),
         ({"image": SMALL, "height": 100}, "height: must be a multiple of 8"),
-        ({"image": SMALL, "scheduler": "none"}, "scheduler: unknown scheduler 'none'"),
+        ({"image": SMALL, "scheduler": "none"}, "scheduler: 'none' is none of DDIMScheduler"),
     ],
 )
 def test_nothing_is_decoded_for_a_request_that_is_refused(
@@ -300,7 +300,7 @@ def test_seeds_are_drawn_below_two_to_the_32() -> None:
 def test_default_sizes(factor: int, values: dict[str, Any], size: tuple[int, int]) -> None:
     """Rounded down to what height and width must be multiples of (`VaeImageProcessor.get_default_height_width`)."""
     request = parsed(msgspec.structs.replace(BUNDLE, vae_scale_factor=factor), **values)
-    assert (request.height, request.width) == size
+    assert (request.settings.height, request.settings.width) == size
 
 
 @pytest.mark.parametrize("name", ["image", "control_image"])

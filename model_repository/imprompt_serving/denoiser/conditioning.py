@@ -32,7 +32,10 @@ class Conditioning:
         device: torch.device = CPU,
     ) -> None:
         self._bundle, self._features, self._device = bundle, features, device
-        self._size = (request.height // bundle.vae_scale_factor, request.width // bundle.vae_scale_factor)
+        self._size = (
+            request.settings.height // bundle.vae_scale_factor,
+            request.settings.width // bundle.vae_scale_factor,
+        )
         self.pictures = pictures
         self.controls = controls
         self._inputs = inputs
@@ -79,11 +82,11 @@ class Conditioner:
         """The conditioning of ``request``, from its text and image embeddings."""
         bundle = self._bundle
         prefixes = ("negative_", "") if bundle.guided(request) else ("",)
-        pictures = len(tensors["prompt_embeds"]) * request.num_images_per_prompt
+        pictures = len(tensors["prompt_embeds"]) * request.settings.num_images_per_prompt
 
         def by_picture(name: str) -> Tensor:
             branches = [tensors[f"{prefix}{name}"] for prefix in prefixes]
-            return torch.cat([b.repeat_interleave(request.num_images_per_prompt, dim=0) for b in branches])
+            return torch.cat([b.repeat_interleave(request.settings.num_images_per_prompt, dim=0) for b in branches])
 
         inputs = {"encoder_hidden_states": by_picture("prompt_embeds")}
         branches = self._image_prompts(request, tensors, prefixes)
@@ -91,7 +94,7 @@ class Conditioner:
             inputs["text_embeds"] = by_picture("pooled_prompt_embeds")
             inputs["time_ids"] = _time_ids(request, pictures, guided=len(prefixes) == 2)
         if bundle.time_cond_proj_dim is not None:
-            embedding = guidance_embedding(request.guidance_scale, bundle.time_cond_proj_dim)
+            embedding = guidance_embedding(request.settings.guidance_scale, bundle.time_cond_proj_dim)
             embedded = bundle.embeds_guidance(request)
             branches["timestep_cond"] = embedding if embedded else torch.zeros(len(prefixes), bundle.time_cond_proj_dim)
         inputs |= {name: tensor.repeat_interleave(pictures, dim=0) for name, tensor in branches.items()}
@@ -105,7 +108,7 @@ class Conditioner:
         self, request: JobRequest, tensors: Mapping[str, Tensor], prefixes: tuple[str, ...]
     ) -> dict[str, Tensor]:
         bundle = self._bundle
-        size = (request.height // bundle.vae_scale_factor, request.width // bundle.vae_scale_factor)
+        size = (request.settings.height // bundle.vae_scale_factor, request.settings.width // bundle.vae_scale_factor)
         used = {use.name: use for use in request.adapters}
         inputs: dict[str, Tensor] = {}
         for adapter in bundle.adapters:
@@ -133,7 +136,7 @@ def _time_ids(request: JobRequest, pictures: int, *, guided: bool) -> Tensor:
     turns. From a picture each negative size counts by itself, with the positive crop; ControlNets that inpaint have
     none.
     """
-    sizes, own = request.sizes, (request.height, request.width)
+    sizes, own = request.settings, (request.settings.height, request.settings.width)
     original, target = sizes.original_size or own, sizes.target_size or own
     positive = (*original, *sizes.crops_coords_top_left, *target)
     negative_original, negative_target = sizes.negative_original_size, sizes.negative_target_size

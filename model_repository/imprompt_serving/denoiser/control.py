@@ -51,7 +51,7 @@ def prepare_controls(
     if not uses:
         return ()
     # As in diffusers: the first net decides for all of them.
-    guess = request.guess_mode or bundle.controlnet(uses[0].name).global_pool
+    guess = request.settings.guess_mode or bundle.controlnet(uses[0].name).global_pool
     return tuple(
         Control(
             name=use.name,
@@ -78,7 +78,7 @@ def _embed(engine: Engine, images: Tensor, request: JobRequest, bundle: Bundle, 
         return features.expand(pictures, request.frames, *features.shape[1:])
     if len(features) == 1:
         return features[None].expand(pictures, *features.shape)
-    return features.repeat_interleave(request.num_images_per_prompt, dim=0)[:, None]
+    return features.repeat_interleave(request.settings.num_images_per_prompt, dim=0)[:, None]
 
 
 def _scales(bundle: Bundle, use: ControlUse, guess: bool) -> Tensor:

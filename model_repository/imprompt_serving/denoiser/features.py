@@ -38,7 +38,7 @@ def prepare_features(
         images = tensors[f"control_image_{use.name}"]
         # No more at a time than an engine takes that is built for ranges.
         parts = [adapters[use.name].run({"control_image": p.numpy()}) for p in images.split(bundle.shapes.rows.max)]
-        each = pictures if len(images) == 1 else request.num_images_per_prompt
+        each = pictures if len(images) == 1 else request.settings.num_images_per_prompt
         scaled = {}
         for name in bundle.feature_names:
             features = torch.cat([torch.from_numpy(part[name]) for part in parts]) * use.scale

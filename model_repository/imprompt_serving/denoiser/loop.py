@@ -229,7 +229,13 @@ class Denoiser:
         actives = [active for active in self._jobs.values() if not active.job.done]
         candidates = [
             Candidate(
-                job.key, job.rows, job.pending, job.since, job.started is not None, job.request.priority, job.frames
+                job.key,
+                job.rows,
+                job.pending,
+                job.since,
+                job.started is not None,
+                job.request.settings.priority,
+                job.frames,
             )
             for job in (active.job for active in actives)
         ]
@@ -357,7 +363,7 @@ class Denoiser:
 
 def _candidate(job: Job) -> Candidate:
     begun = job.started is not None
-    return Candidate(job.key, job.rows, job.pending, job.since, begun, job.request.priority, job.frames)
+    return Candidate(job.key, job.rows, job.pending, job.since, begun, job.request.settings.priority, job.frames)
 
 
 def _advance(active: _Active, rows: torch.Tensor) -> _Advance:
@@ -367,7 +373,7 @@ def _advance(active: _Active, rows: torch.Tensor) -> _Advance:
         job.fill(rows)
     except Exception as error:
         return _Advance(active, error=error)
-    every = job.request.progress_every
-    if job.done or job.step == before or not every or job.step % every:
+    request = job.request
+    if job.done or job.step == before or not request.reports_progress or job.step % request.settings.progress_every:
         return _Advance(active, done=job.done)
     return _Advance(active, step=job.step, preview=job.predicted)

@@ -14,6 +14,7 @@ from imprompt_serving.denoiser.networks import Networks
 from imprompt_serving.denoiser.preview import previews
 from imprompt_serving.errors import RequestError
 from imprompt_serving.job import AdapterUse, JobRequest
+from imprompt_serving.parameters import Settings
 from imprompt_serving.specs import Bundle
 
 WAIT_S = 600.0
@@ -31,14 +32,12 @@ def warm_up(bundle: Bundle, conditioner: Conditioner, networks: Networks, device
     request = JobRequest(
         id="warm-up",
         task="inpainting" if bundle.unet_channels != bundle.latent_channels else "text-to-image",
-        height=height,
-        width=width,
-        num_inference_steps=1,
-        guidance_scale=7.5,
+        settings=Settings.with_defaults(
+            height=height, width=width, num_inference_steps=1, guidance_scale=7.5, strength=1.0, preview=True
+        ),
         seeds=(0,),
         adapters=tuple(AdapterUse(name=adapter.name) for adapter in bundle.adapters),
-        progress_every=1,
-        preview=True,
+        reports_progress=True,
     )
     tensors = _tensors(bundle, height, width)
     job = Job(request, bundle, conditioner(request, tensors), tensors, device)

@@ -37,7 +37,7 @@ class TextPromptEncoder:
     async def encode(self, request: Request, stages: Stages, warnings: set[str]) -> Tensors:
         """Adds a line to ``warnings`` for each prompt that was cut."""
         with stages.measure("text_encoder"):
-            prompts = self._embeds(request.prompts, request.clip_skip, "", warnings)
+            prompts = self._embeds(request.prompts, request.settings.clip_skip, "", warnings)
             if not self._bundle.guided(request):
                 return await prompts
             if request.negative_prompts is None and self._bundle.force_zeros_for_empty_prompt:
@@ -104,7 +104,9 @@ class ImagePromptEncoder:
         tensors = {name: tensor for part in parts for name, tensor in part.items()}
         for prompt in request.image_prompts:
             if prompt.masks:
-                masks = await asyncio.to_thread(mask_pixels, list(prompt.masks), request.height, request.width)
+                masks = await asyncio.to_thread(
+                    mask_pixels, list(prompt.masks), request.settings.height, request.settings.width
+                )
                 tensors[f"ip_adapter_masks_{prompt.adapter.name}"] = masks[:, 0]
         return tensors
 
@@ -205,7 +207,7 @@ async def encode_start(request: Request, bundle: Bundle, models: Models, stages:
 
 def _start_pixels(request: Request) -> tuple[np.ndarray, np.ndarray]:
     """Start pictures [N, 3, height, width] and masks [N, 1, height, width] (none for image-to-image)."""
-    height, width = request.height, request.width
+    height, width = request.settings.height, request.settings.width
     images, masks = list(request.start.images), list(request.start.masks)
     if request.start.mask_crop is not None:
         box = crop_region(masks[0], width, height, request.start.mask_crop)
@@ -220,7 +222,7 @@ async def control_tensors(request: Request) -> Tensors:
 
 
 def _control_tensors(request: Request) -> Tensors:
-    height, width, crop = request.height, request.width, request.start.mask_crop
+    height, width, crop = request.settings.height, request.settings.width, request.start.mask_crop
     box = None if crop is None else crop_region(request.start.masks[0], width, height, crop)
     tensors = {}
     for control in request.controls:

@@ -58,7 +58,7 @@ class Pipeline:
                 control_tensors(request),
             )
             tensors = {name: tensor for part in parts for name, tensor in part.items()}
-            job = self._job(request, admission.id, time.perf_counter() - began, quiet=progress is None)
+            job = self._job(request, admission.id, time.perf_counter() - began, reports_progress=progress is not None)
             latents = await self._denoise(denoiser, job, tensors, progress, stages)
         answer = await self._finish(request, latents, stages)
         # The seed of several pictures together repeats them together, and none alone.
@@ -73,12 +73,13 @@ class Pipeline:
     def _admission(self, request: Request, job_id: str) -> Admission:
         """What a request will cost a denoiser."""
         rows = request.pictures * (request.frames or 1) * (2 if self._bundle.guided(request) else 1)
-        share = 1.0 if request.task == "text-to-image" else request.strength
+        settings = request.settings
+        share = 1.0 if request.task == "text-to-image" else settings.strength
         return Admission(
             id=job_id,
             rows=rows,
-            steps=max(round(request.num_inference_steps * share), 1),
-            shape=shape_of(request.height, request.width, request.frames),
+            steps=max(round(settings.num_inference_steps * share), 1),
+            shape=shape_of(settings.height, settings.width, request.frames),
         )
 
     async def _embeddings_only(self, request: Request, adapter: str) -> Tensors:
@@ -89,32 +90,19 @@ class Pipeline:
         assert negative is not None  # guided
         return {f"image_embeds_{adapter}": np.stack([negative, positive])}
 
-    def _job(self, request: Request, job_id: str, seconds: float, *, quiet: bool) -> JobRequest:
+    def _job(self, request: Request, job_id: str, seconds: float, *, reports_progress: bool) -> JobRequest:
         """The denoiser's part of a request that came ``seconds`` ago."""
         return JobRequest(
             id=job_id,
             task=request.task,
-            height=request.height,
-            width=request.width,
-            num_inference_steps=request.num_inference_steps,
-            num_images_per_prompt=request.num_images_per_prompt,
-            guidance_scale=request.guidance_scale,
-            guidance_rescale=request.guidance_rescale,
-            eta=request.eta,
-            strength=request.strength,
+            settings=request.settings,
             seeds=request.seeds,
-            scheduler=request.scheduler,
-            scheduler_config=request.scheduler_config,
             adapters=tuple(prompt.use for prompt in request.image_prompts),
             controls=tuple(control.use for control in request.controls),
-            guess_mode=request.guess_mode,
             frames=request.frames,
             context=None if request.clip is None else request.clip.context,
-            sizes=request.sizes,
             timeout=max(request.timeout - seconds, 0.0),
-            priority=request.priority,
-            progress_every=0 if quiet else request.progress_every,
-            preview=request.preview and not quiet,
+            reports_progress=reports_progress,
         )
 
     async def _denoise(

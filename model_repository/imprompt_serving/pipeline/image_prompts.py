@@ -12,10 +12,10 @@ from PIL import Image
 from imprompt_serving.engines.backends import BACKENDS
 from imprompt_serving.errors import InvalidRequest, shown
 from imprompt_serving.job import AdapterUse
+from imprompt_serving.parameters import MAX_SCALE, PARAMETERS
 from imprompt_serving.pipeline.images import decode_all
-from imprompt_serving.pipeline.reader import MAX_SCALE, Reader, spread
+from imprompt_serving.pipeline.reader import Reader, one_or_each
 from imprompt_serving.specs import Adapter, Bundle
-from imprompt_serving.weight_types import WEIGHT_TYPES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,13 +194,12 @@ def _check_scale(parameter: str, scale: Any, bundle: Bundle) -> None:
 
 def _uses(read: Reader, bundle: Bundle, used: list[Adapter]) -> list[AdapterUse]:
     count, what = len(used), "adapters in use"
-    starts = spread("ip_adapter_start", read.numbers("ip_adapter_start", 0, 1), count, 0.0, what)
-    ends = spread("ip_adapter_end", read.numbers("ip_adapter_end", 0, 1), count, 1.0, what)
+    starts = read.one_or_each("ip_adapter_start", count, what)
+    ends = read.one_or_each("ip_adapter_end", count, what)
     for start, end in zip(starts, ends, strict=True):
         if start > end:
             raise InvalidRequest("ip_adapter_start", f"{start:g} lies after ip_adapter_end {end:g}")
-    types = read.choices("ip_adapter_weight_type", WEIGHT_TYPES)
-    types = spread("ip_adapter_weight_type", types, count, "linear", what)
+    types = read.one_or_each("ip_adapter_weight_type", count, what)
     return [
         AdapterUse(name=adapter.name, scale=scale, start=start, end=end, weight_type=weight_type)
         for adapter, scale, start, end, weight_type in zip(
@@ -220,11 +219,11 @@ def _scales(read: Reader, bundle: Bundle, used: list[Adapter]) -> tuple[Any, ...
         for scale in scales:
             _check_scale(config, scale, bundle)
     else:
-        scales = read.numbers(name, -MAX_SCALE, MAX_SCALE)
+        scales = read.numbers(name)
     if len(scales) not in (0, 1, len(used)) and len(scales) == len(bundle.adapters):
         by_name = dict(zip((adapter.name for adapter in bundle.adapters), scales, strict=True))
         return tuple(by_name[adapter.name] for adapter in used)
-    return spread(name, scales, len(used), 1.0, "adapters in use")
+    return one_or_each(name, scales, len(used), PARAMETERS[name].default, "adapters in use")
 
 
 def adapter_name(name: str | None, bundle: Bundle, parameter: str) -> str | None:
