@@ -110,6 +110,8 @@ class Parameter:
     """Whether it is a keyword argument of the Python client; the client fills in the others itself."""
     python: str | None = None
     """Type of the keyword argument, where `type` does not imply it."""
+    literal: str | None = None
+    """Name of the type that the Python client makes of `choices`."""
     python_doc: str | None = None
     """Documentation of the keyword argument, where it differs from `doc`."""
     option: bool = False
@@ -231,7 +233,7 @@ ROWS: tuple[Parameter, ...] = (
     Parameter(
         name="ip_adapter_masks",
         type=Type.PICTURES,
-        doc="a mask for each image prompt, as encoded pictures; the image prompt acts where it is white",
+        doc="a mask for each image prompt, which acts where its mask is white",
         python="PerAdapterImages | Sequence[Any]",
         python_doc="regions: one mask for each picture, shaped like `ip_adapter_image`, or diffusers' tensors "
         "[1, pictures, H, W]; an image prompt acts where its mask is white",
@@ -264,7 +266,7 @@ ROWS: tuple[Parameter, ...] = (
         doc=f"how the scale is spread over the layers, {_listed(WEIGHT_TYPES)}: {_ONE_EACH_ADAPTER}",
         default="linear",
         choices=WEIGHT_TYPES,
-        python="WeightType",
+        literal="WeightType",
     ),
     Parameter(
         name="image",
@@ -297,7 +299,7 @@ ROWS: tuple[Parameter, ...] = (
         name="control_image",
         type=Type.PICTURES,
         group=Group.CONTROL,
-        doc="control images as encoded pictures: one for each net, or one for each prompt (frame) of each net in turn",
+        doc="control images: one for each net, or one for each prompt (frame) of each net in turn",
         python="Images | Sequence[Sequence[ImageInput]]",
         python_doc="a control image for each net in `controlnet`; lists in a list as in diffusers: for clips the "
         "frames of each net, for several prompts the images of each prompt",
@@ -310,7 +312,7 @@ ROWS: tuple[Parameter, ...] = (
         doc=f"what makes the control image from a photo, {_listed(_ANNOTATORS)}: {_ONE_EACH_NET}",
         default="none",
         choices=_ANNOTATORS,
-        python="Annotator",
+        literal="Annotator",
     ),
     Parameter(
         name="controlnet",
@@ -367,9 +369,8 @@ ROWS: tuple[Parameter, ...] = (
         name="video",
         type=Type.PICTURES,
         group=Group.VIDEO,
-        doc="frames to start from, as encoded pictures: video-to-video with `strength`",
+        doc="frames to start from: video-to-video with `strength`",
         python="Sequence[ImageInput] | np.ndarray[Any, Any]",
-        python_doc="frames to start from: video-to-video with `strength`",
         option=True,
     ),
     Parameter(
@@ -483,7 +484,7 @@ ROWS: tuple[Parameter, ...] = (
         type=Type.CHOICE,
         doc="class name of a diffusers scheduler (default: the bundle's)",
         choices=SCHEDULERS,
-        python="Scheduler",
+        literal="Scheduler",
         option=True,
     ),
     Parameter(
@@ -509,7 +510,7 @@ ROWS: tuple[Parameter, ...] = (
         type=Type.CHOICE,
         doc=f"answer with files: {_listed(PICTURE_FORMATS)}; clips: {_listed(VIDEO_FORMATS)}",
         choices=tuple(dict.fromkeys((*PICTURE_FORMATS, *VIDEO_FORMATS))),
-        python="OutputFormat",
+        literal="OutputFormat",
         python_doc="receive pictures (or clips) as encoded files instead of raw pixels",
     ),
     Parameter(

@@ -7,11 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import imprompt
-from imprompt import AsyncClient, Client, Parameters
-from imprompt_serving.parameters import ROWS
+from imprompt import AsyncClient, Client
 
 
 def test_the_public_names_are_these() -> None:
@@ -26,7 +23,6 @@ def test_the_public_names_are_these() -> None:
         "ImpromptError",
         "InvalidRequest",
         "Overloaded",
-        "Parameters",
         "Progress",
         "Result",
         "ServerError",
@@ -45,11 +41,6 @@ def test_both_clients_have_the_same_methods() -> None:
         return {name: list(inspect.signature(m).parameters) for name, m in found if not name.startswith("_")}
 
     assert methods(Client) == methods(AsyncClient)
-
-
-@pytest.mark.parametrize("name", [row.name for row in ROWS if row.sdk])
-def test_every_parameter_has_a_documented_keyword(name: str) -> None:
-    assert name in Parameters.__annotations__
 
 
 def test_the_client_needs_nothing_of_the_other_packages() -> None:
