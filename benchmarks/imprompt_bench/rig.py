@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from imprompt_bench.checkpoints import SCHEDULER
+from imprompt_serving import tensor_names
 from imprompt_serving.denoiser.answers import Outcome
 from imprompt_serving.denoiser.batch import Batcher
 from imprompt_serving.denoiser.conditioning import Conditioner
@@ -93,10 +94,12 @@ class Rig:
         """Text embeddings of both branches, and image embeddings, at random."""
         generator = torch.Generator().manual_seed(seed)
         tensors = {}
-        for prefix in ("negative_", ""):
+        for prefix in (tensor_names.NEGATIVE, ""):
             tensors[f"{prefix}prompt_embeds"] = torch.randn(1, 77, WIDTH, generator=generator)
             for adapter in self.bundle.adapters:
-                tensors[f"{prefix}image_embeds_{adapter.name}"] = torch.randn(1, CLIP_WIDTH, generator=generator)
+                tensors[prefix + tensor_names.image_embeds(adapter.name)] = torch.randn(
+                    1, CLIP_WIDTH, generator=generator
+                )
         return tensors
 
     def submit(self, job: Job) -> Callable[[], Tensor]:

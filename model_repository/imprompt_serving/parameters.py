@@ -43,7 +43,7 @@ class Type(StrEnum):
     PICTURES = auto()
     """Encoded pictures."""
     EMBEDS = auto()
-    """Image embeddings: a tensor for each adapter, `<name>_<adapter>`."""
+    """Image embeddings: a tensor for each adapter (`tensor_names.request_embeds`)."""
 
 
 _WIRE: dict[Type, tuple[str, tuple[int, ...]]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from imprompt_serving import tensor_names
 from imprompt_serving.parameters import ROWS, Group, Type
 from imprompt_serving.specs import Bundle
 
@@ -58,7 +59,7 @@ def request_tensors(bundle: Bundle, *, stream: bool) -> tuple[Tensor, ...]:
     """Inputs of the pipeline of `bundle`: those of its parameters, and embeddings for each of its adapters."""
     groups = (group for group in Group if group.applies_to(bundle, stream=stream))
     embeds = tuple(
-        Tensor(f"{row.name}_{adapter.name}", "FP32", (-1, -1, *adapter.embed_shape), row.doc)
+        Tensor(tensor_names.request_embeds(adapter.name), "FP32", (-1, -1, *adapter.embed_shape), row.doc)
         for row in ROWS
         if row.type is Type.EMBEDS
         for adapter in bundle.adapters
@@ -69,7 +70,9 @@ def request_tensors(bundle: Bundle, *, stream: bool) -> tuple[Tensor, ...]:
 def response_tensors(bundle: Bundle, *, stream: bool) -> tuple[Tensor, ...]:
     """Outputs of the pipeline of ``bundle``."""
     embeds = tuple(
-        Tensor(f"image_embeds_{adapter.name}", "FP32", (-1, -1, *adapter.embed_shape), "answer to `encode_image`")
+        Tensor(
+            tensor_names.image_embeds(adapter.name), "FP32", (-1, -1, *adapter.embed_shape), "answer to `encode_image`"
+        )
         for adapter in bundle.adapters
     )
     video = VIDEO_RESPONSE if bundle.motion else ()
@@ -105,17 +108,19 @@ def job_tensors(bundle: Bundle) -> tuple[Tensor, ...]:
     width = sum(encoder.hidden_size for encoder in bundle.text_encoders)
     length = bundle.text_encoders[0].max_length
     embeds = []
-    for prefix in ("", "negative_"):
+    for prefix in ("", tensor_names.NEGATIVE):
         embeds.append(Tensor(f"{prefix}prompt_embeds", "FP32", (-1, length, width)))
         if bundle.pooled_size:
             embeds.append(Tensor(f"{prefix}pooled_prompt_embeds", "FP32", (-1, bundle.pooled_size)))
         for adapter in bundle.adapters:
-            embeds.append(Tensor(f"{prefix}image_embeds_{adapter.name}", "FP32", (-1, *adapter.embed_shape)))
+            embeds.append(Tensor(prefix + tensor_names.image_embeds(adapter.name), "FP32", (-1, *adapter.embed_shape)))
             if adapter.clip_shape:
-                embeds.append(Tensor(f"{prefix}clip_embeds_{adapter.name}", "FP32", (-1, *adapter.clip_shape)))
-    masks = (Tensor(f"ip_adapter_masks_{a.name}", "FP32", (-1, -1, -1)) for a in bundle.adapters)
-    controls = (Tensor(f"control_image_{net.name}", "FP32", (-1, 3, -1, -1)) for net in bundle.controlnets)
-    t2i = (Tensor(f"control_image_{a.name}", "FP32", (-1, a.channels, -1, -1)) for a in bundle.t2i_adapters)
+                embeds.append(
+                    Tensor(prefix + tensor_names.clip_embeds(adapter.name), "FP32", (-1, *adapter.clip_shape))
+                )
+    masks = (Tensor(tensor_names.adapter_masks(a.name), "FP32", (-1, -1, -1)) for a in bundle.adapters)
+    controls = (Tensor(tensor_names.control_image(net.name), "FP32", (-1, 3, -1, -1)) for net in bundle.controlnets)
+    t2i = (Tensor(tensor_names.control_image(a.name), "FP32", (-1, a.channels, -1, -1)) for a in bundle.t2i_adapters)
     moments = (-1, 2 * bundle.latent_channels, -1, -1)
     return (
         Tensor("job", "STRING", ONE),

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from imprompt_serving import tensor_names
 from imprompt_serving.denoiser.control import Control, acts, prepare_controls
 from imprompt_serving.denoiser.features import Features, prepare_features, total
 from imprompt_serving.denoiser.image_prompts import absent_inputs, adapter_inputs, group_scales, has_regions
@@ -39,7 +40,9 @@ class Conditioning:
         self.pictures = pictures
         self.controls = controls
         self._inputs = inputs
-        self._windows = {f"ip_scale_{u.name}": (u.start, u.end) for u in request.adapters if (u.start, u.end) != (0, 1)}
+        self._windows = {
+            tensor_names.ip_scale(u.name): (u.start, u.end) for u in request.adapters if (u.start, u.end) != (0, 1)
+        }
         self._variants: dict[tuple[bool, ...], dict[str, Tensor]] = {}
 
     @property
@@ -81,7 +84,7 @@ class Conditioner:
     def __call__(self, request: JobRequest, tensors: Mapping[str, Tensor]) -> Conditioning:
         """The conditioning of ``request``, from its text and image embeddings."""
         bundle = self._bundle
-        prefixes = ("negative_", "") if bundle.guided(request) else ("",)
+        prefixes = (tensor_names.NEGATIVE, "") if bundle.guided(request) else ("",)
         pictures = len(tensors["prompt_embeds"]) * request.settings.num_images_per_prompt
 
         def by_picture(name: str) -> Tensor:
@@ -116,16 +119,16 @@ class Conditioner:
             if name not in used:
                 inputs |= absent_inputs(bundle, name, len(prefixes), tensors["prompt_embeds"].shape[-1], size)
                 continue
-            masks = tensors.get(f"ip_adapter_masks_{name}")
+            masks = tensors.get(tensor_names.adapter_masks(name))
             tokens = [self._tokens(adapter, tensors, prefix) for prefix in prefixes]
             scale = group_scales(bundle, used[name], 1 if masks is None else len(masks))
             inputs |= adapter_inputs(bundle, name, tokens, scale, size, masks)
         return inputs
 
     def _tokens(self, adapter: Adapter, tensors: Mapping[str, Tensor], prefix: str) -> Tensor:
-        embeds = {"image_embeds": tensors[f"{prefix}image_embeds_{adapter.name}"].numpy()}
+        embeds = {"image_embeds": tensors[prefix + tensor_names.image_embeds(adapter.name)].numpy()}
         if adapter.clip_shape is not None:
-            embeds["clip_embeds"] = tensors[f"{prefix}clip_embeds_{adapter.name}"].numpy()
+            embeds["clip_embeds"] = tensors[prefix + tensor_names.clip_embeds(adapter.name)].numpy()
         return torch.from_numpy(self._projections[adapter.name].run(embeds)["tokens"])
 
 

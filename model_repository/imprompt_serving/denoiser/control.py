@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from imprompt_serving import tensor_names
 from imprompt_serving.engines import Engine
 from imprompt_serving.job import ControlUse, JobRequest
 from imprompt_serving.specs import Bundle
@@ -55,7 +56,9 @@ def prepare_controls(
     return tuple(
         Control(
             name=use.name,
-            embedding=_embed(embeddings[use.name], tensors[f"control_image_{use.name}"], request, bundle, pictures),
+            embedding=_embed(
+                embeddings[use.name], tensors[tensor_names.control_image(use.name)], request, bundle, pictures
+            ),
             scale=_scales(bundle, use, guess),
             first_row=pictures if guess and branches == 2 else 0,
             start=use.start,

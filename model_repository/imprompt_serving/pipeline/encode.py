@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from imprompt_serving import tensor_names
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.pipeline.image_prompts import ImagePrompt
 from imprompt_serving.pipeline.images import clip_pixels, control_pixels, mask_pixels, vae_pixels
@@ -42,10 +43,12 @@ class TextPromptEncoder:
                 return await prompts
             if request.negative_prompts is None and self._bundle.force_zeros_for_empty_prompt:
                 positive = await prompts
-                return positive | {f"negative_{name}": np.zeros_like(value) for name, value in positive.items()}
+                return positive | {
+                    tensor_names.NEGATIVE + name: np.zeros_like(value) for name, value in positive.items()
+                }
             empty = (("",) * len(request.prompts[0]),) * len(request.prompts)
             # As in diffusers, clip_skip is for the prompt alone.
-            negative_prompts = self._embeds(request.negative_prompts or empty, 0, "negative_", warnings)
+            negative_prompts = self._embeds(request.negative_prompts or empty, 0, tensor_names.NEGATIVE, warnings)
             positive, negative = await asyncio.gather(prompts, negative_prompts)
             return positive | negative
 
@@ -107,7 +110,7 @@ class ImagePromptEncoder:
                 masks = await asyncio.to_thread(
                     mask_pixels, list(prompt.masks), request.settings.height, request.settings.width
                 )
-                tensors[f"ip_adapter_masks_{prompt.adapter.name}"] = masks[:, 0]
+                tensors[tensor_names.adapter_masks(prompt.adapter.name)] = masks[:, 0]
         return tensors
 
     async def _prompt(self, prompt: ImagePrompt, guided: bool, stages: Stages) -> Tensors:
@@ -115,12 +118,13 @@ class ImagePromptEncoder:
         prompt = await self._with_faces(prompt, stages)
         pairs: dict[str, tuple[np.ndarray | None, np.ndarray]] = {}
         if prompt.embeds is not None:
-            pairs[f"image_embeds_{name}"] = (prompt.embeds[0] if guided else None), prompt.embeds[-1]
+            pairs[tensor_names.image_embeds(name)] = (prompt.embeds[0] if guided else None), prompt.embeds[-1]
         if prompt.images:
             features = await self.features(prompt, guided, stages)
-            pairs[f"clip_embeds_{name}" if prompt.adapter.clip_shape else f"image_embeds_{name}"] = features
+            embeds_name = tensor_names.clip_embeds if prompt.adapter.clip_shape else tensor_names.image_embeds
+            pairs[embeds_name(name)] = features
         tensors = {key: positive for key, (_, positive) in pairs.items()}
-        return tensors | {f"negative_{key}": neg for key, (neg, _) in pairs.items() if neg is not None}
+        return tensors | {tensor_names.NEGATIVE + key: neg for key, (neg, _) in pairs.items() if neg is not None}
 
     async def faces(self, prompt: ImagePrompt, stages: Stages) -> np.ndarray:
         """Face embeddings [2 (negative, positive), faces, 1, 512] of a FaceID adapter's prompt."""
@@ -229,5 +233,5 @@ def _control_tensors(request: Request) -> Tensors:
         images = list(control.images)
         if box is not None:
             images = [fit_filled(image.crop(box), width, height) for image in images]
-        tensors[f"control_image_{control.use.name}"] = control_pixels(images, height, width, control.mode)
+        tensors[tensor_names.control_image(control.use.name)] = control_pixels(images, height, width, control.mode)
     return tensors

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from imprompt_serving import tensor_names
 from imprompt_serving.errors import RequestError
 from imprompt_serving.job import Admission, JobRequest, shape_of
 from imprompt_serving.pipeline.dispatch import Dispatcher
@@ -85,10 +86,10 @@ class Pipeline:
     async def _embeddings_only(self, request: Request, adapter: str) -> Tensors:
         prompt = next(prompt for prompt in request.image_prompts if prompt.adapter.name == adapter)
         if prompt.adapter.uses_face:
-            return {f"image_embeds_{adapter}": await self._images.faces(prompt, Stages())}
+            return {tensor_names.image_embeds(adapter): await self._images.faces(prompt, Stages())}
         negative, positive = await self._images.features(prompt, True, Stages())
         assert negative is not None  # guided
-        return {f"image_embeds_{adapter}": np.stack([negative, positive])}
+        return {tensor_names.image_embeds(adapter): np.stack([negative, positive])}
 
     def _job(self, request: Request, job_id: str, seconds: float, *, reports_progress: bool) -> JobRequest:
         """The denoiser's part of a request that came ``seconds`` ago."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from imprompt_serving import tensor_names
 from imprompt_serving.engines.backends import BACKENDS
 from imprompt_serving.errors import InvalidRequest, shown
 from imprompt_serving.job import AdapterUse
@@ -65,7 +66,7 @@ def plan_image_prompts(read: Reader, bundle: Bundle, encode_image: str | None) -
         _by_adapter(read, name, bundle)
         for name in ("ip_adapter_image", "negative_ip_adapter_image", "ip_adapter_masks")
     )
-    embeds = {a.name: _embeds(read, a) for a in bundle.adapters if f"ip_adapter_image_embeds_{a.name}" in read}
+    embeds = {a.name: _embeds(read, a) for a in bundle.adapters if tensor_names.request_embeds(a.name) in read}
     used = [adapter for adapter in bundle.adapters if files[adapter.name] or adapter.name in embeds]
     for parameter, given in (("ip_adapter_masks", masks), ("negative_ip_adapter_image", negatives)):
         idle = [name for name, items in given.items() if items and name not in {adapter.name for adapter in used}]
@@ -257,7 +258,7 @@ def _by_adapter(read: Reader, name: str, bundle: Bundle) -> dict[str, list[bytes
 
 def _embeds(read: Reader, adapter: Adapter) -> np.ndarray:
     parameter = "ip_adapter_image_embeds"
-    embeds = read.floats(f"{parameter}_{adapter.name}")
+    embeds = read.floats(tensor_names.request_embeds(adapter.name))
     if embeds.ndim != 2 + len(adapter.embed_shape) or embeds.shape[2:] != adapter.embed_shape:
         wanted = ", ".join(map(str, adapter.embed_shape))
         raise InvalidRequest(parameter, f"{adapter.name} takes [2, pictures, {wanted}], got {list(embeds.shape)}")
