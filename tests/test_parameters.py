@@ -131,7 +131,7 @@ def test_the_client_has_a_documented_keyword_for_it(row: Parameter) -> None:
 def test_the_command_has_an_option_for_it(row: Parameter) -> None:
     generate = get_command(cli.app).commands["generate"]  # type: ignore[attr-defined]
     (option,) = (parameter for parameter in generate.params if parameter.name == row.name)
-    assert option.help.endswith(f"{row.limits}.".replace("`", ""))
+    assert option.help.endswith(f"{row.range_and_default}.".replace("`", ""))
 
 
 @pytest.mark.parametrize("name", signatures.FILES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,8 +72,8 @@ class Rig:
             Networks(bundle, {"unet": unet}, {}), Batcher(bundle), bundle.shapes.rows.max, bundle.limits, meter
         )
 
-    def job(self, name: str, *, steps: int, size: int, seed: int = 0, scheduler: str | None = None) -> Job:
-        """A guided picture of ``size`` x ``size`` pixels."""
+    def job(self, name: str, *, steps: int, size: int, seed: int = 0, **settings: Any) -> Job:
+        """A guided picture of ``size`` x ``size`` pixels, with other ``settings`` where they are given."""
         request = JobRequest(
             id=name,
             settings=Settings.with_defaults(
@@ -81,7 +82,7 @@ class Rig:
                 num_inference_steps=steps,
                 guidance_scale=7.5,
                 strength=1.0,
-                scheduler=scheduler,
+                **settings,
             ),
             seeds=(seed,),
             adapters=tuple(AdapterUse(name=adapter.name) for adapter in self.bundle.adapters),

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from imprompt_serving.parameters import Settings
+from imprompt_serving.parameters import PARAMETERS, Settings
 
 Scale = float | dict[str, Any] | list[float]
 Task = Literal["text-to-image", "image-to-image", "inpainting"]
@@ -20,10 +20,10 @@ class AdapterUse(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     name: str
-    scale: Scale = 1.0
-    start: float = 0.0
-    end: float = 1.0
-    weight_type: str = "linear"
+    scale: Scale = PARAMETERS["ip_adapter_scale"].default
+    start: float = PARAMETERS["ip_adapter_start"].default
+    end: float = PARAMETERS["ip_adapter_end"].default
+    weight_type: str = PARAMETERS["ip_adapter_weight_type"].default
 
 
 class ControlUse(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,16 +31,16 @@ class ControlUse(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     scale: float = 1.0
-    start: float = 0.0
-    end: float = 1.0
+    start: float = PARAMETERS["control_guidance_start"].default
+    end: float = PARAMETERS["control_guidance_end"].default
 
 
 class Context(msgspec.Struct, frozen=True, kw_only=True):
     """Overlapping windows of frames, in which clips run that are longer than ``length``."""
 
     length: int
-    stride: int = 1
-    overlap: int = 4
+    stride: int = PARAMETERS["context_stride"].default
+    overlap: int = PARAMETERS["context_overlap"].default
 
 
 class JobRequest(msgspec.Struct, frozen=True, kw_only=True):

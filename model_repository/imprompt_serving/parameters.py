@@ -130,16 +130,26 @@ class Parameter:
         return _WIRE[self.type][1]
 
     @property
-    def limits(self) -> str:
-        """Range and default in words, in brackets; empty if the row has neither."""
+    def range_and_default(self) -> str:
+        """Both in words, in parentheses; empty if the row has neither."""
         parts = []
         if math.isfinite(self.low) and math.isfinite(self.high):
             parts.append(f"{self.low:g} to {self.high:g}")
         if self.default not in (None, {}):
-            default = ", ".join(map(str, self.default)) if isinstance(self.default, tuple) else self.default
-            shown = f"{default:g}" if isinstance(default, float) else f"`{default}`" if self.choices else default
-            parts.append(f"default {str(shown).lower() if isinstance(shown, bool) else shown}")
+            parts.append(f"default {_shown(self.default)}")
         return f" ({', '.join(parts)})" if parts else ""
+
+
+def _shown(default: Any) -> str:
+    match default:
+        case bool():
+            return str(default).lower()
+        case str():
+            return f"`{default}`"
+        case tuple():
+            return ", ".join(map(str, default))
+        case _:
+            return f"{default:g}"
 
 
 _ONE_EACH_ADAPTER = "one for all adapters, or one each"

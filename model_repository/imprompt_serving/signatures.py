@@ -53,7 +53,7 @@ def python_type(row: Parameter) -> str:
 
 def summary(row: Parameter) -> str:
     """What a Python caller reads about a parameter."""
-    return row.doc + row.limits if row.python_doc is None else row.python_doc
+    return row.doc + row.range_and_default if row.python_doc is None else row.python_doc
 
 
 def _arguments(rows: Iterable[Parameter]) -> str:
@@ -92,7 +92,7 @@ def _options() -> str:
 
 
 def _option(row: Parameter) -> str:
-    text = (row.doc + row.limits).replace("`", "")
+    text = (row.doc + row.range_and_default).replace("`", "")
     indent = " " * 12
     lines = textwrap.wrap(f"{text[0].upper()}{text[1:]}.", _WIDTH - 20, drop_whitespace=False, break_on_hyphens=False)
     help = f"\n{indent}".join(f'"{line}"' for line in lines)

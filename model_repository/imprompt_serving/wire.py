@@ -52,7 +52,7 @@ STREAM_RESPONSE: tuple[Tensor, ...] = (
 def parameter_tensors(group: Group) -> tuple[Tensor, ...]:
     """Inputs for the parameters of `group`, without those that depend on the bundle."""
     rows = (row for row in ROWS if row.group is group and row.type is not Type.EMBEDS)
-    return tuple(Tensor(row.name, row.dtype, row.dims, row.doc + row.limits) for row in rows)
+    return tuple(Tensor(row.name, row.dtype, row.dims, row.doc + row.range_and_default) for row in rows)
 
 
 def request_tensors(bundle: Bundle, *, stream: bool) -> tuple[Tensor, ...]:
