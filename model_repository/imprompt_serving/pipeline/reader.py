@@ -65,8 +65,9 @@ class Reader:
         return tuple(_allowed(name, value, PARAMETERS[name].choices) for value in self.texts(name))
 
     def flag(self, name: str) -> bool:
-        """Whether a boolean is given and true."""
-        return name in self and bool(_single(name, self._values(name, "b", "booleans")))
+        if name not in self:
+            return bool(PARAMETERS[name].default)
+        return bool(_single(name, self._values(name, "b", "booleans")))
 
     def integers(self, name: str) -> tuple[int, ...]:
         return tuple(self._values(name, "iu", "integers"))
