@@ -94,27 +94,15 @@ def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
     sides = {name: _side(read, bundle, name, step) for name in ("height", "width")}
     encode_image = adapter_name(read.text("encode_image"), bundle, "encode_image")
     image_prompts = plan_image_prompts(read, bundle, encode_image)
-    steps = _steps(read, limits, pictures * (frames or 1))
+    _check_steps(read, limits, pictures * (frames or 1))
     seeds = read.integers("seed")
     if len(seeds) not in (0, 1, pictures):
         raise InvalidRequest("seed", f"one for all or one for each of {pictures} pictures, got {len(seeds)}")
-    scheduler, scheduler_config = parse_scheduler(read, limits)
     negative_prompts = _negative_prompts(read, bundle, len(prompts[0]))
     timeout = min(read.number("timeout", default=limits.timeout_seconds), limits.timeout_seconds)
-    guidance = read.number("guidance_scale", default=_default_guidance(bundle, task, controls))
-    settings: dict[str, Any] = {
-        **sides,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-        "strength": _strength(read, bundle, task, steps, controls),
-        "clip_skip": read.integer("clip_skip", high=bundle.max_clip_skip),
-        "scheduler": scheduler,
-        "scheduler_config": scheduler_config,
-        "output_format": _output_format(read, PICTURE_FORMATS if clip is None else VIDEO_FORMATS),
-    }
-    settings |= {name: read.setting(name) for name in Settings.__struct_fields__ if name not in settings}
+    settings = _settings(read, bundle, task, controls, clip)
     start, loaded = _load_start(read), load_controls(controls)
-    settings |= _size(bundle, task, start, loaded, clip, sides, step)
+    height, width = _size(bundle, task, start, loaded, clip, sides, step)
     request = Request(
         task=task,
         prompts=prompts,
@@ -126,7 +114,7 @@ def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
         seeds=seeds or tuple(secrets.randbelow(2**32) for _ in range(pictures)),
         encode_image=encode_image,
         timeout=timeout,
-        settings=Settings(**settings),
+        settings=Settings(**settings, height=height, width=width),
     )
     if encode_image is None and bundle.guided(request):
         _check_negatives(request)
@@ -142,13 +130,29 @@ def _check_characters(read: Reader, limits: Limits) -> None:
             raise InvalidRequest(name, f"the prompts of a request have at most {limits.prompt_characters} characters")
 
 
-def _steps(read: Reader, limits: Limits, frames: int) -> int:
-    """Steps of a request for ``frames`` pictures, or frames of clips, in all."""
+def _check_steps(read: Reader, limits: Limits, frames: int) -> None:
+    """Refuse too many steps for ``frames`` pictures, or frames of clips, in all."""
     steps = read.integer("num_inference_steps")
     if steps * frames > limits.sample_steps:
         problem = f"{steps} steps for {frames} pictures or frames are {steps * frames}"
         raise InvalidRequest("num_inference_steps", f"{problem}; at most {limits.sample_steps} a request")
-    return steps
+
+
+def _settings(
+    read: Reader, bundle: Bundle, task: Task, controls: Sequence[ControlPlan], clip: Clip | None
+) -> dict[str, Any]:
+    """Values of `Settings` but height and width: as the table has them, if nothing else decides."""
+    scheduler, scheduler_config = parse_scheduler(read, bundle.limits)
+    settings = {
+        "guidance_scale": read.number("guidance_scale", default=_default_guidance(bundle, task, controls)),
+        "strength": _strength(read, bundle, task, controls),
+        "clip_skip": read.integer("clip_skip", high=bundle.max_clip_skip),
+        "scheduler": scheduler,
+        "scheduler_config": scheduler_config,
+        "output_format": _output_format(read, PICTURE_FORMATS if clip is None else VIDEO_FORMATS),
+    }
+    others = {*Settings.__struct_fields__} - {*settings, "height", "width"}
+    return settings | {name: read.setting(name) for name in others}
 
 
 def _check_negatives(request: Request) -> None:
@@ -223,7 +227,7 @@ def _output_format(read: Reader, formats: tuple[str, ...]) -> str | None:
     return chosen
 
 
-def _strength(read: Reader, bundle: Bundle, task: Task, steps: int, controls: Sequence[object]) -> float:
+def _strength(read: Reader, bundle: Bundle, task: Task, controls: Sequence[object]) -> float:
     """Defaults of diffusers: 1.0 for SD1.5 inpainting, 0.9999 for SDXL's, and that of its image-to-image pipelines."""
     if task == "inpainting":
         default = 0.9999 if bundle.family == "sdxl" else 1.0
@@ -232,6 +236,7 @@ def _strength(read: Reader, bundle: Bundle, task: Task, steps: int, controls: Se
     strength = read.number("strength", default=default)
     if strength == 0:
         raise InvalidRequest("strength", "must be above 0 and at most 1, got 0")
+    steps = read.integer("num_inference_steps")
     if task != "text-to-image" and int(steps * strength) < 1:
         raise InvalidRequest("strength", f"{strength:g} of {steps} steps is less than one step; raise either of them")
     return strength
@@ -267,7 +272,7 @@ def _size(
     clip: Clip | None,
     given: Mapping[str, int | None],
     step: int,
-) -> dict[str, int]:
+) -> tuple[int, int]:
     """Height and width; by default those of the bundle, or of the picture that diffusers' pipelines take them from.
 
     That is the start picture of image-to-image, the control image, and the start picture of inpainting with one; down
@@ -279,7 +284,7 @@ def _size(
         source, (width, height) = "image", start.images[0].size
     elif clip is None and controls:
         source, (width, height) = "control_image", controls[0].images[0].size
-    sizes = {}
+    sizes = []
     for name, default in (("height", height), ("width", width)):
         value, (low, _, high) = given[name], getattr(bundle.shapes, name)
         if value is None and source is not None:
@@ -287,5 +292,5 @@ def _size(
             if not low <= value <= high:
                 problem = f"a picture of {width}x{height} makes {name} {value}, and {low} to {high} are served"
                 raise InvalidRequest(source, f"{problem}; set height and width, or resize the picture")
-        sizes[name] = value or default
-    return sizes
+        sizes.append(value or default)
+    return sizes[0], sizes[1]
