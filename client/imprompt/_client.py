@@ -126,6 +126,7 @@ class Client:
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         guidance_rescale: float | None = None,
+        guidance_end: float | None = None,
         eta: float | None = None,
         clip_skip: int | None = None,
         num_images_per_prompt: int | None = None,
@@ -204,6 +205,8 @@ class Client:
             num_inference_steps: denoising steps (1 to 1000, default 50).
             guidance_scale: classifier-free guidance; at most 1 switches it off, default as diffusers (-10000 to 10000).
             guidance_rescale: rescaling of the guided noise as in arXiv 2305.08891 (0 to 1, default 0).
+            guidance_end: share of the steps after which guidance stops; a step without it is half the work (0 to 1,
+                default 1).
             eta: share of noise in each step of DDIM and TCD (0 to 1, default 0).
             clip_skip: layers of the text encoder to leave out (default 0).
             num_images_per_prompt: pictures (or clips) for each prompt (1 to 64, default 1).
@@ -273,6 +276,7 @@ class Client:
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         guidance_rescale: float | None = None,
+        guidance_end: float | None = None,
         eta: float | None = None,
         clip_skip: int | None = None,
         num_images_per_prompt: int | None = None,

@@ -98,6 +98,7 @@ NAMES = (
     "num_inference_steps",
     "guidance_scale",
     "guidance_rescale",
+    "guidance_end",
     "eta",
     "clip_skip",
     "num_images_per_prompt",

@@ -266,6 +266,13 @@ def generate(
             help="Rescaling of the guided noise as in arXiv 2305.08891 (0 to 1, default 0).",
         ),
     ] = None,
+    guidance_end: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the steps after which guidance stops; a step without it is half the work (0 to 1, default "
+            "1).",
+        ),
+    ] = None,
     eta: Annotated[
         float | None,
         typer.Option(

@@ -456,6 +456,15 @@ ROWS: tuple[Parameter, ...] = (
         option=True,
     ),
     Parameter(
+        name="guidance_end",
+        type=Type.NUMBER,
+        doc="share of the steps after which guidance stops; a step without it is half the work",
+        default=1.0,
+        low=0,
+        high=1,
+        option=True,
+    ),
+    Parameter(
         name="eta",
         type=Type.NUMBER,
         doc="share of noise in each step of DDIM and TCD",
@@ -583,6 +592,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     num_inference_steps: int
     guidance_scale: float
     guidance_rescale: float
+    guidance_end: float
     eta: float
     strength: float
     clip_skip: int

@@ -34,6 +34,7 @@ _USUAL_SCALE, _USUAL_EMBEDDING = 100.0, 1000.0
 class Job:
     """A row is one latent sample in one guidance branch: the unconditional rows of all pictures, then the others.
 
+    Where guidance ends before the last step, the steps after that have the other rows only.
     A picture may be a clip; one that runs in windows has these rows for each window, one window after the other.
     Latents live on ``device``; noise is drawn on the CPU, so that a seed means the same picture everywhere.
     """
@@ -49,7 +50,7 @@ class Job:
         self.request = request
         self.id = request.id
         self.pictures = conditioning.pictures
-        self.branches = 2 if bundle.guided(request) else 1
+        self._guided = bundle.guided(request)
         self.arrived = time.monotonic()
         self.deadline = None if request.timeout is None else self.arrived + request.timeout
         self.started: float | None = None
@@ -84,6 +85,12 @@ class Job:
         self._model_input: Tensor | None = None
         self.predicted: Tensor | None = None
         """The clean latents as the last step predicted them [pictures, C, h, w], for jobs that want previews."""
+
+    @property
+    def branches(self) -> int:
+        """Guidance branches of the current step: as with diffusers' `SDCFGCutoffCallback`, which acts after a step."""
+        ended = self._index > int(len(self._timesteps) * self.request.settings.guidance_end)
+        return 2 if self._guided and not ended else 1
 
     @property
     def rows(self) -> int:
@@ -124,7 +131,10 @@ class Job:
     def conditioning_rows(self, start: int, stop: int) -> Sequence[int]:
         """Rows of ``conditioning`` for rows ``start`` to ``stop``: each window has the same ones."""
         rows = self.pictures * self.branches
-        return range(start, stop) if stop <= rows else [row % rows for row in range(start, stop)]
+        first = self.pictures if self._guided and self.branches == 1 else 0
+        if stop <= rows:
+            return range(first + start, first + stop)
+        return [first + row % rows for row in range(start, stop)]
 
     def controls(self) -> list[Control]:
         """The ControlNets that act in the current step."""
