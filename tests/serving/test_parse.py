@@ -17,7 +17,17 @@ from imprompt_bench import rig
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.pipeline import images
 from imprompt_serving.pipeline.request import Request, parse
-from imprompt_serving.specs import Bundle, ControlNet, Limits, Motion, Range, Residual, Shapes, T2IAdapter
+from imprompt_serving.specs import (
+    Bundle,
+    ControlNet,
+    CrossAttention,
+    Limits,
+    Motion,
+    Range,
+    Residual,
+    Shapes,
+    T2IAdapter,
+)
 from imprompt_serving.wire import request_tensors
 
 LIMITS = Limits(
@@ -33,6 +43,10 @@ LIMITS = Limits(
 BUNDLE = msgspec.structs.replace(
     rig.sd15(rows=2, adapters=("plain", "other")),
     shapes=Shapes(height=Range(64, 64, 128), width=Range(64, 64, 128), image_tokens=(4, 16), regions=2),
+    layers=tuple(
+        CrossAttention(name=f"{block}.attentions.0.transformer_blocks.0.attn2.processor", level=level)
+        for block, level in (("down_blocks.0", 0), ("down_blocks.1", 1), ("up_blocks.1", 1), ("mid_block", 2))
+    ),
     default_height=64,
     default_width=64,
     limits=LIMITS,
@@ -171,6 +185,10 @@ def test_any_json_as_scales_by_block(text: str) -> None:
     [
         ('{"up": {"block_9": 1.0}}', "no up.block_9"),
         ('{"sideways": 1.0}', "no sideways"),
+        ('{"up": {"block_1": [1, 2]}}', "up.block_1 takes 3 numbers, or one for all of its layers; got 2"),
+        ('{"down": [1, 2, 3]}', "down.block_0 takes 2 numbers, or one for all of its layers; got 3"),
+        ('{"mid": [1, 2]}', "mid takes one number; got 2"),
+        ('{"mid": {"block_0": 1.0}}', "mid has no block_0"),
         ("[[0.1, 0.2]]", "a list needs masks"),
         ('{"up": {"block_1": [[0.1, 0.2]]}}', "a list needs masks"),
     ],

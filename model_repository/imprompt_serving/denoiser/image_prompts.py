@@ -13,7 +13,6 @@ from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales_for_on
 from torch import Tensor
 
 from imprompt_serving import tensor_names
-from imprompt_serving.errors import InvalidRequest, shown
 from imprompt_serving.job import AdapterUse
 from imprompt_serving.specs import Bundle, level_size
 from imprompt_serving.weight_types import layer_weights
@@ -41,13 +40,9 @@ def _expanded(bundle: Bundle, use: AdapterUse) -> list[Any]:
         for part in ("down", "up")
     }
     model: Any = SimpleNamespace(state_dict=lambda: dict.fromkeys(names))
-    try:
-        expanded = _maybe_expand_lora_scales_for_one_adapter(
-            use.scale, blocks, bundle.transformer_per_block, model=model, default_scale=0.0
-        )
-    except Exception as error:  # the numbers have been checked: what is left are lists of another length
-        message = f"{shown(use.scale)} does not fit the blocks of {bundle.name}: {error}"
-        raise InvalidRequest("ip_adapter_scale", message) from error
+    expanded = _maybe_expand_lora_scales_for_one_adapter(
+        use.scale, blocks, bundle.transformer_per_block, model=model, default_scale=0.0
+    )
     return [next((scale for block, scale in expanded.items() if name.startswith(block)), 1.0) for name in names]
 
 

@@ -175,7 +175,7 @@ def _leaves(scale: Any) -> Iterator[Any]:
 
 
 def _check_scale(parameter: str, scale: Any, bundle: Bundle) -> None:
-    """Refuse what is no number, and blocks that no UNet of this shape has.
+    """Refuse what is no number, and blocks and layers that no UNet of this shape has.
 
     Blocks without attention are ignored, as in diffusers.
     """
@@ -191,6 +191,25 @@ def _check_scale(parameter: str, scale: Any, bundle: Bundle) -> None:
             unknown = [part]
         if unknown:
             raise InvalidRequest("ip_adapter_scale", f"{bundle.name} has no {', '.join(unknown)}")
+        _check_layers(part, blocks, bundle)
+
+
+def _check_layers(part: str, blocks: Any, bundle: Bundle) -> None:
+    """A list has a number for each layer of a block, or one for all of them; the middle block is a single layer."""
+    if part == "mid":
+        given, layers = {"mid": blocks}, 1
+        if isinstance(blocks, dict):
+            raise InvalidRequest("ip_adapter_scale", f"mid has no {', '.join(blocks)}: it is a block itself")
+    else:
+        layers = bundle.transformer_per_block[part]
+        own = [layer.name.split(".")[1] for layer in bundle.layers if layer.name.startswith(f"{part}_blocks")]
+        attending = [f"block_{index}" for index in dict.fromkeys(own)]
+        by_block = blocks if isinstance(blocks, dict) else dict.fromkeys(attending, blocks)
+        given = {f"{part}.{block}": values for block, values in by_block.items() if block in attending}
+    for block, values in given.items():
+        if isinstance(values, list) and len(values) not in (1, layers):
+            wanted = "one number" if layers == 1 else f"{layers} numbers, or one for all of its layers"
+            raise InvalidRequest("ip_adapter_scale", f"{block} takes {wanted}; got {len(values)}")
 
 
 def _uses(read: Reader, bundle: Bundle, used: list[Adapter]) -> list[AdapterUse]:
