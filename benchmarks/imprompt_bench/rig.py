@@ -17,7 +17,7 @@ from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.loop import Denoiser
 from imprompt_serving.denoiser.meter import Meter
-from imprompt_serving.denoiser.networks import Networks
+from imprompt_serving.denoiser.networks import StepNetworks
 from imprompt_serving.engines import Engine
 from imprompt_serving.job import AdapterUse, JobRequest
 from imprompt_serving.parameters import Settings
@@ -69,7 +69,7 @@ class Rig:
         self.bundle = bundle
         self._conditioner = Conditioner(bundle, {adapter.name: _Projection() for adapter in bundle.adapters})
         self.denoiser = Denoiser(
-            Networks(bundle, {"unet": unet}, {}), Batcher(bundle), bundle.shapes.rows.max, bundle.limits, meter
+            StepNetworks(bundle, {"unet": unet}, {}), Batcher(bundle), bundle.shapes.rows.max, bundle.limits, meter
         )
 
     def job(self, name: str, *, steps: int, size: int, seed: int = 0, **settings: Any) -> Job:

@@ -27,6 +27,8 @@ from imprompt._tensors import PICTURES as START_PICTURES
 from imprompt._tensors import Tensor, encode_input, numeric_tensor, unsigned_seeds
 
 OUTPUT_TYPES = get_args(OutputType)
+SHORTEST_TIMEOUT_S = 1e-3
+"""The least that a server takes; what is left of a caller's time may be less."""
 MAX_BYTES = 2**31 - 2**20
 """Of the tensors of a request: protobuf holds no message of 2 GiB."""
 
@@ -91,7 +93,7 @@ class Request:
         """The `ModelInferRequest`, with `timeout` seconds left for it."""
         tensors = self.tensors
         if timeout is not None and self.timeout_input is not None:
-            tensors += (numeric_tensor(self.timeout_input, timeout),)
+            tensors += (numeric_tensor(self.timeout_input, max(timeout, SHORTEST_TIMEOUT_S)),)
         message = service_pb2.ModelInferRequest(model_name=self.model, id=self.id)
         for tensor in tensors:
             message.inputs.add(name=tensor.name, datatype=tensor.dtype, shape=tensor.shape)

@@ -20,7 +20,7 @@ from imprompt_export import graphs
 from imprompt_export.checkpoints import Checkpoints
 from imprompt_serving import tensor_names
 from imprompt_serving.denoiser.assembly import assemble
-from imprompt_serving.denoiser.batch import Batcher, Part
+from imprompt_serving.denoiser.batch import Batcher, RowSlice
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.engines import Engine
 from imprompt_serving.job import AdapterUse, ControlUse, JobRequest
@@ -86,8 +86,8 @@ class Studio:
         job = Job(request, self.bundle, self._conditioner(request, tensors), tensors)
         batcher = Batcher(self.bundle)
         while not job.done:
-            parts = [Part(job, 0, job.rows)]
-            job.fill(self._networks(parts, batcher.inputs(parts)))
+            parts = [RowSlice(job, 0, job.rows)]
+            job.add_output_rows(self._networks(parts, batcher.inputs(parts)))
         decoder = graphs.vae_decoder(self._checkpoints.pipeline.vae)
         return decoder.run({"latents": job.latents})[0][0].numpy()
 

@@ -6,7 +6,9 @@ from typing import Any, Literal
 
 import msgspec
 
+from imprompt_serving.engines import BACKENDS
 from imprompt_serving.parameters import PARAMETERS, Settings
+from imprompt_serving.specs import Bundle
 
 Scale = float | dict[str, Any] | list[float]
 Task = Literal["text-to-image", "image-to-image", "inpainting"]
@@ -35,7 +37,7 @@ class ControlUse(msgspec.Struct, frozen=True, kw_only=True):
     end: float = PARAMETERS["control_guidance_end"].default
 
 
-class Context(msgspec.Struct, frozen=True, kw_only=True):
+class ContextWindow(msgspec.Struct, frozen=True, kw_only=True):
     """Overlapping windows of frames, in which clips run that are longer than ``length``."""
 
     length: int
@@ -54,15 +56,11 @@ class JobRequest(msgspec.Struct, frozen=True, kw_only=True):
     controls: tuple[ControlUse, ...] = ()
     frames: int | None = None
     """Frames of each clip; None for pictures."""
-    context: Context | None = None
+    context: ContextWindow | None = None
     """Set for clips: a window for clips that are longer than it."""
     timeout: float | None = None
     """Seconds left on arrival in the denoiser."""
     reports_progress: bool = False
-
-    @property
-    def shape(self) -> str:
-        return shape_of(self.settings.height, self.settings.width, self.frames)
 
 
 class Admission(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,9 +69,22 @@ class Admission(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     rows: int
     steps: int
-    shape: str
+    batch_key: str
 
 
-def shape_of(height: int, width: int, frames: int | None) -> str:
-    """Equal for jobs that may share a call of the UNet."""
-    return f"{frames or 1}x{height}x{width}"
+def batch_key(
+    bundle: Bundle, height: int, width: int, frames: int | None, context: ContextWindow | None, *, regions: bool
+) -> str:
+    """Equal for jobs whose rows can share a call of the UNet.
+
+    Args:
+        frames: of each clip; None for pictures.
+        context: the window in which longer clips run.
+        regions: whether an adapter has several masked images. Engines that are built for ranges of shapes have a
+            profile of their own for these, which long lists of pictures do not fit.
+    """
+    sizes = [height, width]
+    if frames is not None:
+        sizes.insert(0, frames if context is None else min(frames, context.length))
+    apart = regions and BACKENDS[bundle.backend].compiled
+    return "x".join(map(str, sizes)) + (" regions" if apart else "")

@@ -256,7 +256,7 @@ class Server:
 
     def _wait_until_ready(self, give_up: Callable[[], bool]) -> bool:
         until = time.monotonic() + self._start_timeout
-        while not _is_ready(self.addresses.grpc):
+        while not _is_ready(self.addresses):
             status = self._running.poll()
             if status is not None:
                 raise LaunchError(
@@ -401,15 +401,26 @@ def _get(address: str, path: str) -> tuple[int, str]:
         connection.close()
 
 
-def _is_ready(grpc_address: str) -> bool:
-    """The server answers and every model is ready (Triton's strict readiness, its default)."""
+def _is_ready(addresses: Addresses) -> bool:
+    """The server answers on all its ports and every model is ready (Triton's strict readiness, its default)."""
     # A new channel each time: one that saw no server waits longer and longer before it looks again.
-    with grpc.insecure_channel(grpc_address, [("grpc.enable_http_proxy", 0)]) as channel:
+    with grpc.insecure_channel(addresses.grpc, [("grpc.enable_http_proxy", 0)]) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         try:
-            return bool(stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=5).ready)
+            ready = bool(stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=5).ready)
         except grpc.RpcError:
             return False
+    # Triton opens these after its gRPC port.
+    return ready and all(_listens(address) for address in (addresses.metrics, addresses.http) if address)
+
+
+def _listens(address: str) -> bool:
+    host, port = address.rsplit(":", 1)
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def _listen_options(address: str, ports: dict[str, int]) -> list[str]:

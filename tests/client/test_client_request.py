@@ -16,6 +16,8 @@ from fake_triton import EMBED_SIZE, Call, FakeTriton
 from PIL import Image
 
 from imprompt import Client, InvalidRequest
+from imprompt._model import Input
+from imprompt._request import Request
 
 RED = Image.new("RGB", (4, 2), "red")
 BLUE = Image.new("RGB", (4, 2), "blue")
@@ -400,3 +402,9 @@ def test_encode_image_asks_for_one_adapters_embeddings(client: Client, triton: F
     found += 1  # the caller's own
     with pytest.raises(InvalidRequest, match="adapter: no adapter 'fase'; the bundle has plus, face; did you mean"):
         client.encode_image("two", "fase", RED)
+
+
+def test_what_is_left_of_a_short_timeout_is_never_less_than_a_server_takes() -> None:
+    timeout = Input(name="timeout", dtype="FP64", dims=(1,))
+    request = Request(model="x", bundle="x", id="1", tensors=(), output_type="pil", clip=False, timeout_input=timeout)
+    assert np.frombuffer(request.message(1e-7).raw_input_contents[0]) == [1e-3]

@@ -14,12 +14,13 @@ from diffusers import UNet2DConditionModel
 from imprompt_export import graphs, image_prompt
 from imprompt_export.control import residuals
 from imprompt_export.profiles import Profile, batch, check_axes, profiles
-from imprompt_serving.denoiser.batch import Batcher, Part
+from imprompt_serving.denoiser.batch import Batcher, RowSlice
 from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.gpu.tensorrt import Limits, profile_for
 from imprompt_serving.job import AdapterUse
+from imprompt_serving.pipeline.image_prompts import ImagePromptPlan, check_tokens
 from imprompt_serving.specs import Adapter, Bundle, Motion, Range, Shapes, T2IAdapter, TextEncoder
 from jobs import job_request
 from tiny import base
@@ -201,6 +202,7 @@ class Projection:
 def job(spec: Bundle, kinds: Mapping[str, str]) -> Job:
     """A guided picture that uses each adapter in one of ``KINDS``."""
     uses: list[AdapterUse] = []
+    plans: list[ImagePromptPlan] = []
     tensors: dict[str, torch.Tensor] = {}
     for prefix in ("", "negative_"):
         tensors[f"{prefix}prompt_embeds"] = torch.zeros(1, 77, 48)
@@ -214,6 +216,12 @@ def job(spec: Bundle, kinds: Mapping[str, str]) -> Job:
             tensors[f"{prefix}image_embeds_{adapter.name}"] = torch.zeros(count, *adapter.embed_shape)
         if kind == "masked":
             tensors[f"ip_adapter_masks_{adapter.name}"] = torch.ones(count, 64, 64)
+        pictures = (b"",) * count
+        masks = pictures if kind == "masked" else ()
+        plans.append(
+            ImagePromptPlan(adapter=adapter, files=pictures, negatives=(), embeds=None, masks=masks, use=uses[-1])
+        )
+    check_tokens(tuple(plans), spec)
     request = job_request(id="-".join(kinds.values()), num_inference_steps=1, adapters=tuple(uses))
     conditioner = Conditioner(spec, {adapter.name: Projection(adapter) for adapter in spec.adapters})
     return Job(request, spec, conditioner(request, tensors), tensors)
@@ -239,8 +247,8 @@ def test_jobs_that_may_share_a_call_fit_a_profile() -> None:
     together = [made for made in found.values() if made is not None]
     batcher, tried = Batcher(spec), 0
     for one, other in itertools.combinations_with_replacement(together, 2):
-        if one.key == other.key:
-            inputs = batcher.inputs([Part(one, 0, one.rows), Part(other, 0, other.rows)])
+        if one.batch_key == other.batch_key:
+            inputs = batcher.inputs([RowSlice(one, 0, one.rows), RowSlice(other, 0, other.rows)])
             profile_for(tuple((name, tuple(tensor.shape)) for name, tensor in inputs.items()), allowed)
             tried += 1
     assert tried > len(together)
@@ -249,4 +257,4 @@ def test_jobs_that_may_share_a_call_fit_a_profile() -> None:
 def test_engines_without_profiles_take_all_of_them_together() -> None:
     found = dict(jobs(TWO))
     assert None not in found.values()
-    assert len({made.key for made in found.values() if made is not None}) == 1
+    assert len({made.batch_key for made in found.values() if made is not None}) == 1

@@ -157,7 +157,7 @@ def test_callers_who_leave_at_any_time_leave_nothing(sd15: Served) -> None:
 
     def leaves(delay: float) -> None:
         try:
-            arguments = CAT | {"ip_adapter_image": {"plus": PHOTOS[:3]}, "num_images_per_prompt": 4}
+            arguments = CAT | {"ip_adapter_image": {"plus": PHOTOS[:3]}, "num_images_per_prompt": 2}
             answers.append(sd15.generate(**arguments, timeout=delay))
         except (DeadlineExceeded, Cancelled) as error:
             answers.append(error)

@@ -116,7 +116,7 @@ def dispatcher(two: Served, room: tuple[int, int]) -> tuple[Dispatcher, Lines]:
 
 
 def asked(rows: int) -> Admission:
-    return Admission(id="job", rows=rows, steps=1, shape="1x64x64")
+    return Admission(id="job", rows=rows, steps=1, batch_key="64x64")
 
 
 def test_the_denoiser_with_the_fewest_rows_is_asked(two: Served) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from imprompt_serving.denoiser.admission import Load
 from imprompt_serving.denoiser.answers import Listener
-from imprompt_serving.denoiser.batch import Part
-from imprompt_serving.denoiser.line import Load
+from imprompt_serving.denoiser.batch import RowSlice
 from imprompt_serving.denoiser.loop import Denoiser
 from imprompt_serving.denoiser.meter import Meter, Population
 from imprompt_serving.errors import Cancelled, InvalidRequest, Overloaded, RequestError
@@ -28,13 +28,13 @@ class FakeJob:
     """What the loop uses of a job."""
 
     def __init__(self, id: str, *, rows: int = 2, steps: int = 3, key: str = "a", timeout: float | None = None) -> None:
-        self.id, self.rows, self.steps, self.key = id, rows, steps, key
+        self.id, self.rows, self.steps, self.batch_key = id, rows, steps, key
         self.request = SimpleNamespace(
             settings=SimpleNamespace(priority=5, progress_every=1), reports_progress=True, timeout=timeout
         )
         self.deadline = None if timeout is None else time.monotonic() + timeout
         self.started: float | None = None
-        self.since = self.step = self.filled = 0
+        self.last_served_tick = self.step = self.filled = 0
         self.predicted = None
         self.frames = 1
         self.broken: Exception | None = None
@@ -51,7 +51,7 @@ class FakeJob:
     def done(self) -> bool:
         return self.step == self.steps
 
-    def fill(self, rows: torch.Tensor) -> None:
+    def add_output_rows(self, rows: torch.Tensor) -> None:
         if self.broken is not None:
             raise self.broken
         self.filled += len(rows)
@@ -62,7 +62,7 @@ class FakeJob:
 class FakeBatcher:
     """Rows are tensors of ones; a job's id travels with the call."""
 
-    def inputs(self, parts: list[Part]) -> dict[str, torch.Tensor]:
+    def inputs(self, parts: list[RowSlice]) -> dict[str, torch.Tensor]:
         self.parts = [(part.job.id, part.stop - part.start) for part in parts]
         return {"sample": torch.ones(sum(rows for _, rows in self.parts), 1)}
 
@@ -71,7 +71,7 @@ class FakeBatcher:
 
 
 class Gate:
-    """Networks that compute a call for each ``open``; all at once after ``open(None)``."""
+    """StepNetworks that compute a call for each ``open``; all at once after ``open(None)``."""
 
     def __init__(self, batcher: FakeBatcher) -> None:
         self.batcher, self.calls = batcher, list[list[tuple[str, int]]]()
@@ -87,7 +87,7 @@ class Gate:
         """Waits until a call has come."""
         assert self._entered.acquire(timeout=WAIT_S)
 
-    def __call__(self, parts: Sequence[Part], inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def __call__(self, parts: Sequence[RowSlice], inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         self._entered.release()
         if not self._free:
             assert self._turns.acquire(timeout=WAIT_S)

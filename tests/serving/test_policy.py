@@ -14,19 +14,19 @@ from imprompt_serving.denoiser.policy import (
     LAST_PRIORITY,
     START_PATIENCE,
     Candidate,
-    Share,
-    held,
+    RowGrant,
+    not_yet_startable,
     patience,
     plan,
 )
 
 
-def begun(key: str = "a", pending: int = 2, since: int = 0, priority: int = DEFAULT_PRIORITY) -> Candidate:
-    return Candidate(key, pending, pending, since, True, priority)
+def begun(key: str = "a", pending: int = 2, last_served_tick: int = 0, priority: int = DEFAULT_PRIORITY) -> Candidate:
+    return Candidate(key, pending, pending, last_served_tick, True, priority)
 
 
-def new(key: str = "a", pending: int = 2, since: int = 0, priority: int = DEFAULT_PRIORITY) -> Candidate:
-    return Candidate(key, pending, pending, since, False, priority)
+def new(key: str = "a", pending: int = 2, last_served_tick: int = 0, priority: int = DEFAULT_PRIORITY) -> Candidate:
+    return Candidate(key, pending, pending, last_served_tick, False, priority)
 
 
 def served(candidates: list[Candidate], limit: int = 8) -> dict[int, int]:
@@ -42,64 +42,84 @@ def test_all_of_a_key_share_a_call() -> None:
 
 
 def test_rows_of_a_call_are_of_the_leaders_key() -> None:
-    assert served([begun("a", since=3), begun("b", since=2), begun("b", since=3)]) == {1: 2, 2: 2}
+    assert served([begun("a", last_served_tick=3), begun("b", last_served_tick=2), begun("b", last_served_tick=3)]) == {
+        1: 2,
+        2: 2,
+    }
 
 
 def test_those_served_longest_ago_come_first_and_the_last_one_gets_what_is_left() -> None:
-    assert plan([begun(since=2), begun(pending=3, since=1), begun(since=1), begun(since=3)], 8) == [
-        Share(2, 2),
-        Share(1, 3),
-        Share(0, 2),
-        Share(3, 1),
+    assert plan(
+        [
+            begun(last_served_tick=2),
+            begun(pending=3, last_served_tick=1),
+            begun(last_served_tick=1),
+            begun(last_served_tick=3),
+        ],
+        8,
+    ) == [
+        RowGrant(2, 2),
+        RowGrant(1, 3),
+        RowGrant(0, 2),
+        RowGrant(3, 1),
     ]
 
 
 def test_a_job_that_has_begun_goes_before_one_of_another_key_for_a_while() -> None:
-    assert served([new("b", since=0), begun(since=START_PATIENCE - 1)]) == {1: 2}
-    assert served([new("b", since=0), begun(since=START_PATIENCE + 1)]) == {0: 2}
+    assert served([new("b", last_served_tick=0), begun(last_served_tick=START_PATIENCE - 1)]) == {1: 2}
+    assert served([new("b", last_served_tick=0), begun(last_served_tick=START_PATIENCE + 1)]) == {0: 2}
 
 
 def test_a_job_does_not_begin_while_others_of_its_key_fill_a_call() -> None:
-    line = [new(since=0), begun(since=900), begun(since=901)]
-    assert held(line, 4) == {0}
+    line = [new(last_served_tick=0), begun(last_served_tick=900), begun(last_served_tick=901)]
+    assert not_yet_startable(line, 4) == {0}
     assert served(line, limit=4) == {1: 2, 2: 2}
-    assert held(line, 5) == set()
+    assert not_yet_startable(line, 5) == set()
     assert served(line, limit=5) == {0: 2, 1: 2, 2: 1}
 
 
 def test_those_who_wait_begin_in_their_order() -> None:
-    assert held([new(since=3), begun(), new(since=1), new(since=2)], 4) == {0, 3}
+    assert not_yet_startable(
+        [new(last_served_tick=3), begun(), new(last_served_tick=1), new(last_served_tick=2)], 4
+    ) == {0, 3}
 
 
 def test_jobs_wait_for_those_of_their_priority_only() -> None:
     line = [begun(), begun(), new(priority=FIRST_PRIORITY), new(), new(priority=LAST_PRIORITY)]
-    assert held(line, 4) == {3, 4}
+    assert not_yet_startable(line, 4) == {3, 4}
 
 
 def test_jobs_of_few_rows_do_not_wait_for_those_of_many() -> None:
-    assert held([begun(pending=64), begun(pending=64), new(), new(pending=64)], 8) == {3}
+    assert not_yet_startable([begun(pending=64), begun(pending=64), new(), new(pending=64)], 8) == {3}
 
 
 def test_what_a_call_has_left_goes_to_those_who_wait() -> None:
     line = [Candidate("a", 64, 3, 0, True), new(pending=64)]
-    assert held(line, 8) == {1}
+    assert not_yet_startable(line, 8) == {1}
     assert served(line) == {0: 3, 1: 5}
 
 
 def test_a_job_of_many_rows_leaves_half_of_a_call_to_small_ones() -> None:
-    assert served([begun(pending=64, since=0), new(since=5), new(since=6), new(since=7)]) == {0: 4, 1: 2, 2: 2}
+    assert served(
+        [
+            begun(pending=64, last_served_tick=0),
+            new(last_served_tick=5),
+            new(last_served_tick=6),
+            new(last_served_tick=7),
+        ]
+    ) == {0: 4, 1: 2, 2: 2}
 
 
 def test_a_job_of_many_rows_gets_what_small_ones_leave() -> None:
-    assert served([begun(pending=64, since=0), new(since=5)]) == {0: 6, 1: 2}
+    assert served([begun(pending=64, last_served_tick=0), new(last_served_tick=5)]) == {0: 6, 1: 2}
 
 
 def test_large_jobs_go_one_after_the_other() -> None:
-    assert served([begun(pending=8, since=0), begun(pending=8, since=1)]) == {0: 8}
+    assert served([begun(pending=8, last_served_tick=0), begun(pending=8, last_served_tick=1)]) == {0: 8}
 
 
 def test_priority_decides_who_goes_first() -> None:
-    line = [begun(priority=FIRST_PRIORITY, since=9), begun(), begun(priority=LAST_PRIORITY)]
+    line = [begun(priority=FIRST_PRIORITY, last_served_tick=9), begun(), begun(priority=LAST_PRIORITY)]
     assert served(line[1:], limit=2) == {0: 2}
     assert served([line[0], line[2]], limit=2) == {0: 2}
 
@@ -108,18 +128,20 @@ def test_priority_decides_who_goes_first() -> None:
 class SimulatedJob:
     """A job of the simulation: rows of its current step that are open, and what became of it."""
 
-    key: str
+    batch_key: str
     rows: int
     steps: int
     priority: int
-    since: int
+    last_served_tick: int
     pending: int = 0
     frames: int = 1
     begun: bool = False
     bound: int = 0
 
     def candidate(self) -> Candidate:
-        return Candidate(self.key, self.rows, self.pending, self.since, self.begun, self.priority, self.frames)
+        return Candidate(
+            self.batch_key, self.rows, self.pending, self.last_served_tick, self.begun, self.priority, self.frames
+        )
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -155,19 +177,19 @@ def test_simulation_of_random_arrivals(seed: int) -> None:
     assert all(not job.steps for job in finished)
 
 
-def _check_call(candidates: list[Candidate], shares: list[Share], limit: int) -> None:
+def _check_call(candidates: list[Candidate], shares: list[RowGrant], limit: int) -> None:
     rows = dict(shares)
     assert len(rows) == len(shares), "each job once"
     assert bool(shares) == bool(candidates)
     assert all(0 < given <= candidates[index].pending for index, given in shares)
-    assert len({candidates[index].key for index in rows}) <= 1
+    assert len({candidates[index].batch_key for index in rows}) <= 1
     open_rows = Counter[str]()
     for candidate in candidates:
-        open_rows[str(candidate.key)] += candidate.pending
+        open_rows[str(candidate.batch_key)] += candidate.pending
     if shares:
         # Never alone, never half empty: all the rows of the key that there are, or as many as a call holds.
         leader = candidates[shares[0].index]
-        assert sum(rows.values()) == min(max(limit // leader.frames, 1), open_rows[str(leader.key)])
+        assert sum(rows.values()) == min(max(limit // leader.frames, 1), open_rows[str(leader.batch_key)])
 
 
 def _check_begun(jobs: list[SimulatedJob], limit: int) -> None:
@@ -176,23 +198,25 @@ def _check_begun(jobs: list[SimulatedJob], limit: int) -> None:
     for job in jobs:
         room = max(limit // job.frames, 1)
         if job.begun and job.rows <= room // 2:
-            begun[job.key, job.priority] += job.rows
-            assert begun[job.key, job.priority] < room + room // 2
+            begun[job.batch_key, job.priority] += job.rows
+            assert begun[job.batch_key, job.priority] < room + room // 2
 
 
-def _serve(jobs: list[SimulatedJob], shares: list[Share], tick: int, limit: int) -> None:
+def _serve(jobs: list[SimulatedJob], shares: list[RowGrant], tick: int, limit: int) -> None:
     rows = dict(shares)
-    waiting = held([job.candidate() for job in jobs], limit)
+    waiting = not_yet_startable([job.candidate() for job in jobs], limit)
     for index, job in enumerate(jobs):
         # Jobs that come after the tick at which this one is due are due later, so only those that are there now count.
-        due = job.since + patience(job.candidate())
+        due = job.last_served_tick + patience(job.candidate())
         if tick <= due + 1 or index in waiting:
             job.bound = max(due, tick) + 1 + len(jobs)
         if index not in rows:
             continue
-        assert tick <= job.bound, f"waited {tick - job.since} ticks, {job.bound - job.since} are promised"
+        assert tick <= job.bound, (
+            f"waited {tick - job.last_served_tick} ticks, {job.bound - job.last_served_tick} are promised"
+        )
         job.pending -= rows[index]
-        job.since, job.begun = tick, True
+        job.last_served_tick, job.begun = tick, True
         if not job.pending:
             job.steps, job.pending = job.steps - 1, job.rows
 
@@ -223,5 +247,5 @@ def test_jobs_of_equal_size_finish_one_after_the_other() -> None:
 
 
 def test_rows_of_clips_take_the_place_of_their_frames() -> None:
-    assert plan([Candidate("clip", 5, 5, 0, True, frames=4)], 8) == [Share(0, 2)]
-    assert plan([Candidate("clip", 2, 2, 0, True, frames=16)], 8) == [Share(0, 1)]
+    assert plan([Candidate("clip", 5, 5, 0, True, frames=4)], 8) == [RowGrant(0, 2)]
+    assert plan([Candidate("clip", 2, 2, 0, True, frames=16)], 8) == [RowGrant(0, 1)]

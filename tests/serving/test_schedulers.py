@@ -149,7 +149,7 @@ def job(scheduler: str | None, config: dict[str, Any], device: str = "cpu", **ch
 def run(job: Job) -> torch.Tensor:
     while not job.done:
         sample, _ = job.model_input()
-        job.fill(sample * 0.5)
+        job.add_output_rows(sample * 0.5)
     return job.latents
 
 
@@ -233,7 +233,7 @@ def test_noise_is_drawn_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schedulers, "BrownianTreeNoiseSampler", Sampler)
     there = job("DPMSolverSDEScheduler", {}, "meta")
     sample, _ = there.model_input()
-    there.fill(sample * 0.5)
+    there.add_output_rows(sample * 0.5)
     assert there.latents.device.type == "meta"
     assert [x.device.type for x in asked] == ["cpu"]
 

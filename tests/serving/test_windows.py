@@ -8,17 +8,19 @@ import pytest
 import torch
 
 from imprompt_serving.denoiser.windows import merge, pyramid, windows
-from imprompt_serving.job import Context
+from imprompt_serving.job import ContextWindow
 
 
 @pytest.mark.parametrize("frames", [1, 7, 16])
 def test_a_clip_within_the_window_is_one(frames: int) -> None:
-    assert windows(3, frames, Context(length=16)) == [tuple(range(frames))]
+    assert windows(3, frames, ContextWindow(length=16)) == [tuple(range(frames))]
 
 
 @pytest.mark.parametrize("frames", [17, 24, 64, 65])
-@pytest.mark.parametrize("context", [Context(length=16), Context(length=8, overlap=0), Context(length=8, stride=3)])
-def test_windows_have_one_length_and_cover_the_clip(frames: int, context: Context) -> None:
+@pytest.mark.parametrize(
+    "context", [ContextWindow(length=16), ContextWindow(length=8, overlap=0), ContextWindow(length=8, stride=3)]
+)
+def test_windows_have_one_length_and_cover_the_clip(frames: int, context: ContextWindow) -> None:
     for step in range(12):
         found = windows(step, frames, context)
         assert {len(window) for window in found} == {context.length}
@@ -28,29 +30,29 @@ def test_windows_have_one_length_and_cover_the_clip(frames: int, context: Contex
 
 
 def test_neighbours_share_frames() -> None:
-    ordered = windows(0, 64, Context(length=16, overlap=4))
+    ordered = windows(0, 64, ContextWindow(length=16, overlap=4))
     shared = [len(set(a) & set(b)) for a, b in pairwise(ordered)]
     assert min(shared) >= 4
 
 
 def test_seams_move_from_step_to_step() -> None:
-    starts = {tuple(window[0] for window in windows(step, 64, Context(length=16))) for step in range(8)}
+    starts = {tuple(window[0] for window in windows(step, 64, ContextWindow(length=16))) for step in range(8)}
     assert len(starts) == 8
 
 
 def test_strides_look_at_a_wider_part() -> None:
-    steps = {window[1] - window[0] for window in windows(0, 64, Context(length=16, stride=3))}
+    steps = {window[1] - window[0] for window in windows(0, 64, ContextWindow(length=16, stride=3))}
     assert steps == {1, 2, 4}
 
 
 def test_one_window_merges_to_itself() -> None:
     noise = torch.randn(2, 4, 6, 3, 3)
-    torch.testing.assert_close(merge(noise, windows(0, 6, Context(length=8)), 6), noise)
+    torch.testing.assert_close(merge(noise, windows(0, 6, ContextWindow(length=8)), 6), noise)
 
 
 def test_windows_that_agree_merge_to_what_they_say() -> None:
     whole = torch.randn(2, 4, 40, 3, 3)
-    views = windows(5, 40, Context(length=16))
+    views = windows(5, 40, ContextWindow(length=16))
     parts = torch.cat([whole[:, :, list(window)] for window in views])
     torch.testing.assert_close(merge(parts, views, 40), whole)
 

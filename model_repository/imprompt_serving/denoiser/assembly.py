@@ -7,14 +7,14 @@ from collections.abc import Callable
 import torch
 
 from imprompt_serving.denoiser.conditioning import CPU, Conditioner
-from imprompt_serving.denoiser.networks import Networks
+from imprompt_serving.denoiser.networks import StepNetworks
 from imprompt_serving.engines import Engine
 from imprompt_serving.specs import Bundle
 
 
 def assemble(
     bundle: Bundle, engine: Callable[[str], Engine], device: torch.device = CPU
-) -> tuple[Conditioner, Networks]:
+) -> tuple[Conditioner, StepNetworks]:
     """What runs once a request, and what runs at each step, on ``device``; ``engine`` gives the engine of a name."""
     controlnets, t2i_adapters = bundle.controlnets, bundle.t2i_adapters
     conditioner = Conditioner(
@@ -25,4 +25,4 @@ def assemble(
         device,
     )
     unets = {name: engine(name) for name in ("unet", "motion_unet")[: 1 if bundle.motion is None else 2]}
-    return conditioner, Networks(bundle, unets, {net.name: engine(f"controlnet_{net.name}") for net in controlnets})
+    return conditioner, StepNetworks(bundle, unets, {net.name: engine(f"controlnet_{net.name}") for net in controlnets})

@@ -14,7 +14,7 @@ from imprompt_serving.denoiser.job import Job
 from imprompt_serving.specs import Bundle
 
 
-class Part(NamedTuple):
+class RowSlice(NamedTuple):
     """Rows ``start`` to ``stop`` of a job."""
 
     job: Job
@@ -32,10 +32,10 @@ class Batcher:
             for adapter in bundle.adapters
             for name in tensor_names.ip_inputs(adapter.name, bundle.levels)
         }
-        self._composition: list[tuple[Part, int]] = []
+        self._composition: list[tuple[RowSlice, int]] = []
         self._conditioning: dict[str, Tensor] = {}
 
-    def inputs(self, parts: list[Part]) -> dict[str, Tensor]:
+    def inputs(self, parts: list[RowSlice]) -> dict[str, Tensor]:
         """UNet inputs of ``parts``, one after the other."""
         sources = [part.job.conditioning() for part in parts]
         composition = [(part, id(source)) for part, source in zip(parts, sources, strict=True)]
@@ -54,7 +54,7 @@ class Batcher:
         """Let go of the last composition's tensors."""
         self._composition, self._conditioning = [], {}
 
-    def _stack(self, parts: list[Part], sources: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def _stack(self, parts: list[RowSlice], sources: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         sizes = {adapter: self._widest(adapter, sources) for adapter in set(self._adapters.values())}
         indices = [part.job.conditioning_rows(part.start, part.stop) for part in parts]
         stacked = {}

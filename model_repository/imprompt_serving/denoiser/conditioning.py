@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from imprompt_serving import tensor_names
-from imprompt_serving.denoiser.control import Control, acts, prepare_controls
-from imprompt_serving.denoiser.features import Features, prepare_features, total
+from imprompt_serving.denoiser.control import PreparedControlNet, is_active, prepare_controls
+from imprompt_serving.denoiser.features import T2IFeatures, prepare_features, total
 from imprompt_serving.denoiser.image_prompts import absent_inputs, adapter_inputs, group_scales, has_regions
 from imprompt_serving.engines import Engine
 from imprompt_serving.job import JobRequest
@@ -28,8 +28,8 @@ class Conditioning:
         bundle: Bundle,
         inputs: dict[str, Tensor],
         pictures: int,
-        controls: tuple[Control, ...] = (),
-        features: tuple[Features, ...] = (),
+        controls: tuple[PreparedControlNet, ...] = (),
+        features: tuple[T2IFeatures, ...] = (),
         device: torch.device = CPU,
     ) -> None:
         self._bundle, self._features, self._device = bundle, features, device
@@ -52,8 +52,8 @@ class Conditioning:
 
     def at(self, index: int, count: int) -> Mapping[str, Tensor]:
         """UNet inputs of call ``index`` of ``count``; equal conditioning is the same object."""
-        active = tuple(acts(*window, index, count) for window in self._windows.values())
-        features = tuple(acts(part.start, part.end, index, count) for part in self._features)
+        active = tuple(is_active(*window, index, count) for window in self._windows.values())
+        features = tuple(is_active(part.start, part.end, index, count) for part in self._features)
         if (*active, *features) not in self._variants:
             switched = zip(self._windows, active, strict=True)
             silent = {name: torch.zeros_like(self._inputs[name]) for name, on in switched if not on}

@@ -14,13 +14,13 @@ from imprompt_serving.job import ControlUse, JobRequest
 from imprompt_serving.specs import Bundle
 
 
-def acts(start: float, end: float, index: int, count: int) -> bool:
+def is_active(start: float, end: float, index: int, count: int) -> bool:
     """Whether call ``index`` of ``count`` is among those from ``start`` to ``end`` (diffusers: ``controlnet_keep``)."""
     return start <= index / count and (index + 1) / count <= end
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Control:
+class PreparedControlNet:
     """A ControlNet in one job, as its engine takes it.
 
     Shapes: ``embedding`` [pictures, F, C, h, w] (F is 1 for pictures), ``scale`` [R] (a number for each residual).
@@ -34,7 +34,7 @@ class Control:
     start: float
     end: float
 
-    def to(self, device: torch.device) -> Control:
+    def to(self, device: torch.device) -> PreparedControlNet:
         """The same on ``device``."""
         return replace(self, embedding=self.embedding.to(device), scale=self.scale.to(device))
 
@@ -46,7 +46,7 @@ def prepare_controls(
     tensors: Mapping[str, Tensor],
     pictures: int,
     branches: int,
-) -> tuple[Control, ...]:
+) -> tuple[PreparedControlNet, ...]:
     """Embed the control images of ``request``, once for all of its steps."""
     uses = [use for use in request.controls if use.name in embeddings]
     if not uses:
@@ -54,7 +54,7 @@ def prepare_controls(
     # As in diffusers: the first net decides for all of them.
     guess = request.settings.guess_mode or bundle.controlnet(uses[0].name).global_pool
     return tuple(
-        Control(
+        PreparedControlNet(
             name=use.name,
             embedding=_embed(
                 embeddings[use.name], tensors[tensor_names.control_image(use.name)], request, bundle, pictures

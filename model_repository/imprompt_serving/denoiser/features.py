@@ -15,7 +15,7 @@ from imprompt_serving.specs import Bundle, level_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Features:
+class T2IFeatures:
     """The features of one T2I-Adapter, scaled, a row for each row of the job; active from ``start`` to ``end``."""
 
     tensors: dict[str, Tensor]
@@ -30,7 +30,7 @@ def prepare_features(
     tensors: Mapping[str, Tensor],
     pictures: int,
     branches: int,
-) -> tuple[Features, ...]:
+) -> tuple[T2IFeatures, ...]:
     """Run the T2I-Adapters of ``request``; one control image serves all pictures, or each prompt has its own."""
     found = []
     for use in request.controls:
@@ -44,11 +44,11 @@ def prepare_features(
         for name in bundle.feature_names:
             features = torch.cat([torch.from_numpy(part[name]) for part in parts]) * use.scale
             scaled[name] = features.repeat_interleave(each, dim=0).repeat(branches, 1, 1, 1)
-        found.append(Features(tensors=scaled, start=use.start, end=use.end))
+        found.append(T2IFeatures(tensors=scaled, start=use.start, end=use.end))
     return tuple(found)
 
 
-def total(bundle: Bundle, features: Sequence[Features], rows: int, size: tuple[int, int]) -> dict[str, Tensor]:
+def total(bundle: Bundle, features: Sequence[T2IFeatures], rows: int, size: tuple[int, int]) -> dict[str, Tensor]:
     """The sum of ``features`` as inputs of the UNet, for latents of ``size`` (height and width); zeros of none."""
     made = {}
     for name, (channels, level) in zip(bundle.feature_names, bundle.features, strict=True):

@@ -9,9 +9,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from imprompt_serving.denoiser.admission import Load
 from imprompt_serving.denoiser.conditioning import CPU, Conditioning
-from imprompt_serving.denoiser.control import Control, acts
-from imprompt_serving.denoiser.line import Load
+from imprompt_serving.denoiser.control import PreparedControlNet, is_active
 from imprompt_serving.denoiser.preview import predicted_latents
 from imprompt_serving.denoiser.schedulers import (
     blame_caller,
@@ -22,9 +22,8 @@ from imprompt_serving.denoiser.schedulers import (
 )
 from imprompt_serving.denoiser.start import generators, start
 from imprompt_serving.denoiser.windows import Window, merge, windows
-from imprompt_serving.engines import BACKENDS
 from imprompt_serving.errors import InvalidRequest, RequestError
-from imprompt_serving.job import JobRequest
+from imprompt_serving.job import JobRequest, batch_key
 from imprompt_serving.specs import Bundle
 
 _USUAL_SCALE, _USUAL_EMBEDDING = 100.0, 1000.0
@@ -54,7 +53,7 @@ class Job:
         self.arrived = time.monotonic()
         self.deadline = None if request.timeout is None else self.arrived + request.timeout
         self.started: float | None = None
-        self.since = 0
+        self.last_served_tick = 0
         """Tick that last served this job, or in which it came."""
 
         self._scheduler = make_scheduler(bundle, request)
@@ -76,9 +75,14 @@ class Job:
         """Frames of the windows of the current step; a single one of all frames for most clips; empty for pictures."""
         self.frames = len(self.windows[0]) if self.windows else 1
         """Frames of a row."""
-        # Compiled engines have a profile for region masks, which long lists of pictures do not fit.
-        apart = BACKENDS[bundle.backend].compiled and conditioning.regions
-        self.key = ("motion_unet" if self.windows else "unet", self.frames, *self.latents.shape[-2:], apart)
+        self.batch_key = batch_key(
+            bundle,
+            request.settings.height,
+            request.settings.width,
+            request.frames,
+            request.context,
+            regions=conditioning.regions,
+        )
         """Jobs with equal keys can share a call."""
 
         self._computed: list[Tensor] = []
@@ -105,7 +109,7 @@ class Job:
     @property
     def load(self) -> Load:
         """What it still needs of the UNet."""
-        return Load(self.rows * self.frames, len(self._timesteps) - self._index, self.request.shape)
+        return Load(self.rows * self.frames, len(self._timesteps) - self._index, self.batch_key)
 
     @property
     def done(self) -> bool:
@@ -136,10 +140,10 @@ class Job:
             return range(first + start, first + stop)
         return [first + row % rows for row in range(start, stop)]
 
-    def controls(self) -> list[Control]:
+    def controls(self) -> list[PreparedControlNet]:
         """The ControlNets that act in the current step."""
         count = len(self._timesteps)
-        return [use for use in self._conditioning.controls if acts(use.start, use.end, self._index, count)]
+        return [use for use in self._conditioning.controls if is_active(use.start, use.end, self._index, count)]
 
     def model_input(self) -> tuple[Tensor, Tensor]:
         """Latents [rows, C, h, w] (clips: [rows, C, F, h, w]) and timesteps [rows] of the current step."""
@@ -153,7 +157,7 @@ class Job:
             self._model_input = torch.cat([view for view in views for _ in range(self.branches)])
         return self._model_input, self._timesteps_there[self._index].expand(self.rows)
 
-    def fill(self, noise_pred: Tensor) -> None:
+    def add_output_rows(self, noise_pred: Tensor) -> None:
         """Take the UNet's output for the next ``len(noise_pred)`` pending rows; steps when it was the last.
 
         The tensor is kept: multistep schedulers look back at earlier outputs, so nobody may write into it again.

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from imprompt_serving.denoiser.admission import Load, check_room
 from imprompt_serving.denoiser.answers import Answers, AnswerThreads, Listener
-from imprompt_serving.denoiser.batch import Batcher, Part
+from imprompt_serving.denoiser.batch import Batcher, RowSlice
 from imprompt_serving.denoiser.job import Job
-from imprompt_serving.denoiser.line import Load, check_room
 from imprompt_serving.denoiser.meter import Meter, Population
 from imprompt_serving.denoiser.policy import Candidate, plan
 from imprompt_serving.errors import Cancelled, Overloaded, RequestError, unexpected
@@ -180,7 +180,7 @@ class Denoiser:
     def _submit(self, job: Job, listener: Listener) -> None:
         self._admit(job.id, job.load)
         del self._admitted[job.id]
-        job.since = self._tick
+        job.last_served_tick = self._tick
         self._jobs[job.id] = _Active(job, Answers(listener, self._answer_threads, self._meter))
         self._report_population()
         self._post(self._start_tick)
@@ -223,16 +223,16 @@ class Denoiser:
             if active.job.deadline is not None and now > active.job.deadline:
                 self._fail(active, Cancelled(f"timeout: {active.job.request.timeout:g} seconds are over"))
 
-    def _plan(self) -> list[tuple[_Active, Part]]:
+    def _plan(self) -> list[tuple[_Active, RowSlice]]:
         """Rows of jobs for the next tick."""
         # A job that is done stays until the device has got there.
         actives = [active for active in self._jobs.values() if not active.job.done]
         candidates = [
             Candidate(
-                job.key,
+                job.batch_key,
                 job.rows,
                 job.pending,
-                job.since,
+                job.last_served_tick,
                 job.started is not None,
                 job.request.settings.priority,
                 job.frames,
@@ -243,13 +243,13 @@ class Denoiser:
         for share in plan(candidates, self._max_rows):
             job = actives[share.index].job
             start = job.rows - job.pending
-            planned.append((actives[share.index], Part(job, start, start + share.rows)))
-            job.since = self._tick
+            planned.append((actives[share.index], RowSlice(job, start, start + share.rows)))
+            job.last_served_tick = self._tick
             job.started = job.started or time.monotonic()
         return planned
 
     @torch.inference_mode()
-    def _compute_tick(self, began: float, parts: list[tuple[_Active, Part]]) -> None:
+    def _compute_tick(self, began: float, parts: list[tuple[_Active, RowSlice]]) -> None:
         """On the launcher's thread: compute a tick, or launch it; the owner hears of it."""
         rows = sum(part.stop - part.start for _, part in parts)
         wait = None
@@ -262,7 +262,7 @@ class Denoiser:
         del parts  # finished jobs are freed while the thread waits
         self._post(self._launched, _Tick(began, rows, advances), wait)
 
-    def _run_batch(self, parts: Sequence[tuple[_Active, Part]]) -> list[_Advance]:
+    def _run_batch(self, parts: Sequence[tuple[_Active, RowSlice]]) -> list[_Advance]:
         try:
             noise_pred = self._predict([part for _, part in parts])
         except Exception as error:
@@ -273,7 +273,7 @@ class Denoiser:
         rows = noise_pred.split([part.stop - part.start for _, part in parts])
         return [_advance(active, own) for (active, _), own in zip(parts, rows, strict=True)]
 
-    def _predict(self, parts: list[Part]) -> torch.Tensor:
+    def _predict(self, parts: list[RowSlice]) -> torch.Tensor:
         return self._networks(parts, self._batcher.inputs(parts))
 
     def _launched(self, tick: _Tick, wait: Wait | None) -> None:
@@ -363,14 +363,16 @@ class Denoiser:
 
 def _candidate(job: Job) -> Candidate:
     begun = job.started is not None
-    return Candidate(job.key, job.rows, job.pending, job.since, begun, job.request.settings.priority, job.frames)
+    return Candidate(
+        job.batch_key, job.rows, job.pending, job.last_served_tick, begun, job.request.settings.priority, job.frames
+    )
 
 
 def _advance(active: _Active, rows: torch.Tensor) -> _Advance:
     """Give a job its rows of the UNet's output."""
     job, before = active.job, active.job.step
     try:
-        job.fill(rows)
+        job.add_output_rows(rows)
     except Exception as error:
         return _Advance(active, error=error)
     request = job.request

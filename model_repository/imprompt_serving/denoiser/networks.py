@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from imprompt_serving.denoiser.batch import Part
-from imprompt_serving.denoiser.control import Control
+from imprompt_serving.denoiser.batch import RowSlice
+from imprompt_serving.denoiser.control import PreparedControlNet
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.engines import Engine
 from imprompt_serving.gpu import call
@@ -22,12 +22,12 @@ _TEXT = ("encoder_hidden_states", "text_embeds", "time_ids")
 class _Use(NamedTuple):
     """A control that acts on rows of a batch, and its features of the frames of these rows [rows, F, C, h, w]."""
 
-    control: Control
+    control: PreparedControlNet
     rows: list[int]
     embedding: Tensor
 
 
-class Networks:
+class StepNetworks:
     """The UNets of a bundle (that for pictures, and that for clips) and its ControlNets, by name.
 
     Rows without control share the call of rows with it, with residuals of zero: adding them costs next to nothing,
@@ -39,7 +39,7 @@ class Networks:
         self._zeros: Tensors = {}
         self._zeros_of: tuple[int, ...] = ()
 
-    def __call__(self, parts: Sequence[Part], inputs: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, parts: Sequence[RowSlice], inputs: Mapping[str, Tensor]) -> Tensor:
         """The noise that the UNet predicts for ``inputs``, the rows of ``parts`` one after the other."""
         tensors = dict(inputs)
         clips = tensors["sample"].ndim == 5
@@ -48,7 +48,7 @@ class Networks:
         unet = self._unets["motion_unet" if clips else "unet"]
         return call(unet, tensors)["noise_pred"]
 
-    def _residuals(self, parts: Sequence[Part], tensors: Tensors, clips: bool) -> Tensors:
+    def _residuals(self, parts: Sequence[RowSlice], tensors: Tensors, clips: bool) -> Tensors:
         """What the ControlNets of all rows add; each net runs once, over the rows that use it."""
         uses = _uses(parts)
         rows, frames = tensors["sample"].shape[0], tensors["sample"].shape[2] if clips else 1
@@ -100,7 +100,7 @@ class Networks:
         }
 
 
-def _uses(parts: Sequence[Part]) -> list[_Use]:
+def _uses(parts: Sequence[RowSlice]) -> list[_Use]:
     """What acts on a batch at the current steps of its jobs."""
     uses, offset = [], 0
     for part in parts:

@@ -1,16 +1,15 @@
-"""Which rows the next call computes: a pure function of what is there.
+"""Decides which rows the next call of the UNet computes: a pure function of the jobs.
 
-Every job has a tick at which it is due. The job that is due first leads: its key names the call, and others of that key
-ride along as long as there are rows. Being served moves a job behind those that were not.
+Every job has a tick at which it is due. The job that is due first leads: its batch key names the call, and other jobs
+of that key ride along while there are rows left. Serving a job moves it behind those that were not served.
 
-- A job begins when those of its key that have begun leave room in a call (``held`` says which do not). When there is
-  more work than a call holds, pictures are then finished one after the other, instead of all of them late. Jobs of few
-  rows do not wait for those of many, nor those of high priority for others.
-- Nobody waits for ever: from the tick at which a job is due, whoever is served instead of it moves behind it, so that
-  it waits for at most ``patience(...)`` ticks and one more for each other job that is there. One that has not begun
-  lets those of other keys go first for a while.
-- Work is conserved: no row of a call stays empty while a job of its key has one to compute.
-- A job of many rows leaves half of a call to those of few.
+- A job starts when the started jobs of its key leave room in a call (`not_yet_startable` tells which have to wait).
+  Under load, pictures then finish one after the other instead of all late. Small jobs do not wait for large ones, nor
+  jobs of high priority for others.
+- No job starves: once a job is due, every job that is served instead moves behind it, so it waits at most
+  `patience(...)` ticks plus one for each other job. A job that has not started lets other keys go first for a while.
+- No row of a call stays empty while a job of its key has one to compute.
+- A large job leaves half of a call to small ones.
 """
 
 from __future__ import annotations
@@ -28,44 +27,44 @@ START_PATIENCE = 16
 
 
 class Candidate(NamedTuple):
-    """A job as the policy sees it: rows of a step, and those of them that no call has computed yet.
+    """A job as the policy sees it: the rows of its step, and how many of them are still to be computed.
 
-    ``since`` is the tick that last served it, or that in which it came. A row of ``frames`` frames takes the place of
-    as many rows of one.
+    `last_served_tick` is the tick in which it came until it is served. A row of `frames` frames takes as much room as
+    that many rows of one frame.
     """
 
-    key: Hashable
+    batch_key: Hashable
     rows: int
     pending: int
-    since: int
+    last_served_tick: int
     begun: bool
     priority: int = DEFAULT_PRIORITY
     frames: int = 1
 
 
-class Share(NamedTuple):
-    """Rows of the next call for the candidate at ``index``."""
+class RowGrant(NamedTuple):
+    """Rows of the next call for the candidate at `index`."""
 
     index: int  # type: ignore[assignment]  # hides tuple.index
     rows: int
 
 
 def patience(candidate: Candidate) -> int:
-    """Ticks from ``since`` to the one at which ``candidate`` is due."""
+    """Ticks after `last_served_tick` at which `candidate` is due."""
     waits = PRIORITY_PATIENCE * (candidate.priority - FIRST_PRIORITY)
     return waits if candidate.begun else waits + START_PATIENCE
 
 
-def plan(candidates: Sequence[Candidate], limit: int) -> list[Share]:
-    """Rows for the next call, all of one key and at most ``limit`` frames in all, or a single row.
+def plan(candidates: Sequence[Candidate], limit: int) -> list[RowGrant]:
+    """Rows for the next call: all of one batch key, and at most `limit` frames in all or a single row.
 
-    Jobs that are due at the same tick are ordered by their rows, the smaller first, then as in ``candidates``.
+    Jobs that are due at the same tick are ordered by size, small ones first, then as in `candidates`.
     """
     if not candidates:
         return []
-    order, waiting = _order(candidates), held(candidates, limit)
+    order, waiting = _order(candidates), not_yet_startable(candidates, limit)
     leader = next(index for index in order if index not in waiting)
-    riders = [index for index in order if candidates[index].key == candidates[leader].key]
+    riders = [index for index in order if candidates[index].batch_key == candidates[leader].batch_key]
     limit = _room(candidates[leader], limit)
     small = [i for i in riders if i not in (leader, *waiting) and candidates[i].pending <= limit // 2]
     riders.sort(key=lambda index: index in waiting)
@@ -79,20 +78,20 @@ def plan(candidates: Sequence[Candidate], limit: int) -> list[Share]:
         if more:
             rows[index] = given + more
             room -= more
-    return [Share(index, given) for index, given in rows.items()]
+    return [RowGrant(index, given) for index, given in rows.items()]
 
 
-def held(candidates: Sequence[Candidate], limit: int) -> set[int]:
-    """Jobs that do not begin yet: those of their key that have begun, or begin before them, fill a call.
+def not_yet_startable(candidates: Sequence[Candidate], limit: int) -> set[int]:
+    """Jobs that cannot start yet, because jobs of their key that have started, or start before them, fill a call.
 
-    Only jobs of at least their priority count, and of few rows if they have few, of many if they have many.
+    Only jobs of at least their priority count, and only small ones for small jobs and large ones for large jobs.
     """
     rows = Counter[Hashable]()
     waiting = set()
-    # Those that have begun first: what they take is there before anybody begins.
+    # Started jobs first: what they take is taken before another one starts.
     for index in sorted(_order(candidates), key=lambda i: not candidates[i].begun):
         candidate, room = candidates[index], _room(candidates[index], limit)
-        crowd = (candidate.key, candidate.rows > room // 2)
+        crowd = (candidate.batch_key, candidate.rows > room // 2)
         before = sum(rows[crowd, priority] for priority in range(FIRST_PRIORITY, candidate.priority + 1))
         if not candidate.begun and before >= room:
             waiting.add(index)
@@ -106,9 +105,9 @@ def _order(candidates: Sequence[Candidate]) -> list[int]:
 
 
 def _due(candidate: Candidate) -> int:
-    return candidate.since + patience(candidate)
+    return candidate.last_served_tick + patience(candidate)
 
 
 def _room(candidate: Candidate, limit: int) -> int:
-    """Rows like those of ``candidate`` that a call holds."""
+    """How many rows like those of `candidate` a call holds."""
     return max(limit // candidate.frames, 1)

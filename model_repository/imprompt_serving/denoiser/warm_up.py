@@ -11,7 +11,7 @@ from imprompt_serving.denoiser.batch import Batcher
 from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.loop import Denoiser
-from imprompt_serving.denoiser.networks import Networks
+from imprompt_serving.denoiser.networks import StepNetworks
 from imprompt_serving.denoiser.preview import previews
 from imprompt_serving.errors import RequestError
 from imprompt_serving.job import AdapterUse, JobRequest
@@ -23,7 +23,7 @@ STOP_S = 10.0
 """How long a warm-up that failed waits for its thread to end."""
 
 
-def warm_up(bundle: Bundle, conditioner: Conditioner, networks: Networks, device: torch.device) -> None:
+def warm_up(bundle: Bundle, conditioner: Conditioner, networks: StepNetworks, device: torch.device) -> None:
     """Denoise one picture of the smallest size with every adapter and mask, in one step.
 
     Raises:

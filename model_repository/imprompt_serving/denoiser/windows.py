@@ -13,12 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from imprompt_serving.job import Context
+from imprompt_serving.job import ContextWindow
 
 Window = tuple[int, ...]
 
 
-def windows(step: int, frames: int, context: Context) -> list[Window]:
+def windows(step: int, frames: int, context: ContextWindow) -> list[Window]:
     """The windows of denoising step ``step``: ``context.length`` frames each, together all frames of a clip.
 
     A clip within ``context.length`` is one window. ``context.stride`` is the number of window sizes: the second takes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from imprompt_serving.errors import InvalidRequest
-from imprompt_serving.job import Context
+from imprompt_serving.job import ContextWindow
 from imprompt_serving.parameters import PARAMETERS
 from imprompt_serving.pipeline.reader import Reader
 from imprompt_serving.specs import Bundle
@@ -22,7 +22,7 @@ class Clip:
     """Frames of each clip, and the windows they are computed in."""
 
     frames: int
-    context: Context
+    context: ContextWindow
 
 
 def parse_clip(read: Reader, bundle: Bundle, clips: int) -> Clip | None:
@@ -55,12 +55,12 @@ def parse_clip(read: Reader, bundle: Bundle, clips: int) -> Clip | None:
     )
 
 
-def _context(read: Reader, frames: int, window: int) -> Context:
+def _context(read: Reader, frames: int, window: int) -> ContextWindow:
     """Windows for a clip; without a word of the caller one that fits the motion modules has a single window."""
     length = window if frames <= window else min(_CONTEXT_LENGTH, window)
     length = read.integer("context_length", default=length, high=window)
     overlap = PARAMETERS["context_overlap"].default
-    return Context(
+    return ContextWindow(
         length=length,
         stride=read.integer("context_stride"),
         overlap=read.integer("context_overlap", default=min(overlap, length - 1), high=length - 1),

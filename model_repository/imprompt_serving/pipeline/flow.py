@@ -14,7 +14,7 @@ import numpy as np
 
 from imprompt_serving import tensor_names
 from imprompt_serving.errors import RequestError
-from imprompt_serving.job import Admission, JobRequest, shape_of
+from imprompt_serving.job import Admission, JobRequest, batch_key
 from imprompt_serving.pipeline.dispatch import Dispatcher
 from imprompt_serving.pipeline.encode import ImagePromptEncoder, TextPromptEncoder, control_tensors, encode_start
 from imprompt_serving.pipeline.finish import Finisher
@@ -80,7 +80,9 @@ class Pipeline:
             id=job_id,
             rows=rows,
             steps=max(round(settings.num_inference_steps * share), 1),
-            shape=shape_of(settings.height, settings.width, request.frames),
+            batch_key=batch_key(
+                self._bundle, settings.height, settings.width, request.frames, request.context, regions=request.regions
+            ),
         )
 
     async def _embeddings_only(self, request: Request, adapter: str) -> Tensors:
@@ -101,7 +103,7 @@ class Pipeline:
             adapters=tuple(prompt.use for prompt in request.image_prompts),
             controls=tuple(control.use for control in request.controls),
             frames=request.frames,
-            context=None if request.clip is None else request.clip.context,
+            context=request.context,
             timeout=max(request.timeout - seconds, 0.0),
             reports_progress=reports_progress,
         )

@@ -89,7 +89,7 @@ def plan_image_prompts(read: Reader, bundle: Bundle, encode_image: str | None) -
     for plan in plans:
         _check_plan(plan, bundle)
     if encode_image is None:
-        _check_tokens(plans, bundle)
+        check_tokens(plans, bundle)
     return plans
 
 
@@ -138,7 +138,7 @@ def _check_plan(plan: ImagePromptPlan, bundle: Bundle) -> None:
         raise InvalidRequest("ip_adapter_scale", f"{name}: a list needs masks, and a number for each masked image")
 
 
-def _check_tokens(plans: tuple[ImagePromptPlan, ...], bundle: Bundle) -> None:
+def check_tokens(plans: tuple[ImagePromptPlan, ...], bundle: Bundle) -> None:
     """Refuse more pictures than the engines take."""
     limit, regions = bundle.shapes.image_tokens[-1], bundle.shapes.regions
     for plan in plans:

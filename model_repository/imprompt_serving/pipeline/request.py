@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from imprompt_serving.errors import InvalidRequest
-from imprompt_serving.job import Task
+from imprompt_serving.job import ContextWindow, Task
 from imprompt_serving.parameters import PARAMETERS, PICTURE_FORMATS, ROWS, VIDEO_FORMATS, Settings, Type
 from imprompt_serving.pipeline.clips import Clip, parse_clip
 from imprompt_serving.pipeline.controls import Control, ControlPlan, load_controls, plan_controls
@@ -60,6 +60,16 @@ class Request:
     def pictures(self) -> int:
         """Results: pictures or clips."""
         return len(self.prompts[0]) * self.settings.num_images_per_prompt
+
+    @property
+    def regions(self) -> bool:
+        """Whether an adapter has several masked images."""
+        return any(len(prompt.masks) > 1 for prompt in self.image_prompts)
+
+    @property
+    def context(self) -> ContextWindow | None:
+        """The window of a clip."""
+        return None if self.clip is None else self.clip.context
 
     @property
     def frames(self) -> int | None:

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from imprompt_serving import metrics
+from imprompt_serving.denoiser.admission import Load
 from imprompt_serving.denoiser.answers import Listener
 from imprompt_serving.denoiser.assembly import assemble
 from imprompt_serving.denoiser.batch import Batcher
 from imprompt_serving.denoiser.job import Job
-from imprompt_serving.denoiser.line import Load
 from imprompt_serving.denoiser.loop import Denoiser
 from imprompt_serving.denoiser.preview import previews
 from imprompt_serving.denoiser.warm_up import warm_up
@@ -78,7 +78,7 @@ class TritonPythonModel:
             send_final(sender)
         else:
             asked = msgspec.json.decode(tensors["admit"][0], type=Admission)
-            self._denoiser.admit(asked.id, Load(asked.rows, asked.steps, asked.shape))
+            self._denoiser.admit(asked.id, Load(asked.rows, asked.steps, asked.batch_key))
             send_final(sender)
 
     def _accept(self, tensors: dict[str, np.ndarray], sender: Any, came: float) -> None:

@@ -1,4 +1,4 @@
-"""The waiting line: who may join it, and how long it is."""
+"""Admission to the waiting line: whether a job may join it, and how long it would wait."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ LONGEST_HINT_S, SHORTEST_HINT_S = 600.0, 0.5
 class Load(NamedTuple):
     """What a job still needs: rows in each step, and steps (calls of the UNet, to be exact).
 
-    Jobs of one ``shape`` can share a call.
+    Jobs of one `batch_key` can share a call.
     """
 
     rows: int
     steps: int
-    shape: str = ""
+    batch_key: str = ""
 
 
 def starts(running: Iterable[Load], waiting: Sequence[Load], limit: int) -> list[int]:
@@ -82,10 +82,10 @@ def _ticks_to_wait(load: Load, running: Sequence[Load], waiting: Sequence[Load],
     """Ticks until ``load`` begins: those of its shape take turns with the other shapes, which go first for a while."""
 
     def alike(loads: Sequence[Load]) -> list[Load]:
-        return [other for other in loads if other.shape == load.shape]
+        return [other for other in loads if other.batch_key == load.batch_key]
 
-    shapes = {other.shape for other in (*running, *waiting, load)}
-    ticks = starts(alike(running), [*alike(waiting), load], call_rows)[-1] * len(shapes)
+    keys = {other.batch_key for other in (*running, *waiting, load)}
+    ticks = starts(alike(running), [*alike(waiting), load], call_rows)[-1] * len(keys)
     return ticks if alike(running) or not running else max(ticks, START_PATIENCE)
 
 

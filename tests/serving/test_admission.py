@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from imprompt import _errors as client_errors
-from imprompt_serving.denoiser.line import Load, check_room, starts
+from imprompt_serving.denoiser.admission import Load, check_room, starts
 from imprompt_serving.denoiser.policy import START_PATIENCE
 from imprompt_serving.errors import Overloaded
 from imprompt_serving.specs import Limits
