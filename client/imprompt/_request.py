@@ -70,7 +70,7 @@ _MEANT = {
 }
 """Other names of parameters, there or elsewhere, and what comes nearest to them here."""
 _SPELLED_ALIKE = 0.8
-_LIST = "`help(imprompt.Client.stream)` and docs/protocol.md list them all"
+_LIST = "`help(imprompt.Client)` and docs/protocol.md list them all"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
