@@ -7,7 +7,7 @@ PYTHONS := $(or $(PYTHON),python3.11 python3.12 python3 python)
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable
 PACKAGING := pyproject.toml constraints.txt
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench fuzz clean
 
 demo: $(VENV)/.installed  ## export a small bundle, serve it, and make imprompt-demo.png
 	$(BIN)/imprompt demo
@@ -22,6 +22,9 @@ check: $(VENV)/.installed-dev  ## lint, format and types
 
 bench: $(VENV)/.installed-dev  ## latency and throughput; options in BENCH="..."
 	$(BIN)/imprompt bench $(BENCH)
+
+fuzz: $(VENV)/.installed-dev  ## 10,000 hostile requests, 3,000 refusals and 1,000 cancels; options in FUZZ="--seed 1"
+	PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ)
 
 clean:  ## remove the virtual environment and what the demo made
 	rm -rf $(VENV) .demo

@@ -190,6 +190,7 @@ def describe(bundle: BundleFile, checkpoints: Checkpoints) -> specs.Bundle:
         limits=bundle.limits,
         backend=bundle.engine.backend,
         precision=bundle.engine.precision,
+        host=bundle.engine.host,  # type: ignore[arg-type]  # checked
         threads=bundle.engine.threads,
         devices=bundle.engine.devices,
     )

@@ -68,6 +68,7 @@ def engine(
         config = _python_model(name, decoupled=False)
         config.parameters["engine_backend"].string_value = backend
         config.parameters["engine_threads"].string_value = str(threads)
+        inputs = (*inputs, wire.SECRET)
     if devices:
         del config.instance_group[:]
         config.instance_group.add(kind=pb.ModelInstanceGroup.KIND_GPU, count=1, gpus=devices)

@@ -36,6 +36,9 @@ from imprompt_serving.triton.internal import SECRET_VARIABLE
 __all__ = ["Addresses", "LaunchError", "Server", "serve"]
 
 RESPONSE_CACHE_BYTES = 256 * 2**20
+# From this size on glibc returns memory to the system when it is freed. By default that size grows with what was freed
+# before, and after some large requests Triton and the pipelines keep hundreds of megabytes.
+MMAP_THRESHOLD_BYTES = 2**20
 CLOSED_APIS = "shared-memory,trace,logging,model-repository"
 # Calls between models, and answers, that one Python model can have under way; others wait. (Triton's default: 32)
 CALLS_BETWEEN_MODELS = 64
@@ -49,10 +52,11 @@ DRAIN_GRACE_S = 3.0
 POLL_S = 0.1
 LOG_TAIL_LINES = 200
 
-# Lines of Triton that say nothing on a machine without a GPU, or when it is told to stop (see `EXIT_TIMEOUT_S`).
+# Lines of Triton that say nothing: on a machine without a GPU, when it is told to stop (see `EXIT_TIMEOUT_S`), or when a
+# coroutine of a model ended before Triton looked at it.
 HARMLESS = re.compile(
     r"Unable to allocate pinned system memory|CudaDriverHelper has not been initialized|DCGM unable to start"
-    r"|Failed to initialize NVML|^Signal \(\d+\) received|Exit timeout expired|^\s*$"
+    r"|Failed to initialize NVML|Cannot remove future from background|^Signal \(\d+\) received|Exit timeout expired|^\s*$"
 )
 # The first line of the reason; what follows (a traceback) has its line ends escaped.
 LOAD_FAILURE = re.compile(r"failed to load '(?P<model>[^']+)' version \d+: (?:Internal: )?(?P<reason>.+?)(?:\\n|\"?$)")
@@ -229,10 +233,12 @@ class Server:
                 f"--cache-directory={triton.caches}",
                 f"--cache-config=local,size={RESPONSE_CACHE_BYTES}",
                 *_listen_options(listen, ports),
+                "--grpc-infer-allocation-pool-size=1",  # kept request buffers; Triton's default: 8
                 f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
                 f"--log-info={str(self._verbose).lower()}",
             ],
-            env=triton.environment()
+            env={"MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD_BYTES)}
+            | triton.environment()
             | {DRAIN_FILE_VARIABLE: str(self._drain_file), SECRET_VARIABLE: secrets.token_urlsafe()},
             cwd=scratch,  # first on the models' sys.path: a random.py where the user stands must not get in the way
             stdin=subprocess.DEVNULL,

@@ -211,6 +211,8 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     limits: Limits = Limits()
     backend: str = "onnxruntime"
     precision: str = "fp32"
+    host: Literal["python", "native"] = "python"
+    """Who hosts the encoders and the VAE: imprompt, or Triton's own backend."""
     threads: int = 0
     """Threads of one call of an engine on the CPU; 0 for one a core."""
     devices: tuple[int, ...] = ()

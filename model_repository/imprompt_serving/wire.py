@@ -88,9 +88,14 @@ JOB_RESPONSE: tuple[Tensor, ...] = (
     Tensor("error", "STRING", (2,), "status and message"),
 )
 
+SECRET = Tensor("secret", "STRING", ONE, "tells calls between models from those of strangers")
+"""An input of every internal model that imprompt hosts, with a row for each row of the call."""
+SECRET_ROW = SECRET._replace(dims=(1, 1))
+"""The same for models without batching."""
+
 FACE_CROP = 224
 """Size of the aligned face that CLIP gets to see, as in diffusers' guide."""
-FACE_INPUT: tuple[Tensor, ...] = (Tensor("picture", "STRING", ONE, "encoded bytes"),)
+FACE_INPUT: tuple[Tensor, ...] = (Tensor("picture", "STRING", ONE, "encoded bytes"), SECRET_ROW)
 FACE_OUTPUT: tuple[Tensor, ...] = (
     Tensor("embeddings", "FP32", (-1, -1), "[faces, 512]: none, or that of the largest face, of length 1"),
     Tensor("boxes", "FP32", (-1, 4), "[faces, (left, top, right, bottom)] in pixels"),
@@ -123,6 +128,7 @@ def job_tensors(bundle: Bundle) -> tuple[Tensor, ...]:
     t2i = (Tensor(tensor_names.control_image(a.name), "FP32", (-1, a.channels, -1, -1)) for a in bundle.t2i_adapters)
     moments = (-1, 2 * bundle.latent_channels, -1, -1)
     return (
+        SECRET_ROW,
         Tensor("job", "STRING", ONE),
         Tensor("admit", "STRING", ONE),
         Tensor("cancel", "STRING", ONE),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,21 @@ from tritonclient.utils import InferenceServerException, deserialize_bytes_tenso
 from imprompt_serving.launcher import Server
 from served import Served
 
-# An engine that refuses negative numbers, hosted as those of a bundle are; and a model that calls it for every number.
+# An engine that refuses negative numbers, and 7 for the first time, hosted as those of a bundle are; and a model that
+# calls it for every number as a pipeline does.
 ENGINE = """
 import numpy as np
 from imprompt_serving.triton import engine
 
 class Picky:
+    tired = True
+
     def run(self, tensors):
         if (tensors["x"] < 0).any():
             raise ValueError(f"negative, says {object()}")
+        if (tensors["x"] == 7).any() and self.tired:
+            self.tired = False
+            raise MemoryError("for the moment")
         return {"y": 10 * tensors["x"], "rows": np.full((len(tensors["x"]), 1), len(tensors["x"]), np.float32)}
 
 engine.load_engine = lambda *arguments, **options: Picky()
@@ -34,19 +41,27 @@ TritonPythonModel = engine.TritonPythonModel
 ENGINE_CONFIG = """
 backend: "python"
 max_batch_size: 8
-input [{ name: "x" data_type: TYPE_FP32 dims: [1] }]
+input [
+  { name: "x" data_type: TYPE_FP32 dims: [1] },
+  { name: "secret" data_type: TYPE_STRING dims: [1] }
+]
 output [{ name: "y" data_type: TYPE_FP32 dims: [1] }, { name: "rows" data_type: TYPE_FP32 dims: [1] }]
 dynamic_batching { preferred_batch_size: [4] max_queue_delay_microseconds: 500000 }
 instance_group [{ kind: KIND_CPU }]
 parameters [{ key: "engine_backend" value: { string_value: "onnxruntime" } }]
+response_cache { enable: true }
 """
 FRONT = """
 import asyncio
+from types import SimpleNamespace
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from imprompt_serving.triton.internal import secret_parameters
+from imprompt_serving.triton.pipeline import TritonModels
 
 class TritonPythonModel:
+    def initialize(self, args):
+        self.models = TritonModels(SimpleNamespace(host="python", model=str), 4)
+
     async def execute(self, requests):
         return [await self.answer(request) for request in requests]
 
@@ -56,17 +71,11 @@ class TritonPythonModel:
         return pb_utils.InferenceResponse([pb_utils.Tensor("said", np.array(said, dtype=object))])
 
     async def ask(self, value):
-        call = pb_utils.InferenceRequest(
-            model_name="engine",
-            requested_output_names=["y", "rows"],
-            inputs=[pb_utils.Tensor("x", np.array([[value]], np.float32))],
-            parameters=secret_parameters(),
-        )
-        answer = await call.async_exec()
-        if answer.has_error():
-            return answer.error().message().encode()
-        y, rows = (tensor.as_numpy().item() for tensor in answer.output_tensors())
-        return f"{y:g} in a batch of {rows:g}".encode()
+        try:
+            answer = await self.models.call("engine", {"x": np.array([[value]], np.float32)})
+        except Exception as error:
+            return str(error).encode()
+        return f"{answer['y'].item():g} in a batch of {answer['rows'].item():g}".encode()
 """
 FRONT_CONFIG = """
 backend: "python"
@@ -107,8 +116,8 @@ def ask(client: InferenceServerClient, *values: float) -> list[str]:
 
 def test_a_bad_request_fails_alone_and_its_neighbors_are_served(engine: InferenceServerClient) -> None:
     assert ask(engine, 1, 2, 3, 4) == [f"{y} in a batch of 4" for y in (10, 20, 30, 40)]
-    one, bad, two, three = ask(engine, 1, -1, 2, 3)
-    assert [one, two, three] == [f"{y} in a batch of 1" for y in (10, 20, 30)]
+    one, bad, two, three = ask(engine, 11, -1, 12, 13)
+    assert [one, two, three] == [f"{y} in a batch of 1" for y in (110, 120, 130)]
     assert bad == "ValueError: negative, says <object object>"
 
 
@@ -118,11 +127,25 @@ def test_a_batch_of_bad_requests_leaves_the_server_up(engine: InferenceServerCli
     assert ask(engine, 5)[0].startswith("50 ")
 
 
-def test_an_engine_takes_no_calls_from_strangers(engine: InferenceServerClient) -> None:
-    for parameters in ({}, {"imprompt_secret": "guess"}, {"imprompt_secret": 1}, {"imprompt_secret": "é"}):
-        with pytest.raises(InferenceServerException, match="internal to its bundle") as error:
-            engine.infer("engine", [tensor("x", [[1.0]])], parameters=parameters)
-        assert error.value.status() == "StatusCode.INVALID_ARGUMENT"
+@pytest.mark.parametrize("secret", [b"", b"guess", b":0", b"guess:0", b"\xff"], ids=repr)
+def test_an_engine_takes_no_calls_from_strangers(engine: InferenceServerClient, secret: bytes) -> None:
+    inputs = [tensor("x", [[1.0]]), tensor("secret", np.array([[secret]], dtype=object))]
+    with pytest.raises(InferenceServerException, match="internal to its bundle") as error:
+        engine.infer("engine", inputs)
+    assert error.value.status() == "StatusCode.INVALID_ARGUMENT"
+
+
+def test_a_stranger_cannot_spoil_what_is_cached(engine: InferenceServerClient) -> None:
+    """Triton 2.51 caches a refusal, and answers the next equal call with nothing."""
+    for _ in range(2):
+        with suppress(InferenceServerException):
+            engine.infer("engine", [tensor("x", [[21.0]]), tensor("secret", np.array([[b"guess"]], dtype=object))])
+    assert ask(engine, 21) == ["210 in a batch of 1"]
+
+
+def test_a_failure_is_not_answered_from_the_cache(engine: InferenceServerClient) -> None:
+    assert ask(engine, 7) == ["MemoryError: for the moment"]
+    assert ask(engine, 7) == ["70 in a batch of 1"]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +154,14 @@ def test_an_engine_takes_no_calls_from_strangers(engine: InferenceServerClient) 
         ("denoiser", {"admit": [json.dumps({"id": "x", "rows": 10**6, "steps": 1000, "shape": "q"}).encode()]}),
         ("denoiser", {"cancel": [b"x"]}),
         ("denoiser", {"job": [b"{}"]}),
-        ("text_encoder", {"input_ids": np.full((1, 77), 10**9), "clip_skip": np.zeros((1, 1), np.int64)}),
+        (
+            "text_encoder",
+            {
+                "input_ids": np.full((1, 77), 10**9),
+                "clip_skip": np.zeros((1, 1), np.int64),
+                "secret": np.array([[b"guess"]], dtype=object),
+            },
+        ),
     ],
     ids=["admit", "cancel", "job", "engine"],
 )

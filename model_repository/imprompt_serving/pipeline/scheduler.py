@@ -41,6 +41,10 @@ def parse_scheduler(read: Reader, limits: Limits) -> tuple[str | None, dict[str,
 
 def _checked(key: str, value: Any, limits: Limits) -> Any:
     """A value within the limits; what remains to be seen is whether the scheduler takes it."""
+    if key == _SEED:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise InvalidRequest("scheduler_config", f"{key} must be an integer, got {shown(value)}")
+        return value
     if isinstance(value, dict):
         raise InvalidRequest("scheduler_config", f"{key} cannot be an object")
     if isinstance(value, list):
@@ -49,10 +53,6 @@ def _checked(key: str, value: Any, limits: Limits) -> Any:
         if any(isinstance(part, dict | list) or part in (math.inf, -math.inf) for part in value):
             raise InvalidRequest("scheduler_config", f"{key} must be a flat list of finite values")
         return [_checked(key, part, limits) for part in value]
-    if key == _SEED:
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise InvalidRequest("scheduler_config", f"{key} must be an integer, got {shown(value)}")
-        return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     if math.isinf(value):

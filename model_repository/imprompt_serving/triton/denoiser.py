@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import msgspec
 import numpy as np
 import torch
@@ -30,7 +32,7 @@ from imprompt_serving.errors import RequestError, unexpected
 from imprompt_serving.gpu import device_of, mark
 from imprompt_serving.job import Admission, JobRequest
 from imprompt_serving.specs import Bundle
-from imprompt_serving.triton.internal import check_internal, warn_if_open
+from imprompt_serving.triton.internal import warn_if_open, without_secret
 from imprompt_serving.triton.metrics import DenoiserMeter, Metrics
 from imprompt_serving.triton.tensors import arrays, response, send_final, texts
 
@@ -40,6 +42,9 @@ logger = logging.getLogger(__name__)
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         torch.set_num_threads(1)  # what torch does here is small; the cores belong to the engines
+        # What libraries think of a caller's numbers does not belong into the server's log.
+        warnings.filterwarnings("ignore", module=r"(diffusers|numpy|scipy|torchsde)\b")
+        diffusers.utils.logging.set_verbosity_error()
         folder = Path(args["model_repository"], args["model_version"])
         bundle = self._bundle = Bundle.load(folder)
 
@@ -64,8 +69,7 @@ class TritonPythonModel:
         for request in requests:
             sender = request.get_response_sender()
             with _refusing(sender):
-                check_internal(request, self._name)
-                self._take(arrays(request), sender)
+                self._take(without_secret(arrays(request), self._name), sender)
 
     def _take(self, tensors: dict[str, np.ndarray], sender: Any) -> None:
         """Prepare jobs on a separate thread, so that cancellations and admissions are never queued behind them."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from imprompt_serving.engines import load_engine
 from imprompt_serving.errors import RequestError, unexpected
-from imprompt_serving.triton.internal import check_internal, warn_if_open
+from imprompt_serving.triton.internal import warn_if_open, without_secret
 from imprompt_serving.triton.tensors import arrays, failure, response
 
 logger = logging.getLogger(__name__)
@@ -36,8 +36,7 @@ class TritonPythonModel:
         outcomes: dict[int, Tensors | RequestError] = {}
         for index, request in enumerate(requests):
             try:
-                check_internal(request, self._name)
-                inputs[index] = arrays(request)
+                inputs[index] = without_secret(arrays(request), self._name)
             except Exception as error:
                 outcomes[index] = unexpected(error)
         outcomes |= self._run(inputs)

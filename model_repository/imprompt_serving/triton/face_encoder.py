@@ -9,7 +9,7 @@ from typing import Any
 from imprompt_serving.errors import RequestError, unexpected
 from imprompt_serving.faces import FaceFinder
 from imprompt_serving.specs import Bundle
-from imprompt_serving.triton.internal import check_internal, warn_if_open
+from imprompt_serving.triton.internal import warn_if_open, without_secret
 from imprompt_serving.triton.tensors import arrays, failure, response, texts
 
 logger = logging.getLogger(__name__)
@@ -29,8 +29,8 @@ class TritonPythonModel:
 
     def _answer(self, request: Any) -> Any:
         try:
-            check_internal(request, self._name)
-            return response(self._faces.largest(bytes(arrays(request)["picture"][0])))
+            picture = without_secret(arrays(request), self._name)["picture"][0]
+            return response(self._faces.largest(bytes(picture)))
         except RequestError as error:  # as a tensor: between two models Triton makes every error an INTERNAL one
             return response({"error": texts(error.status, str(error))})
         except Exception as error:

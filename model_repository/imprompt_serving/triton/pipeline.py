@@ -22,7 +22,7 @@ from imprompt_serving.pipeline.flow import Pipeline
 from imprompt_serving.pipeline.models import Tensors
 from imprompt_serving.pipeline.request import parse
 from imprompt_serving.specs import Bundle
-from imprompt_serving.triton.internal import secret_parameters
+from imprompt_serving.triton.internal import with_secret
 from imprompt_serving.triton.metrics import Metrics
 from imprompt_serving.triton.tensors import arrays, failure, raise_for_error, response, send_final, texts, to_tensors
 
@@ -41,14 +41,27 @@ _MORE_THREADS = 64
 class TritonModels:
     """The other models, by BLS. Streams are read in threads: their iterator blocks, and the event loop must not."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, bundle: Bundle, threads: int) -> None:
+        self._bundle = bundle
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="stream")
         self.calls = ThreadPoolExecutor(threads, thread_name_prefix="call")
+        self._generation = 0
+        """Of the keys in Triton's response cache, see `internal`."""
 
     async def call(self, model: str, tensors: Mapping[str, np.ndarray]) -> Tensors:
-        answer = await _request(model, tensors).async_exec()
+        generation = self._generation
+        answer = await _request(model, self._signed(model, tensors)).async_exec()
+        if not answer.has_error() and not answer.output_tensors() and generation == self._generation:
+            # Triton 2.51 answers so from its cache what has failed before.
+            self._generation += 1
+            answer = await _request(model, self._signed(model, tensors)).async_exec()
         raise_for_error(answer)
         return arrays(answer)
+
+    def _signed(self, model: str, tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """With the secret for models that take one."""
+        takes = self._bundle.host == "python" or model == self._bundle.model("face_encoder")
+        return with_secret(tensors, self._generation) if takes else tensors
 
     async def stream(self, model: str, tensors: Mapping[str, np.ndarray]) -> AsyncIterator[Tensors]:
         """Read to the end even when nobody listens any more: Triton keeps what is not read."""
@@ -57,7 +70,7 @@ class TritonModels:
         def tell(answer: Any) -> None:
             loop.call_soon_threadsafe(read.put_nowait, answer)
 
-        reading = loop.run_in_executor(self._threads, _read, _request(model, tensors), tell)
+        reading = loop.run_in_executor(self._threads, _read, _request(model, with_secret(tensors)), tell)
         reading.add_done_callback(lambda done: loop.call_later(_HELD, _let_go, done))
         while (answer := await read.get()) is not None:
             if isinstance(answer, Exception):
@@ -94,7 +107,6 @@ def _request(model: str, tensors: Mapping[str, np.ndarray]) -> Any:
         model_name=model,
         requested_output_names=[],
         inputs=to_tensors(tensors),
-        parameters=secret_parameters(),
         preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
     )
 
@@ -113,7 +125,7 @@ class TritonPythonModel:
         self._bundle = Bundle.load(folder)
         limits, shapes = self._bundle.limits, self._bundle.shapes
         most = len(self._bundle.denoisers) * (limits.waiting_rows + 2 * shapes.rows.max)
-        self._models = TritonModels(most + _MORE_THREADS)
+        self._models = TritonModels(self._bundle, most + _MORE_THREADS)
         self._pipeline = Pipeline(self._bundle, folder, self._models)
         self._tasks: set[asyncio.Future[Any]] = set()
         self._metrics = Metrics(metrics.PIPELINE, args["model_name"])
