@@ -244,7 +244,9 @@ def _sources() -> str:
     serving = ROOT / "model_repository/imprompt_serving"
     files = [*(ROOT / "export").rglob("*.py"), *(ROOT / "tests/tiny").glob("*.py"), Path(__file__)]
     files += (serving / "backends").glob("*.py")
-    files += [serving / f"{name}.py" for name in ("capabilities", "config", "specs", "wire")]
+    files += [
+        serving / f"{name}.py" for name in ("capabilities", "config", "parameters", "specs", "tensor_names", "wire")
+    ]
     for file in sorted(files):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]

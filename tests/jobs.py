@@ -5,17 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from imprompt_serving.job import JobRequest
+from imprompt_serving.parameters import Settings
+
+SMALL: dict[str, Any] = {
+    "height": 64,
+    "width": 64,
+    "num_inference_steps": 4,
+    "guidance_scale": 7.5,
+    "strength": 1.0,
+}
 
 
 def job_request(task: Any = "text-to-image", **changes: Any) -> JobRequest:
-    """A small picture of four steps, with other values where ``changes`` says so."""
-    given: dict[str, Any] = {
-        "id": "job",
-        "task": task,
-        "height": 64,
-        "width": 64,
-        "num_inference_steps": 4,
-        "guidance_scale": 7.5,
-        "seeds": (0,),
-    }
-    return JobRequest(**given | changes)
+    """A small picture, with other settings or fields of the job where ``changes`` says so."""
+    job: dict[str, Any] = {"id": "job", "task": task, "seeds": (0,)}
+    job |= {name: changes.pop(name) for name in JobRequest.__struct_fields__ if name in changes}
+    return JobRequest(settings=Settings.with_defaults(**SMALL | changes), **job)

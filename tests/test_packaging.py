@@ -19,7 +19,7 @@ ROOMS = {
     "imprompt_bench": ROOT / "benchmarks",
     "imprompt_demo": ROOT / "demo",
 }
-SPECS = ("specs", "wire", "config", "capabilities")
+SPECS = ("specs", "parameters", "tensor_names", "wire", "config", "capabilities")
 """Modules of `imprompt_serving` that say what a bundle is; the exporter goes by them, and runs its denoiser."""
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "imprompt": (),
@@ -28,7 +28,18 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "imprompt_bench": ("imprompt", "imprompt_export", "imprompt_serving"),
     "imprompt_demo": ("imprompt", "imprompt_export", "imprompt_serving"),
 }
-LIGHT = ("pipeline", "backends", "specs", "wire", "config", "capabilities", "job", "errors")
+LIGHT = (
+    "pipeline",
+    "backends",
+    "specs",
+    "wire",
+    "config",
+    "capabilities",
+    "parameters",
+    "tensor_names",
+    "job",
+    "errors",
+)
 
 
 def modules(room: str) -> list[Path]:

@@ -18,9 +18,11 @@ from torch._inductor import config as inductor
 from imprompt_bench.checkpoints import ADAPTER, Checkpoints, require
 from imprompt_bench.systems import Answer, Arguments, System
 from imprompt_bench.workload import Workload
+from imprompt_serving import tensor_names
 from imprompt_serving.backends import Engine, get_backend
 from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.job import AdapterUse, JobRequest
+from imprompt_serving.parameters import Settings
 from imprompt_serving.pipeline.images import clip_pixels
 from imprompt_serving.pipeline.text import PromptTokenizer
 from imprompt_serving.specs import Bundle
@@ -96,12 +98,15 @@ class BareLoop:
     def _conditioning(self, arguments: Arguments) -> dict[str, np.ndarray]:
         """UNet inputs beside latents and timestep, a row for each branch."""
         tensors: dict[str, torch.Tensor] = {}
-        for prefix in ("negative_", ""):
+        for prefix in (tensor_names.NEGATIVE, ""):
             embeds = self._embeds(arguments[f"{prefix}prompt"])
             tensors |= {f"{prefix}{name}": torch.from_numpy(value) for name, value in embeds.items()}
         pixels = [clip_pixels(image, self._image_encoder) for image in arguments["ip_adapter_image"][ADAPTER]]
         features = torch.from_numpy(self._image.run({"pixel_values": np.stack(pixels)})["image_embeds"])
-        tensors |= {f"image_embeds_{ADAPTER}": features, f"negative_image_embeds_{ADAPTER}": torch.zeros_like(features)}
+        tensors |= {
+            tensor_names.image_embeds(ADAPTER): features,
+            tensor_names.NEGATIVE + tensor_names.image_embeds(ADAPTER): torch.zeros_like(features),
+        }
         conditioning = self._conditioner(_job(arguments), tensors).at(0, 1)
         return {name: tensor.numpy() for name, tensor in conditioning.items()}
 
@@ -133,10 +138,13 @@ def _job(arguments: Arguments) -> JobRequest:
     """What the layout of the conditioning depends on."""
     return JobRequest(
         id="bare",
-        height=arguments["height"],
-        width=arguments["width"],
-        num_inference_steps=arguments["num_inference_steps"],
-        guidance_scale=arguments["guidance_scale"],
+        settings=Settings.with_defaults(
+            height=arguments["height"],
+            width=arguments["width"],
+            num_inference_steps=arguments["num_inference_steps"],
+            guidance_scale=arguments["guidance_scale"],
+            strength=1.0,
+        ),
         seeds=(arguments["seed"],),
         adapters=(AdapterUse(name=ADAPTER),),
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from imprompt_bench.checkpoints import SCHEDULER
+from imprompt_serving import tensor_names
 from imprompt_serving.backends import Engine
 from imprompt_serving.denoiser.answers import Outcome
 from imprompt_serving.denoiser.batch import Batcher
@@ -18,6 +20,7 @@ from imprompt_serving.denoiser.loop import Denoiser
 from imprompt_serving.denoiser.meter import Meter
 from imprompt_serving.denoiser.networks import StepNetworks
 from imprompt_serving.job import AdapterUse, JobRequest
+from imprompt_serving.parameters import Settings
 from imprompt_serving.specs import Adapter, Bundle, CrossAttention, Range, Shapes, TextEncoder
 
 TOKENS, WIDTH, CLIP_WIDTH = 4, 768, 1024
@@ -69,16 +72,19 @@ class Rig:
             StepNetworks(bundle, {"unet": unet}, {}), Batcher(bundle), bundle.shapes.rows.max, bundle.limits, meter
         )
 
-    def job(self, name: str, *, steps: int, size: int, seed: int = 0, scheduler: str | None = None) -> Job:
-        """A guided picture of ``size`` x ``size`` pixels."""
+    def job(self, name: str, *, steps: int, size: int, seed: int = 0, **settings: Any) -> Job:
+        """A guided picture of ``size`` x ``size`` pixels, with other ``settings`` where they are given."""
         request = JobRequest(
             id=name,
-            height=size,
-            width=size,
-            num_inference_steps=steps,
-            guidance_scale=7.5,
+            settings=Settings.with_defaults(
+                height=size,
+                width=size,
+                num_inference_steps=steps,
+                guidance_scale=7.5,
+                strength=1.0,
+                **settings,
+            ),
             seeds=(seed,),
-            scheduler=scheduler,
             adapters=tuple(AdapterUse(name=adapter.name) for adapter in self.bundle.adapters),
         )
         tensors = self.embeddings(seed)
@@ -89,10 +95,12 @@ class Rig:
         """Text embeddings of both branches, and image embeddings, at random."""
         generator = torch.Generator().manual_seed(seed)
         tensors = {}
-        for prefix in ("negative_", ""):
+        for prefix in (tensor_names.NEGATIVE, ""):
             tensors[f"{prefix}prompt_embeds"] = torch.randn(1, 77, WIDTH, generator=generator)
             for adapter in self.bundle.adapters:
-                tensors[f"{prefix}image_embeds_{adapter.name}"] = torch.randn(1, CLIP_WIDTH, generator=generator)
+                tensors[prefix + tensor_names.image_embeds(adapter.name)] = torch.randn(
+                    1, CLIP_WIDTH, generator=generator
+                )
         return tensors
 
     def submit(self, job: Job) -> Callable[[], Tensor]:

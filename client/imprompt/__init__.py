@@ -19,7 +19,6 @@ from imprompt._errors import (
 )
 from imprompt._images import ImageInput
 from imprompt._model import Capabilities
-from imprompt._parameters import Parameters
 from imprompt._result import Progress, Result
 
 __version__ = version("imprompt")
@@ -35,7 +34,6 @@ __all__ = [
     "ImpromptError",
     "InvalidRequest",
     "Overloaded",
-    "Parameters",
     "Progress",
     "Result",
     "ServerError",

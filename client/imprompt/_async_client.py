@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Never, Self
 
 import grpc
 import grpc.aio
@@ -16,7 +16,18 @@ from imprompt import _transport
 from imprompt._errors import ConnectionFailed, ImpromptError, InvalidRequest, Overloaded, ServerError
 from imprompt._images import ImageInput
 from imprompt._model import Capabilities, ServedModel, is_bundle, model_name, no_bundle, read_model
-from imprompt._parameters import Parameters
+from imprompt._parameters import (
+    Annotator,
+    Embeds,
+    Images,
+    OutputFormat,
+    OutputType,
+    PerAdapterImages,
+    Scale,
+    Scheduler,
+    WeightType,
+    given,
+)
 from imprompt._request import Request, build_encode_request, build_request, check_request
 from imprompt._result import Progress, Result, read_embeds, read_event, read_outputs, read_result
 from imprompt._retry import MAX_RETRIES, PROBE_TIMEOUT_S, Budget, check_retries, check_timeout
@@ -64,14 +75,129 @@ class AsyncClient:
         if channel is not None:
             await channel.close()
 
-    async def generate(self, *, model: str, prompt: str | Sequence[str], **parameters: Unpack[Parameters]) -> Result:
+    async def generate(
+        self,
+        *,
+        model: str,
+        prompt: str | Sequence[str],
+        # Made by imprompt_serving.signatures: arguments of generate
+        negative_prompt: str | Sequence[str] | None = None,
+        prompt_2: str | Sequence[str] | None = None,
+        negative_prompt_2: str | Sequence[str] | None = None,
+        ip_adapter_image: PerAdapterImages | None = None,
+        negative_ip_adapter_image: PerAdapterImages | None = None,
+        ip_adapter_image_embeds: Embeds | Sequence[Embeds | None] | Mapping[str, Embeds] | None = None,
+        ip_adapter_scale: Scale | Sequence[Scale] | Mapping[str, Scale | Sequence[float]] | None = None,
+        ip_adapter_masks: PerAdapterImages | Sequence[Any] | None = None,
+        ip_adapter_start: float | Sequence[float] | None = None,
+        ip_adapter_end: float | Sequence[float] | None = None,
+        ip_adapter_weight_type: WeightType | Sequence[WeightType] | None = None,
+        image: Images | None = None,
+        mask_image: Images | None = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
+        control_image: Images | Sequence[Sequence[ImageInput]] | None = None,
+        control_image_annotator: Annotator | Sequence[Annotator] | None = None,
+        controlnet: str | Sequence[str] | None = None,
+        controlnet_conditioning_scale: float | Sequence[float] | None = None,
+        control_guidance_start: float | Sequence[float] | None = None,
+        control_guidance_end: float | Sequence[float] | None = None,
+        guess_mode: bool | None = None,
+        num_frames: int | None = None,
+        video: Sequence[ImageInput] | np.ndarray[Any, Any] | None = None,
+        context_length: int | None = None,
+        context_stride: int | None = None,
+        context_overlap: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        original_size: Sequence[int] | None = None,
+        crops_coords_top_left: Sequence[int] | None = None,
+        target_size: Sequence[int] | None = None,
+        negative_original_size: Sequence[int] | None = None,
+        negative_crops_coords_top_left: Sequence[int] | None = None,
+        negative_target_size: Sequence[int] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_rescale: float | None = None,
+        guidance_end: float | None = None,
+        eta: float | None = None,
+        clip_skip: int | None = None,
+        num_images_per_prompt: int | None = None,
+        seed: int | Sequence[int] | None = None,
+        scheduler: Scheduler | None = None,
+        scheduler_config: Mapping[str, Any] | None = None,
+        output_type: OutputType | None = None,
+        output_format: OutputFormat | None = None,
+        timeout: float | None = None,
+        priority: int | None = None,
+        # End
+        **unknown: Never,
+    ) -> Result:
         """Ask for pictures (or a clip) and wait for them; see `Client.generate`."""
-        budget = self._budget(parameters.get("timeout"))
+        parameters = given(locals())
+        budget = self._budget(timeout)
         request = await asyncio.to_thread(build_request, await self._model(model, budget), prompt, parameters)
         return read_result(await self._infer(request, budget), request)
 
     def stream(
-        self, *, model: str, prompt: str | Sequence[str], **parameters: Unpack[Parameters]
+        self,
+        *,
+        model: str,
+        prompt: str | Sequence[str],
+        # Made by imprompt_serving.signatures: arguments of stream
+        negative_prompt: str | Sequence[str] | None = None,
+        prompt_2: str | Sequence[str] | None = None,
+        negative_prompt_2: str | Sequence[str] | None = None,
+        ip_adapter_image: PerAdapterImages | None = None,
+        negative_ip_adapter_image: PerAdapterImages | None = None,
+        ip_adapter_image_embeds: Embeds | Sequence[Embeds | None] | Mapping[str, Embeds] | None = None,
+        ip_adapter_scale: Scale | Sequence[Scale] | Mapping[str, Scale | Sequence[float]] | None = None,
+        ip_adapter_masks: PerAdapterImages | Sequence[Any] | None = None,
+        ip_adapter_start: float | Sequence[float] | None = None,
+        ip_adapter_end: float | Sequence[float] | None = None,
+        ip_adapter_weight_type: WeightType | Sequence[WeightType] | None = None,
+        image: Images | None = None,
+        mask_image: Images | None = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
+        control_image: Images | Sequence[Sequence[ImageInput]] | None = None,
+        control_image_annotator: Annotator | Sequence[Annotator] | None = None,
+        controlnet: str | Sequence[str] | None = None,
+        controlnet_conditioning_scale: float | Sequence[float] | None = None,
+        control_guidance_start: float | Sequence[float] | None = None,
+        control_guidance_end: float | Sequence[float] | None = None,
+        guess_mode: bool | None = None,
+        num_frames: int | None = None,
+        video: Sequence[ImageInput] | np.ndarray[Any, Any] | None = None,
+        context_length: int | None = None,
+        context_stride: int | None = None,
+        context_overlap: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        original_size: Sequence[int] | None = None,
+        crops_coords_top_left: Sequence[int] | None = None,
+        target_size: Sequence[int] | None = None,
+        negative_original_size: Sequence[int] | None = None,
+        negative_crops_coords_top_left: Sequence[int] | None = None,
+        negative_target_size: Sequence[int] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_rescale: float | None = None,
+        guidance_end: float | None = None,
+        eta: float | None = None,
+        clip_skip: int | None = None,
+        num_images_per_prompt: int | None = None,
+        seed: int | Sequence[int] | None = None,
+        scheduler: Scheduler | None = None,
+        scheduler_config: Mapping[str, Any] | None = None,
+        output_type: OutputType | None = None,
+        output_format: OutputFormat | None = None,
+        timeout: float | None = None,
+        priority: int | None = None,
+        progress_every: int | None = None,
+        preview: bool | None = None,
+        # End
+        **unknown: Never,
     ) -> AsyncGenerator[Progress | Result, None]:
         """Like `generate`, but reports progress first: `Progress`, ..., then one `Result`.
 
@@ -79,7 +205,8 @@ class AsyncClient:
         has not asked for yet, when the request is sent with the first `anext`. Closing the generator (`aclose`), or
         leaving it by an exception, stops the work.
         """
-        budget = self._budget(parameters.get("timeout"))
+        parameters = given(locals())
+        budget = self._budget(timeout)
         model_name(model, stream=True)
         known = self._models.get((model, True))
         if known is not None:
@@ -186,7 +313,7 @@ class AsyncClient:
             await asyncio.sleep(budget.pause(failure))
 
     async def _events(
-        self, model: str, prompt: object, parameters: Parameters, budget: Budget
+        self, model: str, prompt: object, parameters: Mapping[str, object], budget: Budget
     ) -> AsyncGenerator[Progress | Result, None]:
         served = await self._model(model, budget, stream=True)
         request = await asyncio.to_thread(build_request, served, prompt, parameters)

@@ -6,7 +6,7 @@ import difflib
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 from tritonclient.grpc import service_pb2
 
@@ -22,11 +22,11 @@ from imprompt._image_prompts import (
 )
 from imprompt._images import by_net, listed
 from imprompt._model import Input, ServedModel
-from imprompt._parameters import Parameters
+from imprompt._parameters import NAMES, OutputType
 from imprompt._tensors import PICTURES as START_PICTURES
 from imprompt._tensors import Tensor, encode_input, numeric_tensor, unsigned_seeds
 
-OUTPUT_TYPES = ("pil", "np", "latent")
+OUTPUT_TYPES = get_args(OutputType)
 SHORTEST_TIMEOUT_S = 1e-3
 """The least that a server takes; what is left of a caller's time may be less."""
 MAX_BYTES = 2**31 - 2**20
@@ -70,7 +70,7 @@ _MEANT = {
 }
 """Other names of parameters, there or elsewhere, and what comes nearest to them here."""
 _SPELLED_ALIKE = 0.8
-_LIST = "`imprompt.Parameters` and docs/protocol.md list them all"
+_LIST = "`help(imprompt.Client)` and docs/protocol.md list them all"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,7 +185,7 @@ def _refuse_unknown(model: ServedModel, given: Mapping[str, object]) -> None:
     known = _keywords(model)
     for name in given:
         if name not in known:
-            hint = "" if name in Parameters.__annotations__ else _hint(name[:100], known)
+            hint = "" if name in NAMES else _hint(name[:100], known)
             raise invalid(name, f"{model.bundle} has no such parameter; {hint}{_LIST}")
 
 

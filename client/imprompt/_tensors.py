@@ -16,12 +16,12 @@ from tritonclient.utils import serialize_byte_tensor, triton_to_np_dtype
 from imprompt._errors import InvalidRequest, invalid, shown
 from imprompt._images import encode, encode_all, encode_mask, listed, to_numpy
 from imprompt._model import Input
-from imprompt._parameters import Parameters
+from imprompt._parameters import NAMES
 
 PICTURES = ("image", "mask_image", "control_image", "video")
 """Inputs whose texts are paths of picture files."""
 _CONFIGURATIONS = ("scheduler_config",)
-_TEXTS = Parameters.__annotations__.keys() | {"prompt", "encode_image"}
+_TEXTS = {*NAMES, "prompt", "encode_image"}
 """Inputs of bytes that are texts, when they are neither of these."""
 
 

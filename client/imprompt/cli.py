@@ -25,8 +25,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
-from imprompt import Capabilities, Client, ImpromptError, Parameters, Result, __version__
+from imprompt import Capabilities, Client, ImpromptError, Result, __version__
 from imprompt._errors import shown
+from imprompt._parameters import NAMES
 from imprompt._request import asks_for_clip
 from imprompt._result import FPS, check_ending, check_fps
 
@@ -145,7 +146,6 @@ def generate(
         ),
     ] = None,
     url: Url = "localhost:8001",
-    negative_prompt: Annotated[list[str] | None, typer.Option(help="What to stay away from.")] = None,
     ip_adapter_image: Annotated[
         list[str] | None,
         typer.Option(metavar="[NAME=]FILE", help="Image prompt, of the adapter NAME; may be repeated."),
@@ -160,32 +160,165 @@ def generate(
         list[str] | None,
         typer.Option("--ip-adapter-mask", metavar="[NAME=]FILE", help="Region of each image prompt, in their order."),
     ] = None,
-    image: Annotated[list[Path] | None, typer.Option(help="Picture to start from.")] = None,
-    mask_image: Annotated[list[Path] | None, typer.Option(help="White is repainted.")] = None,
-    strength: Annotated[float | None, typer.Option(help="Share of noise on the start, 0 to 1.")] = None,
-    control_image: Annotated[list[Path] | None, typer.Option(help="One for each --controlnet.")] = None,
-    controlnet: Annotated[list[str] | None, typer.Option(help="ControlNet of the bundle.")] = None,
-    controlnet_conditioning_scale: Annotated[list[float] | None, typer.Option(help="One, or one each.")] = None,
-    control_guidance_start: Annotated[list[float] | None, typer.Option(help="Share of the steps, 0 to 1.")] = None,
-    control_guidance_end: Annotated[list[float] | None, typer.Option(help="Share of the steps, 0 to 1.")] = None,
-    guess_mode: Annotated[bool | None, typer.Option("--guess-mode", help="Control without a prompt.")] = None,
-    num_frames: Annotated[int | None, typer.Option(help="Frames of a clip.")] = None,
-    video: Annotated[list[Path] | None, typer.Option(help="Frame to start from; once for each frame.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
-    num_inference_steps: Annotated[int | None, typer.Option("--num-inference-steps", "--steps", help="Steps.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="At most 1 switches guidance off.")] = None,
-    guidance_rescale: Annotated[float | None, typer.Option(help="0 to 1.")] = None,
-    eta: Annotated[float | None, typer.Option(help="Noise of each step of DDIM and TCD, 0 to 1.")] = None,
-    clip_skip: Annotated[int | None, typer.Option(help="Layers of the text encoder to leave out.")] = None,
-    num_images_per_prompt: Annotated[int | None, typer.Option(help="Pictures for each prompt.")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="One, or one for each picture.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="diffusers class name.")] = None,
-    scheduler_config: Annotated[Any, _json_option("Values of the scheduler's configuration.")] = None,
+    # Made by imprompt_serving.signatures: options
+    negative_prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to avoid: one for all prompts, or one each.",
+        ),
+    ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Pictures to start from: image-to-image, or inpainting with mask_image.",
+        ),
+    ] = None,
+    mask_image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="What to repaint (white): one, or one for each image.",
+        ),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            help="How much of image or video is replaced; above 0, default as diffusers (0 to 1).",
+        ),
+    ] = None,
+    control_image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Control images: one for each net, or one for each prompt (frame) of each net in turn.",
+        ),
+    ] = None,
+    controlnet: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Names of the ControlNets to use, in this order (default: all of the bundle).",
+        ),
+    ] = None,
+    controlnet_conditioning_scale: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Strength of the ControlNets: one for all nets, or one each; default as diffusers (-10000 to 10000).",
+        ),
+    ] = None,
+    control_guidance_start: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Share of the steps at which a net starts to act: one for all nets, or one each (0 to 1, default 0).",
+        ),
+    ] = None,
+    control_guidance_end: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Share of the steps at which a net stops acting: one for all nets, or one each (0 to 1, default 1).",
+        ),
+    ] = None,
+    guess_mode: Annotated[
+        bool | None,
+        typer.Option(
+            "--guess-mode",
+            help="Let the nets act on the conditional branch only, and less on the finer residuals (default false).",
+        ),
+    ] = None,
+    num_frames: Annotated[
+        int | None,
+        typer.Option(
+            help="Frames of a clip; without it (and video) the answer is pictures.",
+        ),
+    ] = None,
+    video: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Frames to start from: video-to-video with strength.",
+        ),
+    ] = None,
+    height: Annotated[
+        int | None,
+        typer.Option(
+            help="Pixels, a multiple of 8 (default: the bundle's, or that of the picture to start from).",
+        ),
+    ] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(
+            help="Pixels, a multiple of 8 (default: the bundle's, or that of the picture to start from).",
+        ),
+    ] = None,
+    num_inference_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--num-inference-steps",
+            "--steps",
+            help="Denoising steps (1 to 1000, default 50).",
+        ),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(
+            help="Classifier-free guidance; at most 1 switches it off, default as diffusers (-10000 to 10000).",
+        ),
+    ] = None,
+    guidance_rescale: Annotated[
+        float | None,
+        typer.Option(
+            help="Rescaling of the guided noise as in arXiv 2305.08891 (0 to 1, default 0).",
+        ),
+    ] = None,
+    guidance_end: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the steps after which guidance stops; a step without it is half the work (0 to 1, default "
+            "1).",
+        ),
+    ] = None,
+    eta: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of noise in each step of DDIM and TCD (0 to 1, default 0).",
+        ),
+    ] = None,
+    clip_skip: Annotated[
+        int | None,
+        typer.Option(
+            help="Layers of the text encoder to leave out (default 0).",
+        ),
+    ] = None,
+    num_images_per_prompt: Annotated[
+        int | None,
+        typer.Option(
+            help="Pictures (or clips) for each prompt (1 to 64, default 1).",
+        ),
+    ] = None,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="One for all pictures together, or one each; random when absent.",
+        ),
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            help="Class name of a diffusers scheduler (default: the bundle's).",
+        ),
+    ] = None,
+    scheduler_config: Annotated[
+        Any,
+        _json_option(
+            "JSON object: values that replace the scheduler's configuration.",
+        ),
+    ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds after which the work on this request stops.",
+        ),
+    ] = None,
+    # End
     param: Annotated[
         list[Any] | None, typer.Option(parser=_parameter, metavar="NAME=JSON", help="Any other parameter.")
     ] = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds to wait at most.")] = None,
     preview: Annotated[Path | None, typer.Option(help="Keep this file up to date with a preview.")] = None,
     fps: Annotated[float, typer.Option(help="Frames per second of a saved clip.")] = FPS,
 ) -> None:
@@ -197,9 +330,7 @@ def generate(
     with _reported_errors():
         # The options carry the names of the parameters: what is one goes on as it is.
         parameters: dict[str, Any] = {
-            name: context.params[name]
-            for name in Parameters.__annotations__
-            if context.params.get(name) not in (None, [], ())
+            name: context.params[name] for name in NAMES if context.params.get(name) not in (None, [], ())
         }
         for name in ("ip_adapter_image", "negative_ip_adapter_image", "ip_adapter_masks"):
             if name in parameters:

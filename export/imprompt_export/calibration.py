@@ -18,11 +18,13 @@ from torch.nn import functional as F
 
 from imprompt_export import graphs
 from imprompt_export.checkpoints import Checkpoints
+from imprompt_serving import tensor_names
 from imprompt_serving.backends import Engine
 from imprompt_serving.denoiser.assembly import assemble
 from imprompt_serving.denoiser.batch import Batcher, RowSlice
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.job import AdapterUse, ControlUse, JobRequest
+from imprompt_serving.parameters import Settings
 from imprompt_serving.specs import Adapter, Bundle
 
 Arrays = Mapping[str, np.ndarray]
@@ -94,10 +96,13 @@ class Studio:
         return JobRequest(
             id="calibration",
             task="inpainting" if bundle.unet_channels != bundle.latent_channels else "text-to-image",
-            height=shapes.height.opt,
-            width=shapes.width.opt,
-            num_inference_steps=run.steps,
-            guidance_scale=GUIDANCE_SCALE,
+            settings=Settings.with_defaults(
+                height=shapes.height.opt,
+                width=shapes.width.opt,
+                num_inference_steps=run.steps,
+                guidance_scale=GUIDANCE_SCALE,
+                strength=1.0,
+            ),
             seeds=(run.seed,),
             adapters=tuple(AdapterUse(name=a.name, scale=run.scale) for a in bundle.adapters if run.scale),
             controls=tuple(ControlUse(name=name) for name in bundle.net_names if run.controlled),
@@ -113,7 +118,7 @@ class Studio:
         for name in self.bundle.net_names if run.controlled else ():
             t2i = self.bundle.t2i_adapter(name)
             grey = t2i is not None and t2i.channels == 1
-            tensors[f"control_image_{name}"] = unit.mean(1, keepdim=True) if grey else unit
+            tensors[tensor_names.control_image(name)] = unit.mean(1, keepdim=True) if grey else unit
         if self.bundle.unet_channels != self.bundle.latent_channels:
             tensors |= self._mask(unit)
         return tensors
@@ -136,12 +141,14 @@ class Studio:
             features = self._image_features(adapter, torch.cat([unit, unit.flip(-1)]))
         if not adapter.uses_face:
             assert features is not None
-            return dict(zip(_both("image_embeds", adapter), features, strict=True))
+            return dict(zip(_both(tensor_names.image_embeds(adapter.name)), features, strict=True))
         generator = torch.Generator().manual_seed(seed)
         faces = F.normalize(torch.randn(2, *adapter.embed_shape, generator=generator), dim=-1)
-        tensors = dict(zip(_both("image_embeds", adapter), (faces, torch.zeros_like(faces)), strict=True))
+        tensors = dict(
+            zip(_both(tensor_names.image_embeds(adapter.name)), (faces, torch.zeros_like(faces)), strict=True)
+        )
         if features is not None:
-            tensors |= zip(_both("clip_embeds", adapter), features, strict=True)
+            tensors |= zip(_both(tensor_names.clip_embeds(adapter.name)), features, strict=True)
         return tensors
 
     def _image_features(self, adapter: Adapter, unit: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,6 +174,6 @@ class Studio:
         return {"mask": mask, "masked_image_moments": moments}
 
 
-def _both(name: str, adapter: Adapter) -> tuple[str, str]:
+def _both(name: str) -> tuple[str, str]:
     """The names of a tensor in the conditional and the unconditional branch."""
-    return f"{name}_{adapter.name}", f"negative_{name}_{adapter.name}"
+    return name, tensor_names.NEGATIVE + name

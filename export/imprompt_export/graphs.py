@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from imprompt_export import image_prompt
+from imprompt_serving import tensor_names
 from imprompt_serving.specs import Residual, feature_names, level_size, residual_names
 
 Axes = dict[str, float]
@@ -298,10 +299,10 @@ def unet(
     for name in adapters:
         group = ("batch", f"groups_{name}")
         inputs += [
-            Input(name=f"ip_tokens_{name}", shape=(*group, f"tokens_{name}", config.cross_attention_dim)),
-            Input(name=f"ip_bias_{name}", shape=(*group, f"tokens_{name}"), values="bias"),
-            Input(name=f"ip_scale_{name}", shape=(*group, len(layers)), values="scale"),
-            *(Input(name=f"ip_mask_{name}_{i}", shape=(*group, f"q{i}"), values="unit") for i in levels),
+            Input(name=tensor_names.ip_tokens(name), shape=(*group, f"tokens_{name}", config.cross_attention_dim)),
+            Input(name=tensor_names.ip_bias(name), shape=(*group, f"tokens_{name}"), values="bias"),
+            Input(name=tensor_names.ip_scale(name), shape=(*group, len(layers)), values="scale"),
+            *(Input(name=tensor_names.ip_mask(name, i), shape=(*group, f"q{i}"), values="unit") for i in levels),
         ]
     control = residual_names(len(residuals)) if residuals else ()
     for name, shape in zip(control, residuals, strict=True):
@@ -316,10 +317,10 @@ def unet(
             tensors = _by_frame(tensors, control)
         prompts.adapters = [
             image_prompt.AdapterPrompts.of(
-                tokens=tensors[f"ip_tokens_{name}"],
-                bias=tensors[f"ip_bias_{name}"],
-                scale=tensors[f"ip_scale_{name}"],
-                masks={i: tensors[f"ip_mask_{name}_{i}"] for i in levels},
+                tokens=tensors[tensor_names.ip_tokens(name)],
+                bias=tensors[tensor_names.ip_bias(name)],
+                scale=tensors[tensor_names.ip_scale(name)],
+                masks={i: tensors[tensor_names.ip_mask(name, i)] for i in levels},
             )
             for name in adapters
         ]

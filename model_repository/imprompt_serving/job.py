@@ -7,6 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 from imprompt_serving.backends import get_backend
+from imprompt_serving.parameters import PARAMETERS, Settings
 from imprompt_serving.specs import Bundle
 
 Scale = float | dict[str, Any] | list[float]
@@ -21,10 +22,10 @@ class AdapterUse(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     name: str
-    scale: Scale = 1.0
-    start: float = 0.0
-    end: float = 1.0
-    weight_type: str = "linear"
+    scale: Scale = PARAMETERS["ip_adapter_scale"].default
+    start: float = PARAMETERS["ip_adapter_start"].default
+    end: float = PARAMETERS["ip_adapter_end"].default
+    weight_type: str = PARAMETERS["ip_adapter_weight_type"].default
 
 
 class ControlUse(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,27 +33,16 @@ class ControlUse(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     scale: float = 1.0
-    start: float = 0.0
-    end: float = 1.0
+    start: float = PARAMETERS["control_guidance_start"].default
+    end: float = PARAMETERS["control_guidance_end"].default
 
 
 class ContextWindow(msgspec.Struct, frozen=True, kw_only=True):
     """Overlapping windows of frames, in which clips run that are longer than ``length``."""
 
     length: int
-    stride: int = 1
-    overlap: int = 4
-
-
-class SizeConditions(msgspec.Struct, frozen=True, kw_only=True):
-    """SDXL's micro-conditioning, each (height, width) or (top, left); None takes diffusers' default."""
-
-    original_size: tuple[int, int] | None = None
-    crops_coords_top_left: tuple[int, int] = (0, 0)
-    target_size: tuple[int, int] | None = None
-    negative_original_size: tuple[int, int] | None = None
-    negative_crops_coords_top_left: tuple[int, int] = (0, 0)
-    negative_target_size: tuple[int, int] | None = None
+    stride: int = PARAMETERS["context_stride"].default
+    overlap: int = PARAMETERS["context_overlap"].default
 
 
 class JobRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,34 +50,17 @@ class JobRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     id: str
     task: Task = "text-to-image"
-    height: int
-    width: int
-    num_inference_steps: int
-    num_images_per_prompt: int = 1
-    guidance_scale: float
-    guidance_rescale: float = 0.0
-    eta: float = 0.0
-    strength: float = 1.0
+    settings: Settings
     seeds: tuple[int, ...]
-    scheduler: str | None = None
-    scheduler_config: dict[str, Any] = {}
     adapters: tuple[AdapterUse, ...] = ()
     controls: tuple[ControlUse, ...] = ()
-    guess_mode: bool = False
-    """ControlNets act on the conditional branch only, and less on the finer residuals."""
     frames: int | None = None
     """Frames of each clip; None for pictures."""
     context: ContextWindow | None = None
     """Set for clips: a window for clips that are longer than it."""
-    sizes: SizeConditions = SizeConditions()
     timeout: float | None = None
-    """Seconds from arrival in the denoiser."""
-    priority: int = 5
-    """1 goes first, 9 last."""
-    progress_every: int = 0
-    """Steps between two progress answers; 0 for none."""
-    preview: bool = False
-    """Whether progress answers carry a small picture of each result."""
+    """Seconds left on arrival in the denoiser."""
+    reports_progress: bool = False
 
 
 class Admission(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,6 +1,7 @@
-"""The tables of `docs/protocol.md`, made from `wire`: `python -m imprompt_serving.protocol_table docs/protocol.md`.
+"""The tables of `docs/protocol.md`: `python -m imprompt_serving.protocol_table docs/protocol.md`.
 
-A table stands between `<!-- tensors: NAME -->` and `<!-- end -->`, where NAME is a tuple of `wire`.
+A table stands between `<!-- tensors: NAME -->` and `<!-- end -->`, where NAME is a group of `parameters`, or a tuple of
+`wire`.
 """
 
 from __future__ import annotations
@@ -10,15 +11,20 @@ import sys
 from pathlib import Path
 
 from imprompt_serving import wire
+from imprompt_serving.parameters import Group
 from imprompt_serving.wire import Tensor
 
 _PLACE = re.compile(r"(<!-- tensors: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def tables() -> dict[str, tuple[Tensor, ...]]:
-    """What callers see: the tuples of `wire` by name, without those between the models."""
-    names = [name for name in vars(wire) if name.endswith(("REQUEST", "RESPONSE")) and not name.startswith("JOB_")]
-    return {name: getattr(wire, name) for name in names}
+    """What callers see, by name."""
+    requests = {group.value: wire.parameter_tensors(group) for group in Group}
+    return requests | {
+        "RESPONSE": wire.RESPONSE,
+        "VIDEO_RESPONSE": wire.VIDEO_RESPONSE,
+        "STREAM_RESPONSE": wire.STREAM_RESPONSE,
+    }
 
 
 def markdown(tensors: tuple[Tensor, ...]) -> str:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import msgspec
+
+if TYPE_CHECKING:
+    from imprompt_serving.parameters import Settings
 
 FILE_NAME = "bundle.json"
 
@@ -164,7 +167,7 @@ class Asked(Protocol):
     def controls(self) -> Sequence[object]: ...
 
     @property
-    def guidance_scale(self) -> float: ...
+    def settings(self) -> Settings: ...
 
 
 class Bundle(msgspec.Struct, frozen=True, kw_only=True):
@@ -233,7 +236,7 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
 
     def guided(self, request: Asked) -> bool:
         """Whether a request runs an unconditional branch too."""
-        return request.guidance_scale > 1 and not self.embeds_guidance(request)
+        return request.settings.guidance_scale > 1 and not self.embeds_guidance(request)
 
     def adapter(self, name: str) -> Adapter:
         return next(adapter for adapter in self.adapters if adapter.name == name)

@@ -7,11 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import imprompt
-from imprompt import AsyncClient, Client, Parameters
-from imprompt_serving import wire
+from imprompt import AsyncClient, Client
 
 
 def test_the_public_names_are_these() -> None:
@@ -26,7 +23,6 @@ def test_the_public_names_are_these() -> None:
         "ImpromptError",
         "InvalidRequest",
         "Overloaded",
-        "Parameters",
         "Progress",
         "Result",
         "ServerError",
@@ -45,12 +41,6 @@ def test_both_clients_have_the_same_methods() -> None:
         return {name: list(inspect.signature(m).parameters) for name, m in found if not name.startswith("_")}
 
     assert methods(Client) == methods(AsyncClient)
-
-
-@pytest.mark.parametrize("name", [tensor.name for tensor in (*wire.REQUEST, *wire.SDXL_REQUEST, *wire.STREAM_REQUEST)])
-def test_every_input_of_the_server_has_a_documented_keyword(name: str) -> None:
-    filled_in_by_the_client = ("prompt", "encode_image", "ip_adapter_scale_config")
-    assert name in Parameters.__annotations__ or name in filled_in_by_the_client or name.endswith("_adapter")
 
 
 def test_the_client_needs_nothing_of_the_other_packages() -> None:

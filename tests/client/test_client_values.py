@@ -26,9 +26,10 @@ from imprompt._model import Input, ServedModel
 from imprompt._request import Request, build_encode_request, build_request, check_request
 from imprompt._retry import check_timeout
 from imprompt_serving import wire
+from imprompt_serving.parameters import Group
 
 CASES = 4500
-TABLES = (wire.REQUEST, wire.SDXL_REQUEST, wire.CONTROL_REQUEST, wire.VIDEO_REQUEST, wire.STREAM_REQUEST)
+TABLES = [wire.parameter_tensors(group) for group in Group]
 ADAPTERS = ("plus", "face")
 
 

@@ -17,7 +17,17 @@ from imprompt_bench import rig
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.pipeline import images
 from imprompt_serving.pipeline.request import Request, parse
-from imprompt_serving.specs import Bundle, ControlNet, Limits, Motion, Range, Residual, Shapes, T2IAdapter
+from imprompt_serving.specs import (
+    Bundle,
+    ControlNet,
+    CrossAttention,
+    Limits,
+    Motion,
+    Range,
+    Residual,
+    Shapes,
+    T2IAdapter,
+)
 from imprompt_serving.wire import request_tensors
 
 LIMITS = Limits(
@@ -33,6 +43,10 @@ LIMITS = Limits(
 BUNDLE = msgspec.structs.replace(
     rig.sd15(rows=2, adapters=("plain", "other")),
     shapes=Shapes(height=Range(64, 64, 128), width=Range(64, 64, 128), image_tokens=(4, 16), regions=2),
+    layers=tuple(
+        CrossAttention(name=f"{block}.attentions.0.transformer_blocks.0.attn2.processor", level=level)
+        for block, level in (("down_blocks.0", 0), ("down_blocks.1", 1), ("up_blocks.1", 1), ("mid_block", 2))
+    ),
     default_height=64,
     default_width=64,
     limits=LIMITS,
@@ -171,6 +185,10 @@ def test_any_json_as_scales_by_block(text: str) -> None:
     [
         ('{"up": {"block_9": 1.0}}', "no up.block_9"),
         ('{"sideways": 1.0}', "no sideways"),
+        ('{"up": {"block_1": [1, 2]}}', "up.block_1 takes 3 numbers, or one for all of its layers; got 2"),
+        ('{"down": [1, 2, 3]}', "down.block_0 takes 2 numbers, or one for all of its layers; got 3"),
+        ('{"mid": [1, 2]}', "mid takes one number; got 2"),
+        ('{"mid": {"block_0": 1.0}}', "mid has no block_0"),
         ("[[0.1, 0.2]]", "a list needs masks"),
         ('{"up": {"block_1": [[0.1, 0.2]]}}', "a list needs masks"),
     ],
@@ -207,7 +225,7 @@ def test_json_is_bounded() -> None:
 def test_configurations_that_are_taken() -> None:
     config = {"lambda_min_clipped": float("-inf"), "trained_betas": None, "noise_sampler_seed": 2**64 - 1}
     request = parsed(scheduler_config=json.dumps(config))
-    assert request.scheduler_config == config | {"lambda_min_clipped": "-inf"}
+    assert request.settings.scheduler_config == config | {"lambda_min_clipped": "-inf"}
     saved = {
         "_class_name": "DDIMScheduler",
         "_diffusers_version": "0.42",
@@ -215,9 +233,9 @@ def test_configurations_that_are_taken() -> None:
         "beta_end": 0.1,
     }
     request = parsed(scheduler_config=json.dumps(saved))
-    assert request.scheduler == "DDIMScheduler"
-    assert request.scheduler_config == {"_use_default_values": ["eta"], "beta_end": 0.1}
-    assert parsed(scheduler="LCMScheduler", scheduler_config=json.dumps(saved)).scheduler == "LCMScheduler"
+    assert request.settings.scheduler == "DDIMScheduler"
+    assert request.settings.scheduler_config == {"_use_default_values": ["eta"], "beta_end": 0.1}
+    assert parsed(scheduler="LCMScheduler", scheduler_config=json.dumps(saved)).settings.scheduler == "LCMScheduler"
 
 
 @pytest.mark.parametrize(
@@ -243,7 +261,7 @@ def test_configurations_that_are_taken() -> None:
         ({"image": picture(400, 400), "mask_image": picture(400, 400)}, "mask_image: 400x400 is too large"),
         ({"image": picture(90, 10)}, "image: 90x10 is too elongated; the longer side may be 8 times"),
         ({"image": SMALL, "height": 100}, "height: must be a multiple of 8"),
-        ({"image": SMALL, "scheduler": "none"}, "scheduler: unknown scheduler 'none'"),
+        ({"image": SMALL, "scheduler": "none"}, "scheduler: 'none' is none of DDIMScheduler"),
     ],
 )
 def test_nothing_is_decoded_for_a_request_that_is_refused(
@@ -300,7 +318,7 @@ def test_seeds_are_drawn_below_two_to_the_32() -> None:
 def test_default_sizes(factor: int, values: dict[str, Any], size: tuple[int, int]) -> None:
     """Rounded down to what height and width must be multiples of (`VaeImageProcessor.get_default_height_width`)."""
     request = parsed(msgspec.structs.replace(BUNDLE, vae_scale_factor=factor), **values)
-    assert (request.height, request.width) == size
+    assert (request.settings.height, request.settings.width) == size
 
 
 @pytest.mark.parametrize("name", ["image", "control_image"])

@@ -102,7 +102,7 @@ def test_a_saved_configuration_is_taken_whole(name: str, other: str | None) -> N
     )
     bundle = msgspec.structs.replace(sd15(rows=2), scheduler_config={"beta_start": 0.5, "beta_schedule": "linear"})
     parsed = parse({key: np.array([value], object) for key, value in wire.items()}, bundle)
-    asked = job_request(scheduler=parsed.scheduler, scheduler_config=parsed.scheduler_config)
+    asked = job_request(scheduler=parsed.settings.scheduler, scheduler_config=parsed.settings.scheduler_config)
     asked = msgspec.json.decode(msgspec.json.encode(asked), type=JobRequest)
     assert saved["_class_name"] == name
     kind = getattr(diffusers, other or name)
@@ -117,8 +117,8 @@ def test_a_configuration_without_a_class_is_for_the_bundles_own() -> None:
     saved = dict(diffusers.DDIMScheduler(beta_end=0.5).config)
     tensors = {"prompt": b"a", "scheduler_config": json.dumps(saved).encode()}
     parsed = parse({key: np.array([value], object) for key, value in tensors.items()}, sd15(rows=2))
-    assert parsed.scheduler is None
-    made = make_scheduler(sd15(rows=2), job_request(scheduler_config=parsed.scheduler_config))
+    assert parsed.settings.scheduler is None
+    made = make_scheduler(sd15(rows=2), job_request(scheduler_config=parsed.settings.scheduler_config))
     assert settings(made) == settings(diffusers.DDIMScheduler.from_config(saved))
 
 
@@ -165,7 +165,7 @@ def run(job: Job) -> torch.Tensor:
         ("scheduler_config", None, {"timestep_spacing": "none such"}, {}),
         ("scheduler_config", None, {"steps_offset": 900}, {}),
         ("scheduler_config", None, {"prediction_type": "none such"}, {}),
-        ("scheduler_config", None, {"prediction_type": "none such"}, {"preview": True, "progress_every": 1}),
+        ("scheduler_config", None, {"prediction_type": "none such"}, {"preview": True, "reports_progress": True}),
         ("scheduler_config", None, {"thresholding": True, "dynamic_thresholding_ratio": 5.0}, {}),
         ("scheduler_config", "DPMSolverMultistepScheduler", {"solver_order": 0}, {}),
         ("scheduler_config", "DPMSolverMultistepScheduler", {"solver_order": "abc"}, {}),

@@ -160,7 +160,7 @@ def test_what_triton_itself_finds_in_a_stream_is_the_callers_mistake(sd15: Serve
     wrong = {**served.inputs, "foo": Input(name="foo", dtype="INT32", dims=(1,))}
     client._models["sd15", True] = replace(served, inputs=wrong)
     with client, pytest.raises(InvalidRequest, match="unexpected inference input 'foo'") as caught:
-        list(client.stream(**SMALL, foo=1))  # type: ignore[call-arg]
+        list(client.stream(**SMALL, foo=1))
     assert caught.value.parameter == "foo"
 
 

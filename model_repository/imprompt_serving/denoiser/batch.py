@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from imprompt_serving.denoiser.image_prompts import input_names, pad
+from imprompt_serving import tensor_names
+from imprompt_serving.denoiser.image_prompts import pad
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.specs import Bundle
 
@@ -27,7 +28,9 @@ class Batcher:
     def __init__(self, bundle: Bundle) -> None:
         self._bucket = bundle.shapes.bucket
         self._adapters = {
-            name: adapter.name for adapter in bundle.adapters for name in input_names(adapter.name, bundle.levels)
+            name: adapter.name
+            for adapter in bundle.adapters
+            for name in tensor_names.ip_inputs(adapter.name, bundle.levels)
         }
         self._composition: list[tuple[RowSlice, int]] = []
         self._conditioning: dict[str, Tensor] = {}
@@ -64,7 +67,7 @@ class Batcher:
 
     def _widest(self, adapter: str, sources: list[Mapping[str, Tensor]]) -> tuple[int, int]:
         """Groups, and tokens up to the next padding bucket."""
-        shapes = [source[f"ip_tokens_{adapter}"].shape for source in sources]
+        shapes = [source[tensor_names.ip_tokens(adapter)].shape for source in sources]
         tokens = max(shape[2] for shape in shapes)
         return max(shape[1] for shape in shapes), self._bucket(tokens) if tokens > 1 else 1
 

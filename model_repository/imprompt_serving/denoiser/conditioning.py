@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from imprompt_serving import tensor_names
 from imprompt_serving.backends import Engine
 from imprompt_serving.denoiser.control import PreparedControlNet, is_active, prepare_controls
 from imprompt_serving.denoiser.features import T2IFeatures, prepare_features, total
@@ -32,11 +33,16 @@ class Conditioning:
         device: torch.device = CPU,
     ) -> None:
         self._bundle, self._features, self._device = bundle, features, device
-        self._size = (request.height // bundle.vae_scale_factor, request.width // bundle.vae_scale_factor)
+        self._size = (
+            request.settings.height // bundle.vae_scale_factor,
+            request.settings.width // bundle.vae_scale_factor,
+        )
         self.pictures = pictures
         self.controls = controls
         self._inputs = inputs
-        self._windows = {f"ip_scale_{u.name}": (u.start, u.end) for u in request.adapters if (u.start, u.end) != (0, 1)}
+        self._windows = {
+            tensor_names.ip_scale(u.name): (u.start, u.end) for u in request.adapters if (u.start, u.end) != (0, 1)
+        }
         self._variants: dict[tuple[bool, ...], dict[str, Tensor]] = {}
 
     @property
@@ -78,12 +84,12 @@ class Conditioner:
     def __call__(self, request: JobRequest, tensors: Mapping[str, Tensor]) -> Conditioning:
         """The conditioning of ``request``, from its text and image embeddings."""
         bundle = self._bundle
-        prefixes = ("negative_", "") if bundle.guided(request) else ("",)
-        pictures = len(tensors["prompt_embeds"]) * request.num_images_per_prompt
+        prefixes = (tensor_names.NEGATIVE, "") if bundle.guided(request) else ("",)
+        pictures = len(tensors["prompt_embeds"]) * request.settings.num_images_per_prompt
 
         def by_picture(name: str) -> Tensor:
             branches = [tensors[f"{prefix}{name}"] for prefix in prefixes]
-            return torch.cat([b.repeat_interleave(request.num_images_per_prompt, dim=0) for b in branches])
+            return torch.cat([b.repeat_interleave(request.settings.num_images_per_prompt, dim=0) for b in branches])
 
         inputs = {"encoder_hidden_states": by_picture("prompt_embeds")}
         branches = self._image_prompts(request, tensors, prefixes)
@@ -91,7 +97,7 @@ class Conditioner:
             inputs["text_embeds"] = by_picture("pooled_prompt_embeds")
             inputs["time_ids"] = _time_ids(request, pictures, guided=len(prefixes) == 2)
         if bundle.time_cond_proj_dim is not None:
-            embedding = guidance_embedding(request.guidance_scale, bundle.time_cond_proj_dim)
+            embedding = guidance_embedding(request.settings.guidance_scale, bundle.time_cond_proj_dim)
             embedded = bundle.embeds_guidance(request)
             branches["timestep_cond"] = embedding if embedded else torch.zeros(len(prefixes), bundle.time_cond_proj_dim)
         inputs |= {name: tensor.repeat_interleave(pictures, dim=0) for name, tensor in branches.items()}
@@ -105,7 +111,7 @@ class Conditioner:
         self, request: JobRequest, tensors: Mapping[str, Tensor], prefixes: tuple[str, ...]
     ) -> dict[str, Tensor]:
         bundle = self._bundle
-        size = (request.height // bundle.vae_scale_factor, request.width // bundle.vae_scale_factor)
+        size = (request.settings.height // bundle.vae_scale_factor, request.settings.width // bundle.vae_scale_factor)
         used = {use.name: use for use in request.adapters}
         inputs: dict[str, Tensor] = {}
         for adapter in bundle.adapters:
@@ -113,16 +119,16 @@ class Conditioner:
             if name not in used:
                 inputs |= absent_inputs(bundle, name, len(prefixes), tensors["prompt_embeds"].shape[-1], size)
                 continue
-            masks = tensors.get(f"ip_adapter_masks_{name}")
+            masks = tensors.get(tensor_names.adapter_masks(name))
             tokens = [self._tokens(adapter, tensors, prefix) for prefix in prefixes]
             scale = group_scales(bundle, used[name], 1 if masks is None else len(masks))
             inputs |= adapter_inputs(bundle, name, tokens, scale, size, masks)
         return inputs
 
     def _tokens(self, adapter: Adapter, tensors: Mapping[str, Tensor], prefix: str) -> Tensor:
-        embeds = {"image_embeds": tensors[f"{prefix}image_embeds_{adapter.name}"].numpy()}
+        embeds = {"image_embeds": tensors[prefix + tensor_names.image_embeds(adapter.name)].numpy()}
         if adapter.clip_shape is not None:
-            embeds["clip_embeds"] = tensors[f"{prefix}clip_embeds_{adapter.name}"].numpy()
+            embeds["clip_embeds"] = tensors[prefix + tensor_names.clip_embeds(adapter.name)].numpy()
         return torch.from_numpy(self._projections[adapter.name].run(embeds)["tokens"])
 
 
@@ -133,7 +139,7 @@ def _time_ids(request: JobRequest, pictures: int, *, guided: bool) -> Tensor:
     turns. From a picture each negative size counts by itself, with the positive crop; ControlNets that inpaint have
     none.
     """
-    sizes, own = request.sizes, (request.height, request.width)
+    sizes, own = request.settings, (request.settings.height, request.settings.width)
     original, target = sizes.original_size or own, sizes.target_size or own
     positive = (*original, *sizes.crops_coords_top_left, *target)
     negative_original, negative_target = sizes.negative_original_size, sizes.negative_target_size

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from imprompt_serving import tensor_names
 from imprompt_serving.backends import Engine
 from imprompt_serving.job import ControlUse, JobRequest
 from imprompt_serving.specs import Bundle
@@ -51,11 +52,13 @@ def prepare_controls(
     if not uses:
         return ()
     # As in diffusers: the first net decides for all of them.
-    guess = request.guess_mode or bundle.controlnet(uses[0].name).global_pool
+    guess = request.settings.guess_mode or bundle.controlnet(uses[0].name).global_pool
     return tuple(
         PreparedControlNet(
             name=use.name,
-            embedding=_embed(embeddings[use.name], tensors[f"control_image_{use.name}"], request, bundle, pictures),
+            embedding=_embed(
+                embeddings[use.name], tensors[tensor_names.control_image(use.name)], request, bundle, pictures
+            ),
             scale=_scales(bundle, use, guess),
             first_row=pictures if guess and branches == 2 else 0,
             start=use.start,
@@ -78,7 +81,7 @@ def _embed(engine: Engine, images: Tensor, request: JobRequest, bundle: Bundle, 
         return features.expand(pictures, request.frames, *features.shape[1:])
     if len(features) == 1:
         return features[None].expand(pictures, *features.shape)
-    return features.repeat_interleave(request.num_images_per_prompt, dim=0)[:, None]
+    return features.repeat_interleave(request.settings.num_images_per_prompt, dim=0)[:, None]
 
 
 def _scales(bundle: Bundle, use: ControlUse, guess: bool) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from imprompt_serving import tensor_names
 from imprompt_serving.backends import Engine
 from imprompt_serving.job import JobRequest
 from imprompt_serving.specs import Bundle, level_size
@@ -35,10 +36,10 @@ def prepare_features(
     for use in request.controls:
         if use.name not in adapters:
             continue
-        images = tensors[f"control_image_{use.name}"]
+        images = tensors[tensor_names.control_image(use.name)]
         # No more at a time than an engine takes that is built for ranges.
         parts = [adapters[use.name].run({"control_image": p.numpy()}) for p in images.split(bundle.shapes.rows.max)]
-        each = pictures if len(images) == 1 else request.num_images_per_prompt
+        each = pictures if len(images) == 1 else request.settings.num_images_per_prompt
         scaled = {}
         for name in bundle.feature_names:
             features = torch.cat([torch.from_numpy(part[name]) for part in parts]) * use.scale

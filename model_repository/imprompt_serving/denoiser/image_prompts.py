@@ -12,18 +12,13 @@ from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales_for_one_adapter
 from torch import Tensor
 
-from imprompt_serving.errors import InvalidRequest, shown
+from imprompt_serving import tensor_names
 from imprompt_serving.job import AdapterUse
 from imprompt_serving.specs import Bundle, level_size
 from imprompt_serving.weight_types import layer_weights
 
 PADDING = -1e4
 """Bias of a padding token: its share of the softmax is exactly zero, in half precision too."""
-
-
-def input_names(adapter: str, levels: tuple[int, ...]) -> list[str]:
-    """Names of the UNet inputs that belong to one adapter."""
-    return [f"ip_{kind}_{adapter}" for kind in ("tokens", "bias", "scale")] + [f"ip_mask_{adapter}_{i}" for i in levels]
 
 
 def group_scales(bundle: Bundle, use: AdapterUse, groups: int) -> Tensor:
@@ -45,13 +40,9 @@ def _expanded(bundle: Bundle, use: AdapterUse) -> list[Any]:
         for part in ("down", "up")
     }
     model: Any = SimpleNamespace(state_dict=lambda: dict.fromkeys(names))
-    try:
-        expanded = _maybe_expand_lora_scales_for_one_adapter(
-            use.scale, blocks, bundle.transformer_per_block, model=model, default_scale=0.0
-        )
-    except Exception as error:  # the numbers have been checked: what is left are lists of another length
-        message = f"{shown(use.scale)} does not fit the blocks of {bundle.name}: {error}"
-        raise InvalidRequest("ip_adapter_scale", message) from error
+    expanded = _maybe_expand_lora_scales_for_one_adapter(
+        use.scale, blocks, bundle.transformer_per_block, model=model, default_scale=0.0
+    )
     return [next((scale for block, scale in expanded.items() if name.startswith(block)), 1.0) for name in names]
 
 
@@ -73,14 +64,14 @@ def adapter_inputs(
         tokens = torch.stack(branches)
     rows, groups = tokens.shape[:2]
     inputs = {
-        f"ip_tokens_{name}": tokens,
-        f"ip_bias_{name}": torch.zeros(tokens.shape[:3]),
-        f"ip_scale_{name}": scale.expand(rows, *scale.shape),
+        tensor_names.ip_tokens(name): tokens,
+        tensor_names.ip_bias(name): torch.zeros(tokens.shape[:3]),
+        tensor_names.ip_scale(name): scale.expand(rows, *scale.shape),
     }
     for level in bundle.levels:
         queries = level_size(size[0], level) * level_size(size[1], level)
         mask = torch.ones(groups, queries) if masks is None else _downsample(masks, queries)
-        inputs[f"ip_mask_{name}_{level}"] = mask.expand(rows, groups, queries)
+        inputs[tensor_names.ip_mask(name, level)] = mask.expand(rows, groups, queries)
     return inputs
 
 
@@ -92,7 +83,7 @@ def absent_inputs(bundle: Bundle, name: str, branches: int, features: int, size:
 
 def has_regions(bundle: Bundle, inputs: Mapping[str, Tensor]) -> bool:
     """Whether an adapter has several groups in these UNet inputs."""
-    return any(inputs[f"ip_tokens_{adapter.name}"].shape[1] > 1 for adapter in bundle.adapters)
+    return any(inputs[tensor_names.ip_tokens(adapter.name)].shape[1] > 1 for adapter in bundle.adapters)
 
 
 def _downsample(masks: Tensor, queries: int) -> Tensor:

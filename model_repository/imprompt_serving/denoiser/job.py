@@ -33,6 +33,7 @@ _USUAL_SCALE, _USUAL_EMBEDDING = 100.0, 1000.0
 class Job:
     """A row is one latent sample in one guidance branch: the unconditional rows of all pictures, then the others.
 
+    Where guidance ends before the last step, the steps after that have the other rows only.
     A picture may be a clip; one that runs in windows has these rows for each window, one window after the other.
     Latents live on ``device``; noise is drawn on the CPU, so that a seed means the same picture everywhere.
     """
@@ -48,7 +49,7 @@ class Job:
         self.request = request
         self.id = request.id
         self.pictures = conditioning.pictures
-        self.branches = 2 if bundle.guided(request) else 1
+        self._guided = bundle.guided(request)
         self.arrived = time.monotonic()
         self.deadline = None if request.timeout is None else self.arrived + request.timeout
         self.started: float | None = None
@@ -57,9 +58,9 @@ class Job:
 
         self._scheduler = make_scheduler(bundle, request)
         with blame_caller(request, "num_inference_steps"):
-            set_timesteps(self._scheduler, request.num_inference_steps)
+            set_timesteps(self._scheduler, request.settings.num_inference_steps)
         generator = generators(request.seeds)
-        self._step_arguments = step_arguments(self._scheduler, eta=request.eta, generator=generator)
+        self._step_arguments = step_arguments(self._scheduler, eta=request.settings.eta, generator=generator)
         first = start(request, bundle, tensors, self._scheduler, generator, self.pictures)
         with blame_caller(request):
             draw_noise_on_cpu(self._scheduler, first.latents, device)
@@ -75,7 +76,12 @@ class Job:
         self.frames = len(self.windows[0]) if self.windows else 1
         """Frames of a row."""
         self.batch_key = batch_key(
-            bundle, request.height, request.width, request.frames, request.context, regions=conditioning.regions
+            bundle,
+            request.settings.height,
+            request.settings.width,
+            request.frames,
+            request.context,
+            regions=conditioning.regions,
         )
         """Jobs with equal keys can share a call."""
 
@@ -83,6 +89,12 @@ class Job:
         self._model_input: Tensor | None = None
         self.predicted: Tensor | None = None
         """The clean latents as the last step predicted them [pictures, C, h, w], for jobs that want previews."""
+
+    @property
+    def branches(self) -> int:
+        """Guidance branches of the current step: as with diffusers' `SDCFGCutoffCallback`, which acts after a step."""
+        ended = self._index > int(len(self._timesteps) * self.request.settings.guidance_end)
+        return 2 if self._guided and not ended else 1
 
     @property
     def rows(self) -> int:
@@ -123,7 +135,10 @@ class Job:
     def conditioning_rows(self, start: int, stop: int) -> Sequence[int]:
         """Rows of ``conditioning`` for rows ``start`` to ``stop``: each window has the same ones."""
         rows = self.pictures * self.branches
-        return range(start, stop) if stop <= rows else [row % rows for row in range(start, stop)]
+        first = self.pictures if self._guided and self.branches == 1 else 0
+        if stop <= rows:
+            return range(first + start, first + stop)
+        return [first + row % rows for row in range(start, stop)]
 
     def controls(self) -> list[PreparedControlNet]:
         """The ControlNets that act in the current step."""
@@ -157,14 +172,14 @@ class Job:
             noise_pred = merge(noise_pred, self.windows, self.latents.shape[2])
         if self.branches == 2:
             unconditional, conditional = noise_pred.chunk(2)
-            noise_pred = unconditional + self.request.guidance_scale * (conditional - unconditional)
-            if self.request.guidance_rescale > 0:
-                noise_pred = rescale_guided(noise_pred, conditional, self.request.guidance_rescale)
+            noise_pred = unconditional + self.request.settings.guidance_scale * (conditional - unconditional)
+            if self.request.settings.guidance_rescale > 0:
+                noise_pred = rescale_guided(noise_pred, conditional, self.request.settings.guidance_rescale)
         timestep = self._timesteps[self._index]
         request = self.request
         arguments = self._step_arguments
         with blame_caller(request):
-            if request.preview and request.progress_every and (self.step + 1) % request.progress_every == 0:
+            if self._shows_next_step():
                 model_input = self._scheduler.scale_model_input(self.latents, timestep)
                 self.predicted = predicted_latents(self._scheduler, timestep, model_input, noise_pred)
             self.latents = self._scheduler.step(noise_pred, timestep, self.latents, **arguments, return_dict=False)[0]
@@ -176,6 +191,12 @@ class Job:
             self._keep_unmasked(*self._start.blend)
         if self.done and not self.latents.isfinite().all():
             self._refuse()
+
+    def _shows_next_step(self) -> bool:
+        """Whether a progress answer with a preview follows the current step."""
+        settings = self.request.settings
+        due = (self.step + 1) % settings.progress_every == 0
+        return self.request.reports_progress and settings.preview and due
 
     def _refuse(self) -> NoReturn:
         """The end of a job whose numbers overflowed."""
@@ -200,9 +221,9 @@ class Job:
 
 def suspect(request: JobRequest, tensors: Mapping[str, Tensor]) -> str | None:
     """The parameter that is most likely to blame if the numbers of a job overflow; None if the caller gave none."""
-    if request.scheduler_config:
+    if request.settings.scheduler_config:
         return "scheduler_config"
-    if abs(request.guidance_scale) > _USUAL_SCALE:
+    if abs(request.settings.guidance_scale) > _USUAL_SCALE:
         return "guidance_scale"
     if any(_largest(use.scale) > _USUAL_SCALE for use in request.adapters):
         return "ip_adapter_scale"
@@ -211,7 +232,7 @@ def suspect(request: JobRequest, tensors: Mapping[str, Tensor]) -> str | None:
     embeds = (tensor for name, tensor in tensors.items() if "image_embeds_" in name)
     if any(tensor.abs().max() > _USUAL_EMBEDDING for tensor in embeds):
         return "ip_adapter_image_embeds"
-    return None if request.scheduler is None else "scheduler"
+    return None if request.settings.scheduler is None else "scheduler"
 
 
 def _largest(scale: Any) -> float:

@@ -234,7 +234,7 @@ class Denoiser:
                 job.pending,
                 job.last_served_tick,
                 job.started is not None,
-                job.request.priority,
+                job.request.settings.priority,
                 job.frames,
             )
             for job in (active.job for active in actives)
@@ -364,7 +364,7 @@ class Denoiser:
 def _candidate(job: Job) -> Candidate:
     begun = job.started is not None
     return Candidate(
-        job.batch_key, job.rows, job.pending, job.last_served_tick, begun, job.request.priority, job.frames
+        job.batch_key, job.rows, job.pending, job.last_served_tick, begun, job.request.settings.priority, job.frames
     )
 
 
@@ -375,7 +375,7 @@ def _advance(active: _Active, rows: torch.Tensor) -> _Advance:
         job.add_output_rows(rows)
     except Exception as error:
         return _Advance(active, error=error)
-    every = job.request.progress_every
-    if job.done or job.step == before or not every or job.step % every:
+    request = job.request
+    if job.done or job.step == before or not request.reports_progress or job.step % request.settings.progress_every:
         return _Advance(active, done=job.done)
     return _Advance(active, step=job.step, preview=job.predicted)

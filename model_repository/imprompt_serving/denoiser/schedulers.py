@@ -34,13 +34,13 @@ def blame_caller(request: JobRequest, parameter: str | None = None) -> Iterator[
     except (RequestError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if request.scheduler_config:
+        if request.settings.scheduler_config:
             parameter = "scheduler_config"
-        elif request.scheduler and parameter is None:
+        elif request.settings.scheduler and parameter is None:
             parameter = "scheduler"
         if parameter is None:
             raise
-        name = request.scheduler or "the scheduler"
+        name = request.settings.scheduler or "the scheduler"
         raise InvalidRequest(parameter, f"{name} does not work: {error or type(error).__name__}") from error
 
 
@@ -53,9 +53,11 @@ def make_scheduler(bundle: Bundle, request: JobRequest) -> Any:
     """
     made = copy.deepcopy(_made(_key(bundle.scheduler, bundle.scheduler_config)))
     made.register_to_config(**_corrections(made.config, bundle, request))
-    if request.scheduler is not None or request.scheduler_config:
+    if request.settings.scheduler is not None or request.settings.scheduler_config:
         with blame_caller(request):
-            made = copy.deepcopy(_made(_callers_key(request, request.scheduler or bundle.scheduler, made.config)))
+            made = copy.deepcopy(
+                _made(_callers_key(request, request.settings.scheduler or bundle.scheduler, made.config))
+            )
     if isinstance(made, diffusers.DPMSolverSDEScheduler):
         # It draws its noise from seeds of its own, at random unless set.
         own = made.config.noise_sampler_seed
@@ -77,7 +79,7 @@ def _callers_key(request: JobRequest, name: str, own: Mapping[str, Any]) -> str:
     """Key of the scheduler of class ``name`` that a caller asks for in place of one with the configuration ``own``."""
     parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
     defaults = {key: parameter.default for key, parameter in parameters.items() if key != "self"}
-    given = {key: _restored(value, defaults.get(key)) for key, value in request.scheduler_config.items()}
+    given = {key: _restored(value, defaults.get(key)) for key, value in request.settings.scheduler_config.items()}
     unset = given.pop("_use_default_values", None)
     if unset is not None:  # a whole configuration: as in diffusers, what the class does not know is ignored
         return _key(name, {key: value for key, value in given.items() if key in defaults and key not in unset})

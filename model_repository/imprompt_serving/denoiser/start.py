@@ -61,7 +61,7 @@ def start(
         noise = randn_tensor(_shape(request, bundle, pictures), generator=generator)
         with blame_caller(request):
             latents = noise * scheduler.init_noise_sigma
-        return Start(latents=latents, timesteps=scheduler.timesteps, steps=request.num_inference_steps)
+        return Start(latents=latents, timesteps=scheduler.timesteps, steps=request.settings.num_inference_steps)
     if request.task == "image-to-image":
         timesteps, steps = _remaining(request, scheduler)
         if request.frames is not None:
@@ -87,7 +87,7 @@ def _inpaint(
 ) -> Start:
     timesteps, steps = _remaining(request, scheduler)
     takes_mask = bundle.unet_channels != bundle.latent_channels
-    pure_noise = request.strength == 1.0
+    pure_noise = request.settings.strength == 1.0
     image = None
     if not takes_mask or not pure_noise:
         image = _repeat(_sample(tensors["image_moments"], generator) * bundle.vae_scaling_factor, pictures)
@@ -110,18 +110,24 @@ def _inpaint(
 def _shape(request: JobRequest, bundle: Bundle, pictures: int) -> tuple[int, ...]:
     factor = bundle.vae_scale_factor
     frames = () if request.frames is None else (request.frames,)
-    return pictures, bundle.latent_channels, *frames, request.height // factor, request.width // factor
+    return (
+        pictures,
+        bundle.latent_channels,
+        *frames,
+        request.settings.height // factor,
+        request.settings.width // factor,
+    )
 
 
 def _remaining(request: JobRequest, scheduler: Any) -> tuple[Tensor, int]:
     """The last ``strength`` of the timesteps, and the number of steps: ``get_timesteps`` of diffusers' pipelines."""
-    steps = request.num_inference_steps
-    skipped = steps - min(int(steps * request.strength), steps)
+    steps = request.settings.num_inference_steps
+    skipped = steps - min(int(steps * request.settings.strength), steps)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(skipped * scheduler.order)
     timesteps = scheduler.timesteps[skipped * scheduler.order :]
     if not len(timesteps):
-        problem = f"no timesteps are left of {steps} steps at strength {request.strength:g}"
+        problem = f"no timesteps are left of {steps} steps at strength {request.settings.strength:g}"
         raise InvalidRequest("num_inference_steps", problem)
     return timesteps, steps - skipped
 

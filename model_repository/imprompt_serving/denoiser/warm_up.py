@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from imprompt_serving import tensor_names
 from imprompt_serving.denoiser.answers import Outcome
 from imprompt_serving.denoiser.batch import Batcher
 from imprompt_serving.denoiser.conditioning import Conditioner
@@ -14,6 +15,7 @@ from imprompt_serving.denoiser.networks import StepNetworks
 from imprompt_serving.denoiser.preview import previews
 from imprompt_serving.errors import RequestError
 from imprompt_serving.job import AdapterUse, JobRequest
+from imprompt_serving.parameters import Settings
 from imprompt_serving.specs import Bundle
 
 WAIT_S = 600.0
@@ -31,14 +33,12 @@ def warm_up(bundle: Bundle, conditioner: Conditioner, networks: StepNetworks, de
     request = JobRequest(
         id="warm-up",
         task="inpainting" if bundle.unet_channels != bundle.latent_channels else "text-to-image",
-        height=height,
-        width=width,
-        num_inference_steps=1,
-        guidance_scale=7.5,
+        settings=Settings.with_defaults(
+            height=height, width=width, num_inference_steps=1, guidance_scale=7.5, strength=1.0, preview=True
+        ),
         seeds=(0,),
         adapters=tuple(AdapterUse(name=adapter.name) for adapter in bundle.adapters),
-        progress_every=1,
-        preview=True,
+        reports_progress=True,
     )
     tensors = _tensors(bundle, height, width)
     job = Job(request, bundle, conditioner(request, tensors), tensors, device)
@@ -60,14 +60,14 @@ def _tensors(bundle: Bundle, height: int, width: int) -> dict[str, Tensor]:
     latent = height // bundle.vae_scale_factor, width // bundle.vae_scale_factor
     moments = torch.zeros(1, 2 * bundle.latent_channels, *latent)
     tensors = {"mask": torch.ones(1, 1, *latent), "image_moments": moments, "masked_image_moments": moments}
-    for prefix in ("", "negative_"):
+    for prefix in ("", tensor_names.NEGATIVE):
         tensors[f"{prefix}prompt_embeds"] = torch.zeros(1, *text)
         if bundle.pooled_size:
             tensors[f"{prefix}pooled_prompt_embeds"] = torch.zeros(1, bundle.pooled_size)
         for adapter in bundle.adapters:
-            tensors[f"{prefix}image_embeds_{adapter.name}"] = torch.zeros(1, *adapter.embed_shape)
+            tensors[prefix + tensor_names.image_embeds(adapter.name)] = torch.zeros(1, *adapter.embed_shape)
             if adapter.clip_shape:
-                tensors[f"{prefix}clip_embeds_{adapter.name}"] = torch.zeros(1, *adapter.clip_shape)
+                tensors[prefix + tensor_names.clip_embeds(adapter.name)] = torch.zeros(1, *adapter.clip_shape)
     for adapter in bundle.adapters:
-        tensors[f"ip_adapter_masks_{adapter.name}"] = torch.ones(1, height, width)
+        tensors[tensor_names.adapter_masks(adapter.name)] = torch.ones(1, height, width)
     return tensors

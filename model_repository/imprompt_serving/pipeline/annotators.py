@@ -7,7 +7,6 @@ from PIL import Image
 
 from imprompt_serving.errors import InvalidRequest
 
-ANNOTATORS = ("none", "canny")
 _LOW, _HIGH = 100, 200
 """Thresholds of the guide to ControlNet in diffusers' documentation."""
 

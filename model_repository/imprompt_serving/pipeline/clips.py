@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.job import ContextWindow
+from imprompt_serving.parameters import PARAMETERS
 from imprompt_serving.pipeline.reader import Reader
 from imprompt_serving.specs import Bundle
 
 MAX_FRAMES = 256
 """Frames of all clips of a request that asks for several."""
-_CONTEXT = ContextWindow(length=16)
+_CONTEXT_LENGTH = 16
 """What AnimateDiff's motion modules are trained for, and AnimateDiff-Evolved's default."""
-_MAX_STRIDE = 8
 _PARAMETERS = ("context_length", "context_stride", "context_overlap")
 
 
@@ -39,7 +39,7 @@ def parse_clip(read: Reader, bundle: Bundle, clips: int) -> Clip | None:
         if name in read:
             raise InvalidRequest(name, "is for pictures; clips start from video")
     low, _, high = bundle.shapes.frames
-    frames = read.integer("num_frames", len(video), low, high)
+    frames = read.integer("num_frames", default=len(video), low=low, high=high)
     if video and len(video) != frames:
         raise InvalidRequest("video", f"{len(video)} frames for a clip of {frames}")
     if not low <= frames <= high:
@@ -57,10 +57,11 @@ def parse_clip(read: Reader, bundle: Bundle, clips: int) -> Clip | None:
 
 def _context(read: Reader, frames: int, window: int) -> ContextWindow:
     """Windows for a clip; without a word of the caller one that fits the motion modules has a single window."""
-    length = window if frames <= window else min(_CONTEXT.length, window)
-    length = read.integer("context_length", length, 2, window)
+    length = window if frames <= window else min(_CONTEXT_LENGTH, window)
+    length = read.integer("context_length", default=length, high=window)
+    overlap = PARAMETERS["context_overlap"].default
     return ContextWindow(
         length=length,
-        stride=read.integer("context_stride", _CONTEXT.stride, 1, _MAX_STRIDE),
-        overlap=read.integer("context_overlap", min(_CONTEXT.overlap, length - 1), 0, length - 1),
+        stride=read.integer("context_stride"),
+        overlap=read.integer("context_overlap", default=min(overlap, length - 1), high=length - 1),
     )

@@ -8,9 +8,9 @@ from PIL import Image
 
 from imprompt_serving.errors import InvalidRequest, shown
 from imprompt_serving.job import ControlUse, Task
-from imprompt_serving.pipeline.annotators import ANNOTATORS, annotate
+from imprompt_serving.pipeline.annotators import annotate
 from imprompt_serving.pipeline.images import decode_all
-from imprompt_serving.pipeline.reader import MAX_SCALE, Reader, spread
+from imprompt_serving.pipeline.reader import Reader
 from imprompt_serving.specs import Bundle
 
 _PARAMETERS = (
@@ -60,8 +60,7 @@ def plan_controls(
     if len(files) % len(names) or each not in (1, several):
         wanted = f"one for each of {', '.join(names)}" + (f", or {several} (one a {what})" if several > 1 else "")
         raise InvalidRequest("control_image", f"{wanted}; got {len(files)}")
-    annotators = read.choices("control_image_annotator", ANNOTATORS)
-    annotators = spread("control_image_annotator", annotators, len(names), "none", "nets")
+    annotators = read.one_or_each("control_image_annotator", len(names), "nets")
     uses = _uses(read, names, 1.0 if frames else default_scale(bundle, task))
     return tuple(
         ControlPlan(
@@ -101,12 +100,10 @@ def _mode(bundle: Bundle, name: str) -> str:
 
 
 def _uses(read: Reader, names: tuple[str, ...], default: float) -> list[ControlUse]:
-    def by_net(name: str, default: float, low: float, high: float) -> tuple[float, ...]:
-        return spread(name, read.numbers(name, low, high), len(names), default, "ControlNets")
-
-    scales = by_net("controlnet_conditioning_scale", default, -MAX_SCALE, MAX_SCALE)
-    starts = by_net("control_guidance_start", 0.0, 0, 1)
-    ends = by_net("control_guidance_end", 1.0, 0, 1)
+    count, what = len(names), "ControlNets"
+    scales = read.one_or_each("controlnet_conditioning_scale", count, what, default=default)
+    starts = read.one_or_each("control_guidance_start", count, what)
+    ends = read.one_or_each("control_guidance_end", count, what)
     for start, end in zip(starts, ends, strict=True):
         if start >= end:
             raise InvalidRequest("control_guidance_start", f"{start:g} is not before control_guidance_end {end:g}")

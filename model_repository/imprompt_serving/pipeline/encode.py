@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from imprompt_serving import tensor_names
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.pipeline.image_prompts import ImagePrompt
 from imprompt_serving.pipeline.images import clip_pixels, control_pixels, mask_pixels, vae_pixels
@@ -37,15 +38,17 @@ class TextPromptEncoder:
     async def encode(self, request: Request, stages: Stages, warnings: set[str]) -> Tensors:
         """Adds a line to ``warnings`` for each prompt that was cut."""
         with stages.measure("text_encoder"):
-            prompts = self._embeds(request.prompts, request.clip_skip, "", warnings)
+            prompts = self._embeds(request.prompts, request.settings.clip_skip, "", warnings)
             if not self._bundle.guided(request):
                 return await prompts
             if request.negative_prompts is None and self._bundle.force_zeros_for_empty_prompt:
                 positive = await prompts
-                return positive | {f"negative_{name}": np.zeros_like(value) for name, value in positive.items()}
+                return positive | {
+                    tensor_names.NEGATIVE + name: np.zeros_like(value) for name, value in positive.items()
+                }
             empty = (("",) * len(request.prompts[0]),) * len(request.prompts)
             # As in diffusers, clip_skip is for the prompt alone.
-            negative_prompts = self._embeds(request.negative_prompts or empty, 0, "negative_", warnings)
+            negative_prompts = self._embeds(request.negative_prompts or empty, 0, tensor_names.NEGATIVE, warnings)
             positive, negative = await asyncio.gather(prompts, negative_prompts)
             return positive | negative
 
@@ -104,8 +107,10 @@ class ImagePromptEncoder:
         tensors = {name: tensor for part in parts for name, tensor in part.items()}
         for prompt in request.image_prompts:
             if prompt.masks:
-                masks = await asyncio.to_thread(mask_pixels, list(prompt.masks), request.height, request.width)
-                tensors[f"ip_adapter_masks_{prompt.adapter.name}"] = masks[:, 0]
+                masks = await asyncio.to_thread(
+                    mask_pixels, list(prompt.masks), request.settings.height, request.settings.width
+                )
+                tensors[tensor_names.adapter_masks(prompt.adapter.name)] = masks[:, 0]
         return tensors
 
     async def _prompt(self, prompt: ImagePrompt, guided: bool, stages: Stages) -> Tensors:
@@ -113,12 +118,13 @@ class ImagePromptEncoder:
         prompt = await self._with_faces(prompt, stages)
         pairs: dict[str, tuple[np.ndarray | None, np.ndarray]] = {}
         if prompt.embeds is not None:
-            pairs[f"image_embeds_{name}"] = (prompt.embeds[0] if guided else None), prompt.embeds[-1]
+            pairs[tensor_names.image_embeds(name)] = (prompt.embeds[0] if guided else None), prompt.embeds[-1]
         if prompt.images:
             features = await self.features(prompt, guided, stages)
-            pairs[f"clip_embeds_{name}" if prompt.adapter.clip_shape else f"image_embeds_{name}"] = features
+            embeds_name = tensor_names.clip_embeds if prompt.adapter.clip_shape else tensor_names.image_embeds
+            pairs[embeds_name(name)] = features
         tensors = {key: positive for key, (_, positive) in pairs.items()}
-        return tensors | {f"negative_{key}": neg for key, (neg, _) in pairs.items() if neg is not None}
+        return tensors | {tensor_names.NEGATIVE + key: neg for key, (neg, _) in pairs.items() if neg is not None}
 
     async def faces(self, prompt: ImagePrompt, stages: Stages) -> np.ndarray:
         """Face embeddings [2 (negative, positive), faces, 1, 512] of a FaceID adapter's prompt."""
@@ -205,7 +211,7 @@ async def encode_start(request: Request, bundle: Bundle, models: Models, stages:
 
 def _start_pixels(request: Request) -> tuple[np.ndarray, np.ndarray]:
     """Start pictures [N, 3, height, width] and masks [N, 1, height, width] (none for image-to-image)."""
-    height, width = request.height, request.width
+    height, width = request.settings.height, request.settings.width
     images, masks = list(request.start.images), list(request.start.masks)
     if request.start.mask_crop is not None:
         box = crop_region(masks[0], width, height, request.start.mask_crop)
@@ -220,12 +226,12 @@ async def control_tensors(request: Request) -> Tensors:
 
 
 def _control_tensors(request: Request) -> Tensors:
-    height, width, crop = request.height, request.width, request.start.mask_crop
+    height, width, crop = request.settings.height, request.settings.width, request.start.mask_crop
     box = None if crop is None else crop_region(request.start.masks[0], width, height, crop)
     tensors = {}
     for control in request.controls:
         images = list(control.images)
         if box is not None:
             images = [fit_filled(image.crop(box), width, height) for image in images]
-        tensors[f"control_image_{control.use.name}"] = control_pixels(images, height, width, control.mode)
+        tensors[tensor_names.control_image(control.use.name)] = control_pixels(images, height, width, control.mode)
     return tensors

@@ -8,21 +8,20 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-PICTURE_FORMATS, CLIP_FORMATS = ("png", "jpeg", "webp"), ("gif", "webp")
 FRAME_MS = 125
 """Eight frames a second: what AnimateDiff's motion modules are trained for."""
 _OPTIONS: dict[str, dict[str, Any]] = {"jpeg": {"quality": 95}, "webp": {"quality": 95}}
 
 
 def picture_file(picture: np.ndarray, kind: str) -> bytes:
-    """A picture [height, width, 3] as a file of one of ``PICTURE_FORMATS``."""
+    """A picture [height, width, 3] as a file of one of `parameters.PICTURE_FORMATS`."""
     file = io.BytesIO()
     Image.fromarray(picture).save(file, kind, **_OPTIONS.get(kind, {}))
     return file.getvalue()
 
 
 def clip_file(frames: np.ndarray, kind: str) -> bytes:
-    """A clip [F, height, width, 3] as a file of one of ``CLIP_FORMATS``, which repeats."""
+    """A clip [F, height, width, 3] as a file of one of `parameters.VIDEO_FORMATS`, which repeats."""
     first, *rest = [Image.fromarray(frame) for frame in frames]
     file = io.BytesIO()
     options = _OPTIONS.get(kind, {})

@@ -27,13 +27,13 @@ class Finisher:
         self._bundle, self._models = bundle, models
 
     async def __call__(self, request: Request, latents: np.ndarray, stages: Stages) -> Tensors:
-        if request.output_type == "latent":
+        if request.settings.output_type == "latent":
             return {"latents": latents}
         answer = await (self._clips(latents, stages) if latents.ndim == 5 else self._pictures(request, latents, stages))
-        if request.output_format is None:
+        if request.settings.output_format is None:
             return answer
         with stages.measure("postprocess"):
-            return await asyncio.to_thread(_files, answer, request.output_format)
+            return await asyncio.to_thread(_files, answer, request.settings.output_format)
 
     async def _pictures(self, request: Request, latents: np.ndarray, stages: Stages) -> Tensors:
         with stages.measure("vae_decoder"):
@@ -95,5 +95,5 @@ def _files(answer: Tensors, kind: str) -> Tensors:
 
 def _put_back(request: Request, pictures: np.ndarray) -> np.ndarray:
     image, mask = request.start.images[0], request.start.masks[0]
-    box = crop_region(mask, request.width, request.height, request.start.mask_crop or 0)
+    box = crop_region(mask, request.settings.width, request.settings.height, request.start.mask_crop or 0)
     return np.stack([np.asarray(overlay(mask, image, Image.fromarray(picture), box)) for picture in pictures])

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from imprompt_serving import tensor_names
 from imprompt_serving.errors import RequestError
 from imprompt_serving.job import Admission, JobRequest, batch_key
 from imprompt_serving.pipeline.dispatch import Dispatcher
@@ -58,7 +59,7 @@ class Pipeline:
                 control_tensors(request),
             )
             tensors = {name: tensor for part in parts for name, tensor in part.items()}
-            job = self._job(request, admission.id, time.perf_counter() - began, quiet=progress is None)
+            job = self._job(request, admission.id, time.perf_counter() - began, reports_progress=progress is not None)
             latents = await self._denoise(denoiser, job, tensors, progress, stages)
         answer = await self._finish(request, latents, stages)
         # The seed of several pictures together repeats them together, and none alone.
@@ -73,50 +74,38 @@ class Pipeline:
     def _admission(self, request: Request, job_id: str) -> Admission:
         """What a request will cost a denoiser."""
         rows = request.pictures * (request.frames or 1) * (2 if self._bundle.guided(request) else 1)
-        share = 1.0 if request.task == "text-to-image" else request.strength
+        settings = request.settings
+        share = 1.0 if request.task == "text-to-image" else settings.strength
         return Admission(
             id=job_id,
             rows=rows,
-            steps=max(round(request.num_inference_steps * share), 1),
+            steps=max(round(settings.num_inference_steps * share), 1),
             batch_key=batch_key(
-                self._bundle, request.height, request.width, request.frames, request.context, regions=request.regions
+                self._bundle, settings.height, settings.width, request.frames, request.context, regions=request.regions
             ),
         )
 
     async def _embeddings_only(self, request: Request, adapter: str) -> Tensors:
         prompt = next(prompt for prompt in request.image_prompts if prompt.adapter.name == adapter)
         if prompt.adapter.uses_face:
-            return {f"image_embeds_{adapter}": await self._images.faces(prompt, Stages())}
+            return {tensor_names.image_embeds(adapter): await self._images.faces(prompt, Stages())}
         negative, positive = await self._images.features(prompt, True, Stages())
         assert negative is not None  # guided
-        return {f"image_embeds_{adapter}": np.stack([negative, positive])}
+        return {tensor_names.image_embeds(adapter): np.stack([negative, positive])}
 
-    def _job(self, request: Request, job_id: str, seconds: float, *, quiet: bool) -> JobRequest:
+    def _job(self, request: Request, job_id: str, seconds: float, *, reports_progress: bool) -> JobRequest:
         """The denoiser's part of a request that came ``seconds`` ago."""
         return JobRequest(
             id=job_id,
             task=request.task,
-            height=request.height,
-            width=request.width,
-            num_inference_steps=request.num_inference_steps,
-            num_images_per_prompt=request.num_images_per_prompt,
-            guidance_scale=request.guidance_scale,
-            guidance_rescale=request.guidance_rescale,
-            eta=request.eta,
-            strength=request.strength,
+            settings=request.settings,
             seeds=request.seeds,
-            scheduler=request.scheduler,
-            scheduler_config=request.scheduler_config,
             adapters=tuple(prompt.use for prompt in request.image_prompts),
             controls=tuple(control.use for control in request.controls),
-            guess_mode=request.guess_mode,
             frames=request.frames,
             context=request.context,
-            sizes=request.sizes,
             timeout=max(request.timeout - seconds, 0.0),
-            priority=request.priority,
-            progress_every=0 if quiet else request.progress_every,
-            preview=request.preview and not quiet,
+            reports_progress=reports_progress,
         )
 
     async def _denoise(

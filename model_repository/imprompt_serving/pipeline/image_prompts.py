@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from imprompt_serving import tensor_names
 from imprompt_serving.backends import get_backend
 from imprompt_serving.errors import InvalidRequest, shown
 from imprompt_serving.job import AdapterUse
+from imprompt_serving.parameters import MAX_SCALE, PARAMETERS
 from imprompt_serving.pipeline.images import decode_all
-from imprompt_serving.pipeline.reader import MAX_SCALE, Reader, spread
+from imprompt_serving.pipeline.reader import Reader, one_or_each
 from imprompt_serving.specs import Adapter, Bundle
-from imprompt_serving.weight_types import WEIGHT_TYPES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +66,7 @@ def plan_image_prompts(read: Reader, bundle: Bundle, encode_image: str | None) -
         _by_adapter(read, name, bundle)
         for name in ("ip_adapter_image", "negative_ip_adapter_image", "ip_adapter_masks")
     )
-    embeds = {a.name: _embeds(read, a) for a in bundle.adapters if f"ip_adapter_image_embeds_{a.name}" in read}
+    embeds = {a.name: _embeds(read, a) for a in bundle.adapters if tensor_names.request_embeds(a.name) in read}
     used = [adapter for adapter in bundle.adapters if files[adapter.name] or adapter.name in embeds]
     for parameter, given in (("ip_adapter_masks", masks), ("negative_ip_adapter_image", negatives)):
         idle = [name for name, items in given.items() if items and name not in {adapter.name for adapter in used}]
@@ -174,7 +175,7 @@ def _leaves(scale: Any) -> Iterator[Any]:
 
 
 def _check_scale(parameter: str, scale: Any, bundle: Bundle) -> None:
-    """Refuse what is no number, and blocks that no UNet of this shape has.
+    """Refuse what is no number, and blocks and layers that no UNet of this shape has.
 
     Blocks without attention are ignored, as in diffusers.
     """
@@ -190,17 +191,35 @@ def _check_scale(parameter: str, scale: Any, bundle: Bundle) -> None:
             unknown = [part]
         if unknown:
             raise InvalidRequest("ip_adapter_scale", f"{bundle.name} has no {', '.join(unknown)}")
+        _check_layers(part, blocks, bundle)
+
+
+def _check_layers(part: str, blocks: Any, bundle: Bundle) -> None:
+    """A list has a number for each layer of a block, or one for all of them; the middle block is a single layer."""
+    if part == "mid":
+        given, layers = {"mid": blocks}, 1
+        if isinstance(blocks, dict):
+            raise InvalidRequest("ip_adapter_scale", f"mid has no {', '.join(blocks)}: it is a block itself")
+    else:
+        layers = bundle.transformer_per_block[part]
+        own = [layer.name.split(".")[1] for layer in bundle.layers if layer.name.startswith(f"{part}_blocks")]
+        attending = [f"block_{index}" for index in dict.fromkeys(own)]
+        by_block = blocks if isinstance(blocks, dict) else dict.fromkeys(attending, blocks)
+        given = {f"{part}.{block}": values for block, values in by_block.items() if block in attending}
+    for block, values in given.items():
+        if isinstance(values, list) and len(values) not in (1, layers):
+            wanted = "one number" if layers == 1 else f"{layers} numbers, or one for all of its layers"
+            raise InvalidRequest("ip_adapter_scale", f"{block} takes {wanted}; got {len(values)}")
 
 
 def _uses(read: Reader, bundle: Bundle, used: list[Adapter]) -> list[AdapterUse]:
     count, what = len(used), "adapters in use"
-    starts = spread("ip_adapter_start", read.numbers("ip_adapter_start", 0, 1), count, 0.0, what)
-    ends = spread("ip_adapter_end", read.numbers("ip_adapter_end", 0, 1), count, 1.0, what)
+    starts = read.one_or_each("ip_adapter_start", count, what)
+    ends = read.one_or_each("ip_adapter_end", count, what)
     for start, end in zip(starts, ends, strict=True):
         if start > end:
             raise InvalidRequest("ip_adapter_start", f"{start:g} lies after ip_adapter_end {end:g}")
-    types = read.choices("ip_adapter_weight_type", WEIGHT_TYPES)
-    types = spread("ip_adapter_weight_type", types, count, "linear", what)
+    types = read.one_or_each("ip_adapter_weight_type", count, what)
     return [
         AdapterUse(name=adapter.name, scale=scale, start=start, end=end, weight_type=weight_type)
         for adapter, scale, start, end, weight_type in zip(
@@ -220,11 +239,11 @@ def _scales(read: Reader, bundle: Bundle, used: list[Adapter]) -> tuple[Any, ...
         for scale in scales:
             _check_scale(config, scale, bundle)
     else:
-        scales = read.numbers(name, -MAX_SCALE, MAX_SCALE)
+        scales = read.numbers(name)
     if len(scales) not in (0, 1, len(used)) and len(scales) == len(bundle.adapters):
         by_name = dict(zip((adapter.name for adapter in bundle.adapters), scales, strict=True))
         return tuple(by_name[adapter.name] for adapter in used)
-    return spread(name, scales, len(used), 1.0, "adapters in use")
+    return one_or_each(name, scales, len(used), PARAMETERS[name].default, "adapters in use")
 
 
 def adapter_name(name: str | None, bundle: Bundle, parameter: str) -> str | None:
@@ -258,7 +277,7 @@ def _by_adapter(read: Reader, name: str, bundle: Bundle) -> dict[str, list[bytes
 
 def _embeds(read: Reader, adapter: Adapter) -> np.ndarray:
     parameter = "ip_adapter_image_embeds"
-    embeds = read.floats(f"{parameter}_{adapter.name}")
+    embeds = read.floats(tensor_names.request_embeds(adapter.name))
     if embeds.ndim != 2 + len(adapter.embed_shape) or embeds.shape[2:] != adapter.embed_shape:
         wanted = ", ".join(map(str, adapter.embed_shape))
         raise InvalidRequest(parameter, f"{adapter.name} takes [2, pictures, {wanted}], got {list(embeds.shape)}")

@@ -1,19 +1,18 @@
-"""Typed access to the tensors of a request; every error names its parameter."""
+"""Typed access to the tensors of a request, by the rows of `parameters`; every error names its parameter."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from imprompt_serving.errors import InvalidRequest, shown
+from imprompt_serving.parameters import PARAMETERS, Type
 from imprompt_serving.specs import Limits
 
-MAX_SCALE = 1e4
-"""Largest guidance or conditioning scale, and largest value of an image embedding: half precision ends at 65504."""
 _MOST_VALUES = 4096
 """Numbers of one parameter: far more than any request can use."""
 _JSON_DEPTH = 8
@@ -22,7 +21,10 @@ _JSON_INTEGERS = range(-(2**63), 2**64)
 
 
 class Reader:
-    """The tensors of one request. Optional ones that are absent give the default."""
+    """The tensors of one request. Absent ones give the default, present ones must be within the range or choices.
+
+    A default or bound that depends on the bundle or the task is an argument; all others are in the parameter's row.
+    """
 
     def __init__(self, tensors: Mapping[str, np.ndarray], limits: Limits) -> None:
         self._tensors, self._limits = tensors, limits
@@ -55,36 +57,45 @@ class Reader:
     def text(self, name: str) -> str | None:
         return _single(name, self.texts(name)) if name in self else None
 
-    def choice(self, name: str, allowed: tuple[str, ...], default: str) -> str:
-        return _allowed(name, self.text(name) if name in self else default, allowed)
+    def choice(self, name: str) -> str | None:
+        row = PARAMETERS[name]
+        return _allowed(name, self.text(name), row.choices) if name in self else row.default
 
-    def choices(self, name: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(_allowed(name, value, allowed) for value in self.texts(name))
+    def choices(self, name: str) -> tuple[str, ...]:
+        return tuple(_allowed(name, value, PARAMETERS[name].choices) for value in self.texts(name))
 
     def flag(self, name: str) -> bool:
-        """Whether a boolean is given and true."""
-        return name in self and bool(_single(name, self._values(name, "b", "booleans")))
+        if name not in self:
+            return bool(PARAMETERS[name].default)
+        return bool(_single(name, self._values(name, "b", "booleans")))
 
     def integers(self, name: str) -> tuple[int, ...]:
         return tuple(self._values(name, "iu", "integers"))
 
-    def integer(self, name: str, default: int, low: int, high: int) -> int:
+    def integer(
+        self, name: str, *, default: int | None = None, low: float | None = None, high: float | None = None
+    ) -> int:
+        row = PARAMETERS[name]
         if name not in self:
-            return default
+            return int(row.default if default is None else default)
         value = int(_single(name, self.integers(name)))
+        low = row.low if low is None else low
+        high = row.high if high is None else high
         if not low <= value <= high:
-            raise InvalidRequest(name, f"must be {low} to {high}, got {value}")
+            raise InvalidRequest(name, f"must be {low:.0f} to {high:.0f}, got {value}")
         return value
 
     def pair(self, name: str) -> tuple[int, int] | None:
         if name not in self:
-            return None
+            default: tuple[int, int] | None = PARAMETERS[name].default
+            return default
         values = self.integers(name)
         if len(values) != 2:
             raise InvalidRequest(name, f"takes two values, got {len(values)}")
         return values[0], values[1]
 
-    def numbers(self, name: str, low: float = -math.inf, high: float = math.inf) -> tuple[float, ...]:
+    def numbers(self, name: str) -> tuple[float, ...]:
+        low, high = PARAMETERS[name].low, PARAMETERS[name].high
         values = tuple(float(value) for value in self._values(name, "iuf", "numbers"))
         for value in values:
             if not math.isfinite(value):
@@ -93,8 +104,32 @@ class Reader:
                 raise InvalidRequest(name, f"must be {low:g} to {high:g}, got {value:g}")
         return values
 
-    def number(self, name: str, default: float, low: float = -math.inf, high: float = math.inf) -> float:
-        return float(_single(name, self.numbers(name, low, high))) if name in self else default
+    def number(self, name: str, *, default: float | None = None) -> float:
+        if name in self:
+            return float(_single(name, self.numbers(name)))
+        return float(PARAMETERS[name].default if default is None else default)
+
+    def one_or_each(self, name: str, count: int, what: str, *, default: Any = None) -> tuple[Any, ...]:
+        """`count` values out of none, one for all `what`, or one each."""
+        row = PARAMETERS[name]
+        readers: dict[Type, Callable[[str], tuple[Any, ...]]] = {
+            Type.TEXTS: self.texts,
+            Type.CHOICES: self.choices,
+            Type.NUMBERS: self.numbers,
+        }
+        return one_or_each(name, readers[row.type](name), count, row.default if default is None else default, what)
+
+    def setting(self, name: str) -> Any:
+        """A single value, whatever its type."""
+        readers: dict[Type, Callable[[str], Any]] = {
+            Type.CHOICE: self.choice,
+            Type.FLAG: self.flag,
+            Type.INTEGER: self.integer,
+            Type.NUMBER: self.number,
+            Type.PAIR: self.pair,
+            Type.TEXT: self.text,
+        }
+        return readers[PARAMETERS[name].type](name)
 
     def json(self, name: str) -> Any:
         """The value of a JSON text; None when absent.
@@ -142,8 +177,8 @@ def _check_json(name: str, value: Any, depth: int) -> None:
         raise InvalidRequest(name, "holds an integer of more than 64 bits")
 
 
-def spread(parameter: str, values: tuple[Any, ...], count: int, default: Any, what: str) -> tuple[Any, ...]:
-    """``count`` values out of none, one for all, or one each."""
+def one_or_each(parameter: str, values: tuple[Any, ...], count: int, default: Any, what: str) -> tuple[Any, ...]:
+    """`count` values out of none, one for all `what`, or one each."""
     if len(values) not in (0, 1, count):
         raise InvalidRequest(parameter, f"one for all, or one for each of {count} {what}; got {len(values)}")
     return values if len(values) == count else (values or (default,)) * count

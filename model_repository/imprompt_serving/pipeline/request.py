@@ -12,30 +12,19 @@ import numpy as np
 from PIL import Image
 
 from imprompt_serving.errors import InvalidRequest
-from imprompt_serving.job import ContextWindow, SizeConditions, Task
+from imprompt_serving.job import ContextWindow, Task
+from imprompt_serving.parameters import PARAMETERS, PICTURE_FORMATS, ROWS, VIDEO_FORMATS, Settings, Type
 from imprompt_serving.pipeline.clips import Clip, parse_clip
 from imprompt_serving.pipeline.controls import Control, ControlPlan, load_controls, plan_controls
-from imprompt_serving.pipeline.encoded import CLIP_FORMATS, PICTURE_FORMATS
 from imprompt_serving.pipeline.image_prompts import ImagePrompt, adapter_name, load_image_prompt, plan_image_prompts
 from imprompt_serving.pipeline.images import check_headers, decode_all
-from imprompt_serving.pipeline.reader import MAX_SCALE, Reader, spread
+from imprompt_serving.pipeline.reader import Reader
 from imprompt_serving.pipeline.scheduler import parse_scheduler
 from imprompt_serving.specs import Bundle, Limits
 from imprompt_serving.wire import request_tensors
 
-MAX_STEPS = 1000
-MAX_PICTURES = 64
-_OUTPUT_TYPES = ("np", "latent")
-_PICTURES = (
-    "ip_adapter_image",
-    "negative_ip_adapter_image",
-    "ip_adapter_masks",
-    "image",
-    "mask_image",
-    "control_image",
-    "video",
-)
-"""Parameters that hold encoded pictures."""
+_MAX_PICTURES = int(PARAMETERS["num_images_per_prompt"].high)
+_PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,32 +49,17 @@ class Request:
     start: StartImages
     clip: Clip | None
     controls: tuple[Control, ...]
-    guess_mode: bool
-    height: int
-    width: int
-    num_inference_steps: int
-    guidance_scale: float
-    guidance_rescale: float
-    eta: float
-    strength: float
-    clip_skip: int
-    num_images_per_prompt: int
     seeds: tuple[int, ...]
-    scheduler: str | None
-    scheduler_config: dict[str, Any]
-    sizes: SizeConditions
-    output_type: str
-    output_format: str | None
-    timeout: float
+    """One for all results together, or one each."""
     encode_image: str | None
-    priority: int
-    progress_every: int
-    preview: bool
+    timeout: float
+    """Seconds from arrival in the pipeline."""
+    settings: Settings
 
     @property
     def pictures(self) -> int:
         """Results: pictures or clips."""
-        return len(self.prompts[0]) * self.num_images_per_prompt
+        return len(self.prompts[0]) * self.settings.num_images_per_prompt
 
     @property
     def regions(self) -> bool:
@@ -114,14 +88,13 @@ def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
         if name not in known:
             raise InvalidRequest(name, f"is no parameter of {bundle.name}")
     limits, read = bundle.limits, Reader(tensors, bundle.limits)
-    check_headers({name: read.data(name) for name in _PICTURES}, limits)
+    check_headers({row.name: read.data(row.name) for row in ROWS if row.type is Type.PICTURES}, limits)
     _check_characters(read, limits)
     prompts = _prompts(read, bundle)
-    num_images = read.integer("num_images_per_prompt", 1, 1, MAX_PICTURES)
-    pictures = len(prompts[0]) * num_images
-    if pictures > MAX_PICTURES:
+    pictures = len(prompts[0]) * read.integer("num_images_per_prompt")
+    if pictures > _MAX_PICTURES:
         raise InvalidRequest(
-            "num_images_per_prompt", f"{pictures} pictures asked for; at most {MAX_PICTURES} a request"
+            "num_images_per_prompt", f"{pictures} pictures asked for; at most {_MAX_PICTURES} a request"
         )
     clip = parse_clip(read, bundle, pictures)
     frames = None if clip is None else clip.frames
@@ -131,47 +104,27 @@ def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
     sides = {name: _side(read, bundle, name, step) for name in ("height", "width")}
     encode_image = adapter_name(read.text("encode_image"), bundle, "encode_image")
     image_prompts = plan_image_prompts(read, bundle, encode_image)
-    steps = _steps(read, limits, pictures * (frames or 1))
+    _check_steps(read, limits, pictures * (frames or 1))
     seeds = read.integers("seed")
     if len(seeds) not in (0, 1, pictures):
         raise InvalidRequest("seed", f"one for all or one for each of {pictures} pictures, got {len(seeds)}")
-    scheduler, scheduler_config = parse_scheduler(read, limits)
-    settings: dict[str, Any] = {
-        "task": task,
-        "prompts": prompts,
-        "negative_prompts": _negative_prompts(read, bundle, len(prompts[0])),
-        "clip": clip,
-        "guess_mode": read.flag("guess_mode"),
-        "num_inference_steps": steps,
-        "guidance_scale": read.number(
-            "guidance_scale", _default_guidance(bundle, task, controls), -MAX_SCALE, MAX_SCALE
-        ),
-        "guidance_rescale": read.number("guidance_rescale", 0.0, 0.0, 1.0),
-        "eta": read.number("eta", 0.0, 0.0, 1.0),
-        "strength": _strength(read, bundle, task, steps, controls),
-        "clip_skip": read.integer("clip_skip", 0, 0, bundle.max_clip_skip),
-        "num_images_per_prompt": num_images,
-        "seeds": seeds or tuple(secrets.randbelow(2**32) for _ in range(pictures)),
-        "scheduler": scheduler,
-        "scheduler_config": scheduler_config,
-        "sizes": _size_conditions(read),
-        "output_type": read.choice("output_type", _OUTPUT_TYPES, "np"),
-        "output_format": _output_format(read, PICTURE_FORMATS if clip is None else CLIP_FORMATS),
-        "timeout": min(read.number("timeout", limits.timeout_seconds, 1e-3), limits.timeout_seconds),
-        "encode_image": encode_image,
-        "priority": read.integer("priority", 5, 1, 9),
-        "progress_every": read.integer("progress_every", 1, 1, MAX_STEPS),
-        "preview": read.flag("preview"),
-    }
+    negative_prompts = _negative_prompts(read, bundle, len(prompts[0]))
+    timeout = min(read.number("timeout", default=limits.timeout_seconds), limits.timeout_seconds)
+    settings = _settings(read, bundle, task, controls, clip)
     start, loaded = _load_start(read), load_controls(controls)
     height, width = _size(bundle, task, start, loaded, clip, sides, step)
     request = Request(
-        **settings,
-        start=start,
-        controls=loaded,
-        height=height,
-        width=width,
+        task=task,
+        prompts=prompts,
+        negative_prompts=negative_prompts,
         image_prompts=tuple(map(load_image_prompt, image_prompts)),
+        start=start,
+        clip=clip,
+        controls=loaded,
+        seeds=seeds or tuple(secrets.randbelow(2**32) for _ in range(pictures)),
+        encode_image=encode_image,
+        timeout=timeout,
+        settings=Settings(**settings, height=height, width=width),
     )
     if encode_image is None and bundle.guided(request):
         _check_negatives(request)
@@ -181,19 +134,35 @@ def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
 def _check_characters(read: Reader, limits: Limits) -> None:
     """Refuse long prompts before they are made into tokens."""
     count = 0
-    for name in ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2"):
+    for name in _PROMPTS:
         count += sum(map(len, read.texts(name)))
         if count > limits.prompt_characters:
             raise InvalidRequest(name, f"the prompts of a request have at most {limits.prompt_characters} characters")
 
 
-def _steps(read: Reader, limits: Limits, frames: int) -> int:
-    """Steps of a request for ``frames`` pictures, or frames of clips, in all."""
-    steps = read.integer("num_inference_steps", 50, 1, MAX_STEPS)
+def _check_steps(read: Reader, limits: Limits, frames: int) -> None:
+    """Refuse too many steps for ``frames`` pictures, or frames of clips, in all."""
+    steps = read.integer("num_inference_steps")
     if steps * frames > limits.sample_steps:
         problem = f"{steps} steps for {frames} pictures or frames are {steps * frames}"
         raise InvalidRequest("num_inference_steps", f"{problem}; at most {limits.sample_steps} a request")
-    return steps
+
+
+def _settings(
+    read: Reader, bundle: Bundle, task: Task, controls: Sequence[ControlPlan], clip: Clip | None
+) -> dict[str, Any]:
+    """Values of `Settings` but height and width: as the table has them, if nothing else decides."""
+    scheduler, scheduler_config = parse_scheduler(read, bundle.limits)
+    settings = {
+        "guidance_scale": read.number("guidance_scale", default=_default_guidance(bundle, task, controls)),
+        "strength": _strength(read, bundle, task, controls),
+        "clip_skip": read.integer("clip_skip", high=bundle.max_clip_skip),
+        "scheduler": scheduler,
+        "scheduler_config": scheduler_config,
+        "output_format": _output_format(read, PICTURE_FORMATS if clip is None else VIDEO_FORMATS),
+    }
+    others = {*Settings.__struct_fields__} - {*settings, "height", "width"}
+    return settings | {name: read.setting(name) for name in others}
 
 
 def _check_negatives(request: Request) -> None:
@@ -220,11 +189,9 @@ def _negative_prompts(read: Reader, bundle: Bundle, count: int) -> tuple[tuple[s
         if "negative_prompt_2" in read:
             raise InvalidRequest("negative_prompt_2", "needs a negative_prompt")
         return None
-    first = spread("negative_prompt", read.texts("negative_prompt"), count, "", "prompts")
-    second = read.texts("negative_prompt_2")
-    return (first, spread("negative_prompt_2", second, count, "", "prompts") if second else first)[
-        : len(bundle.text_encoders)
-    ]
+    first = read.one_or_each("negative_prompt", count, "prompts", default="")
+    second = read.one_or_each("negative_prompt_2", count, "prompts") if read.texts("negative_prompt_2") else first
+    return (first, second)[: len(bundle.text_encoders)]
 
 
 def _task(read: Reader, bundle: Bundle, pictures: int) -> Task:
@@ -249,7 +216,7 @@ def _task(read: Reader, bundle: Bundle, pictures: int) -> Task:
 
 def _load_start(read: Reader) -> StartImages:
     """Decode the pictures to start from."""
-    crop = read.integer("padding_mask_crop", 0, 0, 4096) if "padding_mask_crop" in read else None
+    crop = read.integer("padding_mask_crop") if "padding_mask_crop" in read else None
     video = decode_all(read.data("video"), "video")
     images, masks = video or decode_all(read.data("image"), "image"), decode_all(read.data("mask_image"), "mask_image")
     if crop is not None and masks[0].size != images[0].size:
@@ -264,18 +231,22 @@ def _output_format(read: Reader, formats: tuple[str, ...]) -> str | None:
         raise InvalidRequest(
             "output_format", "latents are not pictures; leave one of output_format and output_type out"
         )
-    return read.choice("output_format", formats, formats[0]) if "output_format" in read else None
+    chosen = read.choice("output_format")
+    if chosen is not None and chosen not in formats:
+        raise InvalidRequest("output_format", f"{chosen!r} is none of {', '.join(formats)}")
+    return chosen
 
 
-def _strength(read: Reader, bundle: Bundle, task: Task, steps: int, controls: Sequence[object]) -> float:
+def _strength(read: Reader, bundle: Bundle, task: Task, controls: Sequence[object]) -> float:
     """Defaults of diffusers: 1.0 for SD1.5 inpainting, 0.9999 for SDXL's, and that of its image-to-image pipelines."""
     if task == "inpainting":
         default = 0.9999 if bundle.family == "sdxl" else 1.0
     else:
         default = 0.3 if bundle.family == "sdxl" and not controls else 0.8
-    strength = read.number("strength", default, 0.0, 1.0)
+    strength = read.number("strength", default=default)
     if strength == 0:
         raise InvalidRequest("strength", "must be above 0 and at most 1, got 0")
+    steps = read.integer("num_inference_steps")
     if task != "text-to-image" and int(steps * strength) < 1:
         raise InvalidRequest("strength", f"{strength:g} of {steps} steps is less than one step; raise either of them")
     return strength
@@ -297,7 +268,7 @@ def _side(read: Reader, bundle: Bundle, name: str, step: int) -> int | None:
     if name not in read:
         return None
     low, _, high = getattr(bundle.shapes, name)
-    value = read.integer(name, 0, low, high)
+    value = read.integer(name, low=low, high=high)
     if value % step:
         raise InvalidRequest(name, f"must be a multiple of {step}, got {value}")
     return value
@@ -333,14 +304,3 @@ def _size(
                 raise InvalidRequest(source, f"{problem}; set height and width, or resize the picture")
         sizes.append(value or default)
     return sizes[0], sizes[1]
-
-
-def _size_conditions(read: Reader) -> SizeConditions:
-    return SizeConditions(
-        original_size=read.pair("original_size"),
-        crops_coords_top_left=read.pair("crops_coords_top_left") or (0, 0),
-        target_size=read.pair("target_size"),
-        negative_original_size=read.pair("negative_original_size"),
-        negative_crops_coords_top_left=read.pair("negative_crops_coords_top_left") or (0, 0),
-        negative_target_size=read.pair("negative_target_size"),
-    )

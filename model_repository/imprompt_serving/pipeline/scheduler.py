@@ -21,9 +21,7 @@ def parse_scheduler(read: Reader, limits: Limits) -> tuple[str | None, dict[str,
     A whole one is returned with its `_use_default_values`, which diffusers leaves to the defaults of the class.
     Infinite values become the strings `inf` and `-inf`, which pass through JSON.
     """
-    name, parameter = read.text("scheduler"), "scheduler_config"
-    if name is not None and name not in SCHEDULERS:
-        raise InvalidRequest("scheduler", f"unknown scheduler {shown(name)}; known are {', '.join(SCHEDULERS)}")
+    name, parameter = read.choice("scheduler"), "scheduler_config"
     config = read.json(parameter) if parameter in read else {}
     if not isinstance(config, dict):
         raise InvalidRequest(parameter, f"must be a JSON object, got {shown(config)}")

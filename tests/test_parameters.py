@@ -1,0 +1,152 @@
+"""Each row of the table of parameters is taken wherever a parameter shows up."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as pb
+from typer.main import get_command
+
+import imprompt
+from imprompt import AsyncClient, Client, cli
+from imprompt._request import SHORTEST_TIMEOUT_S
+from imprompt_bench import rig
+from imprompt_serving import config, signatures
+from imprompt_serving.errors import InvalidRequest
+from imprompt_serving.parameters import PARAMETERS, ROWS, Group, Parameter, Settings, Type
+from imprompt_serving.pipeline.request import Request, parse
+from imprompt_serving.specs import ControlNet, Motion, Range, Residual, Shapes
+from tiny import images
+
+SOURCES = Path(imprompt.__file__).parent
+PLAIN = rig.sd15(rows=2, adapters=("plain",))
+BUNDLE = msgspec.structs.replace(
+    PLAIN,
+    family="sdxl",
+    text_encoders=PLAIN.text_encoders * 2,
+    shapes=Shapes(height=Range(64, 64, 128), width=Range(64, 64, 128)),
+    default_height=64,
+    default_width=64,
+    controlnets=(ControlNet(name="depth"),),
+    residuals=(Residual(4, 0),),
+    motion=Motion(window=16),
+)
+"""Takes every parameter."""
+
+
+def png() -> bytes:
+    file = io.BytesIO()
+    images.photo(0, size=(64, 64)).save(file, "PNG")
+    return file.getvalue()
+
+
+SMALL = png()
+PICTURE: dict[str, Any] = {
+    "prompt": [b"a cat"],
+    "negative_prompt": [b"a dog"],
+    "image": [SMALL],
+    "mask_image": [SMALL],
+    "control_image": [SMALL],
+    "ip_adapter_image": [SMALL],
+}
+CLIP: dict[str, Any] = {"prompt": [b"a cat"], "num_frames": [8]}
+NUMPY = {"FP64": np.float64, "INT32": np.int32, "INT64": np.int64, "BOOL": np.bool_, "STRING": np.object_}
+
+
+def parsed(values: dict[str, Any], **tensors: np.ndarray) -> Request:
+    arrays = {name: np.array(value, NUMPY[PARAMETERS[name].dtype]) for name, value in values.items()}
+    return parse(arrays | tensors, BUNDLE)
+
+
+def ids(row: Parameter) -> str:
+    return row.name
+
+
+def test_the_client_never_sends_less_of_a_timeout_than_a_server_takes() -> None:
+    assert PARAMETERS["timeout"].low == SHORTEST_TIMEOUT_S
+
+
+def test_names_are_unique() -> None:
+    assert len(PARAMETERS) == len(ROWS)
+
+
+def test_settings_are_rows() -> None:
+    assert set(Settings.__struct_fields__) <= PARAMETERS.keys()
+
+
+@pytest.mark.parametrize("row", ROWS, ids=ids)
+def test_the_models_have_an_input_for_it(row: Parameter) -> None:
+    inputs = {}
+    for stream in (False, True):
+        text = config.to_pbtxt(config.pipeline(BUNDLE, stream=stream, capabilities="{}"))
+        inputs[stream] = {tensor.name for tensor in text_format.Parse(text, pb.ModelConfig()).input}
+    name = f"{row.name}_plain" if row.type is Type.EMBEDS else row.name
+    assert name in inputs[True]
+    assert (name in inputs[False]) == (row.group is not Group.STREAM)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=ids)
+def test_the_pipeline_reads_it(row: Parameter) -> None:
+    name = f"{row.name}_plain" if row.type is Type.EMBEDS else row.name
+    with pytest.raises(InvalidRequest, match="complex") as caught:
+        parsed(CLIP if row.group is Group.VIDEO else PICTURE, **{name: np.array([1j])})
+    assert caught.value.parameter == name
+
+
+BOUNDS = [
+    (row, value)
+    for row in ROWS
+    for value in (row.low - 1, row.high + 1)
+    if math.isfinite(value) and row.dtype in ("INT32", "FP64")
+]
+
+
+@pytest.mark.parametrize(("row", "value"), BOUNDS, ids=str)
+def test_its_range_holds(row: Parameter, value: float) -> None:
+    with pytest.raises(InvalidRequest, match="must be") as caught:
+        parsed((CLIP if row.group is Group.VIDEO else PICTURE) | {row.name: [value]})
+    assert caught.value.parameter == row.name
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.choices], ids=ids)
+def test_other_choices_are_refused(row: Parameter) -> None:
+    with pytest.raises(InvalidRequest, match="'none such' is none of") as caught:
+        parsed(PICTURE | {row.name: [b"none such"]})
+    assert caught.value.parameter == row.name
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.sdk], ids=ids)
+def test_the_client_has_a_documented_keyword_for_it(row: Parameter) -> None:
+    where = Client.stream if row.group is Group.STREAM else Client.generate
+    methods: list[Any] = [where, Client.stream, getattr(AsyncClient, where.__name__), AsyncClient.stream]
+    for method in methods:
+        assert row.name in inspect.signature(method).parameters
+    assert f"            {row.name}: " in (where.__doc__ or "")
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.option], ids=ids)
+def test_the_command_has_an_option_for_it(row: Parameter) -> None:
+    generate = get_command(cli.app).commands["generate"]  # type: ignore[attr-defined]
+    (option,) = (parameter for parameter in generate.params if parameter.name == row.name)
+    assert option.help.endswith(f"{row.range_and_default}.".replace("`", ""))
+
+
+@pytest.mark.parametrize("name", signatures.FILES)
+def test_the_client_is_as_the_table_has_it(name: str) -> None:
+    source = (SOURCES / name).read_text(encoding="utf-8")
+    assert "imprompt_serving.signatures" in source
+    assert signatures.filled(source) == source, "run: python -m imprompt_serving.signatures client/imprompt"
+
+
+def test_a_stale_source_would_be_noticed() -> None:
+    source = (SOURCES / "_client.py").read_text(encoding="utf-8")
+    for line in ("        eta: float | None = None,\n", "            priority: requests with a lower number"):
+        assert signatures.filled(source.replace(line, "old")) == source
