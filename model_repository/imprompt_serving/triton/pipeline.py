@@ -51,9 +51,9 @@ class TritonModels:
     async def call(self, model: str, tensors: Mapping[str, np.ndarray]) -> Tensors:
         generation = self._generation
         answer = await _request(model, self._signed(model, tensors)).async_exec()
-        if not answer.has_error() and not answer.output_tensors() and generation == self._generation:
-            # Triton 2.51 answers so from its cache what has failed before.
-            self._generation += 1
+        if not answer.has_error() and not answer.output_tensors():
+            # Triton 2.51 answers so from its cache what has failed before: leave that generation, once for all callers.
+            self._generation = max(self._generation, generation + 1)
             answer = await _request(model, self._signed(model, tensors)).async_exec()
         raise_for_error(answer)
         return arrays(answer)
