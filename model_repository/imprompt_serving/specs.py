@@ -288,7 +288,16 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def load(cls, folder: Path) -> Bundle:
-        return msgspec.convert(json.loads((folder / FILE_NAME).read_text(encoding="utf-8")), type=cls)
+        """The bundle of a model's version folder.
+
+        Raises:
+            ValueError: another version of imprompt exported it.
+        """
+        file = folder / FILE_NAME
+        try:
+            return msgspec.convert(json.loads(file.read_text(encoding="utf-8")), type=cls)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"{file} is of another version of imprompt, export the bundle again: {error}") from None
 
 
 def level_size(size: int, level: int) -> int:
