@@ -157,6 +157,17 @@ def test_answers_of_a_job_keep_their_order() -> None:
     threads.close(WAIT_S)
 
 
+def test_closing_sends_all_that_is_queued_for_a_job() -> None:
+    threads, release, told = AnswerThreads(2), threading.Event(), list[str]()
+    listener = Listener(lambda *_: bool(release.wait(WAIT_S)), lambda _: None, lambda error: told.append(str(error)))
+    answers = Answers(listener, threads, Meter())
+    answers.progress(1, 2, None, lambda error: None)
+    answers.fail(RequestError("stopping"))
+    threading.Timer(0.1, release.set).start()
+    threads.close(WAIT_S)
+    assert told == ["stopping"]
+
+
 def test_sends_that_hang_do_not_hold_up_others() -> None:
     threads, release = AnswerThreads(2, send_limit=0.05), threading.Event()
     hung = [

@@ -61,7 +61,7 @@ class Answers:
         self._channel = Channel()
 
     def progress(self, step: int, steps: int, preview: Tensor | None, on_error: Callable[[Exception], None]) -> None:
-        """Report a step; `on_error` hears of a listener that fails."""
+        """Report a step. If the listener raises, `on_error` gets the exception."""
         # Previews may take longer than a tick: one at a time, or they would pile up.
         preview = None if self._channel.scheduled else preview
         self._send(self._progress, step, steps, preview, on_error)
@@ -94,7 +94,7 @@ class Answers:
         try:
             self._listener.fail(error)
         except Exception:
-            logger.exception("nobody took the news that a job ended: %s", error)
+            logger.exception("the error of a job was not delivered: %s", error)
 
 
 class Channel:
@@ -145,24 +145,28 @@ class AnswerThreads:
     def _work(self) -> None:
         this = threading.current_thread()
         while (channel := self._ready.get()) is not None:
+            while (call := self._next(channel, this)) is not None:
+                try:
+                    call()
+                except Exception:
+                    logger.exception("an answer was not sent")
+                del call  # it may hold the last reference to a finished job
+            del channel
             with self._lock:
-                call = channel.calls.popleft()
-                self._sending[this] = time.monotonic()
-            try:
-                call()
-            except Exception:
-                logger.exception("an answer was not sent")
-            del call  # it may hold the last reference to a finished job
-            with self._lock:
-                del self._sending[this]
-                channel.scheduled = bool(channel.calls)
-                if channel.scheduled:
-                    self._ready.put(channel)
                 if this in self._replaced:
                     self._replaced.discard(this)
                     self._threads.remove(this)
                     return
-            del channel
+
+    def _next(self, channel: Channel, thread: threading.Thread) -> Callable[[], None] | None:
+        """The next call of `channel`, which `thread` starts now; None when there are no more."""
+        with self._lock:
+            self._sending.pop(thread, None)
+            if not channel.calls:
+                channel.scheduled = False
+                return None
+            self._sending[thread] = time.monotonic()
+            return channel.calls.popleft()
 
     def _replace_stuck(self) -> None:
         """With the lock held: start a thread in place of each one whose send takes too long."""

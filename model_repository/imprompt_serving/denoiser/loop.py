@@ -116,7 +116,7 @@ class Denoiser:
         self._command(self._submit, job, listener)
 
     def check_wanted(self, job_id: str) -> None:
-        """Before a job is prepared. Raises `Cancelled` if it was."""
+        """Raise `Cancelled` if the job was cancelled; asked before it is prepared."""
         self._command(self._check_wanted, job_id)
 
     def cancel(self, job_id: str) -> None:
@@ -137,7 +137,7 @@ class Denoiser:
         self._answer_threads.close(timeout)
 
     def _command(self, command: Callable[..., Any], *arguments: Any) -> Any:
-        """Run `command` on the owner's thread, which nothing keeps waiting."""
+        """Run `command` on the owner's thread, which never blocks, and return its result."""
         try:
             future = self._owner.submit(command, *arguments)
         except RuntimeError:  # shut down
@@ -250,7 +250,7 @@ class Denoiser:
 
     @torch.inference_mode()
     def _compute_tick(self, began: float, parts: list[tuple[_Active, RowSlice]]) -> None:
-        """On the launcher's thread: compute a tick, or launch it; the owner hears of it."""
+        """Compute a tick (or launch it, on a device) on the launcher's thread, and pass the outcome to the owner."""
         rows = sum(part.stop - part.start for _, part in parts)
         wait = None
         try:
