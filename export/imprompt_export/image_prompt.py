@@ -54,25 +54,22 @@ class ImagePromptProcessor(nn.Module):
         def heads(states: Tensor) -> Tensor:
             return states.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
-        query = heads(attn.to_q(hidden_states))
-        key, value = heads(attn.to_k(encoder_hidden_states)), heads(attn.to_v(encoder_hidden_states))
-        attended = F.scaled_dot_product_attention(query, key, value)
+        def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+            """Attention of rows [B, S, heads * d]: engines fuse it with the transposes around it."""
+            attended = F.scaled_dot_product_attention(heads(query), heads(key), heads(value), attn_mask=bias)
+            return attended.transpose(1, 2).flatten(2)
+
+        query = attn.to_q(hidden_states)
+        attended = attend(query, attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states))
         for prompts, to_k, to_v in zip(self.prompts.adapters, self.to_k_ip, self.to_v_ip, strict=True):
-            key, value = heads(to_k(prompts.tokens)), heads(to_v(prompts.tokens))
-            attended = attended + self._image_attention(prompts, query, key, value)
-        return attn.to_out[0](attended.transpose(1, 2).flatten(2))
-
-    def _image_attention(self, prompts: AdapterPrompts, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of `query` [B, heads, q, d] to the image tokens of one adapter, of the same shape.
-
-        Each group of tokens is a row of ordinary attention, which compilers fuse. The weight of a group does not depend
-        on the token, so it is applied to the output: between softmax and product it would keep them from that.
-        """
-        groups = prompts.scale.shape[:2]
-        queries = query[:, None].expand(-1, groups[1], -1, -1, -1).flatten(0, 1)
-        attended = F.scaled_dot_product_attention(queries, key, value, attn_mask=prompts.bias)
-        weight = prompts.scale[:, :, self.layer, None] * prompts.masks[self.level]
-        return (attended.unflatten(0, groups) * weight[:, :, None, :, None]).sum(1)
+            # Each group of tokens is a row of ordinary attention. The weight of a group does not depend on the token,
+            # so it is applied to the output: between softmax and product it would keep compilers from fusing.
+            groups = prompts.scale.shape[:2]
+            queries = query[:, None].expand(-1, groups[1], -1, -1).flatten(0, 1)
+            drawn = attend(queries, to_k(prompts.tokens), to_v(prompts.tokens), prompts.bias)
+            weight = prompts.scale[:, :, self.layer, None] * prompts.masks[self.level]
+            attended = attended + (drawn.unflatten(0, groups) * weight[..., None]).sum(1)
+        return attn.to_out[0](attended)
 
 
 def cross_attention_layers(unet: Any) -> list[CrossAttention]:

@@ -1,18 +1,30 @@
-"""ONNX Runtime: an ONNX file is the engine."""
+"""ONNX Runtime: an ONNX file is the engine, with its own operator for attention."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from imprompt_export.backends import ExportBackend
+from imprompt_export.backends import Compile, ExportBackend, Tell
+from imprompt_serving.specs import Bundle
 
 if TYPE_CHECKING:
     from imprompt_export.bundle import EngineSection
+    from imprompt_export.graphs import Graph
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnnxRuntime(ExportBackend):
+    def compiler(self, engine: EngineSection, refit_from: Path | None) -> Compile:
+        def fuse(graph: Graph, source: Path, bundle: Bundle, tell: Tell) -> Path:
+            from imprompt_export.fused_attention import fuse_attention
+
+            fuse_attention(source)
+            return source
+
+        return fuse
+
     def runner(self, engine: EngineSection) -> str | None:
         """It has no bf16 on the CPU."""
         import torch
