@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -128,16 +129,70 @@ def test_both_kinds_of_engines_are_called_alike(tmp_path: Path) -> None:
 
 @without_cuda
 def test_a_gpu_that_onnxruntime_cannot_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would run on the CPU and say nothing; libraries are looked for first."""
-    looked: list[bool] = []
+    """It would run on the CPU and say nothing; libraries are looked for first, and its errors are shown."""
+    told: list[object] = []
     monkeypatch.setattr(onnxruntime_engine, "built_for_cuda", lambda: True)
     monkeypatch.setattr(onnxruntime_engine, "gpu_there", lambda: True)
-    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: looked.append(True))
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: told.append("libraries"))
+    monkeypatch.setattr(onnxruntime, "set_default_logger_severity", told.append)
     with pytest.warns(UserWarning, match="CUDA"), pytest.raises(EngineError, match=r"cannot use the GPU: .*cuDNN"):
         get_backend("onnxruntime").load(write(tmp_path / "model.onnx"))
-    assert looked
+    assert told == [3, "libraries"]
     monkeypatch.setattr(onnxruntime_engine, "gpu_there", lambda: False)
     get_backend("onnxruntime").load(write(tmp_path / "model.onnx"))
+
+
+class FakeSession:
+    """A session on a GPU, in which some nodes are on the CPU."""
+
+    def __init__(self, placed: dict[str, tuple[str, ...]]) -> None:
+        self._placed = placed
+
+    def get_providers(self) -> list[str]:
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def get_provider_graph_assignment_info(self) -> list[SimpleNamespace]:
+        return [
+            SimpleNamespace(ep_name=name, get_nodes=lambda kinds=kinds: [SimpleNamespace(op_type=k) for k in kinds])
+            for name, kinds in self._placed.items()
+        ]
+
+
+def test_a_session_on_a_gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """What it is asked for; nodes that stray to the CPU are named, those that compute shapes are not."""
+    asked: dict[str, str] = {}
+    severities: list[int] = []
+    placed = {
+        "CUDAExecutionProvider": ("Conv", "MultiHeadAttention"),
+        "CPUExecutionProvider": ("Shape", "Resize", "Concat", "Resize", "MatMul"),
+    }
+
+    def made(
+        path: str, options: onnxruntime.SessionOptions, providers: list[tuple[str, dict[str, str]]]
+    ) -> FakeSession:
+        asked.update(providers[0][1])
+        assert options.get_session_config_entry("session.record_ep_graph_assignment_info") == "1"
+        return FakeSession(placed)
+
+    monkeypatch.setattr(onnxruntime_engine, "built_for_cuda", lambda: True)
+    monkeypatch.setattr(onnxruntime_engine, "gpu_there", lambda: True)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    monkeypatch.setattr(onnxruntime, "set_default_logger_severity", severities.append)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", made)
+    onnxruntime_engine.session(Path("unet.onnx"), gpu=1, stream=4711)
+    assert asked["cudnn_conv_algo_search"] == "HEURISTIC"
+    assert (asked["device_id"], asked["user_compute_stream"], asked["use_tf32"]) == ("1", "4711", "0")
+    assert severities == [3, 4]
+    (record,) = caplog.records
+    assert record.getMessage().endswith("no kernel on the GPU for 2 Resize, 1 MatMul: these run on the CPU")
+
+
+def test_where_nodes_are_placed(tmp_path: Path) -> None:
+    """As a real session tells it, all of which is on the CPU here."""
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    made = onnxruntime.InferenceSession(str(write(tmp_path / "model.onnx")), options, ["CPUExecutionProvider"])
+    assert onnxruntime_engine.computed_on_cpu(made) == {"ReduceMean": 1}  # and `Mul`, which may be of shapes
 
 
 @without_cuda
@@ -189,6 +244,8 @@ def test_onnxruntime_on_a_gpu(tmp_path: Path) -> None:
     engine = get_backend("onnxruntime").load(write(tmp_path / "model.onnx"), device="cuda:0")
     assert isinstance(engine, OnnxRuntimeDeviceEngine)
     check(engine, "cuda:0")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        check(engine, "cuda:0")
 
 
 @pytest.mark.gpu

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,7 +18,23 @@ if TYPE_CHECKING:
     import onnxruntime
     import torch
 
+logger = logging.getLogger(__name__)
+
 CUDA = "CUDAExecutionProvider"
+CUDA_OPTIONS = {
+    "use_tf32": "0",  # whose 10 bits are not what float32 promises
+    # Trying every algorithm takes seconds for each new shape; cuDNN's own estimate takes none.
+    "cudnn_conv_algo_search": "HEURISTIC",
+    "cudnn_conv_use_max_workspace": "1",  # or the faster algorithms may not fit
+}
+"""https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html"""
+_LOG_ERROR, _LOG_FATAL = 3, 4
+_ON_SHAPES = {
+    *("Shape", "Size", "Gather", "Concat", "Squeeze", "Unsqueeze", "Slice", "Split", "Cast", "Reshape", "Range"),
+    *("Add", "Sub", "Mul", "Div", "Mod", "Floor", "Min", "Max", "Where", "Equal", "Less", "Greater", "Expand"),
+    *("ConstantOfShape", "ReduceProd"),
+}
+"""Operators that compute shapes: ONNX Runtime keeps those on the CPU, beside the host that needs the answers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,8 +78,11 @@ def gpu_there() -> bool:
     return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
-def session(path: Path, *, threads: int = 0, gpu: int = 0) -> onnxruntime.InferenceSession:
+def session(path: Path, *, threads: int = 0, gpu: int = 0, stream: int = 0) -> onnxruntime.InferenceSession:
     """A session on the GPU where ONNX Runtime has been built for one and there is one, or else on the CPU.
+
+    Args:
+        stream: handle of the CUDA stream that all work goes to; 0 for one of the session's own.
 
     Raises:
         EngineError: ONNX Runtime cannot use the GPU; by itself it would go on with the CPU, and say nothing.
@@ -69,24 +90,46 @@ def session(path: Path, *, threads: int = 0, gpu: int = 0) -> onnxruntime.Infere
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = _LOG_ERROR
     if threads:
         options.intra_op_num_threads = threads
     # Sessions of several processes share the cores: a spinning pool would take them from the others.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    on_gpu = built_for_cuda() and gpu_there()
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if on_gpu:
-        onnxruntime.preload_dlls()  # CUDA's libraries out of pip's packages, which only torch would have loaded
-        # Without TF32, whose 10 bits are not what float32 promises.
-        providers.insert(0, (CUDA, {"device_id": gpu, "use_tf32": "0"}))
-    made = onnxruntime.InferenceSession(str(path), options, providers=providers)
-    if on_gpu and CUDA not in made.get_providers():
+    if not (built_for_cuda() and gpu_there()):
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    # Every session warns that CUDA is no plugin ("No registered plugin EP device"), by the process's logger.
+    onnxruntime.set_default_logger_severity(_LOG_ERROR)
+    onnxruntime.preload_dlls()  # CUDA's libraries out of pip's packages, which only torch would have loaded
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    chosen = CUDA_OPTIONS | {"device_id": str(gpu)} | ({"user_compute_stream": str(stream)} if stream else {})
+    made = onnxruntime.InferenceSession(str(path), options, providers=[(CUDA, chosen), "CPUExecutionProvider"])
+    if CUDA not in made.get_providers():
         raise EngineError(
             f"ONNX Runtime {onnxruntime.__version__} cannot use the GPU: the CUDA and cuDNN libraries that it is built "
             "for are missing (the CUDA build of torch brings its own), or the driver is too old; see its message above"
         )
+    # That logger has an error line for each plan of a convolution that cuDNN refuses before another is taken. What
+    # fails for good is raised, with the same text.
+    onnxruntime.set_default_logger_severity(_LOG_FATAL)
+    strays = computed_on_cpu(made)
+    if strays:
+        named = ", ".join(f"{count} {operator}" for operator, count in strays.most_common())
+        logger.warning("%s: ONNX Runtime has no kernel on the GPU for %s: these run on the CPU", path, named)
     return made
+
+
+def computed_on_cpu(made: onnxruntime.InferenceSession) -> Counter[str]:
+    """Operators of a session on the CPU that do more than compute shapes, with how many there are of each.
+
+    (`session.disable_cpu_ep_fallback` would refuse the shapes too.)
+    """
+    return Counter(
+        node.op_type
+        for part in made.get_provider_graph_assignment_info()
+        if part.ep_name == "CPUExecutionProvider"
+        for node in part.get_nodes()
+        if node.op_type not in _ON_SHAPES
+    )
 
 
 class OnnxRuntimeEngine:
