@@ -21,7 +21,8 @@ def profiles(graph: Graph, bundle: Bundle) -> list[Profile]:
     """The optimization profiles of ``graph``; a call must fit one of them.
 
     An engine needs memory for the largest of all axes of a profile at once. Axes of which only one is ever large are
-    therefore spread over profiles: frames and rows of clips, and groups and tokens of image prompts.
+    therefore spread over profiles: frames and rows of clips, and groups and tokens of image prompts. In the networks
+    of the denoiser each bucket of rows has a profile too, tuned for the rows that calls are padded to.
     """
     boxes = _boxes(graph, bundle)
     return [{tensor.name: _bounds(tensor.shape, box) for tensor in graph.inputs} for box in boxes]
@@ -50,7 +51,22 @@ def _boxes(graph: Graph, bundle: Bundle) -> list[dict[str, Range]]:
     common = {axis: sizes for axis, sizes in _sizes(bundle).items() if axis in axes}
     common |= {"batch": batch(graph, bundle)} if "batch" in axes else {}
     choices = [list(_clips(bundle)) if "frames" in axes else [{}], list(_image_prompts(axes, bundle))]
-    return [common | clips | prompts for clips, prompts in itertools.product(*choices)]
+    boxes = [common | clips | prompts for clips, prompts in itertools.product(*choices)]
+    if not _runs_each_step(graph):
+        return boxes
+    return [box | {"batch": rows} for box in boxes for rows in _buckets(box["batch"].max)]
+
+
+def _buckets(most: int) -> list[Range]:
+    """Ranges that make up 1 to `most` rows, each tuned for its largest: 1, 2, 4, ... and `most`."""
+    sizes = (*(1 << power for power in range((most - 1).bit_length())), most)
+    return [Range(smaller + 1, size, size) for smaller, size in itertools.pairwise((0, *sizes))]
+
+
+def _runs_each_step(graph: Graph) -> bool:
+    """Whether `graph` is a network of the denoiser, and not one that encodes a prompt or picture once a request."""
+    networks = ("unet", "controlnet_", "motion_unet")
+    return graph.name.startswith(networks) and not graph.name.startswith("controlnet_emb")
 
 
 def _axes(graph: Graph) -> set[str]:
@@ -62,7 +78,7 @@ def batch(graph: Graph, bundle: Bundle) -> Range:
     _, opt, high = bundle.shapes.rows
     if graph.name.startswith("vae_"):
         high = min(high, PICTURES_TOGETHER)
-    if not graph.name.startswith(("unet", "controlnet_", "motion_unet")) or graph.name.startswith("controlnet_emb"):
+    if not _runs_each_step(graph):
         opt = 1  # encoders are called for one picture or prompt
     return Range(1, min(opt, high), high)
 

@@ -68,23 +68,46 @@ def bundle(shapes: Shapes = SHAPES, adapters: tuple[Adapter, ...] = (PLUS,)) -> 
     )
 
 
+ROWS = [(1, 1, 1), (2, 2, 2), (3, 4, 4), (5, 8, 8), (9, 16, 16)]
+"""Smallest, usual and largest number of rows in each profile, for calls of up to 16."""
+
+
 def test_a_unet() -> None:
+    """A profile for each bucket of rows, twice: for lists of pictures, and for regions."""
     spec = bundle()
-    picture, regions = profiles(graphs.unet(unet(), ["plus"], spec.residuals), spec)
-    assert picture["sample"] == ((1, 4, 8, 8), (4, 4, 64, 64), (16, 4, 96, 128))
-    assert picture["timestep"] == ((1,), (4,), (16,))
-    assert picture["encoder_hidden_states"] == ((1, 77, 48), (4, 77, 48), (16, 77, 48))
-    assert picture["ip_mask_plus_0"] == ((1, 1, 64), (4, 1, 4096), (16, 1, 96 * 128))
-    assert picture["mid_residual"] == ((1, 64, 4, 4), (4, 64, 32, 32), (16, 64, 48, 64))
-    assert picture["ip_tokens_plus"] == ((1, 1, 1, 48), (4, 1, 16, 48), (16, 1, 64, 48))
-    assert regions["ip_tokens_plus"] == ((1, 1, 1, 48), (4, 2, 16, 48), (16, 3, 16, 48))
+    found = profiles(graphs.unet(unet(), ["plus"], spec.residuals), spec)
+    assert [tuple(batch for (batch,) in profile["timestep"]) for profile in found] == ROWS * 2
+    picture, regions = found[4], found[9]
+    assert picture["sample"] == ((9, 4, 8, 8), (16, 4, 64, 64), (16, 4, 96, 128))
+    assert picture["encoder_hidden_states"] == ((9, 77, 48), (16, 77, 48), (16, 77, 48))
+    assert picture["ip_mask_plus_0"] == ((9, 1, 64), (16, 1, 4096), (16, 1, 96 * 128))
+    assert picture["mid_residual"] == ((9, 64, 4, 4), (16, 64, 32, 32), (16, 64, 48, 64))
+    assert picture["ip_tokens_plus"] == ((9, 1, 1, 48), (16, 1, 16, 48), (16, 1, 64, 48))
+    assert regions["ip_tokens_plus"] == ((9, 1, 1, 48), (16, 2, 16, 48), (16, 3, 16, 48))
     assert regions["sample"] == picture["sample"]
 
 
-def test_without_regions_there_is_one_profile() -> None:
+def test_one_size_is_exact_in_each_profile() -> None:
+    """Engines for one size of picture are tuned for it alone, and for the rows of their bucket."""
+    spec = bundle(sizes(height=Range(512, 512, 512), width=Range(512, 512, 512), rows=Range(1, 2, 2), regions=1))
+    one, two = profiles(graphs.unet(unet(), ["plus"], spec.residuals), spec)
+    assert set(one["sample"]) == {(1, 4, 64, 64)}
+    assert set(two["sample"]) == {(2, 4, 64, 64)}
+    assert set(two["mid_residual"]) == {(2, 64, 32, 32)}
+
+
+@pytest.mark.parametrize(("most", "largest"), [(1, [1]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
+def test_any_number_of_rows_has_a_profile(most: int, largest: list[int]) -> None:
+    spec = bundle(sizes(rows=Range(1, 1, most), regions=1))
+    found = [profile["timestep"] for profile in profiles(graphs.unet(unet(), ["plus"]), spec)]
+    assert [high for _, _, (high,) in found] == largest
+    assert [rows for (low,), _, (high,) in found for rows in range(low, high + 1)] == list(range(1, most + 1))
+
+
+def test_without_regions_there_is_one_profile_a_bucket() -> None:
     spec = bundle(msgspec.structs.replace(SHAPES, regions=1))
-    (only,) = profiles(graphs.unet(unet(), ["plus"]), spec)
-    assert only["ip_tokens_plus"][2] == (16, 1, 64, 48)
+    found = profiles(graphs.unet(unet(), ["plus"]), spec)
+    assert [profile["ip_tokens_plus"][2] for profile in found] == [(most, 1, 64, 48) for _, _, most in ROWS]
 
 
 def test_as_many_pictures_are_projected_as_a_request_may_have() -> None:
@@ -95,7 +118,7 @@ def test_as_many_pictures_are_projected_as_a_request_may_have() -> None:
 
 def test_odd_sizes_are_halved_as_convolutions_do() -> None:
     spec = bundle(msgspec.structs.replace(SHAPES, height=Range(72, 72, 72), width=Range(72, 72, 72)))
-    picture, _ = profiles(graphs.unet(unet(), ["plus"], spec.residuals), spec)
+    picture, *_ = profiles(graphs.unet(unet(), ["plus"], spec.residuals), spec)
     assert {shape[-2:] for shape in picture["mid_residual"]} == {(5, 5)}
 
 
@@ -103,11 +126,13 @@ def test_clips_trade_rows_for_frames() -> None:
     """Every clip that fits a call fits a profile, and no profile is for many times more than a call holds."""
     spec = bundle()
     found = [p["sample"] for p in profiles(graphs.unet(unet(), ["plus"], frames=True), spec)]
-    bounds = {(low[2], high[0], high[2]) for low, _, high in found}
-    assert bounds == {(2, 8, 7), (8, 2, 31), (32, 1, 32)}
+    bounds = {(low[2], high[2]): 0 for low, _, high in found}
+    for low, _, high in found:
+        bounds[low[2], high[2]] = max(bounds[low[2], high[2]], high[0])
+    assert bounds == {(2, 7): 8, (8, 31): 2, (32, 32): 1}
     for frames in range(SHAPES.frames.min, 33):
         rows = max(SHAPES.rows.max // frames, 1)
-        assert any(low <= frames <= high and rows <= most for low, most, high in bounds)
+        assert any(low <= frames <= high and rows <= most for (low, high), most in bounds.items())
 
 
 @pytest.mark.parametrize(
@@ -163,9 +188,10 @@ def test_engines_are_compared_within_their_profiles(shapes: Shapes) -> None:
 def test_a_comparison_differs_in_all_that_may_vary() -> None:
     spec = bundle()
     found = check_axes(graphs.unet(unet(), ["plus"], spec.residuals), spec)
-    assert [axes["batch"] for axes in found] == [1, 2, 2]
-    assert [(axes["groups_plus"], axes["tokens_plus"]) for axes in found] == [(1, 1), (1, 16), (2, 16)]
-    smallest, picture, _ = found
+    assert [axes["batch"] for axes in found] == [1, *[1, 2, 4, 6, 10] * 2]
+    prompts = [(axes["groups_plus"], axes["tokens_plus"]) for axes in found]
+    assert prompts == [(1, 1), *[(1, 16)] * 5, *[(2, 16)] * 5]
+    smallest, picture, *_ = found
     assert (smallest["h"], smallest["w"], smallest["q0"]) == (8, 8, 64)
     assert (picture["h"], picture["w"], picture["q0"], picture["h1"]) == (16, 24, 16 * 24, 8)
     assert smallest["scale"] == 0

@@ -6,10 +6,14 @@ TensorRT builds for the GPU that it runs on. TensorRT-RTX needs none: its engine
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +34,14 @@ if TYPE_CHECKING:
     from imprompt_export.graphs import Axes, Graph
     from imprompt_export.profiles import Profile
 
-_RECIPE = 2
+logger = logging.getLogger(__name__)
+
+_RECIPE = 3
 """How engines are made: another number where it changes, so that those that were kept are not taken any more."""
+_FUSED = re.compile(r"(?<![a-z])f?mha(?![a-z])", re.IGNORECASE)
+"""In names of layers, such as `_gemm_mha_v2_myl3_6`: attention in one kernel (NVIDIA/TensorRT issue 3243)."""
+_PROFILE = re.compile(r"\[profile (\d+)\]$")
+"""What ends the name of a layer of any profile but the first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,19 +112,24 @@ class Builder:
         self._logger = self._package.Logger(self._package.Logger.ERROR)
         self._targets = self._known(targets) if served.finishes_on_gpu else ()
         self._target = "+".join(self._targets) or gpu_name()
+        self._platform = "" if self._targets else platform()
         self._cache = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "imprompt", "engines")
         self._donors = dict(_engines(refit_from)) if refit_from else {}
 
     def _known(self, targets: Sequence[str]) -> tuple[str, ...]:
+        for name in targets:
+            serving.refuse_data_center_gpu(name)
         known = [name for name in self._package.ComputeCapability.__members__ if name.startswith("SM")]
         if not targets or not set(targets) <= set(known):
-            raise EngineError(f"engine.targets: {', '.join(targets)}; {self._backend} builds for {', '.join(known)}")
+            allowed = ", ".join(f"{name} ({serving.capability(name)})" for name in known)
+            asked = ", ".join(targets) or "none"
+            raise EngineError(f"engine.targets: {asked}; {self._backend} builds for {allowed}")
         return tuple(targets)
 
     def build(self, source: Path, engine: Path, profiles: Sequence[Profile], report: Tell = lambda _: None) -> None:
         """Compile `source`, whose inputs have the ranges of `profiles`, into the file `engine`.
 
-        An engine of the same model, settings, version and GPU that was built before is taken as it is.
+        An engine of the same model, settings, versions and GPU that was built before is taken as it is.
 
         Raises:
             EngineError: the graph was refused, or there is no such engine to take the other weights of.
@@ -124,9 +139,13 @@ class Builder:
         described = _kept_info(kept) if kept.exists() else None
         if described is None:
             self._cache.mkdir(parents=True, exist_ok=True)
-            content, described = self._refitted(source, info) or self._built(source, info, profiles, report)
+            build = self._refitted(source, info) or self._built(source, info, profiles, report)
+            described = build.info
             described.save(kept)
-            write_whole(kept, content)  # last: where it is, all is there
+            write_whole(kept, build.content)  # last: where it is, all is there
+            self._keep_timings(build.config)
+        if described.fused_attention is not None:
+            _tell_of_attention(source.stem, described, report)
         engine.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(kept, engine)
         described.save(engine)
@@ -136,39 +155,58 @@ class Builder:
             backend=self._backend,
             version=self._package.__version__,
             target=self._target,
+            platform=self._platform,
             model=_file_hash(source),
             architecture=_architecture(source),
             settings=_digest([_RECIPE, profiles, self._refit]),
             refit=self._refit,
         )
 
-    def _built(
-        self, source: Path, info: EngineInfo, profiles: Sequence[Profile], report: Tell
-    ) -> tuple[Any, EngineInfo]:
+    def _built(self, source: Path, info: EngineInfo, profiles: Sequence[Profile], report: Tell) -> _Build:
         trt = self._package
         builder = trt.Builder(self._logger)
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        network = builder.create_network(_network_flags(trt))
         parser = trt.OnnxParser(network, self._logger)
         if not parser.parse_from_file(str(source)):
             raise EngineError(f"{self._backend} cannot read {source.stem}: {_errors(parser)}")
         config = self._config(builder)
-        made = [_profile(builder, network, profile) for profile in profiles]
+        made = [_profile(builder, network, profile, source.stem) for profile in profiles]
         for profile in made:
-            config.add_optimization_profile(profile)
-        timings = self._cache / f"{_digest([trt.__version__, self._target])}.timings"
+            _check(config.add_optimization_profile(profile) >= 0, f"{source.stem}: an optimization profile")
         if not self._targets:  # TensorRT-RTX times nothing before it runs
-            known = timings.read_bytes() if timings.exists() else b""
-            cache = config.create_timing_cache(known) or config.create_timing_cache(b"")  # None if it is damaged
-            config.set_timing_cache(cache, False)
+            self._set_timings(config)
         monitor = config.progress_monitor = _monitor(trt, report)
         engine = builder.build_serialized_network(network, config)
         if engine is None:
             hint = " (engine.refit needs the GPU to be there)" if self._refit and self._targets else ""
             raise EngineError(f"{self._backend} cannot build {source.stem}{hint}; see its messages above")
-        if not self._targets:
-            write_whole(timings, bytes(config.get_timing_cache().serialize()))
         del monitor  # must outlive the build
-        return engine, _described(info, network, made)
+        described = _described(info, network, made)
+        if not self._targets:
+            fused = fused_attention(trt, trt.Runtime(self._logger).deserialize_cuda_engine(engine))
+            described = msgspec.structs.replace(described, attention=_attention(trt, network), fused_attention=fused)
+        return _Build(content=engine, info=described, config=config)
+
+    @property
+    def _timings(self) -> Path:
+        return self._cache / f"{_digest([self._package.__version__, self._target, self._platform])}.timings"
+
+    def _set_timings(self, config: Any) -> None:
+        """Give a build the timings of earlier ones; none of them if they are damaged, or not of this GPU."""
+        kept = config.create_timing_cache(self._timings.read_bytes()) if self._timings.exists() else None
+        if kept is None or not config.set_timing_cache(kept, False):
+            _check(config.set_timing_cache(config.create_timing_cache(b""), False), "an empty timing cache")
+
+    def _keep_timings(self, config: Any) -> None:
+        """Keep the timings of a build for the next one; an engine that was built is not lost if that fails."""
+        cache = None if config is None or self._targets else config.get_timing_cache()
+        content = cache and cache.serialize()
+        if content is None:
+            return
+        try:
+            write_whole(self._timings, bytes(content))
+        except OSError as error:
+            logger.warning("the timings of this build are not kept: %s", error)
 
     def _config(self, builder: Any) -> Any:
         """Settings of a build, without its profiles."""
@@ -180,10 +218,11 @@ class Builder:
         if self._targets:
             config.num_compute_capabilities = len(self._targets)
             for index, target in enumerate(self._targets):
-                config.set_compute_capability(trt.ComputeCapability.__members__[target], index)
+                taken = config.set_compute_capability(trt.ComputeCapability.__members__[target], index)
+                _check(taken, f"engine.targets: {target}")
         return config
 
-    def _refitted(self, source: Path, info: EngineInfo) -> tuple[Any, EngineInfo] | None:
+    def _refitted(self, source: Path, info: EngineInfo) -> _Build | None:
         """A donor's engine with the weights of `source`; None without donors."""
         if not self._donors:
             return None
@@ -199,7 +238,85 @@ class Builder:
             raise EngineError(f"--refit-from: {self._donors[wanted]} cannot be loaded; a refit needs the GPU")
         refit(trt, self._logger, engine, source)
         donor = EngineInfo.load(self._donors[wanted])
-        return _serialized(trt, engine), msgspec.structs.replace(donor, model=info.model)
+        described = msgspec.structs.replace(donor, model=info.model, platform=info.platform)
+        return _Build(content=_serialized(trt, engine), info=described, config=None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Build:
+    """An engine, what it says of itself, and the settings that have its timings; None of a refit, which times none."""
+
+    content: Any
+    info: EngineInfo
+    config: Any
+
+
+def _check(done: bool, what: str) -> None:
+    """Raise for a setting that TensorRT refused: it says so by its answer, not by an exception."""
+    if not done:
+        raise EngineError(f"TensorRT does not take {what}; see its message above")
+
+
+def _network_flags(trt: Any) -> int:
+    """Flags of a strongly typed network; TensorRT 11 and TensorRT-RTX have no other kind."""
+    if trt.__version__.split(".")[0] != "10":
+        return 0
+    return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+
+
+def _attention(trt: Any, network: Any) -> int:
+    """Attention layers of a network, by their softmaxes."""
+    layers = (network.get_layer(index) for index in range(network.num_layers))
+    return sum(layer.type == trt.LayerType.SOFTMAX for layer in layers)
+
+
+def fused_attention(trt: Any, engine: Any) -> int | None:
+    """Attention layers that are one kernel, in the profile that has fewest; None if the engine cannot be inspected."""
+    if engine is None:
+        return None
+    inspector = engine.create_engine_inspector()
+    layers = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))["Layers"]
+    counts: Counter[str] = Counter()
+    for layer in layers:
+        name = layer["Name"] if isinstance(layer, dict) else layer  # by how much the builder was told to keep
+        profile = _PROFILE.search(name)
+        counts[profile[1] if profile else "0"] += bool(_FUSED.search(name))
+    return min(counts.values(), default=0)
+
+
+def _tell_of_attention(name: str, info: EngineInfo, report: Tell) -> None:
+    fused = info.fused_attention or 0
+    report(f"{min(fused, info.attention)} of {info.attention} attention layers are fused")
+    if fused < info.attention:
+        logger.warning(
+            "%s: TensorRT fused %d of %d attention layers; the others store their scores, which takes time and memory",
+            name,
+            fused,
+            info.attention,
+        )
+
+
+def platform() -> str:
+    """Versions of the driver and of CUDA, which decide what kernels an engine can have."""
+    import torch
+
+    return f"driver {driver_version()}, CUDA {torch.version.cuda}"
+
+
+def driver_version() -> str:
+    """That of NVIDIA's driver, such as `580.95.05`.
+
+    Raises:
+        EngineError: the driver does not tell.
+    """
+    answer = ctypes.create_string_buffer(80)  # NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError as error:
+        raise EngineError(f"the version of NVIDIA's driver is not to be had: {error}") from None
+    if library.nvmlInit_v2() != 0 or library.nvmlSystemGetDriverVersion(answer, len(answer)) != 0:
+        raise EngineError("the version of NVIDIA's driver is not to be had: NVML does not answer")
+    return answer.value.decode()
 
 
 def gpu_name() -> str:
@@ -250,12 +367,14 @@ def _serialized(trt: Any, engine: Any) -> Any:
     return engine.serialize_with_config(config)
 
 
-def _profile(builder: Any, network: Any, profile: Profile) -> Any:
+def _profile(builder: Any, network: Any, profile: Profile, graph: str) -> Any:
     """`profile` for the inputs that the graph has; the exporter drops those that it does not use."""
     made = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         name = network.get_input(index).name
         made.set_shape(name, *profile[name])
+        taken = tuple(tuple(shape) for shape in made.get_shape(name))  # all there is: `set_shape` has no answer
+        _check(taken == profile[name], f"{graph}: shapes of {name} from {profile[name][0]} to {profile[name][2]}")
     return made
 
 

@@ -77,6 +77,29 @@ TENSORRT_RTX = TensorRT(
 BACKENDS = {backend.name: backend for backend in (TENSORRT, TENSORRT_RTX)}
 
 
+DATA_CENTER_GPUS = {
+    "SM90": "Hopper data center GPUs (H100, H200)",
+    "SM100": "Blackwell data center GPUs (B200, GB200)",
+    "SM103": "Blackwell Ultra data center GPUs (B300, GB300)",
+}
+"""Those that TensorRT-RTX does not build for, by compute capability."""
+
+
+def refuse_data_center_gpu(target: str) -> None:
+    """Raise for a GPU that TensorRT-RTX will never run on; what else runs there is in the message."""
+    if target in DATA_CENTER_GPUS:
+        raise EngineError(
+            f"TensorRT-RTX is not for {DATA_CENTER_GPUS[target]}, compute capability {capability(target)}: "
+            'use engine.backend = "tensorrt", "inductor" or "onnxruntime"'
+        )
+
+
+def capability(target: str) -> str:
+    """`SM89` -> `8.9`."""
+    digits = target.removeprefix("SM")
+    return f"{digits[:-1]}.{digits[-1:]}"
+
+
 class EngineTensor(msgspec.Struct, frozen=True, kw_only=True):
     """An input or output: its type, its shape (-1: dynamic), and of inputs [min, opt, max] in each profile."""
 
@@ -103,6 +126,11 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     inputs: dict[str, EngineTensor] = {}
     outputs: dict[str, EngineTensor] = {}
     """As the builder understood the graph. Inputs that a graph does not use are not there."""
+    platform: str = ""
+    """Versions of the driver and of CUDA that it was built with; empty for TensorRT-RTX, which builds without."""
+    attention: int = 0
+    fused_attention: int | None = None
+    """Attention layers of the graph, and how many are one kernel. TensorRT-RTX chooses kernels where it runs: None."""
 
     def save(self, engine: Path) -> None:
         write_whole(_beside(engine), msgspec.json.format(msgspec.json.encode(self)) + b"\n")

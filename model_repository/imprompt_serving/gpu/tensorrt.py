@@ -16,7 +16,7 @@ from torch import Tensor
 
 from imprompt_serving.backends import EngineError
 from imprompt_serving.backends.files import write_whole
-from imprompt_serving.backends.tensorrt import EngineInfo, TensorRT
+from imprompt_serving.backends.tensorrt import EngineInfo, TensorRT, refuse_data_center_gpu
 from imprompt_serving.gpu import Shapes, key_of
 from imprompt_serving.gpu.lru_cache import LRUCache
 
@@ -98,6 +98,8 @@ class TensorRTEngine:
         self._trt = trt = backend.package()
         EngineInfo.check(path, trt.__version__)
         self._device = torch.device(device)
+        if backend.finishes_on_gpu:
+            refuse_data_center_gpu("SM{}{}".format(*torch.cuda.get_device_capability(self._device)))
         with torch.cuda.device(self._device):
             self._logger = trt.Logger(trt.Logger.ERROR)
             self._runtime = trt.Runtime(self._logger)
@@ -162,7 +164,7 @@ class TensorRTEngine:
                 for name, dtype in self._outputs.items()
             }
             for name, tensor in (*inputs.items(), *outputs.items()):
-                context.set_tensor_address(name, tensor.data_ptr())
+                self._check(context.set_tensor_address(name, tensor.data_ptr()), f"memory for {name}")
             launch = partial(_enqueue, context, self._stream)
             launch()
             if self._rtx:
@@ -177,10 +179,16 @@ class TensorRTEngine:
             raise EngineError(f"{self._path.name} cannot be run in one more shape; see TensorRT's message above")
         context.set_device_memory(self._memory.data_ptr(), self._memory.numel())
         if context.active_optimization_profile != profile:
-            context.set_optimization_profile_async(profile, self._stream.cuda_stream)
+            done = context.set_optimization_profile_async(profile, self._stream.cuda_stream)
+            self._check(done, f"optimization profile {profile}")
         for name, shape in key:
-            context.set_input_shape(name, shape)
+            self._check(context.set_input_shape(name, shape), f"{name} of {list(shape)}")
         return context
+
+    def _check(self, done: bool, what: str) -> None:
+        """Raise for a setting that TensorRT refused: it says so by its answer, not by an exception."""
+        if not done:
+            raise EngineError(f"{self._path.name} does not take {what}; see TensorRT's message above")
 
     def _captured(self, launch: Callable[[], None]) -> Callable[[], None]:
         """`launch` as a CUDA graph; as it is if this engine cannot be captured."""
@@ -212,7 +220,7 @@ class TensorRTEngine:
         self._kernels_file = self._path.with_suffix(".kernels")
         if self._kernels_file.exists():
             self._kernels.deserialize(self._kernels_file.read_bytes())  # False where they are another GPU's
-        config.set_runtime_cache(self._kernels)
+        self._check(config.set_runtime_cache(self._kernels), "a cache of kernels")
         return config
 
     def _keep_kernels(self) -> None:
