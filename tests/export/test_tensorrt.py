@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -20,7 +23,18 @@ from tritonclient.grpc import model_config_pb2 as pb
 import bundles
 from imprompt_bench import rig
 from imprompt_export import BundleError, BundleFile, EngineError, export
-from imprompt_export.backends.tensorrt import Builder, compute_capability, refit
+from imprompt_export.backends import tensorrt as tensorrt_backend
+from imprompt_export.backends.tensorrt import (
+    Builder,
+    _attention,
+    _digest,
+    _network_flags,
+    _tell_of_attention,
+    compute_capability,
+    driver_version,
+    fused_attention,
+    refit,
+)
 from imprompt_export.checkpoints import load
 from imprompt_export.exporter import bundle_graphs, describe
 from imprompt_export.graphs import image_projection
@@ -43,7 +57,7 @@ targets = ["SM89"]
 [shapes]
 height = [32, 64, 128]
 width = [32, 64, 96]
-rows = [1, 2, 8]
+rows = [1, 2, 2]
 frames = [8, 8, 8]
 regions = 1
 """
@@ -86,8 +100,8 @@ def test_inputs_outputs_and_ranges_of_the_unet(repository: Path) -> None:
     assert {tensor.dtype for tensor in (*info.inputs.values(), *info.outputs.values())} == {"FLOAT"}
     sample, tokens = info.inputs["sample"], info.inputs["ip_tokens_plain"]
     assert sample.shape == (-1, 4, -1, -1)
-    assert sample.profiles == (((1, 4, 4, 4), (2, 4, 8, 8), (8, 4, 16, 12)),)
-    assert tokens.profiles == (((1, 1, 1, 48), (2, 1, 4, 48), (8, 1, 1028, 48)),)
+    assert sample.profiles == tuple(((rows, 4, 4, 4), (rows, 4, 8, 8), (rows, 4, 16, 12)) for rows in (1, 2))
+    assert tokens.profiles == tuple(((rows, 1, 1, 48), (rows, 1, 4, 48), (rows, 1, 1028, 48)) for rows in (1, 2))
     assert info.outputs["noise_pred"].shape == (-1, 4, -1, -1)
     assert {"ip_scale_plain", "ip_bias_plain", "ip_mask_plain_0", "mid_residual"} <= info.inputs.keys()
     content = engine.read_bytes()
@@ -99,7 +113,7 @@ def test_inputs_of_the_others(repository: Path) -> None:
     info |= {f.parents[1].name.removeprefix("tiny_"): EngineInfo.load(f) for f in repository.glob("*/1/model.plan")}
     motion = info["motion_unet"].inputs["sample"]
     assert (motion.shape, motion.profiles[0][2]) == ((-1, 4, -1, -1, -1), (1, 4, 8, 16, 12))
-    assert info["controlnet_depth"].inputs["conditioning_scale"].profiles[0][2][0] == 8
+    assert [most for _, _, (most,) in info["controlnet_depth"].inputs["conditioning_scale"].profiles] == [1, 2]
     assert info["text_encoder"].inputs["input_ids"].dtype == "INT64"
     assert info["vae_decoder"].outputs["images"].dtype == "UINT8"
     assert info["vae_decoder"].inputs["latents"].profiles == (((1, 4, 4, 4), (1, 4, 8, 8), (2, 4, 16, 12)),)
@@ -373,8 +387,158 @@ def test_a_graph_that_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_target_that_does_not_exist() -> None:
-    with pytest.raises(EngineError, match=r"SM90; tensorrt_rtx builds for SM75, .*SM89"):
-        Builder("tensorrt_rtx", targets=["SM90"])
+    with pytest.raises(
+        EngineError, match=r"SM70; tensorrt_rtx builds for SM75 \(7\.5\), .*SM89 \(8\.9\), SM120 \(12\.0\)"
+    ):
+        Builder("tensorrt_rtx", targets=["SM89", "SM70"])
+
+
+@pytest.mark.parametrize(("target", "name"), [("SM90", "Hopper .*H100, H200"), ("SM100", "Blackwell .*B200")])
+def test_data_center_gpus_are_refused_by_name(target: str, name: str) -> None:
+    with pytest.raises(EngineError, match=rf'not for {name}.*: use engine\.backend = "tensorrt", "inductor" or'):
+        Builder("tensorrt_rtx", targets=["SM89", target])
+
+
+def rtx_builder(cache: Path) -> Builder:
+    return Builder("tensorrt_rtx", targets=["SM89"], cache=cache)
+
+
+def test_shapes_that_are_refused(tmp_path: Path) -> None:
+    """`set_shape` has no answer: a smallest shape above the usual one shows when the profile is added."""
+    file = write(tmp_path / "net.onnx")
+    with pytest.raises(EngineError, match="does not take optimization profile 1 of net"):
+        rtx_builder(tmp_path / "cache").build(file, tmp_path / "net.plan", [PROFILE, {"x": ((4, 4), (2, 4), (8, 4))}])
+
+
+@pytest.mark.parametrize(("version", "flags"), [("10.13.0", 1), ("11.4.0", 0), (trt.__version__, 0)])
+def test_networks_are_strongly_typed(version: str, flags: int) -> None:
+    """By a flag in TensorRT 10; the others have no other kind."""
+    package = SimpleNamespace(__version__=version, NetworkDefinitionCreationFlag=trt.NetworkDefinitionCreationFlag)
+    assert _network_flags(package) == flags
+    network = trt.Builder(trt.Logger(trt.Logger.ERROR)).create_network(_network_flags(trt))
+    assert network.get_flag(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+
+
+class FakeTimings:
+    """In the place of TensorRT's settings; `taken` are its answers to `set_timing_cache`, in order."""
+
+    def __init__(self, *taken: bool) -> None:
+        self.taken, self.given = list(taken), list[bytes]()
+
+    def create_timing_cache(self, content: bytes) -> bytes:
+        return content
+
+    def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
+        self.given.append(cache)
+        return self.taken.pop(0)
+
+    def get_timing_cache(self) -> SimpleNamespace:
+        return SimpleNamespace(serialize=lambda: b"new")
+
+
+@pytest.fixture
+def timing(tmp_path: Path) -> Builder:
+    """A builder that keeps timings, as TensorRT's do; TensorRT-RTX has none."""
+    builder = rtx_builder(tmp_path)
+    builder._targets = ()
+    return builder
+
+
+def test_timings_of_another_gpu_are_not_used(timing: Builder) -> None:
+    timing._keep_timings(FakeTimings())
+    for taken, given in (([True], [b"new"]), ([False, True], [b"new", b""])):
+        config = FakeTimings(*taken)
+        timing._set_timings(config)
+        assert config.given == given
+    with pytest.raises(EngineError, match="does not take an empty timing cache"):
+        timing._set_timings(FakeTimings(False, False))
+
+
+def test_an_engine_is_kept_before_its_timings(
+    tmp_path: Path, timing: Builder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    there: list[list[str]] = []
+    builder = rtx_builder(tmp_path / "cache")
+    monkeypatch.setattr(
+        builder, "_keep_timings", lambda _: there.append(sorted(f.suffix for f in (tmp_path / "cache").iterdir()))
+    )
+    builder.build(write(tmp_path / "net.onnx"), tmp_path / "net.plan", [PROFILE])
+    assert there == [[".json", ".plan"]]
+
+    def full(file: Path, content: bytes) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(tensorrt_backend, "write_whole", full)
+    timing._keep_timings(FakeTimings())
+    assert "timings of this build are not kept: No space left" in caplog.text
+
+
+class FakeDriver:
+    """In the place of NVML."""
+
+    def nvmlInit_v2(self) -> int:  # noqa: N802
+        return 0
+
+    def nvmlSystemGetDriverVersion(self, answer: Any, size: int) -> int:  # noqa: N802
+        answer.value = b"580.95.05"
+        return 0
+
+
+def test_driver_and_cuda_are_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(EngineError, match="version of NVIDIA's driver is not to be had"):
+        driver_version()
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeDriver())
+    assert driver_version() == "580.95.05"
+    keys = set()
+    for versions in ("", "driver 580.95.05, CUDA 13.0", "driver 590.10.01, CUDA 13.0"):
+        builder = rtx_builder(tmp_path)
+        builder._platform = versions
+        keys |= {_digest(builder._info(write(tmp_path / "net.onnx"), [PROFILE])), builder._timings}
+    assert len(keys) == 6
+
+
+class FakeEngine:
+    """In the place of an engine, which no GPU here can load; `layers` are what its inspector says."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        self._layers = layers
+
+    def create_engine_inspector(self) -> FakeEngine:
+        return self
+
+    def get_engine_information(self, kind: Any) -> str:
+        assert kind == trt.LayerInformationFormat.JSON
+        return json.dumps({"Layers": self._layers})
+
+
+@pytest.mark.parametrize(
+    ("layers", "fused"),
+    [
+        (["conv + silu", "_gemm_mha_v2_myl3_6", "_gemv_mha_v1_myl3_9", "node_scaled_dot_product_attention"], 2),
+        ([{"Name": "__mye8037_gemm_mha_v2", "TacticName": ""}, {"Name": "fmha_sm90"}, {"Name": "alphamhat"}], 2),
+        (["_gemm_mha_v2", "_gemm_mha_v2_1", "_gemm_mha_v2 [profile 1]", "softmax [profile 1]"], 1),
+        ([], 0),
+    ],
+)
+def test_fused_attention_is_counted(layers: list[Any], fused: int) -> None:
+    assert fused_attention(trt, FakeEngine(layers)) == fused
+    assert fused_attention(trt, None) is None
+
+
+def test_attention_layers_that_are_not_fused(caplog: pytest.LogCaptureFixture) -> None:
+    network = trt.Builder(trt.Logger(trt.Logger.ERROR)).create_network(0)
+    tensor = network.add_input("x", trt.float32, (2, 4))
+    for _ in range(3):
+        tensor = network.add_softmax(tensor).get_output(0)
+    assert _attention(trt, network) == 3
+    fields = ("backend", "version", "target", "model", "architecture", "settings")
+    info = EngineInfo(**dict.fromkeys(fields, ""), refit=False)
+    told: list[str] = []
+    _tell_of_attention("unet", msgspec.structs.replace(info, attention=3, fused_attention=3), told.append)
+    assert not caplog.records
+    _tell_of_attention("unet", msgspec.structs.replace(info, attention=3, fused_attention=1), told.append)
+    assert "unet: TensorRT fused 1 of 3 attention layers" in caplog.text
+    assert told == ["3 of 3 attention layers are fused", "1 of 3 attention layers are fused"]
 
 
 def test_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:

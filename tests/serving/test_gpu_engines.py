@@ -17,6 +17,7 @@ from onnx import TensorProto, helper
 from imprompt_export.backends.tensorrt import Builder, compute_capability
 from imprompt_serving.backends import MODULES, EngineError, get_backend
 from imprompt_serving.backends import onnxruntime as onnxruntime_engine
+from imprompt_serving.backends.tensorrt import TENSORRT_RTX, EngineInfo
 from imprompt_serving.gpu import DeviceEngine, run_on_tensors
 from imprompt_serving.gpu.lru_cache import LRUCache
 from imprompt_serving.gpu.onnxruntime import OnnxRuntimeDeviceEngine
@@ -230,6 +231,60 @@ def test_a_capture_is_ended(monkeypatch: pytest.MonkeyPatch, broken: bool) -> No
     with failing, capturing():
         told.append("launch")
     assert told == ["begin thread_local", "launch", "end", *(["close (0, 1)"] if broken else [])]
+
+
+class FakeContext:
+    """In the place of an execution context; it refuses what is named."""
+
+    active_optimization_profile = 0
+
+    def __init__(self, refused: str) -> None:
+        self._refused = refused
+
+    def create_execution_context(self, strategy: object) -> FakeContext:
+        return self
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        pass
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        return self._refused != "profile"
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        return self._refused != name
+
+
+@pytest.mark.parametrize(
+    ("refused", "message"),
+    [
+        ("profile", "unet does not take optimization profile 1"),
+        ("sample", r"unet does not take sample of \[2, 4, 128\]"),
+    ],
+)
+def test_settings_that_tensorrt_refuses(refused: str, message: str) -> None:
+    """It answers False, and would run with what was set before."""
+    engine = object.__new__(TensorRTEngine)
+    engine._engine, engine._contexts, engine._path, engine._profiles = (
+        FakeContext(refused),
+        None,
+        Path("unet"),
+        PROFILES,
+    )
+    engine._memory, engine._stream = torch.empty(0), SimpleNamespace(cuda_stream=0)
+    with pytest.raises(EngineError, match=message):
+        engine._context((("sample", (2, 4, 128)), ("tokens", (2, 16))))
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((9, 0), False), ((10, 0), False), ((8, 9), True)])
+def test_rtx_on_a_data_center_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], runs: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(EngineInfo, "check", lambda engine, version: None)
+    message = "(?i)cuda" if runs else "TensorRT-RTX is not for .* data center GPUs"
+    with pytest.raises((EngineError, RuntimeError, AssertionError), match=message):
+        TensorRTEngine(tmp_path / "unet.plan", TENSORRT_RTX)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
