@@ -16,6 +16,7 @@ import copy
 import gc
 import json
 import platform
+import shutil
 import statistics
 import sys
 import tempfile
@@ -208,16 +209,22 @@ def _key(graph: Graph, tensors: Mapping[str, Tensor]) -> tuple[Any, ...]:
 
 
 def onnxruntime(case: Case, shapes: list[Axes], work: Path, options: argparse.Namespace) -> tuple[Run, Run]:
-    """As imprompt serves it: exported to ONNX in the types asked for."""
+    """As imprompt serves it: exported to ONNX in the types asked for, with attention as one operator."""
     from imprompt_serving.backends.onnxruntime import check_cuda
 
     if options.device != "cpu":
         check_cuda()  # before the export, which takes long
 
+    from imprompt_export.fused_attention import fuse_attention
     from imprompt_serving.gpu.onnxruntime import OnnxRuntimeDeviceEngine
 
     def make(graph: Graph) -> Run:
-        return _run(graph, OnnxRuntimeDeviceEngine(_exported(graph, work, options), options.device))
+        folder = shutil.copytree(
+            _exported(graph, work, options).parent, work / "onnxruntime" / graph.name, dirs_exist_ok=True
+        )
+        file = folder / f"{graph.name}.onnx"
+        fuse_attention(file)
+        return _run(graph, OnnxRuntimeDeviceEngine(file, options.device))
 
     return make(case.unet), make(case.decoder)
 

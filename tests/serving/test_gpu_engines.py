@@ -6,6 +6,7 @@ import contextlib
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -263,13 +264,9 @@ class FakeContext:
 )
 def test_settings_that_tensorrt_refuses(refused: str, message: str) -> None:
     """It answers False, and would run with what was set before."""
-    engine = object.__new__(TensorRTEngine)
-    engine._engine, engine._contexts, engine._path, engine._profiles = (
-        FakeContext(refused),
-        None,
-        Path("unet"),
-        PROFILES,
-    )
+    engine: Any = object.__new__(TensorRTEngine)
+    engine._engine, engine._contexts = FakeContext(refused), None
+    engine._path, engine._profiles = Path("unet"), PROFILES
     engine._memory, engine._stream = torch.empty(0), SimpleNamespace(cuda_stream=0)
     with pytest.raises(EngineError, match=message):
         engine._context((("sample", (2, 4, 128)), ("tokens", (2, 16))))
