@@ -11,6 +11,9 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from imprompt_bench import rig
+from imprompt_export.backends import export_backend
+from imprompt_export.bundle import EngineSection
 from imprompt_export.fused_attention import DOMAIN, fuse_attention
 from imprompt_export.graphs import Graph, Input
 from imprompt_export.image_prompt import AdapterPrompts, ImagePromptProcessor, ImagePrompts
@@ -70,7 +73,9 @@ def test_answers_stay_the_same(tmp_path: Path, dtype: torch.dtype, tolerance: fl
     file = tmp_path / "block.onnx"
     export_onnx(graph, file, dtype)
     before = [answer(file, graph.example(axes)) for axes in graph.checks]
-    assert fuse_attention(file) == 3
+    make = export_backend("onnxruntime").compiler(EngineSection(), None)
+    assert make(graph, file, rig.sd15(rows=4), print) == file
+    assert fuse_attention(file) == 0  # none is left
     model = onnx.load(file)
     kinds = [node.op_type for node in model.graph.node]
     assert kinds.count("MultiHeadAttention") == 3
