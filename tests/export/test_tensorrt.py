@@ -113,7 +113,7 @@ def test_inputs_of_the_others(repository: Path) -> None:
     info |= {f.parents[1].name.removeprefix("tiny_"): EngineInfo.load(f) for f in repository.glob("*/1/model.plan")}
     motion = info["motion_unet"].inputs["sample"]
     assert (motion.shape, motion.profiles[0][2]) == ((-1, 4, -1, -1, -1), (1, 4, 8, 16, 12))
-    assert [most for _, _, (most,) in info["controlnet_depth"].inputs["conditioning_scale"].profiles] == [1, 2]
+    assert [high[0] for _, _, high in info["controlnet_depth"].inputs["conditioning_scale"].profiles] == [1, 2]
     assert info["text_encoder"].inputs["input_ids"].dtype == "INT64"
     assert info["vae_decoder"].outputs["images"].dtype == "UINT8"
     assert info["vae_decoder"].inputs["latents"].profiles == (((1, 4, 4, 4), (1, 4, 8, 8), (2, 4, 16, 12)),)
