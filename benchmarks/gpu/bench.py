@@ -40,9 +40,10 @@ from torch import Tensor, nn  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from imprompt_export import graphs, image_prompt  # noqa: E402
+from imprompt_export.fp16_vae import fit_fp16_range  # noqa: E402
 from imprompt_export.graphs import Axes, Graph  # noqa: E402
 from imprompt_export.image_prompt import AdapterPrompts  # noqa: E402
-from imprompt_export.precision import Positional, cast  # noqa: E402
+from imprompt_export.precision import Positional, cast, dtype_of  # noqa: E402
 from imprompt_export.profiles import Profile  # noqa: E402
 from imprompt_serving.backends import EngineError, get_backend  # noqa: E402
 from imprompt_serving.gpu import DeviceEngine  # noqa: E402
@@ -93,7 +94,9 @@ class Case:
         self.projection = ours.encoder_hid_proj.image_projection_layers[0]
         self.layers = image_prompt.cross_attention_layers(ours)
         self.unet = graphs.unet(ours, ["plus"])
-        self.decoder = graphs.vae_decoder(self.vae, full_precision=preset == "sdxl")
+        fitted = copy.deepcopy(self.vae)
+        fit_fp16_range(fitted)
+        self.decoder = graphs.vae_decoder(fitted, graphs.FP16_FOR_BF16)
 
     def axes(self, rows: int, size: int) -> Axes:
         """Axes of the UNet and of the VAE for square pictures of ``size`` pixels."""
@@ -161,7 +164,7 @@ def diffusers_compiled(case: Case, shapes: list[Axes], work: Path, options: argp
 
 def _diffusers(case: Case, options: argparse.Namespace, make: Callable[[Any], Any]) -> tuple[Run, Run]:
     """diffusers' own networks in the precision asked for; the VAE of SDXL in float32, as its pipelines have it."""
-    dtype, vae_dtype = options.dtype, torch.float32 if case.decoder.full_precision else options.dtype
+    dtype, vae_dtype = options.dtype, torch.float32 if case.preset == "sdxl" else options.dtype
     unet = make(copy.deepcopy(case.diffusers).to(options.device, dtype))
     vae = copy.deepcopy(case.vae).to(options.device, vae_dtype)
     decode = make(vae.decode)
@@ -187,7 +190,7 @@ def aot_inductor(case: Case, shapes: list[Axes], work: Path, options: argparse.N
 
 
 def _inductor(graph: Graph, shapes: list[Axes], work: Path, options: argparse.Namespace) -> Run:
-    dtype = torch.float32 if graph.full_precision else options.dtype
+    dtype = dtype_of(graph, options.precision)
     loaded = {}
     graph.module.to(options.device)
     try:
@@ -257,7 +260,7 @@ def _exported(graph: Graph, work: Path, options: argparse.Namespace) -> Path:
 
     file = work / graph.name / f"{graph.name}.onnx"
     if not file.exists():
-        export_onnx(graph, file, torch.float32 if graph.full_precision else options.dtype)
+        export_onnx(graph, file, dtype_of(graph, options.precision))
     return file
 
 

@@ -15,6 +15,7 @@ from imprompt_export import control, graphs, image_prompt, report, t2i
 from imprompt_export.backends import export_backend
 from imprompt_export.bundle import BundleFile
 from imprompt_export.checkpoints import Checkpoints, LoadedAdapter, load
+from imprompt_export.fp16_vae import fit_fp16_range
 from imprompt_export.graphs import Graph
 from imprompt_export.onnx_graph import export_onnx
 from imprompt_export.parity import check, compare
@@ -87,10 +88,10 @@ def bundle_graphs(bundle: BundleFile, checkpoints: Checkpoints) -> list[Graph]:
         todo.append(graphs.text_encoder("text_encoder_2", pipeline.text_encoder_2, length, penultimate=True))
     todo += [graphs.image_encoder(name, model) for name, model in checkpoints.image_encoders.items()]
     todo += [graphs.image_projection(a.name, a.projection, a.embeds) for a in checkpoints.adapters]
-    # As in diffusers' SDXL pipelines: this VAE's numbers are too large for fp16.
-    upcast = xl and bundle.engine.precision == "fp16" and bool(pipeline.vae.config.force_upcast)
-    todo.append(graphs.vae_encoder(pipeline.vae, pipeline.vae_scale_factor, full_precision=upcast))
-    todo.append(graphs.vae_decoder(pipeline.vae, full_precision=upcast))
+    half = bundle.engine.precision in ("fp16", "bf16")
+    precisions = graphs.FP16_FOR_BF16 if half and fit_fp16_range(pipeline.vae) else graphs.FULL
+    todo.append(graphs.vae_encoder(pipeline.vae, pipeline.vae_scale_factor, precisions))
+    todo.append(graphs.vae_decoder(pipeline.vae, precisions))
     if getattr(pipeline, "safety_checker", None) is not None:
         todo.append(graphs.safety_checker(pipeline.safety_checker))
     for name, net in checkpoints.controlnets.items():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,12 @@ from imprompt_serving.specs import Residual, feature_names, level_size, residual
 Axes = dict[str, float]
 Model = Any
 """A module of diffusers or transformers, whose attributes type checkers do not know."""
+Precisions = Mapping[str, str]
+"""The precision of a graph for a precision of the engine, where the two differ."""
+AS_ENGINE: Precisions = MappingProxyType({})
+FULL: Precisions = MappingProxyType({"fp16": "fp32", "bf16": "fp32"})
+FP16_FOR_BF16: Precisions = MappingProxyType({"bf16": "fp16"})
+"""For a VAE: in bf16 its pictures differ by up to 7 levels of 255 from those in float32, in fp16 by 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,8 +75,11 @@ class Graph:
     tolerance: float = 2e-4
     """Largest difference to PyTorch, as a share of the largest output value (levels of 255 for pictures)."""
     output_dtypes: dict[str, str] = field(default_factory=dict)
-    full_precision: bool = False
-    """Computes in float32 whatever the engine's precision."""
+    precisions: Precisions = field(default_factory=lambda: AS_ENGINE)
+
+    def precision(self, engine: str) -> str:
+        """The precision that this graph computes in, when the rest of the bundle computes in `engine`."""
+        return self.precisions.get(engine, engine)
 
     def example(self, axes: Axes, seed: int = 0) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -133,7 +143,7 @@ def image_encoder(name: str, model: Model) -> Graph:
     )
 
 
-def vae_encoder(vae: Model, factor: int, *, full_precision: bool = False) -> Graph:
+def vae_encoder(vae: Model, factor: int, precisions: Precisions = AS_ENGINE) -> Graph:
     """Picture in -1..1 -> mean and log-variance of its latents (not scaled)."""
     channels = vae.config.latent_channels
 
@@ -147,7 +157,7 @@ def vae_encoder(vae: Model, factor: int, *, full_precision: bool = False) -> Gra
         run=run,
         inputs=(Input(name="sample", shape=("batch", 3, "height", "width")),),
         outputs={"moments": ("batch", 2 * channels, "h", "w")},
-        full_precision=full_precision,
+        precisions=precisions,
         checks=(
             {"batch": 1, "height": 8 * factor, "width": 8 * factor},
             {"batch": 2, "height": 8 * factor, "width": 12 * factor},
@@ -156,7 +166,7 @@ def vae_encoder(vae: Model, factor: int, *, full_precision: bool = False) -> Gra
     )
 
 
-def vae_decoder(vae: Model, *, full_precision: bool = False) -> Graph:
+def vae_decoder(vae: Model, precisions: Precisions = AS_ENGINE) -> Graph:
     """Scaled latents -> uint8 pictures [B, height, width, 3], rounded as diffusers' ``VaeImageProcessor`` does.
 
     ``finite`` [B, 1] tells pictures that overflowed or held NaN, which uint8 would hide.
@@ -182,7 +192,7 @@ def vae_decoder(vae: Model, *, full_precision: bool = False) -> Graph:
         inputs=(Input(name="latents", shape=("batch", config.latent_channels, "h", "w"), exact=True),),
         outputs={"images": ("batch", "height", "width", 3), "finite": ("batch", 1)},
         output_dtypes={"images": "UINT8", "finite": "BOOL"},
-        full_precision=full_precision,
+        precisions=precisions,
         checks=({"batch": 1, "h": 8, "w": 8}, {"batch": 2, "h": 8, "w": 12}),
         tolerance=1.0,
     )
@@ -231,7 +241,7 @@ def safety_checker(model: Model) -> Graph:
         inputs=(Input(name="pixel_values", shape=("batch", 3, size, size)),),
         outputs={"nsfw": ("batch", 1)},
         output_dtypes={"nsfw": "BOOL"},
-        full_precision=True,  # small, and a rounding error could decide
+        precisions=FULL,  # small, and a rounding error could decide
         checks=({"batch": 1}, {"batch": 3}),
     )
 

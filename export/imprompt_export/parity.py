@@ -15,6 +15,9 @@ from imprompt_export.graphs import Axes, Graph
 from imprompt_export.precision import TOLERANCE
 from imprompt_serving.backends import get_backend
 
+LEVELS = 2.0
+"""Levels of 255 by which a picture may differ from PyTorch's, whatever the precision."""
+
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
     """One comparison: sizes, seconds of the engine's call, largest difference to PyTorch and what is allowed."""
@@ -37,7 +40,7 @@ class ParityError(RuntimeError):
 def compare(graph: Graph, path: Path, backend: str, precision: str = "fp32", checks: Sequence[Axes] = ()) -> list[Row]:
     """Run ``graph`` in PyTorch (in float32) and ``path`` in its engine at every size of ``checks`` (or its own)."""
     engine = get_backend(backend).load(path)
-    tolerance = graph.tolerance * (1.0 if graph.full_precision else TOLERANCE[precision])
+    looser = TOLERANCE[graph.precision(precision)]
     rows = []
     for seed, axes in enumerate(checks or graph.checks):
         example = graph.example(axes, seed)
@@ -48,9 +51,10 @@ def compare(graph: Graph, path: Path, backend: str, precision: str = "fp32", che
         seconds = time.perf_counter() - start
         difference, allowed = 0.0, 0.0
         for name, value in zip(graph.outputs, expected, strict=True):
-            scale = float(value.abs().max()) if value.is_floating_point() else 1.0
+            floating = value.is_floating_point()
+            scale = looser * float(value.abs().max()) if floating else min(looser, LEVELS)
             difference = max(difference, _distance(value.numpy(), answer[name]))
-            allowed = max(allowed, tolerance * scale)
+            allowed = max(allowed, graph.tolerance * scale)
         rows.append(Row(engine=graph.name, sizes=axes, seconds=seconds, difference=difference, allowed=allowed))
     return rows
 

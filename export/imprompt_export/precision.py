@@ -23,7 +23,7 @@ TOLERANCE = {"fp32": 1.0, "fp16": 16.0, "bf16": 128.0, "int8": 1.0}
 
 def dtype_of(graph: Graph, precision: str) -> torch.dtype:
     """The type that ``graph`` computes in."""
-    return torch.float32 if graph.full_precision else DTYPES[precision]
+    return DTYPES[graph.precision(precision)]
 
 
 class Positional(nn.Module):
