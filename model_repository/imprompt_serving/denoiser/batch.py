@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -56,10 +56,14 @@ class Batcher:
 
     def _stack(self, parts: list[RowSlice], sources: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         sizes = {adapter: self._widest(adapter, sources) for adapter in set(self._adapters.values())}
-        indices = [part.job.conditioning_rows(part.start, part.stop) for part in parts]
+        blocks = [
+            (source, block.conditioning)
+            for part, source in zip(parts, sources, strict=True)
+            for block in part.job.blocks(part.start, part.stop)
+        ]
         stacked = {}
         for name in sources[0]:
-            rows = [_rows(source[name], index) for index, source in zip(indices, sources, strict=True)]
+            rows = [source[name][rows.start : rows.stop] for source, rows in blocks]
             if name in self._adapters:
                 rows = [pad(tensor, name, *sizes[self._adapters[name]]) for tensor in rows]
             stacked[name] = torch.cat(rows)
@@ -70,8 +74,3 @@ class Batcher:
         shapes = [source[tensor_names.ip_tokens(adapter)].shape for source in sources]
         tokens = max(shape[2] for shape in shapes)
         return max(shape[1] for shape in shapes), self._bucket(tokens) if tokens > 1 else 1
-
-
-def _rows(tensor: Tensor, index: Sequence[int]) -> Tensor:
-    """Rows of ``tensor``; a range is a view of them, for which nothing has to be sent to a device."""
-    return tensor[index.start : index.stop] if isinstance(index, range) else tensor[index]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,13 +21,24 @@ from imprompt_serving.denoiser.schedulers import (
     step_arguments,
 )
 from imprompt_serving.denoiser.start import generators, start
-from imprompt_serving.denoiser.windows import Window, merge, windows
+from imprompt_serving.denoiser.windows import Window, frames_of, merge, windows
 from imprompt_serving.errors import InvalidRequest, RequestError
 from imprompt_serving.job import JobRequest, batch_key
 from imprompt_serving.specs import Bundle
 
 _USUAL_SCALE, _USUAL_EMBEDDING = 100.0, 1000.0
 """What no sensible scale, and no output of an image encoder, exceeds."""
+
+
+class RowBlock(NamedTuple):
+    """Rows of a job within one guidance branch and one window.
+
+    Their rows of `Job.conditioning`, their pictures, and the frames that they see of a clip that runs in windows.
+    """
+
+    conditioning: range
+    pictures: range
+    window: Window | None
 
 
 class Job:
@@ -132,13 +143,16 @@ class Job:
         """UNet inputs of the current step beside latents and timestep, a row each; the same object while they stay."""
         return self._conditioning.at(self._index, len(self._timesteps))
 
-    def conditioning_rows(self, start: int, stop: int) -> Sequence[int]:
-        """Rows of ``conditioning`` for rows ``start`` to ``stop``: each window has the same ones."""
-        rows = self.pictures * self.branches
-        first = self.pictures if self._guided and self.branches == 1 else 0
-        if stop <= rows:
-            return range(first + start, first + stop)
-        return [first + row % rows for row in range(start, stop)]
+    def blocks(self, start: int, stop: int) -> Iterator[RowBlock]:
+        """Rows `start` to `stop` of the current step, cut where a guidance branch or a window ends."""
+        first_branch = 1 if self._guided and self.branches == 1 else 0
+        for block in range(start // self.pictures, -(-stop // self.pictures)):
+            window, branch = divmod(block, self.branches)
+            first = block * self.pictures
+            pictures = range(max(start - first, 0), min(stop - first, self.pictures))
+            offset = (first_branch + branch) * self.pictures
+            conditioning = range(offset + pictures.start, offset + pictures.stop)
+            yield RowBlock(conditioning, pictures, self.windows[window] if len(self.windows) > 1 else None)
 
     def controls(self) -> list[PreparedControlNet]:
         """The ControlNets that act in the current step."""
@@ -153,7 +167,7 @@ class Job:
                 scaled = self._scheduler.scale_model_input(self.latents, timestep)
             if self._start.channels is not None:
                 scaled = torch.cat([scaled, self._start.channels], dim=1)
-            views = [scaled] if len(self.windows) < 2 else [scaled[:, :, list(window)] for window in self.windows]
+            views = [scaled] if len(self.windows) < 2 else [frames_of(scaled, window, 2) for window in self.windows]
             self._model_input = torch.cat([view for view in views for _ in range(self.branches)])
         return self._model_input, self._timesteps_there[self._index].expand(self.rows)
 

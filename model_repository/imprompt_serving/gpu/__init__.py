@@ -37,6 +37,15 @@ def mark(device: torch.device) -> Callable[[], None] | None:
     return event.synchronize
 
 
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy `tensor` from the CPU to `device`, in the order of the current stream.
+
+    A copy out of memory that is not pinned would wait for all that the device has been given to do.
+    """
+    pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)
+
+
 def run_on_tensors(engine: Engine, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Run `engine` on torch tensors: in place on their device if it can, or else through arrays."""
     if isinstance(engine, DeviceEngine):
