@@ -66,7 +66,7 @@ class Traffic:
 
 
 class _Reads(TorchFunctionMode):
-    """Reads of values, which torch refuses for `meta` before an operator runs."""
+    """What operators do not show: reads of values, which torch refuses for `meta`, and uploads of Python's numbers."""
 
     def __init__(self, traffic: Traffic) -> None:
         super().__init__()
@@ -78,6 +78,12 @@ class _Reads(TorchFunctionMode):
         if func in _READS and args[0].is_meta:
             self._traffic.waits["read"] += 1
             return True
+        if func is torch.tensor and torch.device((kwargs or {}).get("device") or "cpu").type == "meta":
+            self._traffic.waits["upload"] += 1
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and args[0].is_meta:
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if any(isinstance(part, list) for part in index):
+                self._traffic.waits["index"] += 1
         return func(*args, **(kwargs or {}))
 
 

@@ -112,6 +112,6 @@ class Rig:
             outcome.ended.wait()
             if outcome.error:
                 raise outcome.error
-            return job.latents
+            return job.result()
 
         return wait

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,12 +17,15 @@ from imprompt_serving.denoiser.schedulers import (
     blame_caller,
     draw_noise_on_cpu,
     make_scheduler,
+    noise_level,
     set_timesteps,
     step_arguments,
+    without_waiting,
 )
 from imprompt_serving.denoiser.start import generators, start
 from imprompt_serving.denoiser.windows import Window, frames_of, merge, windows
 from imprompt_serving.errors import InvalidRequest, RequestError
+from imprompt_serving.gpu import upload
 from imprompt_serving.job import JobRequest, batch_key
 from imprompt_serving.specs import Bundle
 
@@ -79,7 +82,7 @@ class Job:
         self._suspect = suspect(request, tensors)
         self.latents = self._start.latents
         self._timesteps = self._start.timesteps
-        self._timesteps_there = self._timesteps.to(device, torch.float32)
+        self._timesteps_there = upload(self._timesteps.to(torch.float32), device)
         self._conditioning = conditioning
         self._index = 0
         self.windows = self._windows()
@@ -196,15 +199,15 @@ class Job:
             if self._shows_next_step():
                 model_input = self._scheduler.scale_model_input(self.latents, timestep)
                 self.predicted = predicted_latents(self._scheduler, timestep, model_input, noise_pred)
-            self.latents = self._scheduler.step(noise_pred, timestep, self.latents, **arguments, return_dict=False)[0]
+            with without_waiting(self.latents.device):
+                step = self._scheduler.step(noise_pred, timestep, self.latents, **arguments, return_dict=False)
+            self.latents = step[0]
         self._index += 1
         self.windows = self._windows()
         self._computed = []
         self._model_input = None
         if self._start.blend is not None:
             self._keep_unmasked(*self._start.blend)
-        if self.done and not self.latents.isfinite().all():
-            self._refuse()
 
     def _shows_next_step(self) -> bool:
         """Whether a progress answer with a preview follows the current step."""
@@ -212,8 +215,16 @@ class Job:
         due = (self.step + 1) % settings.progress_every == 0
         return self.request.reports_progress and settings.preview and due
 
-    def _refuse(self) -> NoReturn:
-        """The end of a job whose numbers overflowed."""
+    def result(self) -> Tensor:
+        """The latents on the CPU. Waits for the device: for other threads than that which launches the steps.
+
+        Raises:
+            InvalidRequest: the numbers overflowed with a value that the caller gave.
+            RequestError: they overflowed, and the caller gave no such value.
+        """
+        latents = self.latents.cpu()
+        if latents.isfinite().all():
+            return latents
         problem = "the latents became infinite or undefined numbers"
         if self._suspect is None:
             raise RequestError(problem)
@@ -229,7 +240,8 @@ class Job:
         """Outside of the mask: the original picture, at the noise level of the next step."""
         if not self.done:
             with blame_caller(self.request):
-                image = self._scheduler.add_noise(image, noise, self._timesteps[self._index : self._index + 1])
+                level = noise_level(self._scheduler, self._timesteps[self._index : self._index + 1])
+            image = level[0] * image + level[1] * noise
         self.latents = (1 - mask) * image + mask * self.latents
 
 

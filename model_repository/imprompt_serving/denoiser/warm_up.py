@@ -51,6 +51,7 @@ def warm_up(bundle: Bundle, conditioner: Conditioner, networks: StepNetworks, de
         denoiser.stop(STOP_S)
     if outcome.error:
         raise outcome.error
+    job.result()
     if job.predicted is not None:
         previews(job.predicted, bundle)
 

@@ -133,6 +133,7 @@ def _progress(step: int, steps: int, predicted: torch.Tensor | None, bundle: Bun
 
 def _result(job: Job, came: float) -> dict[str, np.ndarray]:
     """The answer to a finished job that `came` (monotonic seconds) to this model and `arrived` in the loop."""
+    latents = job.result().numpy()
     started = job.started or job.arrived
     timings = {
         "preparation": job.arrived - came,
@@ -140,7 +141,7 @@ def _result(job: Job, came: float) -> dict[str, np.ndarray]:
         "denoise": time.monotonic() - started,
     }
     return {
-        "latents": job.latents.cpu().numpy(),
+        "latents": latents,
         "timings": texts(json.dumps(timings)),
         "step": np.array([job.steps], np.int32),
         "steps": np.array([job.steps], np.int32),
