@@ -21,7 +21,7 @@ from imprompt_serving.denoiser.meter import Meter
 from imprompt_serving.denoiser.networks import StepNetworks
 from imprompt_serving.job import AdapterUse, JobRequest
 from imprompt_serving.parameters import Settings
-from imprompt_serving.specs import Adapter, Bundle, CrossAttention, Range, Shapes, TextEncoder
+from imprompt_serving.specs import Adapter, Bundle, CallRows, CrossAttention, Range, Shapes, TextEncoder
 
 TOKENS, WIDTH, CLIP_WIDTH = 4, 768, 1024
 PREVIEW = (0.3512, 0.2297, 0.3227), (0.3250, 0.4974, 0.2350), (-0.2829, 0.1762, 0.2721), (-0.2120, -0.2616, -0.7177)
@@ -65,12 +65,12 @@ class _Projection:
 class Rig:
     """Takes jobs as the server's denoiser does."""
 
-    def __init__(self, bundle: Bundle, unet: Engine, meter: Meter | None = None) -> None:
+    def __init__(self, bundle: Bundle, unet: Engine, meter: Meter | None = None, *, bucketed: bool = False) -> None:
         self.bundle = bundle
         self._conditioner = Conditioner(bundle, {adapter.name: _Projection() for adapter in bundle.adapters})
-        self.denoiser = Denoiser(
-            StepNetworks(bundle, {"unet": unet}, {}), Batcher(bundle), bundle.shapes.rows.max, bundle.limits, meter
-        )
+        call_rows = CallRows(bundle.shapes.rows.max, bucketed)
+        networks = StepNetworks(bundle, {"unet": unet}, {}, call_rows)
+        self.denoiser = Denoiser(networks, Batcher(bundle, call_rows), call_rows, bundle.limits, meter)
 
     def job(self, name: str, *, steps: int, size: int, seed: int = 0, **settings: Any) -> Job:
         """A guided picture of ``size`` x ``size`` pixels, with other ``settings`` where they are given."""

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from imprompt_serving.backends import Engine
-from imprompt_serving.denoiser.batch import RowSlice
+from imprompt_serving.denoiser.batch import RowSlice, stack
 from imprompt_serving.denoiser.control import PreparedControlNet
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.gpu import run_on_tensors
-from imprompt_serving.specs import Bundle, level_size
+from imprompt_serving.specs import Bundle, CallRows, level_size
 
 Tensors = dict[str, Tensor]
 _TEXT = ("encoder_hidden_states", "text_embeds", "time_ids")
@@ -34,13 +34,15 @@ class StepNetworks:
     while a call of its own would cost a whole pass over the weights.
     """
 
-    def __init__(self, bundle: Bundle, unets: Mapping[str, Engine], controlnets: Mapping[str, Engine]) -> None:
-        self._bundle, self._unets, self._controlnets = bundle, unets, controlnets
+    def __init__(
+        self, bundle: Bundle, unets: Mapping[str, Engine], controlnets: Mapping[str, Engine], call_rows: CallRows
+    ) -> None:
+        self._bundle, self._unets, self._controlnets, self._call_rows = bundle, unets, controlnets, call_rows
         self._zeros: Tensors = {}
         self._zeros_of: tuple[int, ...] = ()
 
     def __call__(self, parts: Sequence[RowSlice], inputs: Mapping[str, Tensor]) -> Tensor:
-        """The noise that the UNet predicts for ``inputs``, the rows of ``parts`` one after the other."""
+        """The noise that the UNet predicts for ``inputs``: the rows of ``parts`` one after the other, and padding."""
         tensors = dict(inputs)
         clips = tensors["sample"].ndim == 5
         if self._bundle.controlnets:
@@ -68,14 +70,13 @@ class StepNetworks:
         """Add what ControlNet ``name`` says of the rows that use it, a slice of its frames at a time."""
         inputs = self._control_inputs(uses, tensors)
         places = [row for use in uses for row in use.rows]
-        frames, limit = len(inputs["sample"]) // len(places), self._bundle.shapes.rows.max
+        frames, limit = len(inputs["sample"]) // len(places), self._call_rows.most
         for first in range(0, len(inputs["sample"]), limit):
-            answer = run_on_tensors(
-                self._controlnets[name], {key: value[first : first + limit] for key, value in inputs.items()}
-            )
-            for residual, value in answer.items():
-                index = torch.arange(first, first + len(value))
-                total[residual][torch.tensor(places)[index // frames], index % frames] += value
+            index = torch.arange(first, min(first + limit, len(inputs["sample"])))
+            count = self._call_rows.padded(len(index))
+            part = {key: stack([value[first : first + limit]], count) for key, value in inputs.items()}
+            for residual, value in run_on_tensors(self._controlnets[name], part).items():
+                total[residual][torch.tensor(places)[index // frames], index % frames] += value[: len(index)]
 
     def _control_inputs(self, uses: list[_Use], tensors: Tensors) -> Tensors:
         """Inputs of one ControlNet, a row for each frame; without the mask that inpainting UNets take."""

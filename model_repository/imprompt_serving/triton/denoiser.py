@@ -31,7 +31,7 @@ from imprompt_serving.denoiser.warm_up import warm_up
 from imprompt_serving.errors import RequestError, unexpected
 from imprompt_serving.gpu import mark
 from imprompt_serving.job import Admission, JobRequest
-from imprompt_serving.specs import Bundle
+from imprompt_serving.specs import Bundle, CallRows
 from imprompt_serving.triton.internal import warn_if_open, without_secret
 from imprompt_serving.triton.metrics import DenoiserMeter, Metrics
 from imprompt_serving.triton.tensors import arrays, response, send_final, texts
@@ -53,13 +53,14 @@ class TritonPythonModel:
         def engine(name: str) -> Engine:
             return backend.load(folder / name, threads=bundle.threads, device=str(device))
 
-        self._conditioner, networks = assemble(bundle, engine, device)
+        call_rows = CallRows(bundle.shapes.rows.max, backend.buckets_rows(str(device)))
+        self._conditioner, networks = assemble(bundle, engine, call_rows, device)
         with torch.no_grad():
-            warm_up(bundle, self._conditioner, networks, device)
+            warm_up(bundle, self._conditioner, networks, device, call_rows)
         self._metrics = Metrics(metrics.DENOISER, args["model_name"])
         meter = DenoiserMeter(self._metrics)
         self._denoiser = Denoiser(
-            networks, Batcher(bundle), bundle.shapes.rows.max, bundle.limits, meter, partial(mark, device)
+            networks, Batcher(bundle, call_rows), call_rows, bundle.limits, meter, partial(mark, device)
         )
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
         self._name = args["model_name"]
