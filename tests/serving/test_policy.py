@@ -308,9 +308,7 @@ def spent(seed: int, rate: float, call_rows: CallRows, count: int = 80) -> tuple
 @pytest.mark.parametrize("rate", [1 / 200, 1 / 80, 1 / 10])
 def test_a_policy_that_knows_of_padding_serves_more(rate: float) -> None:
     """Light load, nearly full, and more than can be served: against filling every call as far as it goes."""
-    aware, unaware = (
-        [spent(seed, rate, CallRows(16, bucketed)) for seed in range(4)] for bucketed in (True, False)
-    )
+    aware, unaware = ([spent(seed, rate, CallRows(16, bucketed)) for seed in range(4)] for bucketed in (True, False))
     (end, mean), (end_unaware, mean_unaware) = (map(sum, zip(*made, strict=True)) for made in (aware, unaware))
     assert end <= end_unaware
     assert mean < mean_unaware

@@ -1,4 +1,4 @@
-"""Padding of rows, for engines that run few numbers of them."""
+"""Padding and warm-up, for engines that run few numbers of rows."""
 
 from __future__ import annotations
 
@@ -23,3 +23,9 @@ class PaddedEngine:
             return self._engine.run(tensors)
         padded = {name: np.concatenate([value, value[-1:].repeat(missing, 0)]) for name, value in tensors.items()}
         return {name: value[:rows] for name, value in self._engine.run(padded).items()}
+
+
+def warm_up(engine: Engine, row: Mapping[str, np.ndarray], rows: CallRows) -> None:
+    """Run `engine` once with each number of rows that it runs: `row` (one row of each input) so many times."""
+    for count in rows.buckets:
+        engine.run({name: value.repeat(count, 0) for name, value in row.items()})

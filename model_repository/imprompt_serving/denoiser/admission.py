@@ -54,7 +54,13 @@ def starts(running: Iterable[Load], waiting: Sequence[Load], call_rows: CallRows
 
 
 def check_room(
-    load: Load, running: Sequence[Load], waiting: Sequence[Load], *, call_rows: CallRows, tick_seconds: float, limits: Limits
+    load: Load,
+    running: Sequence[Load],
+    waiting: Sequence[Load],
+    *,
+    call_rows: CallRows,
+    tick_seconds: float,
+    limits: Limits,
 ) -> None:
     """Whether ``load`` may join; anything may when nobody waits.
 

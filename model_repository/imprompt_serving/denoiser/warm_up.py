@@ -30,8 +30,8 @@ STOP_S = 10.0
 class Round:
     """A job of one step: a picture or clip for each of `prompts`, in one guidance branch unless `guided`."""
 
-    height: int
-    width: int
+    size: tuple[int, int]
+    """Height and width."""
     prompts: int = 1
     frames: int | None = None
     guided: bool = False
@@ -46,17 +46,16 @@ def rounds(bundle: Bundle, call_rows: CallRows) -> Iterator[Round]:
     Where rows are bucketed, also every bucket at the default size: with image prompts and ControlNets, and without. Of
     clips those of the usual length, with as many rows as then have room.
     """
-    smallest = {"height": bundle.shapes.height.min, "width": bundle.shapes.width.min}
-    yield Round(**smallest, guided=True, masks=True)
+    yield Round(size=(bundle.shapes.height.min, bundle.shapes.width.min), guided=True, masks=True)
     if not call_rows.bucketed:
         return
-    usual = {"height": bundle.default_height, "width": bundle.default_width}
+    usual = bundle.default_height, bundle.default_width
     clip = None if bundle.motion is None else min(bundle.shapes.frames.opt, bundle.motion.window)
     for frames in (None, clip)[: 1 if clip is None else 2]:
         for rows in call_rows.of_frames(frames or 1).buckets:
-            yield Round(**usual, prompts=rows, frames=frames, controls=True)
+            yield Round(size=usual, prompts=rows, frames=frames, controls=True)
             if bundle.adapters:
-                yield Round(**usual, prompts=rows, frames=frames, adapters=False)
+                yield Round(size=usual, prompts=rows, frames=frames, adapters=False)
 
 
 def warm_up(
@@ -83,6 +82,7 @@ def _run(denoiser: Denoiser, job: Job, bundle: Bundle) -> None:
         raise RequestError(f"the first step was not done after {WAIT_S:g} seconds")
     if outcome.error:
         raise outcome.error
+    job.result()
     if job.predicted is not None:
         previews(job.predicted, bundle)
 
@@ -94,8 +94,8 @@ def _request(made: Round, bundle: Bundle) -> JobRequest:
         id="warm-up",
         task="inpainting" if takes_mask and made.frames is None else "text-to-image",
         settings=Settings.with_defaults(
-            height=made.height,
-            width=made.width,
+            height=made.size[0],
+            width=made.size[1],
             num_inference_steps=1,
             guidance_scale=7.5 if made.guided else 1.0,
             strength=1.0,
@@ -112,7 +112,7 @@ def _request(made: Round, bundle: Bundle) -> JobRequest:
 
 def _tensors(made: Round, bundle: Bundle) -> dict[str, Tensor]:
     text = bundle.text_encoders[0].max_length, sum(encoder.hidden_size for encoder in bundle.text_encoders)
-    latent = made.height // bundle.vae_scale_factor, made.width // bundle.vae_scale_factor
+    latent = [size // bundle.vae_scale_factor for size in made.size]
     moments = torch.zeros(1, 2 * bundle.latent_channels, *latent)
     tensors = {"mask": torch.ones(1, 1, *latent), "image_moments": moments, "masked_image_moments": moments}
     for prefix in ("", tensor_names.NEGATIVE):
@@ -125,11 +125,10 @@ def _tensors(made: Round, bundle: Bundle) -> dict[str, Tensor]:
                 tensors[prefix + tensor_names.clip_embeds(adapter.name)] = torch.zeros(1, *adapter.clip_shape)
     if made.masks:
         for adapter in bundle.adapters:
-            tensors[tensor_names.adapter_masks(adapter.name)] = torch.ones(1, made.height, made.width)
+            tensors[tensor_names.adapter_masks(adapter.name)] = torch.ones(1, *made.size)
     # Of each prompt its own, or of each frame: as many as an engine that embeds them takes.
     channels = dict.fromkeys((net.name for net in bundle.controlnets), 3)
     channels |= {adapter.name: adapter.channels for adapter in bundle.t2i_adapters}
     for name, count in channels.items():
-        size = (made.frames or made.prompts, count, made.height, made.width)
-        tensors[tensor_names.control_image(name)] = torch.zeros(size)
+        tensors[tensor_names.control_image(name)] = torch.zeros(made.frames or made.prompts, count, *made.size)
     return tensors

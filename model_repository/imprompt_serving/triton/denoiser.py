@@ -29,7 +29,7 @@ from imprompt_serving.denoiser.loop import Denoiser
 from imprompt_serving.denoiser.preview import previews
 from imprompt_serving.denoiser.warm_up import warm_up
 from imprompt_serving.errors import RequestError, unexpected
-from imprompt_serving.gpu import mark
+from imprompt_serving.gpu import beside, mark
 from imprompt_serving.job import Admission, JobRequest
 from imprompt_serving.specs import Bundle, CallRows
 from imprompt_serving.triton.internal import warn_if_open, without_secret
@@ -87,7 +87,7 @@ class TritonPythonModel:
             send_final(sender)
 
     def _accept(self, tensors: dict[str, np.ndarray], sender: Any, came: float) -> None:
-        with _refusing(sender), torch.no_grad():
+        with _refusing(sender), torch.no_grad(), beside(self._device):
             request = msgspec.json.decode(tensors.pop("job")[0], type=JobRequest)
             self._denoiser.check_wanted(request.id)
             given = {name: torch.from_numpy(value) for name, value in tensors.items()}
@@ -141,7 +141,7 @@ def _result(job: Job, came: float) -> dict[str, np.ndarray]:
         "denoise": time.monotonic() - started,
     }
     return {
-        "latents": job.latents.cpu().numpy(),
+        "latents": job.result().numpy(),
         "timings": texts(json.dumps(timings)),
         "step": np.array([job.steps], np.int32),
         "steps": np.array([job.steps], np.int32),
