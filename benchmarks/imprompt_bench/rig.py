@@ -21,7 +21,7 @@ from imprompt_serving.denoiser.meter import Meter
 from imprompt_serving.denoiser.networks import StepNetworks
 from imprompt_serving.job import AdapterUse, JobRequest
 from imprompt_serving.parameters import Settings
-from imprompt_serving.specs import Adapter, Bundle, CallRows, CrossAttention, Range, Shapes, TextEncoder
+from imprompt_serving.specs import Adapter, Bundle, CrossAttention, Range, Shapes, TextEncoder
 
 TOKENS, WIDTH, CLIP_WIDTH = 4, 768, 1024
 PREVIEW = (0.3512, 0.2297, 0.3227), (0.3250, 0.4974, 0.2350), (-0.2829, 0.1762, 0.2721), (-0.2120, -0.2616, -0.7177)
@@ -68,7 +68,7 @@ class Rig:
     def __init__(self, bundle: Bundle, unet: Engine, meter: Meter | None = None, *, bucketed: bool = False) -> None:
         self.bundle = bundle
         self._conditioner = Conditioner(bundle, {adapter.name: _Projection() for adapter in bundle.adapters})
-        call_rows = CallRows(bundle.shapes.rows.max, bucketed)
+        call_rows = bundle.shapes.call_rows(bucketed=bucketed)
         networks = StepNetworks(bundle, {"unet": unet}, {}, call_rows)
         self.denoiser = Denoiser(networks, Batcher(bundle, call_rows), call_rows, bundle.limits, meter)
 
@@ -112,6 +112,6 @@ class Rig:
             outcome.ended.wait()
             if outcome.error:
                 raise outcome.error
-            return job.latents
+            return job.result()
 
         return wait

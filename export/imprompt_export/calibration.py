@@ -25,7 +25,7 @@ from imprompt_serving.denoiser.batch import Batcher, RowSlice
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.job import AdapterUse, ControlUse, JobRequest
 from imprompt_serving.parameters import Settings
-from imprompt_serving.specs import Adapter, Bundle, CallRows
+from imprompt_serving.specs import Adapter, Bundle
 
 Arrays = Mapping[str, np.ndarray]
 GUIDANCE_SCALE = 7.5
@@ -77,14 +77,14 @@ class Studio:
     def __init__(self, bundle: Bundle, checkpoints: Checkpoints, engine: Callable[[str], Engine]) -> None:
         self.bundle = msgspec.structs.replace(bundle, motion=None)
         self._checkpoints = checkpoints
-        self._conditioner, self._networks = assemble(self.bundle, engine, CallRows(bundle.shapes.rows.max))
+        self._conditioner, self._networks = assemble(self.bundle, engine)
 
     @torch.inference_mode()
     def picture(self, run: Run, prompt_picture: np.ndarray | None = None) -> np.ndarray:
         """The picture of ``run``, uint8 [H, W, 3]; ``prompt_picture`` is its image prompt and control image."""
         request, tensors = self._request(run), self._tensors(run, prompt_picture)
         job = Job(request, self.bundle, self._conditioner(request, tensors), tensors)
-        batcher = Batcher(self.bundle, CallRows(self.bundle.shapes.rows.max))
+        batcher = Batcher(self.bundle)
         while not job.done:
             parts = [RowSlice(job, 0, job.rows)]
             job.add_output_rows(self._networks(parts, batcher.inputs(parts)))

@@ -68,6 +68,10 @@ class Shapes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     regions: int = 8
     """Region masks of one adapter."""
 
+    def call_rows(self, *, bucketed: bool = False) -> CallRows:
+        """Rows of a call of the UNet; ``bucketed`` where engines run few numbers of them."""
+        return CallRows(self.rows.max, bucketed)
+
     def bucket(self, tokens: int) -> int:
         """What so many image tokens are padded to."""
         return next((bucket for bucket in self.image_tokens if bucket >= tokens), tokens)

@@ -21,7 +21,7 @@ from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.gpu.tensorrt import Limits, profile_for
 from imprompt_serving.job import AdapterUse
 from imprompt_serving.pipeline.image_prompts import ImagePromptPlan, check_tokens
-from imprompt_serving.specs import Adapter, Bundle, CallRows, Motion, Range, Shapes, T2IAdapter, TextEncoder
+from imprompt_serving.specs import Adapter, Bundle, Motion, Range, Shapes, T2IAdapter, TextEncoder
 from jobs import job_request
 from tiny import base
 
@@ -245,7 +245,7 @@ def test_jobs_that_may_share_a_call_fit_a_profile() -> None:
     found = dict(jobs(spec))
     assert {kinds for kinds, made in found.items() if made is None} == {("many", "masked"), ("masked", "many")}
     together = [made for made in found.values() if made is not None]
-    batcher, tried = Batcher(spec, CallRows(spec.shapes.rows.max)), 0
+    batcher, tried = Batcher(spec), 0
     for one, other in itertools.combinations_with_replacement(together, 2):
         if one.batch_key == other.batch_key:
             inputs = batcher.inputs([RowSlice(one, 0, one.rows), RowSlice(other, 0, other.rows)])

@@ -20,7 +20,7 @@ from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.loop import Denoiser
 from imprompt_serving.denoiser.networks import StepNetworks
 from imprompt_serving.job import AdapterUse, ControlUse
-from imprompt_serving.specs import Bundle, CallRows
+from imprompt_serving.specs import Bundle
 from jobs import job_request
 
 CPU = torch.device("cpu")
@@ -48,9 +48,9 @@ class Bucketed:
         folder = made.repository / "control_denoiser/1"
         self.bundle = Bundle.load(folder)
         self.engines: dict[str, Counting] = {}
-        self.call_rows = CallRows(self.bundle.shapes.rows.max, bucketed)
+        self.call_rows = self.bundle.shapes.call_rows(bucketed=bucketed)
         self.parts: tuple[Conditioner, StepNetworks] = assemble(
-            self.bundle, lambda name: self._engine(folder / name), self.call_rows
+            self.bundle, lambda name: self._engine(folder / name), CPU, self.call_rows
         )
 
     def _engine(self, path: Any) -> Counting:

@@ -14,10 +14,11 @@ from imprompt_serving.specs import Bundle, CallRows
 
 
 def assemble(
-    bundle: Bundle, engine: Callable[[str], Engine], call_rows: CallRows, device: torch.device = CPU
+    bundle: Bundle, engine: Callable[[str], Engine], device: torch.device = CPU, call_rows: CallRows | None = None
 ) -> tuple[Conditioner, StepNetworks]:
     """What runs once a request, and what runs at each step, on ``device``; ``engine`` gives the engine of a name."""
     controlnets, t2i_adapters = bundle.controlnets, bundle.t2i_adapters
+    call_rows = call_rows or bundle.shapes.call_rows()
 
     def padded(name: str, most: int = call_rows.most) -> Engine:
         return PaddedEngine(engine(name), call_rows._replace(most=most))

@@ -25,8 +25,8 @@ class RowSlice(NamedTuple):
 class Batcher:
     """Stacks rows, padded to what a call runs; conditioning once for each composition of a batch, not at each step."""
 
-    def __init__(self, bundle: Bundle, call_rows: CallRows) -> None:
-        self._bucket, self._call_rows = bundle.shapes.bucket, call_rows
+    def __init__(self, bundle: Bundle, call_rows: CallRows | None = None) -> None:
+        self._bucket, self._call_rows = bundle.shapes.bucket, call_rows or bundle.shapes.call_rows()
         self._adapters = {
             name: adapter.name
             for adapter in bundle.adapters
@@ -58,10 +58,14 @@ class Batcher:
     def _stack(self, parts: list[RowSlice], sources: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         sizes = {adapter: self._widest(adapter, sources) for adapter in set(self._adapters.values())}
         count = self._count(parts)
-        indices = [part.job.conditioning_rows(part.start, part.stop) for part in parts]
+        blocks = [
+            (source, block.conditioning)
+            for part, source in zip(parts, sources, strict=True)
+            for block in part.job.blocks(part.start, part.stop)
+        ]
         stacked = {}
         for name in sources[0]:
-            rows = [_rows(source[name], index) for index, source in zip(indices, sources, strict=True)]
+            rows = [source[name][rows.start : rows.stop] for source, rows in blocks]
             if name in self._adapters:
                 rows = [pad(tensor, name, *sizes[self._adapters[name]]) for tensor in rows]
             stacked[name] = stack(rows, count)
@@ -82,9 +86,6 @@ class Batcher:
 def stack(tensors: Sequence[Tensor], count: int) -> Tensor:
     """The rows of ``tensors`` one after the other, and the last one again until there are ``count``."""
     missing, last = count - sum(map(len, tensors)), tensors[-1][-1:]
-    return torch.cat([*tensors, last.expand(missing, *last.shape[1:])] if missing else [*tensors])
-
-
-def _rows(tensor: Tensor, index: Sequence[int]) -> Tensor:
-    """Rows of ``tensor``; a range is a view of them, for which nothing has to be sent to a device."""
-    return tensor[index.start : index.stop] if isinstance(index, range) else tensor[index]
+    if missing:
+        tensors = [*tensors, last.expand(missing, *last.shape[1:])]
+    return tensors[0] if len(tensors) == 1 else torch.cat([*tensors])

@@ -45,9 +45,12 @@ def beside(device: torch.device) -> AbstractContextManager[object]:
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`, for the loop: what it launches next waits for the copy, the host does not."""
-    if device.type != "cuda" or tensor.is_cuda:
-        return tensor.to(device)
+    """Copy `tensor` from the CPU to `device`, for the loop: what it launches next waits for the copy.
+
+    The host does not. A copy out of memory that is not pinned would wait for all that the device has been given to do.
+    """
+    if device.type != "cuda":
+        return tensor.to(device, non_blocking=True)
     stream, loop = _stream(device, "upload"), torch.cuda.default_stream(device)
     with torch.cuda.stream(stream):
         there = tensor.pin_memory().to(device, non_blocking=True)

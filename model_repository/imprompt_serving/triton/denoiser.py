@@ -31,7 +31,7 @@ from imprompt_serving.denoiser.warm_up import warm_up
 from imprompt_serving.errors import RequestError, unexpected
 from imprompt_serving.gpu import beside, mark
 from imprompt_serving.job import Admission, JobRequest
-from imprompt_serving.specs import Bundle, CallRows
+from imprompt_serving.specs import Bundle
 from imprompt_serving.triton.internal import warn_if_open, without_secret
 from imprompt_serving.triton.metrics import DenoiserMeter, Metrics
 from imprompt_serving.triton.tensors import arrays, response, send_final, texts
@@ -53,8 +53,8 @@ class TritonPythonModel:
         def engine(name: str) -> Engine:
             return backend.load(folder / name, threads=bundle.threads, device=str(device))
 
-        call_rows = CallRows(bundle.shapes.rows.max, backend.buckets_rows(str(device)))
-        self._conditioner, networks = assemble(bundle, engine, call_rows, device)
+        call_rows = bundle.shapes.call_rows(bucketed=backend.buckets_rows(str(device)))
+        self._conditioner, networks = assemble(bundle, engine, device, call_rows)
         with torch.no_grad():
             warm_up(bundle, self._conditioner, networks, device, call_rows)
         self._metrics = Metrics(metrics.DENOISER, args["model_name"])
@@ -134,6 +134,7 @@ def _progress(step: int, steps: int, predicted: torch.Tensor | None, bundle: Bun
 
 def _result(job: Job, came: float) -> dict[str, np.ndarray]:
     """The answer to a finished job that `came` (monotonic seconds) to this model and `arrived` in the loop."""
+    latents = job.result().numpy()
     started = job.started or job.arrived
     timings = {
         "preparation": job.arrived - came,
@@ -141,7 +142,7 @@ def _result(job: Job, came: float) -> dict[str, np.ndarray]:
         "denoise": time.monotonic() - started,
     }
     return {
-        "latents": job.result().numpy(),
+        "latents": latents,
         "timings": texts(json.dumps(timings)),
         "step": np.array([job.steps], np.int32),
         "steps": np.array([job.steps], np.int32),
