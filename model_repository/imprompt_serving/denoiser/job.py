@@ -25,7 +25,7 @@ from imprompt_serving.denoiser.schedulers import (
 from imprompt_serving.denoiser.start import generators, start
 from imprompt_serving.denoiser.windows import Window, frames_of, merge, windows
 from imprompt_serving.errors import InvalidRequest, RequestError
-from imprompt_serving.gpu import upload
+from imprompt_serving.gpu import download, upload
 from imprompt_serving.job import JobRequest, batch_key
 from imprompt_serving.specs import Bundle
 
@@ -216,13 +216,13 @@ class Job:
         return self.request.reports_progress and settings.preview and due
 
     def result(self) -> Tensor:
-        """The latents on the CPU. Waits for the device: for other threads than that which launches the steps.
+        """The latents of a job that the device is done with, on the CPU. Waits for the copy.
 
         Raises:
             InvalidRequest: the numbers overflowed with a value that the caller gave.
             RequestError: they overflowed, and the caller gave no such value.
         """
-        latents = self.latents.cpu()
+        latents = download(self.latents)
         if latents.isfinite().all():
             return latents
         problem = "the latents became infinite or undefined numbers"

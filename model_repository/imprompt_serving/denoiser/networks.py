@@ -8,11 +8,11 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from imprompt_serving.backends import Engine
-from imprompt_serving.denoiser.batch import RowSlice
+from imprompt_serving.denoiser.batch import RowSlice, stack
 from imprompt_serving.denoiser.control_plan import ControlPlan, Tensors, uses_of
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.gpu import run_on_tensors
-from imprompt_serving.specs import Bundle
+from imprompt_serving.specs import Bundle, CallRows
 
 
 class StepNetworks:
@@ -22,13 +22,20 @@ class StepNetworks:
     while a call of its own would cost a whole pass over the weights.
     """
 
-    def __init__(self, bundle: Bundle, unets: Mapping[str, Engine], controlnets: Mapping[str, Engine]) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        unets: Mapping[str, Engine],
+        controlnets: Mapping[str, Engine],
+        call_rows: CallRows | None = None,
+    ) -> None:
         self._bundle, self._unets, self._controlnets = bundle, unets, controlnets
+        self._call_rows = call_rows or bundle.shapes.call_rows()
         self._plan: WeakKeyDictionary[Job, ControlPlan] = WeakKeyDictionary()
         """The plan of the last step, by the first job of its batch: its memory is freed with that job."""
 
     def __call__(self, parts: Sequence[RowSlice], inputs: Mapping[str, Tensor]) -> Tensor:
-        """The noise that the UNet predicts for `inputs`, the rows of `parts` one after the other."""
+        """The noise that the UNet predicts for `inputs`: the rows of `parts` one after the other, and padding."""
         tensors = dict(inputs)
         clips = tensors["sample"].ndim == 5
         if self._bundle.controlnets:
@@ -49,13 +56,13 @@ class StepNetworks:
 
         Each net runs once over the rows that use it, or as often as its limit of rows demands.
         """
-        limit = self._bundle.shapes.rows.max
+        limit = self._call_rows.most
         total: Tensors = {}
         for net in plan.nets:
             inputs = net.inputs(tensors)
             for first in range(0, len(inputs["sample"]), limit):
                 rows = {name: value[first : first + limit] for name, value in inputs.items()}
-                answer = run_on_tensors(self._controlnets[net.name], rows)
+                answer = self._run_padded(self._controlnets[net.name], rows)
                 if not total and plan.is_whole(answer):
                     total = answer  # the answers of an engine are the caller's own: later nets add to them
                     continue
@@ -66,3 +73,8 @@ class StepNetworks:
                         # The first net overwrites what the last step left in its rows.
                         target.copy_(value[here]) if net is plan.nets[0] else target.add_(value[here])
         return plan.by_row(total or plan.cleared({}))
+
+    def _run_padded(self, net: Engine, rows: Tensors) -> Tensors:
+        count = len(rows["sample"])
+        padded = {name: stack([value], self._call_rows.padded(count)) for name, value in rows.items()}
+        return {name: value[:count] for name, value in run_on_tensors(net, padded).items()}
