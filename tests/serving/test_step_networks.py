@@ -143,18 +143,22 @@ def expected(jobs: list[Job], made: Bundle) -> dict[str, Tensor]:
     return stacked
 
 
-def run(made: Bundle, jobs: list[Job]) -> dict[str, Net]:
+def run(made: Bundle, jobs: list[Job], *, bucketed: bool = False) -> dict[str, Net]:
     """All steps of `jobs` in calls that they share, each checked against `expected`."""
+    call_rows = made.shapes.call_rows(bucketed=bucketed)
     unet = UNet()
     nets = {net.name: Net(made, net.name) for net in made.controlnets}
-    networks, batcher = StepNetworks(made, {"unet": unet, "motion_unet": unet}, nets), Batcher(made)
+    networks = StepNetworks(made, {"unet": unet, "motion_unet": unet}, nets, call_rows)
+    batcher = Batcher(made, call_rows)
     for _ in range(4):
         parts = [RowSlice(one, 0, one.rows) for one in jobs]
         wanted = expected(jobs, made)
         noise = networks(parts, batcher.inputs(parts))
         for name, value in wanted.items():
-            torch.testing.assert_close(unet.given[name], value)
-        for part, rows in zip(parts, noise.split([one.rows for one in jobs]), strict=True):
+            torch.testing.assert_close(unet.given[name][: len(value)], value)
+        for part, rows in zip(
+            parts, noise[: sum(one.rows for one in jobs)].split([one.rows for one in jobs]), strict=True
+        ):
             part.job.add_output_rows(rows)
     return nets
 
@@ -176,7 +180,8 @@ def test_the_other_order_and_a_net_that_pools_alone() -> None:
     run(made, [job(made, control("shuffle", 1))])
 
 
-def test_each_job_has_its_own_controls() -> None:
+@pytest.mark.parametrize("bucketed", [False, True])
+def test_each_job_has_its_own_controls(bucketed: bool) -> None:
     """With and without control, guess mode, windows of steps, and guidance that ends, in one call."""
     made = bundle(rows=16)
     jobs = [
@@ -187,8 +192,8 @@ def test_each_job_has_its_own_controls() -> None:
         job(made, control("depth", 1, end=0.5), control("shuffle", 1), seed=6, guidance_end=0.25),
         job(made, control("depth", 2, first_row=2), pictures=2, seed=7, guidance_end=0.25),
     ]
-    nets = run(made, jobs)
-    assert max(nets["canny"].rows) == 5
+    nets = run(made, jobs, bucketed=bucketed)
+    assert max(nets["canny"].rows) == (8 if bucketed else 5)
 
 
 def test_no_more_rows_at_a_time_than_an_engine_takes() -> None:
@@ -198,8 +203,16 @@ def test_no_more_rows_at_a_time_than_an_engine_takes() -> None:
     assert nets["canny"].rows == [3, 1] * 4
 
 
-@pytest.mark.parametrize("rows", [5, 100])
-def test_clips(rows: int) -> None:
+def test_calls_are_padded() -> None:
+    made = bundle(rows=8)
+    nets = run(made, [job(made, control("depth", 3), pictures=3), job(made, seed=5)], bucketed=True)
+    assert nets["depth"].rows == [8] * 4
+    nets = run(made, [job(made, control("depth", 3), control("canny", 3, first_row=3), pictures=3)], bucketed=True)
+    assert (nets["depth"].rows, nets["canny"].rows) == ([8] * 4, [4] * 4)
+
+
+@pytest.mark.parametrize(("rows", "bucketed"), [(5, False), (100, False), (5, True), (100, True)])
+def test_clips(rows: int, bucketed: bool) -> None:
     made = bundle(rows=rows)
     clip: dict[str, Any] = {"frames": 6, "context": ContextWindow(length=8)}
     jobs = [
@@ -207,7 +220,7 @@ def test_clips(rows: int) -> None:
         job(made, seed=3, **clip),
         job(made, control("depth", 1, frames=6), control("canny", 1, frames=6, first_row=1), seed=4, **clip),
     ]
-    run(made, jobs)
+    run(made, jobs, bucketed=bucketed)
 
 
 def test_clips_in_windows() -> None:
@@ -286,7 +299,7 @@ class Silent:
         }
 
 
-def traffic(layout: list[tuple[str, ...]], step: int = 1) -> Traffic:
+def traffic(layout: list[tuple[str, ...]], step: int = 1, *, bucketed: bool = False) -> Traffic:
     """What step `step` of guided pictures of SD 1.5 at 512 x 512 copies, each job with these nets."""
     made = msgspec.structs.replace(bundle(SD15, rows=16), motion=None)
     jobs = []
@@ -303,10 +316,9 @@ def traffic(layout: list[tuple[str, ...]], step: int = 1) -> Traffic:
         inputs = {"encoder_hidden_states": torch.empty(2, 77, 768)}
         meta = torch.device("meta")
         jobs.append(Job(request, made, Conditioning(request, made, inputs, 1, controls, device=meta), {}, meta))
-    networks = StepNetworks(
-        made, {"unet": UNet()}, {net.name: Silent(made) for net in made.controlnets if not net.global_pool}
-    )
-    batcher = Batcher(made)
+    call_rows = made.shapes.call_rows(bucketed=bucketed)
+    nets = {net.name: Silent(made) for net in made.controlnets if not net.global_pool}
+    networks, batcher = StepNetworks(made, {"unet": UNet()}, nets, call_rows), Batcher(made, call_rows)
     for index in range(step + 1):
         parts = [RowSlice(one, 0, one.rows) for one in jobs]
         with torch.no_grad():
@@ -314,7 +326,7 @@ def traffic(layout: list[tuple[str, ...]], step: int = 1) -> Traffic:
             with Traffic() as counted:
                 noise = networks(parts, inputs)
             if index < step:
-                for one, rows in zip(jobs, noise.split(2), strict=True):
+                for one, rows in zip(jobs, noise[: 2 * len(jobs)].split(2), strict=True):
                     one.add_output_rows(rows)
     return counted
 
@@ -336,3 +348,7 @@ def test_what_a_step_copies(layout: list[tuple[str, ...]], copies: int, megabyte
     assert counted.copies.total() == copies, counted.copies
     assert counted.bytes / 1e6 == pytest.approx(megabytes, abs=0.1)
     assert not counted.waits
+
+
+def test_padding_is_not_copied_at_each_step() -> None:
+    assert not traffic([("depth",)] * 3, bucketed=True).copies

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from imprompt_serving.denoiser.batch import RowSlice
+from imprompt_serving.denoiser.batch import RowSlice, stack
 from imprompt_serving.denoiser.control import PreparedControlNet
 from imprompt_serving.denoiser.windows import Window, frames_of
-from imprompt_serving.specs import Bundle, level_size
+from imprompt_serving.specs import Bundle, CallRows, level_size
 
 Tensors = dict[str, Tensor]
 _TEXT = ("encoder_hidden_states", "text_embeds", "time_ids")
@@ -55,8 +55,10 @@ class ControlPlan:
     Within, a row is a frame of a row of the batch; for pictures that is the same.
     """
 
-    def __init__(self, bundle: Bundle, uses: list[Use], tensors: Tensors) -> None:
+    def __init__(self, bundle: Bundle, call_rows: CallRows, uses: list[Use], batch_rows: int, tensors: Tensors) -> None:
+        """`batch_rows` are the rows of jobs in `tensors`, which may have more, for padding."""
         sample = tensors["sample"]
+        self._channels = bundle.latent_channels
         self._uses, self._sample, self._text = uses, sample.shape, tensors["encoder_hidden_states"]
         self._device = sample.device
         self._frames = sample.shape[2] if sample.ndim == 5 else 1
@@ -68,22 +70,45 @@ class ControlPlan:
         by_name: dict[str, list[Use]] = {}
         for use in uses:
             by_name.setdefault(use.control.name, []).append(use)
-        self.nets = [
-            NetRows.of(name, own, tensors, self._frames, bundle.latent_channels) for name, own in by_name.items()
-        ]
+        self.nets = [self._net(name, own, batch_rows, call_rows, tensors) for name, own in by_name.items()]
         rows = [{row for span in net.spans for row in range(*span)} for net in self.nets]
         self._added = _joined((row, row + 1) for row in sorted(set().union(*rows) - rows[0])) if rows else []
         """Rows that a net adds to, but not the first one, which writes to its own."""
         self._buffers: Tensors = {}
+
+    def _net(self, name: str, uses: list[Use], batch_rows: int, call_rows: CallRows, tensors: Tensors) -> NetRows:
+        frames = self._frames
+        spans = _joined((use.start * frames, use.stop * frames) for use in uses)
+        if spans == [(0, batch_rows * frames)]:
+            spans = [(0, self._sample[0] * frames)]  # a net that all jobs use runs the padding of the batch, too
+        rows = sum(stop - start for start, stop in spans)
+        last = (rows - 1) % call_rows.most + 1
+        net = NetRows(
+            name=name,
+            spans=spans,
+            rows=rows - last + call_rows.padded(last),
+            frames=frames,
+            channels=self._channels,
+        )
+        scales = [use.control.scale.expand(use.stop - use.start, -1) for use in uses]
+        net.constant["control_embedding"] = stack(
+            [use.embedding().flatten(0, 1) for use in uses], net.rows
+        ).contiguous()
+        net.constant["conditioning_scale"] = stack(
+            [_by_frame(scale, frames) for scale in scales], net.rows
+        ).contiguous()
+        net.constant.update({key: net.own(tensors[key]) for key in _TEXT if key in tensors})
+        return net
 
     def fits(self, uses: list[Use], tensors: Tensors) -> bool:
         """Whether this is also the plan for another step."""
         same_rows = self._uses == uses and self._sample == tensors["sample"].shape
         return same_rows and self._text is tensors["encoder_hidden_states"]
 
-    def is_whole(self, answer: Tensors) -> bool:
-        """Whether the answer of one call of a net is what the UNet takes, as it is."""
-        return all(value.shape == self._shapes[name] for name, value in answer.items())
+    def is_whole(self, net: NetRows, answer: Tensors) -> bool:
+        """Whether the answer of one call of `net` is what the UNet takes, as it is."""
+        everywhere = net.spans == [(0, self._sample[0] * self._frames)]
+        return everywhere and all(value.shape == self._shapes[name] for name, value in answer.items())
 
     def cleared(self, answer: Tensors) -> Tensors:
         """Residuals to write those of the first net to: zeros in all other rows. In the types of `answer`."""
@@ -110,29 +135,26 @@ class NetRows:
 
     name: str
     spans: list[tuple[int, int]]
+    rows: int
+    """Rows of its calls together: those of `spans`, and padding after them."""
     frames: int
     channels: int
     """Of the latents: without the mask that inpainting UNets take."""
-    constant: Tensors
-
-    @classmethod
-    def of(cls, name: str, uses: list[Use], tensors: Tensors, frames: int, channels: int) -> NetRows:
-        spans = _joined((use.start * frames, use.stop * frames) for use in uses)
-        scales = [use.control.scale.expand(use.stop - use.start, -1) for use in uses]
-        constant = {
-            "control_embedding": _stacked([use.embedding() for use in uses]).flatten(0, 1).contiguous(),
-            "conditioning_scale": _by_frame(_stacked(scales), frames).contiguous(),
-        }
-        net = cls(name=name, spans=spans, frames=frames, channels=channels, constant=constant)
-        constant |= {key: net._own(tensors[key]) for key in _TEXT if key in tensors}
-        return net
+    constant: Tensors = field(default_factory=dict)
 
     def inputs(self, tensors: Tensors) -> Tensors:
         """Inputs of the net, a row for each frame."""
-        sample = self._of_spans(tensors["sample"][:, : self.channels])
-        if sample.ndim == 5:
-            sample = sample.transpose(1, 2).flatten(0, 1)
-        return {"sample": sample, "timestep": self._own(tensors["timestep"]), **self.constant}
+        sample = tensors["sample"][:, : self.channels]
+        frames = sample if sample.ndim == 4 else sample.transpose(1, 2)
+        return {
+            "sample": stack([rows if sample.ndim == 4 else rows.flatten(0, 1) for rows in self._of(frames)], self.rows),
+            "timestep": self.own(tensors["timestep"]),
+            **self.constant,
+        }
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """The rows of `tensor` that use the net, each as often as it has frames: a view where they lie together."""
+        return stack([_by_frame(rows, self.frames) for rows in self._of(tensor)], self.rows)
 
     def places(self, first: int, count: int) -> Iterator[tuple[slice, slice]]:
         """Where `count` rows from `first` of the net's answers belong: rows of the batch, and rows of these."""
@@ -143,18 +165,9 @@ class NetRows:
                 yield slice(start - offset + low, start - offset + high), slice(low, high)
             offset += stop - start
 
-    def _own(self, tensor: Tensor) -> Tensor:
-        """The rows of `tensor` that use the net, each as often as it has frames."""
-        return _by_frame(self._of_spans(tensor), self.frames)
-
-    def _of_spans(self, tensor: Tensor) -> Tensor:
-        """The rows of `tensor` that use the net: a view where they lie together."""
-        return _stacked([tensor[start // self.frames : stop // self.frames] for start, stop in self.spans])
-
-
-def _stacked(parts: list[Tensor]) -> Tensor:
-    """`parts` one after the other, copied only if there are several."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def _of(self, tensor: Tensor) -> list[Tensor]:
+        """The rows of `tensor`, one for each row of the batch, that use the net."""
+        return [tensor[start // self.frames : stop // self.frames] for start, stop in self.spans]
 
 
 def _by_frame(tensor: Tensor, frames: int) -> Tensor:

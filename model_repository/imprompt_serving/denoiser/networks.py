@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from imprompt_serving.backends import Engine
-from imprompt_serving.denoiser.batch import RowSlice, stack
+from imprompt_serving.denoiser.batch import RowSlice
 from imprompt_serving.denoiser.control_plan import ControlPlan, Tensors, uses_of
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.gpu import run_on_tensors
@@ -48,7 +48,8 @@ class StepNetworks:
         uses, job = uses_of(parts), parts[0].job
         if job not in self._plan or not self._plan[job].fits(uses, tensors):
             self._plan.clear()  # first, so that its memory is there for the new one
-            self._plan[job] = ControlPlan(self._bundle, uses, tensors)
+            rows = sum(part.stop - part.start for part in parts)
+            self._plan[job] = ControlPlan(self._bundle, self._call_rows, uses, rows, tensors)
         return self._plan[job]
 
     def _residuals(self, plan: ControlPlan, tensors: Tensors) -> Tensors:
@@ -60,10 +61,10 @@ class StepNetworks:
         total: Tensors = {}
         for net in plan.nets:
             inputs = net.inputs(tensors)
-            for first in range(0, len(inputs["sample"]), limit):
+            for first in range(0, net.rows, limit):
                 rows = {name: value[first : first + limit] for name, value in inputs.items()}
-                answer = self._run_padded(self._controlnets[net.name], rows)
-                if not total and plan.is_whole(answer):
+                answer = run_on_tensors(self._controlnets[net.name], rows)
+                if not total and plan.is_whole(net, answer):
                     total = answer  # the answers of an engine are the caller's own: later nets add to them
                     continue
                 total = total or plan.cleared(answer)
@@ -73,8 +74,3 @@ class StepNetworks:
                         # The first net overwrites what the last step left in its rows.
                         target.copy_(value[here]) if net is plan.nets[0] else target.add_(value[here])
         return plan.by_row(total or plan.cleared({}))
-
-    def _run_padded(self, net: Engine, rows: Tensors) -> Tensors:
-        count = len(rows["sample"])
-        padded = {name: stack([value], self._call_rows.padded(count)) for name, value in rows.items()}
-        return {name: value[:count] for name, value in run_on_tensors(net, padded).items()}
