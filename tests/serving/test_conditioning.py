@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 from imprompt_bench import rig
 from imprompt_serving.denoiser.conditioning import Conditioner
@@ -73,3 +75,83 @@ def test_control_images_of_many_prompts_take_several_calls() -> None:
     rows = found.tensors["intrablock_residual_0"]
     assert rows.shape == (10, 1, 8, 8)
     assert rows[:, 0, 0, 0].tolist() == [0, 2, 4, 6, 8] * 2
+
+
+TEXT = {f"{prefix}prompt_embeds": torch.zeros(1, 77, rig.WIDTH) for prefix in ("", "negative_")}
+
+
+@pytest.mark.parametrize("size", [256, 7])
+def test_guidance_is_embedded_as_in_diffusers(size: int) -> None:
+    bundle = msgspec.structs.replace(rig.sd15(rows=2), time_cond_proj_dim=size)
+    asked = job_request(guidance_scale=8.5, num_images_per_prompt=2)
+    found = Conditioner(bundle, {})(asked, TEXT).at(0, 4)["timestep_cond"]
+    embed: Any = StableDiffusionPipeline.get_guidance_scale_embedding
+    expected = embed(None, w=torch.tensor([7.5]), embedding_dim=size)
+    torch.testing.assert_close(found, expected.expand(2, size))
+
+
+def test_guidance_is_not_embedded_for_clips() -> None:
+    """They run an unconditional branch, and the UNet gets zeros."""
+    bundle = msgspec.structs.replace(rig.sd15(rows=2), time_cond_proj_dim=8)
+    found = Conditioner(bundle, {})(job_request(guidance_scale=8.5, frames=4), TEXT).at(0, 4)["timestep_cond"]
+    assert torch.equal(found, torch.zeros(2, 8))
+
+
+def test_rows_are_the_negative_prompts_and_then_the_others() -> None:
+    given = {
+        "prompt_embeds": torch.tensor([1.0, 2.0])[:, None, None].expand(2, 77, 768),
+        "negative_prompt_embeds": torch.tensor([3.0, 4.0])[:, None, None].expand(2, 77, 768),
+    }
+    for guidance_scale, rows in ((7.5, [3, 3, 4, 4, 1, 1, 2, 2]), (1.0, [1, 1, 2, 2])):
+        asked = job_request(num_images_per_prompt=2, guidance_scale=guidance_scale)
+        made = Conditioner(rig.sd15(rows=8), {})(asked, given)
+        assert made.pictures == 4
+        assert made.at(0, 4)["encoder_hidden_states"][:, 0, 0].tolist() == rows
+
+
+class Ones:
+    """Image tokens of ones."""
+
+    def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"tokens": np.ones((len(tensors["image_embeds"]), rig.TOKENS, rig.WIDTH), np.float32)}
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.25, 1.0), (0.0, 0.75), (0.25, 0.75), (0.0, 1.0)])
+def test_an_adapter_is_silent_outside_of_its_steps(start: float, end: float) -> None:
+    use = AdapterUse(name="plain", scale=0.5, start=start, end=end)
+    made = Conditioner(BUNDLE, {"plain": Ones()})(job_request(adapters=(use,)), tensors(1, masked=False))
+    scales = [float(made.at(index, 4)["ip_scale_plain"].unique()) for index in range(4)]
+    assert scales == [0.5 if start <= index / 4 and (index + 1) / 4 <= end else 0.0 for index in range(4)]
+    assert made.at(1, 4) is made.at(2, 4), "the same object while nothing changes"
+    assert not made.regions
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("task", ["text-to-image", "image-to-image", "inpainting"])
+def test_sdxl_is_told_sizes(task: str, guided: bool) -> None:
+    """As diffusers' pipelines for the task do: the values beside these are what their own tests use."""
+    bundle = msgspec.structs.replace(rig.sd15(rows=8), family="sdxl", pooled_size=4)
+    given = TEXT | {f"{prefix}pooled_prompt_embeds": torch.zeros(1, 4) for prefix in ("", "negative_")}
+
+    def told(**settings: Any) -> list[list[float]]:
+        asked = job_request(task, guidance_scale=7.5 if guided else 1.0, num_images_per_prompt=2, **settings)
+        return Conditioner(bundle, {})(asked, given).at(0, 4)["time_ids"].tolist()
+
+    def rows(negative: list[float], positive: list[float]) -> list[list[float]]:
+        if not guided:
+            return [positive] * 2
+        return [negative, positive] * 2 if task == "text-to-image" else [negative] * 2 + [positive] * 2
+
+    own = [64.0, 64.0, 0.0, 0.0, 64.0, 64.0]
+    assert told() == rows(own, own)
+    sizes: dict[str, Any] = {"original_size": (10, 11), "target_size": (12, 13), "crops_coords_top_left": (1, 2)}
+    positive = [10.0, 11.0, 1.0, 2.0, 12.0, 13.0]
+    assert told(**sizes) == rows(positive, positive)
+    sizes |= {"negative_original_size": (20, 21), "negative_crops_coords_top_left": (3, 4)}
+    from_text = task == "text-to-image"
+    assert told(**sizes) == rows(positive if from_text else [20.0, 21.0, 1.0, 2.0, 12.0, 13.0], positive)
+    sizes["negative_target_size"] = (22, 23)
+    crop = [3.0, 4.0] if from_text else [1.0, 2.0]
+    assert told(**sizes) == rows([20.0, 21.0, *crop, 22.0, 23.0], positive)
+    sizes["negative_original_size"] = None
+    assert told(**sizes) == rows(positive if from_text else [10.0, 11.0, 1.0, 2.0, 22.0, 23.0], positive)

@@ -245,3 +245,32 @@ def test_noise_is_drawn_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for timestep in expected.timesteps:
         sample = expected.step(expected.scale_model_input(sample, timestep) * 0.5, timestep, sample).prev_sample
     assert torch.equal(run(here), sample)
+
+
+@pytest.mark.parametrize(("steps", "refused"), [(999, False), (1000, True)])
+def test_the_last_timestep_is_one_that_the_model_knows(steps: int, refused: bool) -> None:
+    made = make_scheduler(sd15(rows=2), job_request())
+    if refused:
+        with pytest.raises(ValueError, match="reach timestep 1000 of a model trained on 1000"):
+            set_timesteps(made, steps)
+    else:
+        assert len(set_timesteps(made, steps)) == steps
+
+
+WITHOUT_NOISE = (
+    "DEISMultistepScheduler",
+    "DPMSolverSDEScheduler",  # has a seed of its own
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_step_gets_the_arguments_that_it_takes(name: str) -> None:
+    made, generator = make_scheduler(sd15(rows=2), job_request(scheduler=name)), torch.Generator()
+    expected: dict[str, Any] = {"eta": 0.5} if name in ("DDIMScheduler", "TCDScheduler") else {}
+    expected |= {} if name in WITHOUT_NOISE else {"generator": generator}
+    assert schedulers.step_arguments(made, eta=0.5, generator=generator) == expected
