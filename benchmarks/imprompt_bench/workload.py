@@ -21,9 +21,9 @@ GUIDANCE = 7.5
 
 @lru_cache(maxsize=64)
 def reference(seed: int) -> Image.Image:
-    """A soft picture of random colours."""
-    colours = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    return Image.fromarray(colours).resize((REFERENCE_SIZE, REFERENCE_SIZE), Image.Resampling.BICUBIC)
+    """A soft picture of random colors."""
+    colors = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(colors).resize((REFERENCE_SIZE, REFERENCE_SIZE), Image.Resampling.BICUBIC)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

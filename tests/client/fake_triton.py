@@ -188,7 +188,7 @@ def config(name: str, adapters: tuple[str, ...], *, stream: bool = False) -> Any
 
 
 class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """Serves the bundles `one` (adapter `plain`), `two` (`plus`, `face`) and `none`; `one_unet` is a part of a bundle."""
+    """Serves the bundles `one` (adapter `plain`), `two` (`plus`, `face`) and `none`; `one_unet` is part of a bundle."""
 
     def __init__(self) -> None:
         self.answer: Answers = picture_answer

@@ -83,9 +83,9 @@ def test_encoded_pictures(answered: Any) -> None:
 
 
 def test_encoded_clips(answered: Any) -> None:
-    for colours in ({"red": (255, 0, 0), "blue": (0, 0, 255)}, {"red": (255, 0, 0)}):
-        result = answered({"encoded": texts(encoded("GIF", *colours))}, num_frames=len(colours))
-        assert [frame.getpixel((0, 0)) for frame in result.frames[0]] == list(colours.values())
+    for colors in ({"red": (255, 0, 0), "blue": (0, 0, 255)}, {"red": (255, 0, 0)}):
+        result = answered({"encoded": texts(encoded("GIF", *colors))}, num_frames=len(colors))
+        assert [frame.getpixel((0, 0)) for frame in result.frames[0]] == list(colors.values())
         assert result.images == []
 
 
