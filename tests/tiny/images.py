@@ -29,7 +29,7 @@ def photos(count: int, seed: int = 0, size: tuple[int, int] = (96, 96)) -> list[
 
 
 def mask(kind: str = "left", size: tuple[int, int] = (64, 64)) -> Image.Image:
-    """Draw a mask, white (255) where it applies: `left`, `right`, `top` or `bottom` half, `circle`, or a `soft` ramp."""
+    """Draw a mask, white (255) where it applies: `left`, `right`, `top`, `bottom` half, `circle`, or a `soft` ramp."""
     width, height = size
     if kind == "soft":
         return Image.fromarray(np.tile(np.linspace(0, 255, width).round().astype(np.uint8), (height, 1)))
