@@ -343,9 +343,9 @@ class AsyncClient:
     async def _to_exception(
         self, error: BaseException, call: Any, request: Request | None, budget: Budget, bundle: str
     ) -> ImpromptError:
-        """Convert a failed call to our exception; re-raise if the caller's own task was cancelled.
+        """Convert a failed call to our exception; re-raise if the caller's own task was canceled.
 
-        grpc.aio raises `CancelledError` both for that and for a call that the server cancelled.
+        grpc.aio raises `CancelledError` both for that and for a call that the server canceled.
         """
         if isinstance(error, asyncio.CancelledError):
             task = asyncio.current_task()

@@ -105,9 +105,9 @@ def test_previews(client: Client, triton: FakeTriton) -> None:
 # Files
 
 
-@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
-def test_file_extension_selects_the_picture_format(answered: Any, tmp_path: Path, ending: str) -> None:
-    path = tmp_path / f"out.{ending}"
+@pytest.mark.parametrize("extension", ["png", "jpg", "webp"])
+def test_file_extension_selects_the_picture_format(answered: Any, tmp_path: Path, extension: str) -> None:
+    path = tmp_path / f"out.{extension}"
     assert answered(picture()).save(path) == [path]
     assert opened(path).size == (16, 8)
 
@@ -118,10 +118,10 @@ def test_several_pictures_are_numbered(answered: Any, tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(opened(paths[1])), picture(2)["images"][1])
 
 
-@pytest.mark.parametrize("ending", ["gif", "webp"])
+@pytest.mark.parametrize("extension", ["gif", "webp"])
 @pytest.mark.parametrize("output_type", ["pil", "np"])
-def test_clip_is_saved_as_an_animation(answered: Any, tmp_path: Path, ending: str, output_type: str) -> None:
-    (path,) = answered(clips(), output_type=output_type).save(tmp_path / f"out.{ending}", fps=4)
+def test_clip_is_saved_as_an_animation(answered: Any, tmp_path: Path, extension: str, output_type: str) -> None:
+    (path,) = answered(clips(), output_type=output_type).save(tmp_path / f"out.{extension}", fps=4)
     saved = opened(path)
     assert saved.n_frames == 3
     saved.load()
@@ -153,7 +153,7 @@ def test_saving_mp4_without_imageio_says_what_to_install(
 
 
 @pytest.mark.parametrize(
-    ("outputs", "ending", "message"),
+    ("outputs", "extension", "message"),
     [
         (clips(), "png", "out.png: clips must be saved as .gif, .webp or .mp4"),
         (clips(), "txt", "out.txt: clips must be saved as .gif, .webp or .mp4"),
@@ -164,10 +164,10 @@ def test_saving_mp4_without_imageio_says_what_to_install(
     ],
 )
 def test_file_extension_must_fit_the_result(
-    answered: Any, tmp_path: Path, outputs: Any, ending: str, message: str
+    answered: Any, tmp_path: Path, outputs: Any, extension: str, message: str
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        answered(outputs).save(tmp_path / f"out.{ending}")
+        answered(outputs).save(tmp_path / f"out.{extension}")
     assert not list(tmp_path.iterdir())
 
 
@@ -184,8 +184,8 @@ def test_invalid_path(answered: Any) -> None:
 
 @pytest.mark.parametrize("data", [encoded("JPEG", "red"), encoded("GIF", "red", "blue"), b"....ftypisom..."])
 def test_encoded_results_are_written_unchanged(answered: Any, tmp_path: Path, data: bytes) -> None:
-    ending = "mp4" if b"ftyp" in data else "gif" if data.startswith(b"GIF") else "jpg"
-    (path,) = answered({"encoded": texts(data)}).save(tmp_path / f"out.{ending}")
+    extension = "mp4" if b"ftyp" in data else "gif" if data.startswith(b"GIF") else "jpg"
+    (path,) = answered({"encoded": texts(data)}).save(tmp_path / f"out.{extension}")
     assert path.read_bytes() == data
 
 

@@ -202,7 +202,7 @@ def test_keyboard_interrupt_stops_the_work(url: str, triton: FakeTriton, monkeyp
 
 
 @pytest.mark.parametrize("method", ["generate", "stream"])
-def test_cancelling_a_task_stops_the_work(url: str, triton: FakeTriton, method: str) -> None:
+def test_canceling_a_task_stops_the_work(url: str, triton: FakeTriton, method: str) -> None:
     triton.answer = until_cancelled
 
     async def request(client: AsyncClient) -> None:

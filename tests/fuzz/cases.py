@@ -306,7 +306,10 @@ def _mutated(rng: Random, target: Target, model: Model) -> tuple[str, Tensors]:
     mutate(rng, target, model, inputs)
     changed = _shown({name: value for name, value in inputs.items() if given.get(name) != value})
     dropped = "".join(f", without {name}" for name in given if name not in inputs)
-    return f"{changed}{dropped}; beside {_names(name for name in inputs if given.get(name) == inputs[name])}", inputs
+    return (
+        f"{changed}{dropped}; unchanged: {_names(name for name in inputs if given.get(name) == inputs[name])}",
+        inputs,
+    )
 
 
 def _names(given: Iterable[str]) -> str:

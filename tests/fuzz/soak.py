@@ -68,7 +68,7 @@ def cancels(harness: Harness, count: int, *, seed: int = 0) -> Result:
     """Send `count` calls, both unary and streams, whose callers cancel at random times."""
     with _observed(harness, f"{count} cancellations by {CALLERS} callers") as result:
         rng, lock = Random(seed), threading.Lock()
-        calls = iter([_cancelled(harness, rng) for _ in range(count)])
+        calls = iter([_canceled(harness, rng) for _ in range(count)])
 
         def leave() -> None:
             while not harness.ended():
@@ -94,7 +94,7 @@ def _note(result: Result, lock: threading.Lock, answer: Answer) -> None:
             result.failures.append(f"a canceled call: {answer}")
 
 
-def _cancelled(harness: Harness, rng: Random) -> Sendable:
+def _canceled(harness: Harness, rng: Random) -> Sendable:
     """Build a long request whose caller cancels within `LONGEST_S`."""
     target = rng.choice(harness.targets)
     given = valid.small(target, rng.randrange(2**31)) | {"num_inference_steps": [_STEPS]}
