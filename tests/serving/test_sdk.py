@@ -182,7 +182,7 @@ def test_a_proxy_of_the_environment_is_not_asked(sd15: Served, monkeypatch: pyte
 def test_the_metrics_port_is_not_that_of_grpc(sd15: Served) -> None:
     with (
         Client(sd15.server.metrics_address) as client,
-        pytest.raises(ConnectionFailed, match="is to be host:port of the server's gRPC endpoint"),
+        pytest.raises(ConnectionFailed, match="the address must be the host:port of the server's gRPC endpoint"),
     ):
         client.models()
 
