@@ -1,4 +1,4 @@
-"""`python -m fuzz`: all of it over the embedded bundle, or single cases over any repository."""
+"""`python -m fuzz`: run everything on the embedded bundle, or single cases on any repository."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from rich.console import Console
 
 from fuzz import processes, soak
 from fuzz.cases import Case, case
-from fuzz.runner import Attacked, Log, Report, run, to_stderr
+from fuzz.runner import Harness, Log, Report, run, to_stderr
 from fuzz.target import Target, read_targets
 from imprompt_serving.launcher import Server
 
-MOST_GROWTH_MB = 64.0
+MAX_GROWTH_MB = 64.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 1 when something failed."""
-    parser = argparse.ArgumentParser(prog="python -m fuzz", description="Hostile requests against a real server.")
-    parser.add_argument("--repository", type=Path, help="model repository (default: that of the demo, made if need be)")
-    parser.add_argument("--work", type=Path, default=Path(".demo"), help="where that repository and the log are kept")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cases", type=int, default=10_000)
+    """Run the command line; return the exit status, 1 if anything failed."""
+    parser = argparse.ArgumentParser(prog="python -m fuzz", description="Send hostile requests to a real server.")
+    parser.add_argument("--repository", type=Path, help="model repository (default: the demo's, exported if necessary)")
+    parser.add_argument("--work", type=Path, default=Path(".demo"), help="folder for the demo's repository and the log")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all cases")
+    parser.add_argument("--cases", type=int, default=10_000, help="number of cases")
     parser.add_argument("--first", type=int, default=0, help="index of the first case")
-    parser.add_argument("--only", type=int, nargs="*", help="indices of the cases to run, and no soak")
-    parser.add_argument("--no-http", action="store_true", help="leave the HTTP port closed")
-    parser.add_argument("--refusals", type=int, default=3_000, help="refused streams of the soak")
-    parser.add_argument("--cancels", type=int, default=1_000, help="cancelled calls of the soak")
+    parser.add_argument("--only", type=int, nargs="*", help="run only the cases with these indices, and no soak test")
+    parser.add_argument("--no-http", action="store_true", help="keep the HTTP port closed")
+    parser.add_argument("--refusals", type=int, default=3_000, help="number of refused streams in the soak test")
+    parser.add_argument("--cancels", type=int, default=1_000, help="number of canceled calls in the soak test")
     options = parser.parse_args(arguments)
 
     options.work.mkdir(parents=True, exist_ok=True)
@@ -44,13 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         server.start()
         return server
 
-    with Attacked(start(), targets, start=start, log=log) as attacked:
+    with Harness(start(), targets, start=start, log=log) as harness:
         try:
-            failed = _fuzz(attacked, _cases(options.seed, indices, targets, http=not options.no_http), console)
+            failed = _fuzz(harness, _cases(options.seed, indices, targets, http=not options.no_http), console)
             if options.only is None:
-                failed |= _soak(attacked, options.refusals, options.cancels, console)
+                failed |= _soak(harness, options.refusals, options.cancels, console)
         finally:
-            attacked.server.kill()
+            harness.server.kill()
     return int(failed)
 
 
@@ -58,39 +58,39 @@ def _cases(seed: int, indices: Sequence[int], targets: Sequence[Target], *, http
     return (case(seed, index, targets, http=http) for index in indices)
 
 
-def _fuzz(attacked: Attacked, cases: Iterator[Case], console: Console) -> bool:
-    """Run and print; whether something failed."""
-    attacked.warm_up()
-    before = attacked.usage()
-    report: Report = run(attacked, cases, progress=to_stderr)
-    report.before, report.after = before, attacked.usage()
+def _fuzz(harness: Harness, cases: Iterator[Case], console: Console) -> bool:
+    """Run the cases, print the report, and return whether anything failed."""
+    harness.warm_up()
+    before = harness.usage()
+    report: Report = run(harness, cases, progress=to_stderr)
+    report.before, report.after = before, harness.usage()
     report.print(console)
-    return bool(report.failures) or _grew(report.before, report.after, console)
+    return bool(report.failures) or _memory_grew(report.before, report.after, console)
 
 
-def _soak(attacked: Attacked, refusals: int, cancels: int, console: Console) -> bool:
+def _soak(harness: Harness, refusals: int, cancels: int, console: Console) -> bool:
     failed = False
-    for result in (soak.refusals(attacked, refusals), soak.cancels(attacked, cancels)):
+    for result in (soak.refusals(harness, refusals), soak.cancels(harness, cancels)):
         result.print(console)
-        failed |= bool(result.failures) or _grew(result.before, result.after, console)
-        if attacked.ended():
-            attacked.revive()
-            attacked.warm_up()
+        failed |= bool(result.failures) or _memory_grew(result.before, result.after, console)
+        if harness.ended():
+            harness.revive()
+            harness.warm_up()
     return failed
 
 
-def _grew(before: dict[str, processes.Usage], after: dict[str, processes.Usage], console: Console) -> bool:
+def _memory_grew(before: dict[str, processes.Usage], after: dict[str, processes.Usage], console: Console) -> bool:
     growth = processes.growth(before, after)
-    if growth > MOST_GROWTH_MB:
-        console.print(f"FAILED memory: a process grew by {growth:.0f} MB; at most {MOST_GROWTH_MB:.0f} are allowed")
-    return growth > MOST_GROWTH_MB
+    if growth > MAX_GROWTH_MB:
+        console.print(f"FAILED memory: a process grew by {growth:.0f} MB, more than {MAX_GROWTH_MB:.0f}")
+    return growth > MAX_GROWTH_MB
 
 
 def _demo_repository(work: Path) -> Path:
-    """Exported as the demo does it; imported here, as it takes torch to do so."""
-    from imprompt_demo.demo import exported
+    """Export the demo's bundles unless they are up to date. The import is local because it loads torch."""
+    from imprompt_demo.demo import export_once
 
-    return exported(work)
+    return export_once(work)
 
 
 if __name__ == "__main__":

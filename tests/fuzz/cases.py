@@ -1,4 +1,4 @@
-"""The case with a given seed and index: the same one on every machine with the same Pillow and diffusers."""
+"""Build the case for a given seed and index; it is the same on every machine with the same Pillow and diffusers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 from tritonclient.grpc import service_pb2
 
 from fuzz import keywords, pictures, valid, values
-from fuzz.mutations import ill_formed, mutate, well_typed
+from fuzz.mutations import malformed, mutate, well_typed
 from fuzz.target import Model, Target
 from fuzz.tensors import Tensors, message, tensor, tensors
 from fuzz.transports import Crowd, Http, Sdk, Sendable, Stream, Unary
 
 _IDS = ("", "a", "x" * 500, " ", "\n", "\u4e2d", "%s", "../..", "0")
 _TIMES = 6
-"""That each of a crowd sends its request: Triton only batches what waits at the same moment."""
+"""How often each member of a crowd sends its request; Triton batches only requests that wait at the same moment."""
 _PARAMETERS = (
     *("priority", "timeout", "sequence_id", "sequence_start", "sequence_end", "binary_data_output", "classification"),
     *("triton_enable_empty_final_response", "triton_final_response", "correlation_id", "max_tokens", "nonsense", ""),
@@ -30,25 +30,25 @@ _PARAMETERS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """What is sent, and for which verdict: `kind` is one of `KINDS`."""
+    """A request to send, and what to expect. `kind` is one of `KINDS`."""
 
     seed: int
     index: int
     kind: str
     text: str
-    """What it is, for people."""
+    """A description for reports."""
     sendable: Sendable
     harmless: bool = False
-    """Must be answered with OK."""
+    """Whether it must succeed."""
     forbidden: bool = False
-    """Must not be: no caller may reach what it asks for."""
+    """Whether it must not succeed, because it asks for something that callers may not access."""
 
     def __str__(self) -> str:
         return f"case {self.index} of seed {self.seed}, {self.kind}: {self.text}"
 
 
 def case(seed: int, index: int, targets: Sequence[Target], *, http: bool = False) -> Case:
-    """The case; `http`: whether the server has an HTTP port."""
+    """Build the case with this seed and index; `http` tells whether the server has an HTTP port."""
     rng = Random(f"{seed}/{index}")
     target = rng.choice(targets)
     kinds = {kind: weight for kind, (weight, _) in KINDS.items() if http or kind != "http"}
@@ -80,22 +80,22 @@ def _harmless(rng: Random, target: Target) -> tuple[str, Sendable]:
 
 
 def _unary(rng: Random, target: Target) -> tuple[str, Sendable]:
-    text, inputs = _spoilt(rng, target, target.pipeline)
+    text, inputs = _mutated(rng, target, target.pipeline)
     return text, Unary(data=message(target.pipeline.name, inputs).SerializeToString())
 
 
 def _stream(rng: Random, target: Target) -> tuple[str, Sendable]:
     model = rng.choices((target.stream, target.pipeline), (9, 1))[0]
-    requests = [_spoilt(rng, target, model) for _ in range(rng.choice((1, 1, 1, 1, 3)))]
+    requests = [_mutated(rng, target, model) for _ in range(rng.choice((1, 1, 1, 1, 3)))]
     read = rng.choice((None, None, None, 1, 2))
     stay = rng.random() < 0.2
-    text = f"{model.name}, read {read or 'all'}, stay {stay}: {' | '.join(spoilt for spoilt, _ in requests)}"
+    text = f"{model.name}, read {read or 'all'}, stay {stay}: {' | '.join(change for change, _ in requests)}"
     data = tuple(message(model.name, inputs).SerializeToString() for _, inputs in requests)
     return text, Stream(data=data, read=read, stay=stay)
 
 
 def _leaver(rng: Random, target: Target) -> tuple[str, Sendable]:
-    """A caller of something harmless and long who goes away in the middle."""
+    """A caller that disconnects in the middle of a long, harmless request."""
     given = valid.valid(rng, target) | {"num_inference_steps": [60]}
     after = round(rng.random() * 0.3, 3)
     text = f"leaves after {after} s: {_names(given)}"
@@ -107,7 +107,7 @@ def _leaver(rng: Random, target: Target) -> tuple[str, Sendable]:
 
 
 def _envelope(rng: Random, target: Target) -> tuple[str, Sendable]:
-    """Harmless tensors with odd request ids, parameters, versions, outputs or duplicate inputs around them."""
+    """Harmless tensors in a request with an odd id, parameter, version or output, or with a duplicate input."""
     model = rng.choice((target.pipeline, target.stream))
     request = message(model.name, tensors(target.pipeline, valid.valid(rng, target)))
     done = " and ".join(_disguise(rng, model, request) for _ in range(rng.choice((1, 1, 2))))
@@ -146,11 +146,11 @@ def _disguise(rng: Random, model: Model, request: Any) -> str:
 
 
 def _flipped(rng: Random, target: Target) -> tuple[str, Sendable]:
-    """The bytes of a request with some of them changed."""
+    """A serialized request with some of its bytes changed."""
     model = rng.choice((target.pipeline, target.stream))
     data = message(model.name, tensors(target.pipeline, valid.valid(rng, target))).SerializeToString()
-    data = pictures.spoil(rng, data)
-    return f"{model.name}, spoilt bytes", Unary(data=data) if model is target.pipeline else Stream(data=(data,))
+    data = pictures.corrupt(rng, data)
+    return f"{model.name}, corrupted bytes", Unary(data=data) if model is target.pipeline else Stream(data=(data,))
 
 
 def _sdk(rng: Random, target: Target) -> tuple[str, Sendable]:
@@ -162,7 +162,7 @@ def _sdk(rng: Random, target: Target) -> tuple[str, Sendable]:
     method = rng.choice(("generate", "stream"))
     arguments = {"prompt": "a", **keywords.as_keywords(valid.valid(rng, target), target)}
     arguments.pop("encode_image", None)
-    keywords.spoil(rng, target, arguments)
+    keywords.corrupt(rng, target, arguments)
     read = rng.choice((None, 1)) if method == "stream" else None
     return f"{method}({_values(arguments)})", Sdk(
         method=method, keywords={"model": target.bundle, **arguments}, read=read
@@ -170,7 +170,7 @@ def _sdk(rng: Random, target: Target) -> tuple[str, Sendable]:
 
 
 def _internal(rng: Random, target: Target) -> tuple[str, Sendable]:
-    """A stranger at a model that only the pipeline may call."""
+    """A direct call of a model that only the pipeline may call."""
     model = rng.choice(target.internal)
     inputs = _internal_inputs(rng, target, model)
     data = message(model.name, inputs).SerializeToString()
@@ -188,12 +188,12 @@ def _internal_inputs(rng: Random, target: Target, model: Model) -> Tensors:
     }
     if rng.random() < 0.3:
         name = rng.choice(sorted(inputs))
-        inputs[name] = ill_formed(rng, inputs[name])
+        inputs[name] = malformed(rng, inputs[name])
     return inputs
 
 
 def _denoiser_inputs(rng: Random, target: Target, model: Model) -> Tensors:
-    """A job, the question for a place, or a cancellation; well made or not."""
+    """A job, an admission request or a cancellation for the denoiser, valid or not."""
     job_id = rng.choice((uuid.UUID(int=rng.getrandbits(128)).hex, "", "a"))
     place = {"id": job_id, "rows": rng.choice((1, 10**6, -1)), "steps": rng.choice((1, 1000)), "shape": "q"}
     job = {
@@ -252,7 +252,7 @@ def _admin(rng: Random, target: Target) -> tuple[str, Sendable]:
 
 
 def _http(rng: Random, target: Target) -> tuple[str, Sendable]:
-    """Like `_unary` as JSON, whole or spoilt, at one of Triton's paths."""
+    """Like `_unary`, but as JSON for one of Triton's HTTP paths, intact or corrupted."""
     given = valid.valid(rng, target)
     for name in rng.sample(sorted(given), min(2, len(given))):
         given[name] = rng.choice((values.json_value(rng), [values.json_value(rng)], given[name]))
@@ -270,7 +270,7 @@ def _http(rng: Random, target: Target) -> tuple[str, Sendable]:
     if rng.random() < 0.1:
         encoded = encoded.replace(b'"id": "x"', b'"id": "\xff\xfe"')
     elif rng.random() < 0.4:
-        encoded = pictures.spoil(rng, encoded)
+        encoded = pictures.corrupt(rng, encoded)
     headers = {"Content-Type": "application/json"}
     if rng.random() < 0.1:
         headers["Inference-Header-Content-Length"] = rng.choice(("0", "-1", "5", "999999999", "x"))
@@ -296,17 +296,20 @@ KINDS: dict[str, tuple[int, Callable[[Random, Target], tuple[str, Sendable]]]] =
     "admin": (1, _admin),
     "http": (8, _http),
 }
-"""Kinds of cases by name: their shares, and what makes them."""
+"""Kinds of cases by name: their weight, and the function that builds them."""
 
 
-def _spoilt(rng: Random, target: Target, model: Model) -> tuple[str, Tensors]:
-    """A mutated request, and what is wrong with it."""
+def _mutated(rng: Random, target: Target, model: Model) -> tuple[str, Tensors]:
+    """Build a mutated request and a description of the changes."""
     given = tensors(target.pipeline, valid.valid(rng, target))
     inputs = dict(given)
     mutate(rng, target, model, inputs)
     changed = _shown({name: value for name, value in inputs.items() if given.get(name) != value})
     dropped = "".join(f", without {name}" for name in given if name not in inputs)
-    return f"{changed}{dropped}; beside {_names(name for name in inputs if given.get(name) == inputs[name])}", inputs
+    return (
+        f"{changed}{dropped}; unchanged: {_names(name for name in inputs if given.get(name) == inputs[name])}",
+        inputs,
+    )
 
 
 def _names(given: Iterable[str]) -> str:
@@ -322,7 +325,7 @@ def _values(arguments: dict[str, Any]) -> str:
     for name, value in arguments.items():
         try:
             text = re.sub(r" at 0x\w+", "", repr(value))[:80]
-        except ValueError:  # an integer of too many digits
+        except ValueError:  # an integer with too many digits
             text = f"a huge {type(value).__name__}"
         shown.append(f"{name}={text}")
     return ", ".join(shown)

@@ -1,4 +1,4 @@
-"""Requests as keyword arguments of the SDK, and Python values of every type in their place."""
+"""Requests as keyword arguments of the SDK, and odd Python values to put in their place."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ _MODES = (*pictures.MODES, "LAB", "PA", "RGBX", "I;16B")
 
 
 def as_keywords(given: Values, target: Target) -> dict[str, Any]:
-    """`given` as the SDK takes it: pictures by adapter, single values bare, JSON as objects."""
+    """Convert tensor values to SDK keywords: pictures keyed by adapter, single values unwrapped, JSON parsed."""
     keywords: dict[str, Any] = {}
     embeds, scales = "ip_adapter_image_embeds", "ip_adapter_scale_config"
     for name, value in given.items():
@@ -93,8 +93,8 @@ def as_keywords(given: Values, target: Target) -> dict[str, Any]:
     return keywords
 
 
-def spoil(rng: Random, target: Target, keywords: dict[str, Any]) -> None:
-    """Put one to three values of any type into `keywords`, under names that exist or do not."""
+def corrupt(rng: Random, target: Target, keywords: dict[str, Any]) -> None:
+    """Set one to three values of any type in `keywords`, under known or unknown names."""
     known = sorted(_known(target))
     for _ in range(rng.choice((1, 1, 2, 3))):
         name = rng.choice(sorted(keywords)) if rng.random() < 0.5 else rng.choice((*known, *_UNKNOWN))
@@ -102,7 +102,7 @@ def spoil(rng: Random, target: Target, keywords: dict[str, Any]) -> None:
 
 
 def odd_value(rng: Random, target: Target) -> Any:
-    """A Python value that some parameter takes and most do not."""
+    """Draw a Python value that is valid for few parameters, if any."""
     match rng.randrange(8):
         case 0:
             return _picture(rng)
@@ -122,7 +122,7 @@ def odd_value(rng: Random, target: Target) -> Any:
 
 
 def _picture(rng: Random) -> Any:
-    """A picture in one of the forms that the SDK takes, of a mode or size that it may not."""
+    """Draw a picture of a type that the SDK accepts, but perhaps of an invalid mode or size."""
     size = rng.choice(((8, 8), (64, 64), (1, 1), (0, 0), (0, 5), (300, 2)))
     match rng.randrange(3):
         case 0:
@@ -134,6 +134,6 @@ def _picture(rng: Random) -> Any:
 
 
 def _known(target: Target) -> set[str]:
-    """Keywords of `generate` and `stream` for this bundle."""
+    """List the keywords of `generate` and `stream` for this bundle."""
     names = {declared.name for declared in (*target.pipeline.inputs, *target.stream.inputs)}
     return (names | {"ip_adapter_image_embeds", "output_type", "timeout"}) - {"prompt"}

@@ -1,4 +1,4 @@
-"""Changes that spoil a request: one input at a time, by its declared type or against it."""
+"""Mutate requests: change one input at a time, within its declared type or against it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Mutation = Callable[[Random, Target, Model, Tensors], None]
 
 
 def mutate(rng: Random, target: Target, model: Model, inputs: Tensors) -> None:
-    """Spoil `inputs`, meant for a pipeline `model`, with one to three mutations."""
+    """Apply one to three mutations to `inputs` for a pipeline `model`."""
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         rng.choices([mutation for mutation, _ in _WEIGHTED], [weight for _, weight in _WEIGHTED])[0](
             rng, target, model, inputs
@@ -29,7 +29,7 @@ def mutate(rng: Random, target: Target, model: Model, inputs: Tensors) -> None:
 
 
 def well_typed(rng: Random, target: Target, declared: Input) -> Tensor:
-    """Any value, of the type that the input declares: what only the server itself can refuse."""
+    """Draw any value of the declared type; only our server, not Triton, can reject it."""
     name, dtype = declared.name, declared.dtype
     if dtype == "BYTES":
         if name.endswith("_config"):
@@ -44,8 +44,8 @@ def well_typed(rng: Random, target: Target, declared: Input) -> Tensor:
     return tensor(dtype, values.floats(rng) if dtype.startswith("FP") else values.integers(rng, dtype))
 
 
-def ill_formed(rng: Random, given: Tensor) -> Tensor:
-    """`given` with data type, shape and bytes that do not belong together: what Triton should refuse."""
+def malformed(rng: Random, given: Tensor) -> Tensor:
+    """Return `given` with inconsistent data type, shape or bytes, which Triton should reject."""
     data = given.data or b""
     match rng.randrange(5):
         case 0:
@@ -69,7 +69,7 @@ def _hostile_value(rng: Random, target: Target, model: Model, inputs: Tensors) -
 
 
 def _hostile_neighbor(rng: Random, target: Target, model: Model, inputs: Tensors) -> None:
-    """Another value for an input that the request has, so that the rest of it fits."""
+    """Change the value of an input that the request already has, so that the rest stays consistent."""
     given = [declared for declared in model.inputs if declared.name in inputs]
     if given:
         declared = rng.choice(given)
@@ -79,11 +79,11 @@ def _hostile_neighbor(rng: Random, target: Target, model: Model, inputs: Tensors
 def _break_form(rng: Random, target: Target, model: Model, inputs: Tensors) -> None:
     if inputs:
         name = rng.choice(sorted(inputs))
-        inputs[name] = ill_formed(rng, inputs[name])
+        inputs[name] = malformed(rng, inputs[name])
 
 
 def _declared_otherwise(rng: Random, target: Target, model: Model, inputs: Tensors) -> None:
-    """A well-formed tensor of a type that the input does not declare."""
+    """Replace an input with a well-formed tensor of another type than declared."""
     declared = rng.choice(model.inputs)
     dtype = rng.choice(("BYTES", *NUMPY))
     other = Input(name="other", dtype=dtype, dims=rng.choice((declared.dims, (-1, -1))))
@@ -124,7 +124,7 @@ _WEIGHTED: tuple[tuple[Mutation, int], ...] = (
 
 
 def _words(target: Target, name: str) -> tuple[str, ...]:
-    """Words that an input of texts may know, by its name."""
+    """List words that are meaningful to a text input."""
     adapters = tuple(str(adapter["name"]) for adapter in target.adapters)
     if name.endswith("_adapter") or name == "encode_image":
         return (*adapters, target.bundle)

@@ -1,4 +1,4 @@
-"""Encoded pictures: every mode and format that Pillow writes, bombs, fragments, and files that are no pictures."""
+"""Encoded pictures: every mode and format that Pillow writes, decompression bombs, fragments, and non-pictures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODES = "1 L LA P RGB RGBA CMYK YCbCr LAB HSV I F I;16".split()
 
 @lru_cache(maxsize=64)
 def photo(size: int = 64, seed: int = 0) -> bytes:
-    """A harmless PNG with something on it: a square picture of blocks."""
+    """Encode a harmless square PNG of colored blocks."""
     blocks = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return encode(Image.fromarray(blocks).resize((size, size), Image.Resampling.NEAREST), "PNG")
 
@@ -30,7 +30,7 @@ def encode(image: Image.Image, kind: str, **options: object) -> bytes:
 
 @lru_cache(maxsize=1)
 def every_format() -> tuple[bytes, ...]:
-    """A small picture in each mode and format that Pillow can write here."""
+    """Encode a small picture in every mode and format that Pillow can write on this machine."""
     Image.init()
     files = []
     for kind in sorted(Image.SAVE):
@@ -38,13 +38,13 @@ def every_format() -> tuple[bytes, ...]:
             try:
                 files.append(encode(Image.new(mode, (16, 16)), kind))
             except (OSError, ValueError, KeyError, TypeError, RuntimeError, SystemError, AttributeError):
-                continue  # each plugin refuses a mode, or a missing library, with an error of its own
+                continue  # plugins raise different errors for unsupported modes and missing libraries
     return tuple(files)
 
 
 @lru_cache(maxsize=32)
 def png(width: int, height: int, *, bits: int = 8, color: int = 0) -> bytes:
-    """A complete PNG of zeros by its header's numbers; few bytes however large it is (color 0: gray, 2: RGB)."""
+    """Build a complete black PNG of any size that compresses to few bytes (color 0: grayscale, 2: RGB)."""
     row = b"\0" * (1 + (width * bits * (3 if color == 2 else 1) + 7) // 8)
     packer = zlib.compressobj(9)
     pixels = b"".join([*(packer.compress(row) for _ in range(height)), packer.flush()])
@@ -56,7 +56,7 @@ def png(width: int, height: int, *, bits: int = 8, color: int = 0) -> bytes:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims its size and has no pixels for it."""
+    """Build a PNG whose header claims this size, without the pixels for it."""
     whole = png(8, 8)
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:]
@@ -108,8 +108,8 @@ _BOMBS: tuple[Callable[[], bytes], ...] = (
 )
 
 
-def spoil(rng: Random, data: bytes) -> bytes:
-    """`data` with bytes replaced, cut out, inserted or repeated."""
+def corrupt(rng: Random, data: bytes) -> bytes:
+    """Return `data` with bytes replaced, truncated, inserted or repeated."""
     if not data:
         return b"\0"
     changed, at = bytearray(data), rng.randrange(len(data))
@@ -127,7 +127,7 @@ def spoil(rng: Random, data: bytes) -> bytes:
 
 
 def picture(rng: Random) -> bytes:
-    """Encoded bytes for an input that wants a picture."""
+    """Draw bytes for a picture input."""
     match rng.randrange(8):
         case 0 | 1:
             return photo(rng.choice((64, 64, 72, 8, 1, 300)), rng.randrange(4))
@@ -138,11 +138,11 @@ def picture(rng: Random) -> bytes:
         case 5:
             return rng.choice(NOT_PICTURES)
         case _:
-            return spoil(rng, rng.choice((photo(), *every_format())))
+            return corrupt(rng, rng.choice((photo(), *every_format())))
 
 
 def pictures(rng: Random) -> list[bytes]:
-    """A list for such an input: now and then far too many, or all of them bombs."""
+    """Draw a list for a picture input; now and then far too many, or only bombs."""
     match rng.randrange(12):
         case 0:
             return [photo(16)] * rng.choice((65, 257, 1000))

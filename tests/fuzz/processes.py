@@ -1,4 +1,4 @@
-"""What a server holds: memory, threads and file descriptors of each of its processes, and shared memory."""
+"""Resource usage of a server: memory, threads and file descriptors of each process, and shared memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHARED_MEMORY = "/dev/shm"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Usage:
-    """Of one process; of `/dev/shm`, where `files` counts regions. Memory is resident, in MB."""
+    """Usage of one process (resident memory in MB), or of `/dev/shm`, where `files` counts shared memory regions."""
 
     memory: float
     threads: int
@@ -25,17 +25,17 @@ class Usage:
 
 
 def processes(server: Server) -> dict[str, psutil.Process]:
-    """The processes of `server` by name."""
+    """Return the processes of `server` by name."""
     return {name: psutil.Process(pid) for name, pid in {"tritonserver": server.pid, **server.stub_pids}.items()}
 
 
 def ended(known: dict[str, psutil.Process]) -> list[str]:
-    """Names of those that ended, or whose number another process has by now."""
+    """Name the processes that have ended, including those whose PID was reused."""
     return [name for name, process in known.items() if not _alive(process)]
 
 
 def usage(known: dict[str, psutil.Process]) -> dict[str, Usage]:
-    """What each holds now, and the shared memory of servers of this process."""
+    """Measure each process, and the shared memory of all servers started by this process."""
     used: dict[str, Usage] = {}
     for name, process in known.items():
         with suppress(psutil.Error), process.oneshot():
@@ -48,14 +48,15 @@ def usage(known: dict[str, psutil.Process]) -> dict[str, Usage]:
 
 
 def growth(before: dict[str, Usage], after: dict[str, Usage]) -> float:
-    """MB by which the process grew that grew most."""
+    """Return the largest memory growth of any process, in MB."""
     return max((after[name].memory - before[name].memory for name in before if name in after), default=0.0)
 
 
 def table(before: dict[str, Usage], after: dict[str, Usage]) -> Table:
-    """Both, side by side."""
+    """Tabulate usage before and after side by side."""
     shown = Table(
-        "process", "MB before", "after", "threads before", "after", "files before", "after", title_justify="left"
+        *("process", "MB before", "MB after", "threads before", "threads after", "files before", "files after"),
+        title_justify="left",
     )
     for name, first in before.items():
         last = after.get(name)

@@ -1,4 +1,4 @@
-"""Runs cases one after another, looks after the server between them, and counts."""
+"""Run cases in sequence, check the server's health between them, and report."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ from fuzz.processes import Usage
 from fuzz.target import Target
 from fuzz.tensors import Tensor, message, tensor, tensors
 from fuzz.transports import Answer, Connections, Stream, Unary
-from fuzz.verdicts import is_tritons, verdict
+from fuzz.verdicts import is_triton_error, verdict
 from imprompt_serving.launcher import Server
 
 DEADLINE_S = 90.0
-"""For one case. Far above what any takes, also on a busy machine: a case that needs it hangs."""
+"""Deadline of a case, far above what any needs even on a busy machine; a case that reaches it hangs."""
 SLOW_S = 5.0
 PROBE_EVERY = 25
-"""Cases between two ordinary pictures."""
+"""Number of cases between health probes."""
 SAME_LEVELS = 2
-"""Levels of 255 by which a picture may differ from the first one: it may share a batch with a job that is leaving."""
+"""How much a probe's picture may differ from the first one, in levels of 255; it may share a batch with another job."""
 SETTLE_S = 7.0
-"""The server holds what it has sent for 5 s."""
+"""How long to wait before measuring memory; the server keeps sent responses for 5 s."""
 SMALL_REQUESTS = 100
 PROGRESS_EVERY = 250
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failure:
-    """What went wrong with which case; without a case it is the server that is not as it was."""
+    """A failure of a case, or (without a case) of the server."""
 
     verdict: str
     case: Case | None
     message: str
     logged: str = ""
-    """From the server's log."""
+    """The traceback in the server's log, if any."""
 
     @property
     def cause(self) -> str:
-        """The same for failures that look alike: the verdict and the start of the message, without what varies."""
+        """Key for grouping similar failures: the verdict and the start of the message, without variable parts."""
         if self.verdict in ("memory address", "long message"):
             return self.verdict
         return f"{self.verdict}: {_VARYING.sub('_', self.message)[:80]}"
@@ -63,13 +63,13 @@ _VARYING = re.compile(r"0x[0-9a-f]+|'[^']*'|\"[^\"]*\"|\[[^\]]*\]|-?\d[\d.e+-]*"
 
 @dataclass(kw_only=True, slots=True)
 class Report:
-    """Counts of a run."""
+    """The results of a run."""
 
     answers: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By kind of case and status."""
+    """Number of answers by kind of case and status."""
     failures: list[Failure] = field(default_factory=list)
-    tritons: int = 0
-    """Internal errors of Triton's own."""
+    triton_errors: int = 0
+    """Number of internal errors raised by Triton itself."""
     slow: list[tuple[float, Case]] = field(default_factory=list)
     probes: int = 0
     seconds: float = 0.0
@@ -81,13 +81,13 @@ class Report:
         return self.answers.total()
 
     def table(self) -> Table:
-        """Cases by kind, and what they ended with."""
+        """Tabulate the cases and their answers by kind."""
         verdicts = Counter(failure.verdict for failure in self.failures)
         named = {name: verdicts.pop(name, 0) for name in ("crash", "hang", "internal")}
         title = (
-            f"{self.cases} cases in {self.seconds:.0f} s, {self.probes} ordinary pictures between them; "
+            f"{self.cases} cases in {self.seconds:.0f} s, {self.probes} health probes; "
             f"crashes: {named['crash']}, hangs: {named['hang']}, internal errors: {named['internal']}, "
-            f"other failures: {verdicts.total()}; internal errors of Triton's own: {self.tritons}; "
+            f"other failures: {verdicts.total()}; internal errors of Triton itself: {self.triton_errors}; "
             f"slower than {SLOW_S:g} s: {len(self.slow)}"
         )
         shown = Table("kind", "cases", "answers", title=title, title_justify="left")
@@ -98,7 +98,7 @@ class Report:
         return shown
 
     def causes(self) -> str:
-        """Failures that look alike together: how many, the shortest case of them, and where others are."""
+        """Describe each group of similar failures: how many, the shortest case, and the indices of others."""
         alike: dict[str, list[Failure]] = {}
         for failure in self.failures:
             alike.setdefault(failure.cause, []).append(failure)
@@ -124,14 +124,14 @@ class Report:
 
 
 class Log:
-    """The server's log in a file; knows how far it was read."""
+    """The server's log file and the position up to which it has been read."""
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("w", encoding="utf-8")
         self._path, self._offset = path, 0
 
     def tracebacks(self) -> str:
-        """What was written since the last call, from its first traceback on."""
+        """Return what was logged since the last call, starting at the first traceback."""
         with self._path.open(encoding="utf-8", errors="replace") as text:
             text.seek(self._offset)
             new = text.read()
@@ -140,11 +140,11 @@ class Log:
         return found + rest
 
 
-class Attacked:
-    """A running server with connections and an ordinary picture of each bundle, made anew when the server has ended.
+class Harness:
+    """A running server with connections to it, health probes, and a way to restart it after a crash.
 
     Args:
-        start: starts another one; without it the first crash is the end.
+        start: starts a new server after a crash; if None, the first crash ends the run.
     """
 
     def __init__(
@@ -174,11 +174,11 @@ class Attacked:
         self.processes = processes.processes(self.server)
 
     def ended(self) -> list[str]:
-        """Processes of the server that ended, or were replaced, since it was started or revived."""
+        """Name the server processes that have ended or been replaced since the last start."""
         return processes.ended(self.processes)
 
     def revive(self) -> bool:
-        """Start the server again, if there is a way to."""
+        """Restart the server; return False if there is no way to."""
         if self._start is None:
             return False
         self.connections.close()
@@ -188,7 +188,7 @@ class Attacked:
         return True
 
     def probe(self) -> str:
-        """Ask each bundle for its ordinary picture; what is wrong with it, or nothing."""
+        """Generate a known picture with each bundle; return a description of the first problem, or an empty string."""
         for target in self.targets:
             try:
                 keywords = as_keywords(valid.small(target), target)
@@ -197,16 +197,16 @@ class Attacked:
                 return f"no picture of {target.bundle}: {type(error).__name__}: {error}"
             first = self._pictures.setdefault(target.bundle, picture)
             if np.abs(first.astype(int) - picture).max() > SAME_LEVELS:
-                return f"another picture of {target.bundle} than at first"
+                return f"the picture of {target.bundle} has changed"
         return ""
 
     def warm_up(self) -> None:
-        """One request of each task, and the largest ones: what memory they take belongs to the server."""
+        """Run one request per task and the largest ones, so that their memory counts as part of the server's."""
         rng = Random(0)
         for target in self.targets:
             limits = target.capabilities["limits"]
             largest = {"height": [limits["height"][1]], "width": [limits["width"][1]], "num_inference_steps": [1]}
-            requests = [maker(rng, target) for maker in valid.makers(target)]
+            requests = [maker(rng, target) for maker in valid.request_kinds(target)]
             requests += [largest | {"num_images_per_prompt": [limits["rows"]]}]
             if target.capabilities["video"]:
                 requests += [largest | {"num_frames": [min(limits["frames"][1], 16)]}]
@@ -217,9 +217,9 @@ class Attacked:
                 Stream(data=(message(target.stream.name, inputs).SerializeToString(),)).send(self.connections)
 
     def usage(self) -> dict[str, Usage]:
-        """What the server holds once it has let go of its last answers.
+        """Measure usage after the server has released its last responses.
 
-        Triton keeps the buffers of large requests, and returns them to the system only as smaller ones follow.
+        Triton keeps the buffers of large requests, and returns them to the system only while handling smaller ones.
         """
         target = self.targets[0]
         small = tensors(target.pipeline, valid.small(target))
@@ -231,53 +231,53 @@ class Attacked:
         return processes.usage(self.processes)
 
 
-def run(attacked: Attacked, cases: Iterable[Case], *, progress: Callable[[str], None] = lambda line: None) -> Report:
-    """Send `cases`; the server's usage before and after is the caller's to measure."""
+def run(harness: Harness, cases: Iterable[Case], *, progress: Callable[[str], None] = lambda line: None) -> Report:
+    """Run `cases` and report; measuring usage before and after is up to the caller."""
     report, start, since = Report(), time.monotonic(), 0
-    _check(attacked, report, None)
+    _check(harness, report, None)
     for number, case in enumerate(cases, 1):
-        answer = case.sendable.send(attacked.connections)
+        answer = case.sendable.send(harness.connections)
         report.answers[case.kind, answer.status] += 1
-        report.tritons += is_tritons(answer)
+        report.triton_errors += is_triton_error(answer)
         if answer.seconds > SLOW_S:
             report.slow.append((answer.seconds, case))
         known, since = len(report.failures), since + 1
-        alive = _judge(attacked, report, case, answer)
+        alive = _record(harness, report, case, answer)
         if alive and (since >= PROBE_EVERY or len(report.failures) > known):
-            alive, since = _check(attacked, report, case), 0
+            alive, since = _check(harness, report, case), 0
         report.seconds = time.monotonic() - start
         if number % PROGRESS_EVERY == 0:
             progress(f"{number} cases, {len(report.failures)} failures, {report.seconds:.0f} s")
-        if not alive and not attacked.revive():
+        if not alive and not harness.revive():
             break
-    if not attacked.ended():
-        _check(attacked, report, None)
+    if not harness.ended():
+        _check(harness, report, None)
     report.seconds = time.monotonic() - start
     return report
 
 
-def _judge(attacked: Attacked, report: Report, case: Case, answer: Answer) -> bool:
-    """Record what the answer, the processes and the log say; whether the server can go on."""
-    wrong = verdict(case, answer, attacked.deadline)
-    told = f"{answer.status} after {answer.seconds:.1f} s: {answer.message}"
-    if gone := attacked.ended():
-        report.failures.append(Failure(verdict="crash", case=case, message=f"{', '.join(gone)} ended; {told}"))
+def _record(harness: Harness, report: Report, case: Case, answer: Answer) -> bool:
+    """Record failures seen in the answer, the processes and the log; return whether the server is still running."""
+    problem = verdict(case, answer, harness.deadline)
+    message = f"{answer.status} after {answer.seconds:.1f} s: {answer.message}"
+    if ended := harness.ended():
+        report.failures.append(Failure(verdict="crash", case=case, message=f"{', '.join(ended)} ended; {message}"))
         return False
-    logged = attacked.log.tracebacks() if attacked.log else ""
-    if wrong or logged:
-        report.failures.append(Failure(verdict=wrong or "traceback in the log", case=case, message=told, logged=logged))
+    logged = harness.log.tracebacks() if harness.log else ""
+    if problem or logged:
+        failure = Failure(verdict=problem or "traceback in the log", case=case, message=message, logged=logged)
+        report.failures.append(failure)
     return True
 
 
-def _check(attacked: Attacked, report: Report, case: Case | None) -> bool:
-    """Ask for ordinary pictures; whether they came."""
-    report.probes += len(attacked.targets)
-    wrong = attacked.probe()
-    if wrong:
-        report.failures.append(
-            Failure(verdict="unwell", case=case, message=f"{wrong} (by this case, or one shortly before)")
-        )
-    return not wrong
+def _check(harness: Harness, report: Report, case: Case | None) -> bool:
+    """Probe the server's health, record a failure, and return whether it is healthy."""
+    report.probes += len(harness.targets)
+    problem = harness.probe()
+    if problem:
+        message = f"{problem} (after this case or one shortly before)"
+        report.failures.append(Failure(verdict="unhealthy", case=case, message=message))
+    return not problem
 
 
 def to_stderr(line: str) -> None:

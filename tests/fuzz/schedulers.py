@@ -1,4 +1,4 @@
-"""Configurations of schedulers with odd values under keys that exist."""
+"""Scheduler configurations with odd values for existing keys."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WORDS = (
     *("zero", "sigma_min", "continuous", "discrete"),
     *("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"),
 )
-"""Values that some scheduler takes for some key."""
+"""Values that some scheduler accepts for some key."""
 _NUMBERS: tuple[Any, ...] = (
     0,
     1,
@@ -56,19 +56,19 @@ _NUMBERS: tuple[Any, ...] = (
 
 @lru_cache(maxsize=64)
 def keys(scheduler: str) -> tuple[str, ...]:
-    """Keys of the configuration of a diffusers scheduler."""
+    """List the configuration keys of a diffusers scheduler."""
     parameters = inspect.signature(getattr(diffusers, scheduler).__init__).parameters
     return tuple(sorted(set(parameters) - {"self"}))
 
 
 @lru_cache(maxsize=64)
 def defaults(scheduler: str) -> dict[str, Any]:
-    """Its whole configuration as diffusers keeps it, with private keys and infinities."""
+    """Return the whole default configuration as diffusers stores it, including private keys and infinities."""
     return dict(getattr(diffusers, scheduler)().config)
 
 
 def config(rng: Random, scheduler: str) -> dict[str, Any]:
-    """One to three keys with values of any kind; a key of another scheduler, or private ones, now and then."""
+    """Draw one to three keys with values of any type; now and then a private or unknown key, or all keys."""
     chosen: dict[str, Any] = {}
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         chosen[rng.choice(keys(scheduler))] = _value(rng)
@@ -81,7 +81,7 @@ def config(rng: Random, scheduler: str) -> dict[str, Any]:
 
 
 def config_text(rng: Random, scheduler: str) -> bytes:
-    """Such a configuration as JSON, with NaN and infinities in Python's spelling."""
+    """Draw such a configuration as JSON, with NaN and infinities in Python's spelling."""
     return json.dumps(config(rng, scheduler)).encode()
 
 

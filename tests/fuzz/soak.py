@@ -1,4 +1,4 @@
-"""Thousands of refused streams, and of calls that are cancelled midway, beside an ordinary caller."""
+"""Soak tests: thousands of refused streams and of canceled calls, while a regular caller keeps generating."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from rich.console import Console
 
 from fuzz import processes, valid
 from fuzz.processes import Usage
-from fuzz.runner import Attacked
+from fuzz.runner import Harness
 from fuzz.tensors import message, tensors
 from fuzz.transports import Answer, Sdk, Sendable, Stream, Unary
 
 CALLERS = 4
-"""That cancel, at the same time."""
+"""Number of callers that cancel calls at the same time."""
 LONGEST_S = 0.3
-"""Until a caller leaves; a picture of `_STEPS` takes longer."""
+"""Longest time until a caller cancels; a picture of `_STEPS` takes longer."""
 _STEPS = 60
 _PAUSE_S = 0.2
-"""Of the ordinary caller, between two pictures."""
+"""Pause of the regular caller between pictures."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Result:
-    """What a soak saw."""
+    """The result of a soak test."""
 
     title: str
     statuses: Counter[str] = field(default_factory=Counter)
     pictures: int = 0
-    """That the ordinary caller got meanwhile."""
+    """Number of pictures that the regular caller received meanwhile."""
     failures: list[str] = field(default_factory=list)
     seconds: float = 0.0
     before: dict[str, Usage] = field(default_factory=dict)
@@ -43,40 +43,40 @@ class Result:
     def print(self, console: Console) -> None:
         shown = processes.table(self.before, self.after)
         counts = ", ".join(f"{status} {count}" for status, count in self.statuses.most_common())
-        shown.title = f"{self.title} in {self.seconds:.0f} s: {counts}; {self.pictures} ordinary pictures beside them"
+        shown.title = f"{self.title} in {self.seconds:.0f} s: {counts}; {self.pictures} pictures for a regular caller"
         console.print(shown)
         for failure in self.failures:
             console.print(f"FAILED {failure}"[:600], markup=False, highlight=False, soft_wrap=True)
 
 
-def refusals(attacked: Attacked, count: int) -> Result:
-    """`count` streams of the SDK in a row, each refused for its number of steps."""
-    bundle = attacked.targets[0].bundle
+def refusals(harness: Harness, count: int) -> Result:
+    """Send `count` streams in sequence with the SDK, each with an invalid number of steps."""
+    bundle = harness.targets[0].bundle
     refused = Sdk(method="stream", keywords={"model": bundle, "prompt": "a", "num_inference_steps": 0})
-    with _observed(attacked, f"{count} refused streams") as result:
+    with _observed(harness, f"{count} refused streams") as result:
         for _ in range(count):
-            answer = refused.send(attacked.connections)
+            answer = refused.send(harness.connections)
             result.statuses[answer.status] += 1
             if answer.status != "InvalidRequest":
                 result.failures.append(f"a refused stream: {answer}")
-                if attacked.ended():
+                if harness.ended():
                     break
     return result
 
 
-def cancels(attacked: Attacked, count: int, *, seed: int = 0) -> Result:
-    """`count` calls, unary ones and streams, whose callers leave at random moments."""
-    with _observed(attacked, f"{count} cancels by {CALLERS} callers") as result:
+def cancels(harness: Harness, count: int, *, seed: int = 0) -> Result:
+    """Send `count` calls, both unary and streams, whose callers cancel at random times."""
+    with _observed(harness, f"{count} cancellations by {CALLERS} callers") as result:
         rng, lock = Random(seed), threading.Lock()
-        calls = iter([_cancelled(attacked, rng) for _ in range(count)])
+        calls = iter([_canceled(harness, rng) for _ in range(count)])
 
         def leave() -> None:
-            while not attacked.ended():
+            while not harness.ended():
                 with lock:
                     call = next(calls, None)
                 if call is None:
                     return
-                _note(result, lock, call.send(attacked.connections))
+                _note(result, lock, call.send(harness.connections))
 
         callers = [threading.Thread(target=leave) for _ in range(CALLERS)]
         for caller in callers:
@@ -89,14 +89,14 @@ def cancels(attacked: Attacked, count: int, *, seed: int = 0) -> Result:
 def _note(result: Result, lock: threading.Lock, answer: Answer) -> None:
     with lock:
         result.statuses[answer.status] += 1
-        # A picture may be ready, or the server full of jobs that it is about to drop, before the caller leaves.
+        # Before the caller cancels, the picture may be ready, or the server full of jobs that it has yet to drop.
         if answer.status not in ("LEFT", "OK", "UNAVAILABLE", "CANCELLED"):
-            result.failures.append(f"a caller who leaves: {answer}")
+            result.failures.append(f"a canceled call: {answer}")
 
 
-def _cancelled(attacked: Attacked, rng: Random) -> Sendable:
-    """A long picture whose caller leaves within `LONGEST_S`."""
-    target = rng.choice(attacked.targets)
+def _canceled(harness: Harness, rng: Random) -> Sendable:
+    """Build a long request whose caller cancels within `LONGEST_S`."""
+    target = rng.choice(harness.targets)
     given = valid.small(target, rng.randrange(2**31)) | {"num_inference_steps": [_STEPS]}
     after = rng.random() * LONGEST_S
     if rng.random() < 0.5:
@@ -108,13 +108,13 @@ def _cancelled(attacked: Attacked, rng: Random) -> Sendable:
 
 
 @contextmanager
-def _observed(attacked: Attacked, title: str) -> Iterator[Result]:
-    """Usage before and after, and an ordinary caller meanwhile, whose pictures must stay the same."""
-    result, done = Result(title=title, before=attacked.usage()), threading.Event()
+def _observed(harness: Harness, title: str) -> Iterator[Result]:
+    """Measure usage before and after, while a regular caller checks that its pictures stay the same."""
+    result, done = Result(title=title, before=harness.usage()), threading.Event()
 
     def ask() -> None:
         while not done.wait(_PAUSE_S):
-            wrong = attacked.probe()
+            wrong = harness.probe()
             result.pictures += not wrong
             if wrong:
                 result.failures.append(wrong)
@@ -127,6 +127,6 @@ def _observed(attacked: Attacked, title: str) -> Iterator[Result]:
         done.set()
         ordinary.join()
         result.seconds = time.monotonic() - start
-    if gone := attacked.ended():
+    if gone := harness.ended():
         result.failures.append(f"{', '.join(gone)} ended")
-    result.after = attacked.usage()
+    result.after = harness.usage()

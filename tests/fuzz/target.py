@@ -1,6 +1,6 @@
-"""What is attacked: the models of a repository with their inputs, read from their own configurations.
+"""The fuzzing targets: the models of a repository and their inputs, read from their Triton configurations.
 
-A new parameter of the pipeline is therefore fuzzed without a change here.
+New parameters of the pipeline are therefore fuzzed without changes here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tritonclient.grpc import model_config_pb2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Input:
-    """An input tensor: KServe data type (`BYTES`, `FP64`, ...) and dimensions (-1: any), with that of the batch."""
+    """An input tensor: KServe data type (`BYTES`, `FP64`, ...) and shape (-1: any size), including the batch axis."""
 
     name: str
     dtype: str
@@ -45,7 +45,7 @@ class Target:
     pipeline: Model
     stream: Model
     internal: tuple[Model, ...]
-    """Denoisers, encoders and VAE, which no caller should reach."""
+    """Denoisers, encoders and VAE, which callers must not be able to use."""
     capabilities: Mapping[str, Any]
 
     @property
@@ -53,7 +53,7 @@ class Target:
         return tuple(self.capabilities["ip_adapters"])
 
     def smallest(self, limit: str) -> int:
-        """Lower end of a range in the limits of the bundle, such as `height`."""
+        """Return the lower end of a range in the bundle's limits, such as `height`."""
         return int(self.capabilities["limits"][limit][0])
 
     def takes(self, *names: str) -> bool:
@@ -62,7 +62,7 @@ class Target:
 
 
 def read_targets(repository: Path) -> tuple[Target, ...]:
-    """The bundles of `repository`, by name."""
+    """Read the bundles of `repository`, sorted by name."""
     configs = [
         text_format.Parse(file.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
         for file in sorted(repository.glob("*/config.pbtxt"))
@@ -83,7 +83,7 @@ def read_targets(repository: Path) -> tuple[Target, ...]:
 
 
 def _owner(part: Any, bundles: list[Any]) -> Any:
-    """The bundle of an internal model: that with the longest name which `part` starts with; None for pipelines."""
+    """Return the bundle of an internal model, the one with the longest matching name prefix; None for pipelines."""
     if "capabilities" in part.parameters:
         return None
     owners = [config for config in bundles if part.name.startswith(f"{config.name}_")]

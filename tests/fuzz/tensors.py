@@ -1,4 +1,4 @@
-"""Tensors as they travel: well-formed ones from values, and whatever a mutation makes of them."""
+"""Tensors as sent over the wire, both well-formed ones and mutated ones."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ NUMPY: dict[str, type] = {
     "FP32": np.float32,
     "FP64": np.float64,
 }
-"""KServe data types of fixed size."""
+"""Fixed-size KServe data types."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tensor:
-    """One input of a request; nothing holds `dtype`, `shape` and `data` to each other. None: the field is missing."""
+    """One input of a request. `dtype`, `shape` and `data` need not be consistent; `data` None means no data at all."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -44,24 +44,24 @@ Tensors = dict[str, Tensor]
 
 
 def tensor(dtype: str, values: Sequence[Any] | np.ndarray[Any, Any]) -> Tensor:
-    """A well-formed tensor: one axis of `values`, or the axes of an array."""
+    """Build a well-formed tensor from a list (one axis) or an array."""
     if dtype == "BYTES":
         texts = [value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value for value in values]
         data = b"".join(struct.pack("<I", len(text)) + text for text in texts)
         return Tensor(dtype=dtype, shape=(len(texts),), data=data)
-    with np.errstate(over="ignore"):  # 1e308 as FP32 is an infinity
+    with np.errstate(over="ignore"):  # 1e308 becomes infinity in FP32
         array: np.ndarray[Any, Any] = np.asarray(values, NUMPY[dtype])
     return Tensor(dtype=dtype, shape=array.shape, data=array.tobytes())
 
 
 def tensors(model: Model, values: Mapping[str, Sequence[Any] | np.ndarray[Any, Any]]) -> Tensors:
-    """Tensors for `values` by input name, each of the type that `model` declares."""
+    """Build tensors for values keyed by input name, in the data types that `model` declares."""
     declared = {declared.name: declared.dtype for declared in model.inputs}
     return {name: tensor(declared[name], value) for name, value in values.items()}
 
 
 def message(model: str, inputs: Mapping[str, Tensor], *, request_id: str = "", outputs: Sequence[str] = ()) -> Any:
-    """A `ModelInferRequest`."""
+    """Build a `ModelInferRequest`."""
     request = service_pb2.ModelInferRequest(model_name=model, id=request_id)
     for name, given in inputs.items():
         request.inputs.add(name=name, datatype=given.dtype, shape=given.shape)

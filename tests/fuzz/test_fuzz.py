@@ -1,4 +1,4 @@
-"""A short round of what `make fuzz` does at length. The cases are always the same, and no verdict hangs on time."""
+"""A short version of `make fuzz`. The cases are always the same, and no verdict depends on timing."""
 
 from __future__ import annotations
 
@@ -9,45 +9,45 @@ import pytest
 from fuzz import soak
 from fuzz.cases import KINDS, case
 from fuzz.processes import growth
-from fuzz.runner import Attacked, run
+from fuzz.runner import Harness, run
 from fuzz.target import Target, read_targets
 from fuzz.transports import Answer
 from fuzz.verdicts import verdict
 from served import Served
 
 CASES = 300
-MOST_GROWTH_MB = 64.0
+MAX_GROWTH_MB = 64.0
 
 
 @pytest.fixture(scope="module")
-def attacked(served: Callable[[str], Served]) -> Iterator[Attacked]:
-    """The bundle with most features: ControlNets, a T2I-Adapter, clips and an image prompt."""
+def harness(served: Callable[[str], Served]) -> Iterator[Harness]:
+    """The bundle with the most features: ControlNets, a T2I-Adapter, clips and an image prompt."""
     control = served("control")
     targets = read_targets(control.bundle.repository)
-    with Attacked(control.server, targets) as attacked:
-        attacked.warm_up()
-        yield attacked
+    with Harness(control.server, targets) as harness:
+        harness.warm_up()
+        yield harness
 
 
-def test_nothing_that_callers_send_harms_the_server(attacked: Attacked) -> None:
-    report = run(attacked, (case(0, index, attacked.targets) for index in range(CASES)))
+def test_hostile_requests_do_not_harm_the_server(harness: Harness) -> None:
+    report = run(harness, (case(0, index, harness.targets) for index in range(CASES)))
     assert not report.failures, "\n" + report.causes()
     assert report.cases == CASES
     assert {kind for kind, _ in report.answers} == KINDS.keys() - {"http"}
 
 
-def test_refusals_on_streams_leave_nothing_behind(attacked: Attacked) -> None:
-    result = soak.refusals(attacked, 100)
+def test_refused_streams_leak_no_memory(harness: Harness) -> None:
+    result = soak.refusals(harness, 100)
     assert not result.failures
     assert result.statuses == {"InvalidRequest": 100}
-    assert growth(result.before, result.after) < MOST_GROWTH_MB
+    assert growth(result.before, result.after) < MAX_GROWTH_MB
 
 
-def test_callers_who_leave_leave_nothing_behind(attacked: Attacked) -> None:
-    result = soak.cancels(attacked, 30)
+def test_canceled_calls_leak_no_memory(harness: Harness) -> None:
+    result = soak.cancels(harness, 30)
     assert not result.failures
     assert result.statuses["LEFT"] > 10
-    assert growth(result.before, result.after) < MOST_GROWTH_MB
+    assert growth(result.before, result.after) < MAX_GROWTH_MB
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def target(bundle: Callable[[str], object]) -> Target:
     return read_targets(bundle("control").repository)[0]  # type: ignore[attr-defined]
 
 
-def test_a_case_is_the_same_whenever_it_is_made(target: Target) -> None:
+def test_cases_are_reproducible(target: Target) -> None:
     for index in range(50):
         assert str(case(3, index, [target])) == str(case(3, index, [target]))
         assert str(case(3, index, [target])) != str(case(4, index, [target]))
@@ -77,7 +77,7 @@ def test_a_case_is_the_same_whenever_it_is_made(target: Target) -> None:
         ("stream", Answer(status="SILENT"), "silent"),
         ("sdk", Answer(status="FOREIGN", message="TypeError: not a number"), "internal"),
         ("harmless", Answer(status="UNAVAILABLE", message="full"), "harmless refused"),
-        ("internal", Answer(status="OK"), "open to strangers"),
+        ("internal", Answer(status="OK"), "reachable by callers"),
         ("crowd", Answer(status="NEIGHBOR", message="INTERNAL"), "neighbor harmed"),
     ],
     ids=str,

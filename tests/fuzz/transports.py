@@ -1,4 +1,4 @@
-"""Ways to send a case, and what came back. Each ends within its deadline, whatever the server does."""
+"""Ways to send a case and read its answer. Each ends within its deadline, whatever the server does."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _NO_LIMIT = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_le
 class Answer:
     """How a case ended.
 
-    `status` is a gRPC status; `HTTP 200`; the name of an exception of the SDK or, if it is none of ours, `FOREIGN`;
-    or `LEFT` (the caller went away), `STREAM ERROR` (a message of Triton's without a status), `SILENT` (the stream
-    ended without a word) or `NEIGHBOR` (a harmless request sent beside it failed).
+    `status` is a gRPC status; an HTTP status such as `HTTP 200`; the name of an SDK exception, or `FOREIGN` for any
+    other exception; or `LEFT` (the caller canceled), `STREAM ERROR` (an error from Triton without a status), `SILENT`
+    (the stream ended without a message) or `NEIGHBOR` (a harmless request sent at the same time failed).
     """
 
     status: str
@@ -35,21 +35,21 @@ class Answer:
 
 
 class Connections:
-    """The ways to a server; threads may share one."""
+    """Connections to a server by every transport; thread-safe."""
 
     def __init__(self, grpc_address: str, http_address: str | None, deadline: float) -> None:
         self.deadline = deadline
         self.http_address = http_address
-        # No retries: what a refusal is must be seen, and seen at once.
+        # No retries, so that refusals are seen immediately.
         self.client = Client(grpc_address, timeout=deadline, max_retries=0)
         self._channel = grpc.insecure_channel(grpc_address, _NO_LIMIT)
 
     def unary(self, method: str, answer: Callable[[bytes], Any]) -> Any:
-        """A method that takes bytes, so that they need not be a message."""
+        """Return a unary method that sends raw bytes, which need not be a valid message."""
         return self._channel.unary_unary(_SERVICE + method, lambda data: data, answer)
 
     def stream(self) -> Any:
-        """`ModelStreamInfer` of bytes."""
+        """Return a `ModelStreamInfer` that sends raw bytes."""
         parse = service_pb2.ModelStreamInferResponse.FromString
         return self._channel.stream_stream(_SERVICE + "ModelStreamInfer", lambda data: data, parse)
 
@@ -59,19 +59,19 @@ class Connections:
 
 
 class Sendable(Protocol):
-    """A case that is ready to be sent."""
+    """A case ready to send."""
 
     def send(self, server: Connections) -> Answer: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unary:
-    """A call of one answer; the bytes are those of a request of `method`, unless they were spoilt."""
+    """A unary call; `data` is a serialized request of `method`, intact or corrupted."""
 
     data: bytes
     method: str = "ModelInfer"
     leave_after: float | None = None
-    """Seconds after which the caller leaves."""
+    """Seconds after which the caller cancels."""
 
     def send(self, server: Connections) -> Answer:
         start = time.monotonic()
@@ -90,17 +90,17 @@ class Unary:
 class Stream:
     """A stream of one or more requests.
 
-    Never with the metadata `triton_grpc_error`: with it Triton 2.51 crashes by itself after some hundred errors, and
-    nothing of this project sends it.
+    Never sets `triton_grpc_error` in the metadata: it makes Triton 2.51 crash after some hundreds of errors, and this
+    project never uses it.
     """
 
     data: tuple[bytes, ...]
     leave_after: float | None = None
-    """Seconds after which the caller leaves, read or not."""
+    """Seconds after which the caller cancels, even if it has read nothing."""
     read: int | None = None
-    """Answers after which it leaves."""
+    """Number of messages after which the caller cancels."""
     stay: bool = False
-    """Whether it keeps its side open until the first answer is there."""
+    """Whether the caller keeps its side open until the first message arrives."""
 
     def send(self, server: Connections) -> Answer:
         start, answered = time.monotonic(), Event()
@@ -111,7 +111,7 @@ class Stream:
             for answer in call:
                 answered.set()
                 count += 1
-                status, message = _told(answer)
+                status, message = _status_and_message(answer)
                 if self.read is not None and count >= self.read:
                     status = "LEFT" if status == "OK" else status
                     break
@@ -132,12 +132,12 @@ class Stream:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sdk:
-    """A call of the SDK: a method of `Client`, with keywords of any type."""
+    """A call of a `Client` method, with keywords of any type."""
 
     method: str
     keywords: Mapping[str, Any]
     read: int | None = None
-    """Events of a stream after which the caller leaves."""
+    """Number of events after which the caller closes a stream."""
 
     def send(self, server: Connections) -> Answer:
         start = time.monotonic()
@@ -163,10 +163,10 @@ class Sdk:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Http:
-    """A POST, where the server has an HTTP port (off by default).
+    """An HTTP POST, for servers with an HTTP port (off by default).
 
-    Two things are never sent, as they end Triton 2.51 before anything of this project sees them, and as only those are
-    exposed who turn the port on: JSON nested 150,000 levels deep, and megabytes in chunks of one byte.
+    Two things are never sent, because they crash Triton 2.51 before any code of this project runs: JSON nested 150,000
+    levels deep, and megabytes in chunks of one byte. Only servers with the port turned on are exposed to them.
     """
 
     path: str
@@ -191,12 +191,12 @@ class Http:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Crowd:
-    """Several cases at once, so that Triton may put them into one batch, and a harmless one that must not suffer."""
+    """Several cases at once, so that Triton may batch them, with a harmless request that must not be affected."""
 
     cases: tuple[Sendable, ...]
     harmless: Sendable
     times: int
-    """That each of them is sent."""
+    """How often each of them is sent."""
 
     def send(self, server: Connections) -> Answer:
         with ThreadPoolExecutor(len(self.cases) + 1) as callers:
@@ -204,15 +204,15 @@ class Crowd:
             neighbor, *answers = (call.result() for call in calls)
         if neighbor.status != "OK":
             return Answer(status="NEIGHBOR", message=f"{neighbor.status} {neighbor.message}", seconds=neighbor.seconds)
-        worst = max(answers, key=_badness)
+        worst = max(answers, key=_severity)
         return Answer(status=worst.status, message=worst.message, seconds=max(answer.seconds for answer in answers))
 
     def _repeated(self, case: Sendable, server: Connections) -> Answer:
-        """The worst answer of some: one that is not OK."""
-        return max((case.send(server) for _ in range(self.times)), key=_badness)
+        """Send a case several times and return the worst answer."""
+        return max((case.send(server) for _ in range(self.times)), key=_severity)
 
 
-def _badness(answer: Answer) -> tuple[bool, bool, float]:
+def _severity(answer: Answer) -> tuple[bool, bool, float]:
     return answer.status in ("INTERNAL", "UNKNOWN"), answer.status != "OK", answer.seconds
 
 
@@ -220,8 +220,8 @@ def _failed(error: Any, start: float) -> Answer:
     return Answer(status=error.code().name, message=error.details() or "", seconds=time.monotonic() - start)
 
 
-def _told(answer: Any) -> tuple[str, str]:
-    """Status and message of one answer of a stream: those of its tensor `error`, if it has one."""
+def _status_and_message(answer: Any) -> tuple[str, str]:
+    """Return status and message of one stream message, from its `error` tensor if it has one."""
     if answer.error_message:
         return "STREAM ERROR", answer.error_message
     response = answer.infer_response

@@ -1,4 +1,4 @@
-"""Requests that a server must answer with a picture: every task of a bundle, as small as the bundle allows."""
+"""Valid requests, which must succeed: every task of a bundle, as small as the bundle allows."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fuzz.pictures import photo
 from fuzz.target import Target
 
 Values = dict[str, Any]
-"""Values by input name: a list with one axis, or an array."""
+"""Values by input name: a list (one axis) or an array."""
 
 TIMEOUT_S = 20.0
-"""Ends the costly among the mutated requests; those without it must end too."""
+"""Keeps expensive mutated requests short; requests that lose it must end as well."""
 
 
 def small(target: Target, seed: int = 1) -> Values:
-    """The ordinary request."""
+    """Build the smallest text-to-image request, on which all others are based."""
     return {
         "prompt": ["a red circle"],
         "num_inference_steps": [2],
@@ -49,7 +49,7 @@ def _latents(rng: Random, target: Target) -> Values:
 
 def _scheduler(rng: Random, target: Target) -> Values:
     chosen = rng.choice(target.capabilities["schedulers"])
-    # Four steps: Heun's and KDPM2's second order, and DPM++'s third, need some.
+    # Four steps, because the second order of Heun and KDPM2 and the third order of DPM++ need several.
     return {
         "scheduler": [chosen],
         "scheduler_config": ["{}"],
@@ -128,16 +128,16 @@ def _clip_from_video(rng: Random, target: Target) -> Values:
     return {"video": [_own_size(target)] * frames, "strength": [0.5], "num_inference_steps": [2]}
 
 
-_Maker = Callable[[Random, Target], Values]
-_ALWAYS: tuple[_Maker, ...] = (_text, _several, _encoded, _latents, _scheduler, _start_picture, _inpainting)
-_WITH_PICTURE_PROMPTS: tuple[_Maker, ...] = (_image_prompts, _scales_by_block, _regions, _encode_image)
+_RequestKind = Callable[[Random, Target], Values]
+_ALWAYS: tuple[_RequestKind, ...] = (_text, _several, _encoded, _latents, _scheduler, _start_picture, _inpainting)
+_WITH_IMAGE_PROMPTS: tuple[_RequestKind, ...] = (_image_prompts, _scales_by_block, _regions, _encode_image)
 
 
-def makers(target: Target) -> Sequence[_Maker]:
-    """What `target` can do, each as a function for what it adds to the ordinary request."""
+def request_kinds(target: Target) -> Sequence[_RequestKind]:
+    """List what `target` supports, as functions that return what to add to the smallest request."""
     return (
         *_ALWAYS,
-        *(_WITH_PICTURE_PROMPTS if _picture_adapters(target) else ()),
+        *(_WITH_IMAGE_PROMPTS if _picture_adapters(target) else ()),
         *((_embeddings,) if target.adapters else ()),
         *((_control,) if target.capabilities["controlnets"] else ()),
         *((_clip, _clip_from_video) if target.capabilities["video"] else ()),
@@ -145,15 +145,15 @@ def makers(target: Target) -> Sequence[_Maker]:
 
 
 def valid(rng: Random, target: Target) -> Values:
-    """One of them."""
-    return small(target, rng.randrange(3)) | rng.choice(makers(target))(rng, target)
+    """Draw a valid request."""
+    return small(target, rng.randrange(3)) | rng.choice(request_kinds(target))(rng, target)
 
 
 def _picture_adapters(target: Target) -> list[str]:
-    """Adapters that take any picture: those of faces want a face on it."""
+    """Name the adapters that accept any picture; FaceID adapters need one with a face."""
     return [own["name"] for own in target.adapters if own["takes_images"] and not own["kind"].startswith("faceid")]
 
 
 def _own_size(target: Target, seed: int = 0) -> bytes:
-    """A picture of the size that the ordinary request asks for."""
+    """Encode a picture of the size of the smallest request."""
     return photo(max(target.smallest("height"), target.smallest("width")), seed)

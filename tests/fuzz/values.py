@@ -1,4 +1,4 @@
-"""Values that callers get wrong or choose to harm: numbers at the edges of their types, texts, and JSON."""
+"""Values that callers send by mistake or with bad intent: numbers at the limits of their types, text, and JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from fuzz.tensors import NUMPY
 
 COUNTS = (1, 1, 1, 1, 2, 3, 0, 9, 65)
-"""Numbers of values in a list, most of them one."""
+"""Lengths of lists, mostly one."""
 SMALL_INTEGERS = (-8, -1, 0, 1, 1, 2, 2, 3, 4, 5, 7, 8, 9, 10, 16, 17, 32, 63, 64, 64, 65, 72, 100, 128, 136)
 FLOATS = (0.0, -0.0, 0.25, 0.5, 0.5, 1.0, 1.0, 1.5, 2.0, -1.0, -3.5, 1e-3, 1e6, 1e30, -1e30, 1e308, -1e308, 5e-324)
 NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
@@ -34,7 +34,7 @@ TEXTS: tuple[bytes, ...] = (
     b"\xed\xa0\x80",  # a lone surrogate
     b"\xf4\x90\x80\x80",  # beyond Unicode
     "\u4e2d\u6587 \u202e\u200d\ufeff e\u0301 \U0001f468\u200d\U0001f469".encode(),
-    "\u0130\ufdfa".encode() * 200,  # grow when lowered or normalized
+    "\u0130\ufdfa".encode() * 200,  # these grow when lowercased or normalized
     b"a" * 5_000,
     b"x" * 20_000,
 )
@@ -62,12 +62,12 @@ JSON_TEXTS: tuple[str, ...] = (
     '{"__class__":"os.system","__proto__":{}}',
     f'{{"x":"{"y" * 70_000}"}}',
 )
-"""Whole documents."""
+"""Complete documents."""
 _KEYS = ("down", "up", "mid", "block_0", "block_1", "block_2", "0", "", "x")
 
 
 def integers(rng: Random, dtype: str) -> list[int]:
-    """Integers that fit into `dtype`, its own edges among them."""
+    """Draw integers that fit into `dtype`, including its limits."""
     edges: Any = np.iinfo(NUMPY[dtype])
     known = [value for value in SMALL_INTEGERS if edges.min <= value <= edges.max]
     known += [int(edges.min), int(edges.max), int(edges.max) - 5]
@@ -79,7 +79,7 @@ def floats(rng: Random) -> list[float]:
 
 
 def texts(rng: Random, known: tuple[str, ...]) -> list[bytes]:
-    """Texts, half of them words that mean something to the server; now and then very long."""
+    """Draw texts: half are words that mean something to the server, and some are very long."""
     if rng.random() < 0.05:
         return [rng.choice(HUGE_TEXTS)]
     words = [word.encode() for word in known] or [b"x"]
@@ -87,7 +87,7 @@ def texts(rng: Random, known: tuple[str, ...]) -> list[bytes]:
 
 
 def json_value(rng: Random, depth: int = 0) -> Any:
-    """Any JSON value, nested a few levels."""
+    """Draw any JSON value, nested a few levels."""
     match rng.randrange(10) if depth < 4 else 0:
         case 8:
             return [json_value(rng, depth + 1) for _ in range(rng.randrange(4))]
@@ -98,7 +98,7 @@ def json_value(rng: Random, depth: int = 0) -> Any:
 
 
 def json_text(rng: Random) -> bytes:
-    """A JSON document, or something that looks like one."""
+    """Draw a JSON document, or something that looks like one."""
     if rng.random() < 0.4:
         text = rng.choice(JSON_TEXTS)
     elif rng.random() < 0.5:
@@ -109,7 +109,7 @@ def json_text(rng: Random) -> bytes:
 
 
 def numbers(rng: Random, dtype: str, dims: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """An array of `dtype` with about the declared axes, filled with one value or with noise."""
+    """Draw an array of `dtype` with roughly the declared shape, filled with a single value."""
     shape = [rng.choice((1, 1, 2, 2, 3, 0)) if size < 0 else size for size in dims]
     if shape and rng.random() < 0.2:
         shape[rng.randrange(len(shape))] = rng.choice((0, 1, 2, 3, 5, 17, 64))

@@ -1,13 +1,13 @@
-"""Tiny random checkpoints in the public layouts, test pictures, and diffusers as the oracle.
+"""Tiny random checkpoints in the public file layouts, test pictures, and diffusers as the oracle.
 
-| module | makes |
+| module | creates |
 |---|---|
-| `base` | whole diffusers pipeline folders (SD1.5, SDXL, inpainting, LCM-distilled) |
+| `base` | complete diffusers pipeline folders (SD1.5, SDXL, inpainting, LCM-distilled) |
 | `adapters` | image encoders and IP-Adapter files of every kind |
 | `control` | ControlNets, T2I-Adapters, motion adapters, LoRA files |
 | `images` | pictures, masks, control images, face embeddings |
-| `oracle` | diffusers pipelines over these folders, picture distances |
+| `oracle` | diffusers pipelines from these folders, and distances between pictures |
 
-Widths are about a sixteenth of the real ones, so that shapes keep their real relations. Everything follows from a
-seed; the global random state is neither used nor changed.
+Widths are about a sixteenth of the real ones, so that their ratios are preserved. Everything is determined by a seed;
+the global random state is neither used nor changed.
 """

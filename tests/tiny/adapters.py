@@ -1,7 +1,7 @@
 """Image encoders and IP-Adapter files of every kind, with the key layouts of h94/IP-Adapter and IP-Adapter-FaceID.
 
-The layouts are those that diffusers reads in `UNet2DConditionLoadersMixin._convert_ip_adapter_image_proj_to_diffusers`
-and `_load_ip_adapter_loras`; they come from `ip_adapter/resampler.py` and `ip_adapter/ip_adapter_faceid.py` of
+diffusers reads these layouts in `UNet2DConditionLoadersMixin._convert_ip_adapter_image_proj_to_diffusers` and
+`_load_ip_adapter_loras`. They originate from `ip_adapter/resampler.py` and `ip_adapter/ip_adapter_faceid.py` in
 tencent-ailab/IP-Adapter.
 """
 
@@ -23,12 +23,12 @@ Kind = Literal[
 ]
 Weights = dict[str, Tensor]
 
-DIM_HEAD = 64  # fixed in diffusers' resampler, and so are its four layers
-FACE_DIM = 512  # insightface's embeddings
+DIM_HEAD = 64  # hard-coded in diffusers' resampler, like its four layers
+FACE_DIM = 512  # size of insightface's embeddings
 LORA_RANK = 4  # 128 in the real files
 LORA_KINDS = ("faceid", "faceid_plus", "faceid_plusv2")
 
-# The names in the public repositories. FaceID files lie in the root of theirs, as .bin only.
+# File names in the public repositories. FaceID files are in the root of theirs, and only as .bin.
 WEIGHT_NAMES: dict[tuple[str, str, str], str] = {
     ("sd15", "plain", "vit_h"): "ip-adapter_sd15.safetensors",
     ("sd15", "light", "vit_h"): "ip-adapter_sd15_light.safetensors",
@@ -50,10 +50,10 @@ WEIGHT_NAMES: dict[tuple[str, str, str], str] = {
 
 
 def make_image_encoder(folder: str | Path, *, kind: Encoder = "vit_h", seed: int = 0) -> Path:
-    """Writes a CLIPVisionModelWithProjection into `folder` itself; its public place is `models/image_encoder`.
+    """Write a CLIPVisionModelWithProjection to `folder`; in the public repositories it is `models/image_encoder`.
 
-    Pictures of 32 x 32 in patches of 8 make 17 tokens. ViT-H: 80 hidden, 64 projected; bigG: 104 and 80. (As with the
-    real ones, bigG projects to the hidden width of ViT-H: a wrong pairing may fit by accident.)
+    A 32 x 32 picture in patches of 8 becomes 17 tokens. ViT-H: hidden size 80, projected 64; bigG: 104 and 80. As with
+    the real ones, bigG projects to the hidden size of ViT-H, so a wrong pairing may fit by accident.
     """
     with private_rng():
         encoder = CLIPVisionModelWithProjection(vision_config(kind))
@@ -74,11 +74,11 @@ def make_adapter(
     levels: int = 4,
     seed: int = 0,
 ) -> Path:
-    """Writes one adapter file into a repository folder and returns its path.
+    """Write one adapter file to a repository folder and return its path.
 
-    File and subfolder are the public ones by default (`models`, `sdxl_models`, the root for FaceID). The ending decides
-    the format: `.bin` is a nested dict, `.safetensors` is flat. `encoder` is the image encoder it goes with: bigG for
-    plain SDXL, else ViT-H. `layers_per_block` and `levels` must be the base's, when these are not the default.
+    File name and subfolder default to the public ones (`models`, `sdxl_models`, or the root for FaceID). The extension
+    decides the format: `.bin` is a nested dict, `.safetensors` is flat. `encoder` is the matching image encoder: bigG
+    for plain SDXL, otherwise ViT-H. `layers_per_block` and `levels` must match the base if it is not the default one.
     """
     encoder = encoder or ("big_g" if (family, kind) == ("sdxl", "plain") else "vit_h")
     weight_name = weight_name or WEIGHT_NAMES[family, kind, encoder]
@@ -86,7 +86,7 @@ def make_adapter(
         subfolder = "" if kind.startswith("faceid") else {"sd15": "models", "sdxl": "sdxl_models"}[family]
     path = Path(folder) / subfolder / weight_name
     path.parent.mkdir(parents=True, exist_ok=True)
-    rng = generator(10 + get_args(Kind).index(kind) + 100 * seed)  # light is not plain, plus-face is not plus
+    rng = generator(10 + get_args(Kind).index(kind) + 100 * seed)  # light differs from plain, and plus-face from plus
     state = {
         "image_proj": _image_projection(rng, kind, family, encoder),
         "ip_adapter": _attention_layers(rng, family, layers_per_block, levels, lora=kind in LORA_KINDS),
@@ -110,7 +110,7 @@ def _image_projection(rng: torch.Generator, kind: Kind, family: Family, encoder:
         first, second = _linear(rng, "proj.0", hidden_size, hidden_size), _linear(rng, "proj.2", dim, hidden_size, 2.0)
         return first | second | _norm(rng, "proj.3", dim)
     tokens = 16 if kind == "faceid_portrait" else 4
-    # The embedding has length 1, so its elements are small: larger weights.
+    # The embedding has unit length, so its elements are small and the weights have to be larger.
     face = _linear(rng, "proj.0", 2 * FACE_DIM, FACE_DIM, gain=FACE_DIM**0.5)
     face |= _linear(rng, "proj.2", tokens * dim, 2 * FACE_DIM, gain=2.0) | _norm(rng, "norm", dim)
     if kind in ("faceid", "faceid_portrait"):
@@ -120,7 +120,7 @@ def _image_projection(rng: torch.Generator, kind: Kind, family: Family, encoder:
 
 
 def _resampler(rng: torch.Generator, dim: int, embedding_dim: int, output_dim: int) -> Weights:
-    """`Resampler` without its latents, which is `FacePerceiverResampler` as well."""
+    """Draw the weights of `Resampler` without its latents, which also fit `FacePerceiverResampler`."""
     width = DIM_HEAD * max(1, dim // DIM_HEAD)
     weights = _linear(rng, "proj_in", dim, embedding_dim) | _linear(rng, "proj_out", output_dim, dim)
     weights |= _norm(rng, "norm_out", output_dim)
@@ -139,7 +139,7 @@ def _resampler(rng: torch.Generator, dim: int, embedding_dim: int, output_dim: i
 def _attention_layers(
     rng: torch.Generator, family: Family, layers_per_block: int | None, levels: int, *, lora: bool
 ) -> Weights:
-    """`<N>.to_k_ip`, `<N>.to_v_ip` for odd N (cross-attention); `<N>.to_*_lora` for every N."""
+    """Draw `<N>.to_k_ip` and `<N>.to_v_ip` for odd N (cross-attention), and `<N>.to_*_lora` for every N."""
     with private_rng(), torch.device("meta"):
         unet = UNet2DConditionModel(**unet_config(family, layers_per_block, levels))
     modules = dict(unet.named_modules())

@@ -36,7 +36,7 @@ Encoder = Literal["vit_h", "big_g"]
 SAMPLE_SIZE = 8  # latents; 64 pixels
 IMAGE_SIZE = 32  # of the CLIP vision encoders
 CROSS_ATTENTION_DIM = {"sd15": 48, "sdxl": 128}  # 768 and 2048 in the real ones
-THROUGH, PREDICTED = 0.95, 0.2  # what of the predicted noise comes from the sample, and what from the network
+THROUGH, PREDICTED = 0.95, 0.2  # how much of the predicted noise comes from the sample, and how much from the network
 LAYERS_PER_BLOCK = {"sd15": 1, "sdxl": 2}
 VISION = {  # hidden size, projection: (1280, 1024) and (1664, 1280) in the real ones
     "vit_h": (80, 64),
@@ -54,11 +54,11 @@ def make_sd15(
     levels: int = 4,
     seed: int = 0,
 ) -> Path:
-    """Writes a Stable Diffusion 1.5 folder. Its default picture is 64 x 64; the UNet has 10 cross-attention layers.
+    """Write a Stable Diffusion 1.5 folder. Its default size is 64 x 64; its UNet has 10 cross-attention layers.
 
-    `in_channels=9` makes an inpainting checkpoint; `time_cond_proj_dim` a distilled one (LCM) that takes the guidance
-    scale as `timestep_cond`; `layers_per_block=2` the real layout with 16 cross-attention layers; `levels=2` one with
-    two resolutions only, for what takes long to export.
+    `in_channels=9` creates an inpainting checkpoint; `time_cond_proj_dim` a distilled one (LCM) whose UNet takes the
+    guidance scale as `timestep_cond`; `layers_per_block=2` the real layout with 16 cross-attention layers; `levels=2` a
+    UNet with only two resolutions, for bundles that would take long to export.
     """
     folder = Path(folder)
     with private_rng():
@@ -97,9 +97,9 @@ def make_sdxl(
     layers_per_block: int = LAYERS_PER_BLOCK["sdxl"],
     seed: int = 0,
 ) -> Path:
-    """Writes a Stable Diffusion XL folder. Its default picture is 64 x 64.
+    """Write a Stable Diffusion XL folder. Its default size is 64 x 64.
 
-    With two layers per block the per-block scales of the guide (InstantStyle) fit as they are written there.
+    With two layers per block, the per-block scales of diffusers' guide (InstantStyle) fit unchanged.
     """
     folder = Path(folder)
     with private_rng():
@@ -136,7 +136,7 @@ def make_sdxl(
 
 
 def unet_config(family: Family, layers_per_block: int | None = None, levels: int = 4) -> dict[str, Any]:
-    """Arguments of `UNet2DConditionModel`: the real block layout, narrow; SD1.5 with fewer `levels` if wanted."""
+    """Return arguments for `UNet2DConditionModel`: the real block layout, but narrow; `levels` applies to SD1.5."""
     common = {
         "sample_size": SAMPLE_SIZE,
         "layers_per_block": layers_per_block or LAYERS_PER_BLOCK[family],
@@ -188,7 +188,7 @@ def text_config(hidden_size: int, hidden_act: str) -> CLIPTextConfig:
         num_attention_heads=4,
         hidden_act=hidden_act,
         bos_token_id=0,
-        # 2, not the tokenizer's id, is what the public configurations say: the highest id is taken for the end then.
+        # The public configurations have 2 instead of the tokenizer's id; transformers then takes the highest id as end.
         eos_token_id=2,
         pad_token_id=1,
     )
@@ -196,7 +196,7 @@ def text_config(hidden_size: int, hidden_act: str) -> CLIPTextConfig:
 
 @torch.no_grad()
 def _vae(seed: int, *, scaling_factor: float, force_upcast: bool = False) -> AutoencoderKL:
-    """A VAE whose latents have about unit variance once scaled, and whose pictures use most of 0..255."""
+    """Build a VAE whose scaled latents have about unit variance, and whose pictures use most of 0..255."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -220,7 +220,7 @@ def _vae(seed: int, *, scaling_factor: float, force_upcast: bool = False) -> Aut
 
 @torch.no_grad()
 def _unet(config: dict[str, Any], seed: int) -> UNet2DConditionModel:
-    """A UNet whose prediction is noise of unit variance, partly the noise in the sample, as that of a trained one."""
+    """Build a UNet that, like a trained one, predicts noise of unit variance that is partly the noise in the sample."""
     unet = UNet2DConditionModel(**config)
     randomize(unet, seed)
     rng = generator(seed)
@@ -236,11 +236,11 @@ def _unet(config: dict[str, Any], seed: int) -> UNet2DConditionModel:
 
 
 def _let_noise_through(unet: UNet2DConditionModel) -> None:
-    """Adds a path from input to output, so that latents stay near unit variance while they are denoised.
+    """Add a path from input to output, so that latents keep about unit variance during denoising.
 
-    Without it every prediction is alien to the sample: latents end at fifteen times the size of encoded pictures, and
-    what image-to-image and inpainting keep of a picture drowns. The path runs along the last skip connection in the
-    first eight channels, four times x and four times -x, because silu(x) - silu(-x) = x.
+    Without it, predictions are unrelated to the sample: latents grow to fifteen times the size of encoded pictures, and
+    drown what image-to-image and inpainting keep of a picture. The path follows the last skip connection in the first
+    eight channels, four for x and four for -x, because silu(x) - silu(-x) = x.
     """
     skip = unet.conv_in.out_channels
     last = unet.up_blocks[-1]
@@ -262,7 +262,7 @@ def _let_noise_through(unet: UNet2DConditionModel) -> None:
 
 @torch.no_grad()
 def _safety_checker(seed: int, vae: AutoencoderKL, extractor: CLIPImageProcessor) -> StableDiffusionSafetyChecker:
-    """A checker that flags about half of the pictures: those whose embedding leans to one side of the average."""
+    """Build a checker that flags about half of all pictures: those whose embedding is on one side of the average."""
     vision = vision_config("vit_h")
     checker = StableDiffusionSafetyChecker(
         CLIPConfig(text_config={}, vision_config=vision.to_dict(), projection_dim=vision.projection_dim)
@@ -275,7 +275,7 @@ def _safety_checker(seed: int, vae: AutoencoderKL, extractor: CLIPImageProcessor
     embeds = embeds / embeds.norm(dim=-1, keepdim=True)
     concept = embeds[0] - embeds.mean(0)
     checker.concept_embeds[0] = concept
-    checker.concept_embeds_weights.fill_(1.0)  # a cosine never exceeds it
+    checker.concept_embeds_weights.fill_(1.0)  # a cosine never exceeds 1
     checker.concept_embeds_weights[0] = (embeds @ concept / concept.norm()).median()
     checker.special_care_embeds_weights.fill_(1.0)
     return checker

@@ -1,7 +1,7 @@
 """ControlNets, T2I-Adapters, motion adapters and LoRA files that fit the tiny bases.
 
-Real training starts with zeros in their last layers, so that they do nothing at first. Here these are random too: a
-checkpoint without effect proves nothing.
+diffusers initializes their last layers to zero, so that they have no effect before training. Here those layers are
+random as well, because a checkpoint without effect proves nothing.
 """
 
 from pathlib import Path
@@ -17,30 +17,30 @@ from .images import control_image, pixels
 from .weights import calibrate, generator, normal, private_rng, randomize
 
 LoraFormat = Literal["kohya", "peft", "diffusers"]
-CONTROL_ONLY = ("up_block_types", "sample_size")  # what a UNet has and a ControlNet has not
+CONTROL_ONLY = ("up_block_types", "sample_size")  # options of a UNet that a ControlNet does not have
 
 
 def make_controlnet(
     folder: str | Path, *, family: Family = "sd15", layers_per_block: int | None = None, levels: int = 4, seed: int = 0
 ) -> Path:
-    """Writes a ControlNetModel with the blocks of the tiny UNet; it takes an RGB picture."""
+    """Write a ControlNetModel with the blocks of the tiny UNet, conditioned on an RGB picture."""
     config = unet_config(family, layers_per_block, levels)
     config = {key: value for key, value in config.items() if key not in CONTROL_ONLY}
     with private_rng():
         controlnet = ControlNetModel(**config, conditioning_embedding_out_channels=(8, 16, 16, 16))
-        # A gain of two makes up for silu, which halves small values: the picture must outweigh the biases.
+        # A gain of two compensates for silu, which halves small values, so that the picture outweighs the biases.
         gains = ((r"controlnet_(down|mid)_block.*weight$", 0.5), (r"controlnet_cond_embedding", 2.0))
         randomize(controlnet, seed + 20, gains)
         embedding = controlnet.controlnet_cond_embedding
         pictures = torch.stack([pixels(control_image(kind, index)) for kind in ("canny", "depth") for index in (0, 1)])
-        # As strong as the sample, to which it is added.
+        # Match the variance of the sample, to which the embedding is added.
         calibrate(embedding.conv_out, lambda: embedding(pictures), 1.0)
         controlnet.save_pretrained(folder)
     return Path(folder)
 
 
 def make_t2i_adapter(folder: str | Path, *, family: Family = "sd15", levels: int = 4, seed: int = 0) -> Path:
-    """Writes a T2IAdapter (`full_adapter`, for SDXL `full_adapter_xl`); it takes an RGB picture."""
+    """Write a T2IAdapter (`full_adapter`, or `full_adapter_xl` for SDXL), conditioned on an RGB picture."""
     kind, downscale_factor = {"sd15": ("full_adapter", 8), "sdxl": ("full_adapter_xl", 16)}[family]
     with private_rng():
         adapter = T2IAdapter(
@@ -64,13 +64,13 @@ def make_motion_adapter(
     levels: int = 4,
     seed: int = 0,
 ) -> Path:
-    """Writes a MotionAdapter for the tiny SD1.5 UNet. `mid_block=False` is the layout of AnimateDiff v3."""
+    """Write a MotionAdapter for the tiny SD1.5 UNet. `mid_block=False` is the layout of AnimateDiff v3."""
     config = unet_config("sd15", layers_per_block, levels)
     with private_rng():
         adapter = MotionAdapter(
             block_out_channels=config["block_out_channels"],
             motion_layers_per_block=config["layers_per_block"],
-            motion_norm_num_groups=config["norm_num_groups"],  # diffusers takes the UNet's, so both must agree
+            motion_norm_num_groups=config["norm_num_groups"],  # diffusers uses the UNet's value, so both must agree
             motion_num_attention_heads=8,
             motion_max_seq_length=max_seq_length,
             use_motion_mid_block=mid_block,
@@ -92,10 +92,11 @@ def make_lora(
     gain: float = 0.25,
     seed: int = 0,
 ) -> Path:
-    """Writes a LoRA file over all layers that LCM-LoRA touches, and returns its path.
+    """Write a LoRA file for all layers that LCM-LoRA changes, and return its path.
 
-    `kohya` is the format of LCM-LoRA (`lora_unet_*`, with an alpha of half the rank), `peft` and `diffusers` are those
-    of diffusers' training scripts, new and old. `text_encoder` adds the attention layers of the (first) text encoder.
+    `kohya` is the format of LCM-LoRA (`lora_unet_*`, with an alpha of half the rank); `peft` and `diffusers` are the
+    new and the old format of diffusers' training scripts. `text_encoder` adds the attention layers of the (first) text
+    encoder.
     """
     rng = generator(seed + 23)
     weights: dict[str, Tensor] = {}
@@ -119,7 +120,7 @@ def make_lora(
 def _lora_targets(
     family: Family, layers_per_block: int | None, text_encoder: bool
 ) -> list[tuple[str, str, nn.Linear | nn.Conv2d]]:
-    """(unet or text_encoder, module name, layer): all of the UNet's blocks, attention of the text encoder."""
+    """List (unet or text_encoder, module name, layer) for the UNet's blocks and the text encoder's attention."""
     with private_rng(), torch.device("meta"):
         unet = UNet2DConditionModel(**unet_config(family, layers_per_block))
         targets = [
@@ -131,7 +132,7 @@ def _lora_targets(
             config = text_config(48, "quick_gelu")
             for index in range(config.num_hidden_layers):
                 for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
-                    # The name in the files, whatever transformers calls the module today.
+                    # The name used in LoRA files, which differs from the module name in current transformers.
                     name = f"text_model.encoder.layers.{index}.self_attn.{projection}"
                     targets.append(("text_encoder", name, nn.Linear(config.hidden_size, config.hidden_size)))
     return targets

@@ -1,4 +1,4 @@
-"""A detector and a recogniser with the interface of insightface's, without training: a face is a red disc."""
+"""An untrained face detector and recognizer with insightface's interfaces; any red disc is a face."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from PIL import Image, ImageDraw
 STRIDES = (8, 16, 32)
 ANCHORS = 2
 WINDOW = 13
-"""Cells of 8 pixels that one face may cover, in a picture as large as the detector sees it."""
-# Eyes, nose, corners of the mouth in a face of width 1, relative to its middle (insightface's `arcface_dst`).
+"""Maximum width of a face, in cells of 8 pixels at the detector's resolution."""
+# Eyes, nose and corners of the mouth in a face of width 1, relative to its center (insightface's `arcface_dst`).
 KEYPOINTS = (-0.158, -0.038, 0.156, -0.040, 0.0, 0.140, -0.129, 0.325, 0.132, 0.323)
 
-# One score, box and set of key points for each cell of the finest stride, at its first anchor; none at the others.
+# One score, box and set of keypoints for each cell of the finest stride, at its first anchor; zero scores elsewhere.
 _DETECTOR = """
 <ir_version: 8, opset_import: ["" : 17]>
 detector (float[1, 3, h, w] picture) => (
@@ -47,9 +47,9 @@ _FLAT = """
     t_%(name)s = Transpose <perm = [0, 2, 3, 1]> (%(map)s)
     %(name)s = Reshape (t_%(name)s, rows_%(width)d)
 """
-_RECOGNISER = """
+_RECOGNIZER = """
 <ir_version: 8, opset_import: ["" : 17]>
-recogniser (float[n, 3, 112, 112] face) => (float[n, 512] embedding)
+recognizer (float[n, 3, 112, 112] face) => (float[n, 512] embedding)
 {
     cells = AveragePool <kernel_shape = [8, 8], strides = [8, 8]> (face)
     flat = Flatten (cells)
@@ -68,18 +68,18 @@ genderage (float[n, 3, 96, 96] face) => (float[n, 3] answer)
 
 
 def make_face_models(folder: str | Path, *, width: int = 512, seed: int = 0) -> Path:
-    """Writes files as those of `buffalo_l`: detector, recogniser, and one that is of no use here."""
+    """Write files named as in `buffalo_l`: a detector, a recognizer, and an unused gender and age model."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weight = np.random.default_rng(seed).normal(0, 0.3, (3 * 14 * 14, width)).astype(np.float32)
     _write(folder / "det_10g.onnx", _DETECTOR % _flat_maps(), _detector_weights())
-    _write(folder / "w600k_r50.onnx", _RECOGNISER.replace("512", str(width)), {"weight": weight})
+    _write(folder / "w600k_r50.onnx", _RECOGNIZER.replace("512", str(width)), {"weight": weight})
     _write(folder / "genderage.onnx", _GENDER_AND_AGE, {})
     return folder
 
 
 def people(*faces: tuple[float, float, float], seed: int = 0, size: tuple[int, int] = (96, 96)) -> Image.Image:
-    """A picture with a face at each (x, y, radius), in shares of its size; no two seeds have the same faces."""
+    """Draw faces at each (x, y, radius), as fractions of the picture's size; different seeds draw different faces."""
     rng = np.random.default_rng(seed)
     width, height = size
     picture = Image.new("RGB", size, tuple(int(value) for value in rng.integers(20, 60, 3)))
@@ -87,7 +87,7 @@ def people(*faces: tuple[float, float, float], seed: int = 0, size: tuple[int, i
     for x, y, radius in faces:
         x, y, r = x * width, y * height, radius * min(size)
         draw.ellipse((x - r, y - r, x + r, y + r), fill="red")
-        for _ in range(6):  # features: at the rim, where they leave the middle red
+        for _ in range(6):  # facial features near the rim, so that the center stays red
             angle, spot = rng.uniform(0, 2 * np.pi), r * rng.uniform(0.1, 0.2)
             left, top = x + 0.8 * r * np.cos(angle), y + 0.8 * r * np.sin(angle)
             color = tuple(int(value) for value in rng.integers(0, 256, 3))
@@ -103,7 +103,7 @@ def _write(path: Path, text: str, weights: dict[str, np.ndarray]) -> None:
 
 
 def _flat_maps() -> str:
-    """Each map [1, anchors * width, h, w] as rows [h * w * anchors, width]."""
+    """Generate the nodes that flatten each map [1, anchors * width, h, w] to rows [h * w * anchors, width]."""
     lines = []
     for stride in STRIDES:
         pad = "" if stride == 8 else f"_{stride}"
@@ -119,9 +119,9 @@ def _flat_maps() -> str:
 def _detector_weights() -> dict[str, np.ndarray]:
     away = np.hypot(*(np.mgrid[:WINDOW, :WINDOW] - WINDOW // 2))
     weights = {
-        "redness": np.array([0.5, -0.25, -0.25]).reshape(1, 3, 1, 1),  # 1 for red, 0 for greys
+        "redness": np.array([0.5, -0.25, -0.25]).reshape(1, 3, 1, 1),  # 1 for red, 0 for grays
         "hill": np.exp(-((away / 4) ** 2))[None, None],
-        "disc": (away <= WINDOW / 2)[None, None] * 4 / np.pi,  # a disc fills that much of its box
+        "disc": (away <= WINDOW / 2)[None, None] * 4 / np.pi,  # the ratio of a disc's bounding box to its area
         "zero": np.zeros(1),
         "box": _by_anchor(np.full(4, 0.5)),
         "box_middle": np.tile([-0.5, -0.5, 0.5, 0.5], ANCHORS),
@@ -133,5 +133,5 @@ def _detector_weights() -> dict[str, np.ndarray]:
 
 
 def _by_anchor(column: np.ndarray) -> np.ndarray:
-    """Weights [anchors * width, anchors, 1, 1] of a 1x1 convolution that keeps the anchors apart."""
+    """Return weights [anchors * width, anchors, 1, 1] of a 1x1 convolution that keeps the anchors separate."""
     return np.kron(np.eye(ANCHORS), column[:, None])[:, :, None, None]

@@ -1,4 +1,4 @@
-"""Deterministic test pictures: photo-like, masks, control images, and face embeddings."""
+"""Deterministic test data: photo-like pictures, masks, control images, and face embeddings."""
 
 import colorsys
 
@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 
 def photo(seed: int = 0, size: tuple[int, int] = (96, 96)) -> Image.Image:
-    """A gradient sky, a few soft shapes and film grain; `size` is (width, height), as everywhere in PIL."""
+    """Draw a sky gradient, a few soft shapes and film grain; `size` is (width, height), as in PIL."""
     rng = np.random.default_rng(seed)
     width, height = size
     top, bottom = (np.array(_color(rng, value=value)) for value in (1.0, 0.35))
@@ -29,7 +29,7 @@ def photos(count: int, seed: int = 0, size: tuple[int, int] = (96, 96)) -> list[
 
 
 def mask(kind: str = "left", size: tuple[int, int] = (64, 64)) -> Image.Image:
-    """White (255) is where something happens: `left`, `right`, `top`, `bottom` half, `circle`, or `soft` (a ramp)."""
+    """Draw a mask, white (255) where it applies: `left`, `right`, `top`, `bottom` half, `circle`, or a `soft` ramp."""
     width, height = size
     if kind == "soft":
         return Image.fromarray(np.tile(np.linspace(0, 255, width).round().astype(np.uint8), (height, 1)))
@@ -49,7 +49,7 @@ def mask(kind: str = "left", size: tuple[int, int] = (64, 64)) -> Image.Image:
 
 
 def control_image(kind: str = "canny", seed: int = 0, size: tuple[int, int] = (64, 64)) -> Image.Image:
-    """RGB, as annotators give it: `canny` (white lines on black) or `depth` (a soft grey relief)."""
+    """Draw an RGB control image as annotators do: `canny` (white lines on black) or `depth` (a soft gray relief)."""
     if kind == "depth":
         return photo(seed, size).convert("L").filter(ImageFilter.GaussianBlur(3)).convert("RGB")
     rng = np.random.default_rng(seed)
@@ -64,21 +64,21 @@ def control_image(kind: str = "canny", seed: int = 0, size: tuple[int, int] = (6
 
 
 def pixels(picture: Image.Image) -> torch.Tensor:
-    """[3, H, W] in 0..1, as ControlNets take it."""
+    """Convert a picture to [3, H, W] in 0..1, as expected by ControlNets."""
     return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)
 
 
 def video(frames: int = 8, seed: int = 0, size: tuple[int, int] = (64, 64)) -> list[Image.Image]:
-    """One photo, panned from left to right."""
+    """Pan over one photo from left to right."""
     width, height = size
     wide = photo(seed, (width + 4 * frames, height))
     return [wide.crop((4 * index, 0, 4 * index + width, height)) for index in range(frames)]
 
 
 def face_embeds(faces: int = 1, seed: int = 0, *, guidance: bool = True) -> torch.Tensor:
-    """What `ip_adapter_image_embeds` takes for FaceID: [2, faces, 512] (zeros first), or [1, faces, 512] alone.
+    """Draw `ip_adapter_image_embeds` for FaceID: [2, faces, 512] (zeros first), or [1, faces, 512] without guidance.
 
-    The rows have the length of insightface's `normed_embedding`, which is 1.
+    Like insightface's `normed_embedding`, rows have unit length.
     """
     embeds = torch.randn(1, faces, 512, generator=torch.Generator().manual_seed(seed))
     embeds = embeds / embeds.norm(dim=-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Turns what today's libraries save into what the public repositories hold."""
+"""Convert folders saved by current libraries to the layout of the public repositories."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-# transformers 5 saves these without the outer name that the public files have, and reads both.
+# transformers 5 saves these weights without the prefix that the public files have, and reads both forms.
 OUTER_NAMES = {
     "text_encoder": ("embeddings.", "encoder.", "final_layer_norm."),
     "safety_checker": ("vision_model.",),
@@ -15,7 +15,7 @@ PREFIXES = {"text_encoder": "text_model.", "safety_checker": "vision_model."}
 
 
 def as_published(folder: Path) -> None:
-    """Renames weights, and the class that transformers falls back to where torchvision is missing."""
+    """Rename weights, and the class that transformers falls back to if torchvision is missing."""
     for component, starts in OUTER_NAMES.items():
         path = folder / component / "model.safetensors"
         if path.exists():
@@ -27,9 +27,9 @@ def as_published(folder: Path) -> None:
 
 
 def write_scheduler(folder: Path, config: dict[str, Any]) -> None:
-    """Writes the configuration by hand: `save_pretrained` drops what the class itself does not know.
+    """Write the configuration by hand, because `save_pretrained` drops keys that the class does not know.
 
-    `clip_sample` is such a value: PNDM has no use for it, but a DDIM scheduler made from this configuration has.
+    One of these is `clip_sample`: PNDM ignores it, but a DDIM scheduler created from this configuration uses it.
     """
     config = {
         "_diffusers_version": "0.6.0",

@@ -1,4 +1,4 @@
-"""diffusers as the oracle: a pipeline over tiny folders, and how far two pictures are apart."""
+"""diffusers as the oracle: pipelines from the tiny folders, and the distance between two pictures."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Pictures = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Adapter:
-    """Where one IP-Adapter lies, in the words of `load_ip_adapter` (FaceID: `subfolder=None`, no encoder folder)."""
+    """Location of an IP-Adapter, as arguments of `load_ip_adapter` (FaceID: `subfolder=None`, no encoder folder)."""
 
     path: str | Path
     weight_name: str
@@ -35,16 +35,17 @@ def pipeline(
     safety_checker: bool = False,
     **components: Any,
 ) -> Any:
-    """Loads the folder on the CPU in fp32, then the adapters with diffusers' own `load_ip_adapter`.
+    """Load a folder on the CPU in fp32, then the adapters with diffusers' `load_ip_adapter`.
 
-    `scheduler` is a diffusers class name made from the folder's scheduler configuration, `scheduler_config` overrides
-    single values of it, `components` (`controlnet=...`, `motion_adapter=...`) go to `from_pretrained`.
+    `scheduler` is the name of a diffusers class to create from the folder's scheduler configuration, `scheduler_config`
+    overrides values of that configuration, and `components` (`controlnet=...`, `motion_adapter=...`) are passed to
+    `from_pretrained`.
     """
     if not safety_checker and "safety_checker" in cls._optional_components:
         components |= {"safety_checker": None, "requires_safety_checker": False}
     pipe = cls.from_pretrained(base_folder, dtype=torch.float32, local_files_only=True, **components)
     if adapters:
-        # The first adapter with an encoder brings it; the others share it, as in diffusers.
+        # As in diffusers, the first adapter with an image encoder loads it, and the others share it.
         encoders = [adapter.image_encoder_folder for adapter in adapters if adapter.image_encoder_folder]
         pipe.load_ip_adapter(
             [str(adapter.path) for adapter in adapters],
@@ -63,9 +64,9 @@ def pipeline(
 def show_face(
     pipe: Any, pictures: list[Image.Image], *, adapter: int = 0, shortcut: bool, guidance: bool = True
 ) -> None:
-    """Hands the cropped faces to a FaceID-plus adapter, as the guide does; `shortcut` is true for v2 only.
+    """Pass cropped faces to a FaceID-plus adapter, as in diffusers' guide; `shortcut` is True only for v2.
 
-    They stay in the projection layer until the next call, and serve one picture per prompt.
+    They stay in the projection layer until the next call, and are valid for one picture per prompt.
     """
     hidden_states, unconditional = pipe.encode_image(pictures, "cpu", 1, True)
     projection = pipe.unet.encoder_hid_proj.image_projection_layers[adapter]
@@ -74,7 +75,7 @@ def show_face(
 
 
 def generate(pipe: Any, *, seed: int | Sequence[int] = 0, **arguments: Any) -> Pictures:
-    """Runs the pipeline; uint8 pictures [N, H, W, 3] (frames [N, F, H, W, 3] for clips). Four steps by default."""
+    """Run the pipeline, by default in four steps; return uint8 pictures [N, H, W, 3], or clips [N, F, H, W, 3]."""
     seeds = [seed] if isinstance(seed, int) else list(seed)
     generators = [torch.Generator("cpu").manual_seed(one) for one in seeds]
     arguments = {"prompt": "a photo of a cat", "num_inference_steps": 4, **arguments}
@@ -84,16 +85,20 @@ def generate(pipe: Any, *, seed: int | Sequence[int] = 0, **arguments: Any) -> P
 
 
 def as_array(picture: Image.Image | Sequence[Image.Image] | Pictures) -> Pictures:
-    """A PIL image or a list of them as uint8."""
+    """Convert a PIL image, or a list of them, to a uint8 array."""
     if isinstance(picture, Image.Image):
         return np.asarray(picture.convert("RGB"))
     return np.stack([np.asarray(one) for one in picture])
 
 
 def picture_distance(a: Any, b: Any) -> tuple[int, float]:
-    """Largest and mean difference in uint8 levels; refuses pictures of different shapes."""
+    """Return the largest and the mean difference in uint8 levels.
+
+    Raises:
+        ValueError: the shapes differ, or the pictures are not uint8.
+    """
     first, second = (as_array(x) if not isinstance(x, np.ndarray) else x for x in (a, b))
     if first.shape != second.shape or first.dtype != np.uint8 or second.dtype != np.uint8:
-        raise ValueError(f"not comparable: {first.shape} {first.dtype} and {second.shape} {second.dtype}")
+        raise ValueError(f"cannot compare {first.shape} {first.dtype} with {second.shape} {second.dtype}")
     difference = np.abs(first.astype(np.int16) - second.astype(np.int16))
     return int(difference.max()), float(difference.mean())

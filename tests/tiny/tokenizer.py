@@ -1,7 +1,7 @@
-"""A small byte-level BPE vocabulary in the files and the order of CLIP's own.
+"""A small byte-level BPE vocabulary with the files and the token order of CLIP's.
 
-Ids: 256 bytes, 256 bytes that end a word, merges, `<|startoftext|>`, `<|endoftext|>`. So `!` is 0 (what SDXL's second
-tokenizer pads with) and the end token has the highest id (what CLIP's pooled output looks for).
+Ids: 256 bytes, 256 bytes at the end of a word, merges, `<|startoftext|>`, `<|endoftext|>`. So `!` is 0, with which
+SDXL's second tokenizer pads, and the end token has the highest id, which CLIP's pooled output looks for.
 """
 
 import json
@@ -24,7 +24,7 @@ wonderwoman, sunglasses, statue of a man, an old king, a young queen, dancing in
 
 
 def _byte_characters() -> list[str]:
-    """GPT-2's printable stand-ins for the 256 bytes, in CLIP's order: printable ones first, then the others."""
+    """List GPT-2's printable characters for the 256 bytes, in CLIP's order: printable bytes first, then the others."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
 
@@ -41,7 +41,7 @@ def _merge(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 @cache
 def _learn_merges() -> tuple[tuple[str, str], ...]:
-    """Byte-pair encoding: joins the most frequent pair again and again; ties go to the alphabet."""
+    """Learn byte-pair merges: repeatedly merge the most frequent pair, breaking ties alphabetically."""
     words = Counter((*word[:-1], word[-1] + "</w>") for word in CORPUS.replace(",", " ,").split())
     merges: list[tuple[str, str]] = []
     while len(merges) < MERGES:
@@ -59,9 +59,9 @@ VOCABULARY_SIZE = 512 + MERGES + 2
 
 
 def write_tokenizer(folder: Path, *, pad_token: str = END) -> CLIPTokenizer:
-    """Writes vocab.json, merges.txt and the two configuration files of the public repositories."""
+    """Write `vocab.json`, `merges.txt` and the two configuration files of the public repositories."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").unlink(missing_ok=True)  # transformers adds it; the public folders have none
+    (folder / "tokenizer.json").unlink(missing_ok=True)  # transformers writes it, but the public folders do not have it
     characters, merges = _byte_characters(), _learn_merges()
     tokens = [*characters, *(c + "</w>" for c in characters), *("".join(pair) for pair in merges), START, END]
     vocabulary = {token: index for index, token in enumerate(tokens)}

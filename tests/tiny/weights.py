@@ -1,8 +1,8 @@
-"""Random weights that follow from a seed, and the scaling that keeps random networks lively.
+"""Seeded random weights, scaled so that random networks respond strongly to their inputs.
 
-A network with PyTorch's default initialisation hardly reacts to its inputs: residual branches are weak and attention
-is close to a plain average. Here every weight is drawn with a gain chosen by its role, so that a test which mixes up
-two prompts, pictures or scales fails loudly.
+A network with PyTorch's default initialization hardly responds to its inputs: residual branches are weak, and attention
+is close to a plain average. Here every weight is drawn with a gain for its role, so that tests fail loudly if two
+prompts, pictures or scales are mixed up.
 """
 
 import math
@@ -16,7 +16,7 @@ from torch import nn
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# First match wins. The gain is the standard deviation of the layer's output for an input of unit variance.
+# The first match applies. A gain is the standard deviation of the layer's output for inputs of unit variance.
 GAINS: tuple[tuple[str, float], ...] = (
     (r"(to_q|to_k|q_proj|k_proj|query|key)\.weight$", 1.4),
     (r"(to_q|to_k)_ip\.weight$", 1.4),
@@ -29,7 +29,7 @@ GAINS: tuple[tuple[str, float], ...] = (
 
 @contextmanager
 def private_rng() -> Iterator[None]:
-    """Lets code draw from the global generator (model constructors do) and puts its state back."""
+    """Let code draw from the global generator (as model constructors do), and restore its state afterwards."""
     with torch.random.fork_rng(devices=[]):
         yield
 
@@ -43,13 +43,13 @@ def normal(rng: torch.Generator, *shape: int, std: float = 1.0) -> torch.Tensor:
 
 
 def linear(rng: torch.Generator, out_features: int, in_features: int, gain: float = 1.0) -> torch.Tensor:
-    """A weight matrix whose output has standard deviation `gain` for an input of unit variance."""
+    """Draw a weight matrix whose output has standard deviation `gain` for inputs of unit variance."""
     return normal(rng, out_features, in_features, std=gain / math.sqrt(in_features))
 
 
 @torch.no_grad()
 def randomize(model: Model, seed: int, gains: tuple[tuple[str, float], ...] = ()) -> Model:
-    """Draws every parameter anew, in the order of their names. `gains` come before the common ones."""
+    """Redraw every parameter, in alphabetical order. `gains` take precedence over the common ones."""
     rng = generator(seed)
     norms = {name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm | nn.GroupNorm)}
     for name, parameter in sorted(model.named_parameters()):
@@ -67,7 +67,7 @@ def randomize(model: Model, seed: int, gains: tuple[tuple[str, float], ...] = ()
 
 @torch.no_grad()
 def calibrate(layer: nn.Conv2d, output: Callable[[], torch.Tensor], std: float) -> None:
-    """Scales `layer`, the last one of a network, until `output()` [B, C, ...] has mean 0 and deviation `std`."""
+    """Rescale `layer`, the last of a network, so that `output()` [B, C, ...] has zero mean and deviation `std`."""
     values = output().transpose(0, 1).flatten(1)
     factor = std / values.std()
     layer.weight.mul_(factor)
