@@ -372,8 +372,14 @@ def models(
 @app.command(context_settings=_PASS_ON, rich_help_panel="More")
 def demo(context: typer.Context) -> None:
     """The whole round on the embedded bundle."""
-    with _extra("export,server"):
-        raise typer.Exit(_load("imprompt_demo", "export,server").main(context.args))
+    try:
+        package = importlib.import_module("imprompt_demo")
+    except ModuleNotFoundError as error:
+        if error.name != "imprompt_demo":
+            raise
+        _fail("The demo is a package of its own: in a checkout, run `make demo` or `pip install ./demo`")
+    with _extra("cpu,export,server"):
+        raise typer.Exit(package.main(context.args))
 
 
 @app.command(context_settings=_PASS_ON, rich_help_panel="More")

@@ -260,7 +260,6 @@ def test_version(run: Any) -> None:
     [
         (["export", "bundle.toml", "-o", "repo"], "imprompt_export", "export"),
         (["serve", "repo"], "imprompt_serving.launcher", "server"),
-        (["demo"], "imprompt_demo", "export,server"),
         (["bench", "--help"], "imprompt_bench.cli", "bench"),
     ],
 )
@@ -273,6 +272,13 @@ def test_a_missing_package_is_named_with_what_to_install(
     assert f'pip install "imprompt[{extra}]"' in outcome.stderr.replace("\n", "")
 
 
+def test_the_demo_is_a_package_of_its_own(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "imprompt_demo", None)
+    outcome = run("demo")
+    assert outcome.exit_code == 1
+    assert "in a checkout, run `make demo` or `pip install ./demo`" in outcome.stderr.replace("\n", " ")
+
+
 def in_a_fresh_python(*arguments: str, without: str = "", code: str = "") -> subprocess.CompletedProcess[str]:
     """`imprompt` in a process that has imported nothing yet, and cannot import the package `without`."""
     script = f"import sys; sys.modules.update({dict.fromkeys(filter(None, [without]))}); {code}\n"
@@ -283,8 +289,7 @@ def in_a_fresh_python(*arguments: str, without: str = "", code: str = "") -> sub
 @pytest.mark.parametrize(
     ("arguments", "without", "extra"),
     [
-        (["demo"], "torch", "export,server"),
-        (["demo"], "diffusers", "export,server"),
+        (["demo"], "torch", "cpu,export,server"),
         (["bench", "--help"], "psutil", "bench"),
         (["bench"], "torch", "bench,export,server"),
     ],
