@@ -586,15 +586,15 @@ def test_pauses_grow_have_jitter_and_follow_the_hint(monkeypatch: pytest.MonkeyP
 def test_timeout_goes_to_the_server_and_ends_the_call(
     make: Callable[..., Any], triton: FakeTriton, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    monkeypatch.setattr(_retry, "GRACE_S", 1.5)
+    monkeypatch.setattr(_retry, "GRACE_S", 0.75)
     triton.answer = until_cancelled
-    client = make(timeout=1)
-    with pytest.raises(DeadlineExceeded, match="timeout: 1 seconds are over"):
+    client = make(timeout=0.25)
+    with pytest.raises(DeadlineExceeded, match=r"timeout: 0\.25 seconds are over"):
         list(getattr(client, method)(model="one", prompt="a"))
     (call,) = triton.calls
-    assert 0 < call.inputs["timeout"].item() <= 1
+    assert 0 < call.inputs["timeout"].item() <= 0.25
     assert call.seconds_left is not None
-    assert call.seconds_left > 1
+    assert call.seconds_left > 0.25
     assert call.cancelled.wait(2)
 
 

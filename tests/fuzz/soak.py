@@ -64,9 +64,13 @@ def refusals(attacked: Attacked, count: int) -> Result:
     return result
 
 
-def cancels(attacked: Attacked, count: int, *, seed: int = 0) -> Result:
-    """`count` calls, unary ones and streams, whose callers leave at random moments."""
-    with _observed(attacked, f"{count} cancels by {CALLERS} callers") as result:
+def cancels(attacked: Attacked, count: int, *, before: dict[str, Usage] | None = None, seed: int = 0) -> Result:
+    """`count` calls, unary ones and streams, whose callers leave at random moments.
+
+    Args:
+        before: the usage of the server, where it has just been measured: that takes `SETTLE_S`.
+    """
+    with _observed(attacked, f"{count} cancels by {CALLERS} callers", before) as result:
         rng, lock = Random(seed), threading.Lock()
         calls = iter([_cancelled(attacked, rng) for _ in range(count)])
 
@@ -108,9 +112,9 @@ def _cancelled(attacked: Attacked, rng: Random) -> Sendable:
 
 
 @contextmanager
-def _observed(attacked: Attacked, title: str) -> Iterator[Result]:
+def _observed(attacked: Attacked, title: str, before: dict[str, Usage] | None = None) -> Iterator[Result]:
     """Usage before and after, and an ordinary caller meanwhile, whose pictures must stay the same."""
-    result, done = Result(title=title, before=attacked.usage()), threading.Event()
+    result, done = Result(title=title, before=before or attacked.usage()), threading.Event()
 
     def ask() -> None:
         while not done.wait(_PAUSE_S):

@@ -36,18 +36,15 @@ def test_nothing_that_callers_send_harms_the_server(attacked: Attacked) -> None:
     assert {kind for kind, _ in report.answers} == KINDS.keys() - {"http"}
 
 
-def test_refusals_on_streams_leave_nothing_behind(attacked: Attacked) -> None:
-    result = soak.refusals(attacked, 100)
-    assert not result.failures
-    assert result.statuses == {"InvalidRequest": 100}
-    assert growth(result.before, result.after) < MOST_GROWTH_MB
-
-
-def test_callers_who_leave_leave_nothing_behind(attacked: Attacked) -> None:
-    result = soak.cancels(attacked, 30)
-    assert not result.failures
-    assert result.statuses["LEFT"] > 10
-    assert growth(result.before, result.after) < MOST_GROWTH_MB
+def test_refusals_on_streams_and_callers_who_leave_leave_nothing_behind(attacked: Attacked) -> None:
+    refused = soak.refusals(attacked, 100)
+    assert not refused.failures
+    assert refused.statuses == {"InvalidRequest": 100}
+    assert growth(refused.before, refused.after) < MOST_GROWTH_MB
+    left = soak.cancels(attacked, 30, before=refused.after)
+    assert not left.failures
+    assert left.statuses["LEFT"] > 10
+    assert growth(left.before, left.after) < MOST_GROWTH_MB
 
 
 @pytest.fixture(scope="module")
