@@ -29,6 +29,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "imprompt_bench": ("imprompt", "imprompt_export", "imprompt_serving"),
     "imprompt_demo": ("imprompt", "imprompt_export", "imprompt_serving"),
 }
+PRIVATE: dict[str, set[str]] = {
+    "diffusers==0.42.1": {"diffusers.loaders.unet_loader_utils._maybe_expand_lora_scales_for_one_adapter"},
+    "torch==2.13.0": {
+        "torch._inductor.config",
+        "torch.onnx._internal.exporter._fx_passes",
+        "torch.onnx._internal.exporter._registration",
+    },
+}
+"""Names with an underscore that the code imports, by the version in which they are what it takes them for."""
 LIGHT = (
     "pipeline",
     "backends",
@@ -78,6 +87,20 @@ def test_rooms_import_what_they_may(room: str) -> None:
     ]
     assert modules(room)
     assert not broken
+
+
+def test_private_names_of_libraries_are_those_of_the_pinned_versions() -> None:
+    """Such a name may change with any release: who moves a pin looks at what the code takes from there."""
+    private = {
+        name
+        for room in ROOMS
+        for file in modules(room)
+        for name in imports(file)
+        if "._" in name and not within(name, tuple(ROOMS))
+    }
+    assert private == {name for names in PRIVATE.values() for name in names}
+    pins = set((ROOT / "constraints.txt").read_text().splitlines())
+    assert PRIVATE.keys() <= pins
 
 
 def test_only_the_models_know_tritons_module() -> None:
