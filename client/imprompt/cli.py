@@ -386,7 +386,7 @@ def demo(context: typer.Context) -> None:
 def bench(context: typer.Context) -> None:
     """Measure latency and throughput of a server."""
     package = _load("imprompt_bench.cli", "bench")
-    with _extra("bench,export,server"):
+    with _extra("bench,cpu,export,server"):
         raise typer.Exit(package.main(context.args))
 
 
