@@ -14,10 +14,9 @@ COPY client client
 COPY export export
 COPY model_repository model_repository
 COPY benchmarks benchmarks
-COPY demo demo
 # Without the extra `server`, which brings the Triton of pip and its limit on numpy.
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --break-system-packages ".[export]" psutil scipy tokenizers torchsde
+    pip install --break-system-packages ".[cpu,export]" psutil scipy tokenizers torchsde
 
 EXPOSE 8000 8001 8002
 HEALTHCHECK --start-period=10m CMD curl --fail --silent localhost:8000/v2/health/ready

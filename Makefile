@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHONS := $(or $(PYTHON),python3.11 python3.12 python3 python)
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable
-PACKAGING := pyproject.toml constraints.txt
+PACKAGING := pyproject.toml demo/pyproject.toml constraints.txt
 
 .PHONY: demo test check bench fuzz clean
 
@@ -38,11 +38,11 @@ $(VENV)/pyvenv.cfg: | tools/suitable_python.py
 	echo "Name one: make PYTHON=/path/to/python3.11 ..." >&2; \
 	exit 1
 
-# What a caller of imprompt installs, and what a contributor does. The second is a superset of the first.
+# What the demo needs, and what a contributor does. The second is a superset of the first.
 $(VENV)/.installed: $(PACKAGING) | $(VENV)/pyvenv.cfg
-	$(INSTALL) ".[export,server]"
+	$(INSTALL) ".[cpu,export,server]" --editable ./demo
 	@touch $@
 
 $(VENV)/.installed-dev: $(PACKAGING) | $(VENV)/pyvenv.cfg
-	$(INSTALL) ".[export,server,openvino,int8,face,rtx,bench,dev]"
+	$(INSTALL) ".[cpu,export,server,openvino,int8,face,rtx,bench,dev]" --editable ./demo
 	@touch $@ $(VENV)/.installed

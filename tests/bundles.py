@@ -8,14 +8,17 @@ import shutil
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from rich.console import Console
 
-from imprompt_export import export
+from imprompt_export import export, exporter, graphs
+from imprompt_export.onnx_graph import export_onnx
 from tiny import adapters, base, control, faces, oracle
 
 ROOT = Path(__file__).parents[1]
@@ -79,11 +82,11 @@ def _sd15(folder: Path) -> list[str]:
 
 def _sd15_face(folder: Path) -> list[str]:
     """FaceID plus v2, whose LoRA is fused, the portrait kind, and models that find faces where insightface is."""
-    base.make_sd15(folder / "base")
+    base.make_sd15(folder / "base", levels=2)
     root = folder / "ip"
     adapters.make_image_encoder(root / "models/image_encoder")
-    portrait = adapters.make_adapter(root, "faceid_portrait")
-    plus = adapters.make_adapter(root, "faceid_plusv2")
+    portrait = adapters.make_adapter(root, "faceid_portrait", levels=2)
+    plus = adapters.make_adapter(root, "faceid_plusv2", levels=2)
     return [
         _face_encoder(folder),
         adapter("portrait", portrait, root, None),
@@ -119,26 +122,21 @@ def _sdxl(folder: Path) -> list[str]:
 
 def _inpaint(folder: Path) -> list[str]:
     """A UNet of nine input channels; two denoisers (on a CPU both are there)."""
-    base.make_sd15(folder / "base", in_channels=9)
-    root = folder / "ip"
-    adapters.make_image_encoder(root / "models/image_encoder")
-    plain = adapter("plain", adapters.make_adapter(root, "plain"), root, "models/image_encoder")
-    return ["\n[engine]\ndevices = [0, 1]\n", plain]
+    base.make_sd15(folder / "base", in_channels=9, levels=2)
+    return ["\n[engine]\ndevices = [0, 1]\n", _plain(folder, levels=2)]
 
 
 def _lcm(folder: Path) -> list[str]:
     """An LCM-LoRA fused into a distilled base (guidance is an input of its UNet), a safety checker, a ControlNet."""
-    base.make_sd15(folder / "base", safety_checker=True, time_cond_proj_dim=32)
-    root = folder / "ip"
-    adapters.make_image_encoder(root / "models/image_encoder")
-    lora = control.make_lora(folder / "lora")
+    base.make_sd15(folder / "base", safety_checker=True, time_cond_proj_dim=32, levels=2)
+    lora = control.make_lora(folder / "lora", levels=2)
     section = f"""
 [[lora]]
 path = "lora"
 weight_name = "{lora.name}"
 """
-    plain = adapter("plain", adapters.make_adapter(root, "plain"), root, "models/image_encoder")
-    return [section, plain, controlnet("depth", control.make_controlnet(folder / "depth"))]
+    depth = controlnet("depth", control.make_controlnet(folder / "depth", levels=2))
+    return [section, _plain(folder, levels=2), depth]
 
 
 def _control(folder: Path) -> list[str]:
@@ -165,9 +163,18 @@ def _sdxl_control(folder: Path) -> list[str]:
 
 def _openvino(folder: Path) -> list[str]:
     """Engines of OpenVINO: a ControlNet and the plain adapter, on a UNet of two resolutions."""
+    return ['\n[engine]\nbackend = "openvino"\n', *_with_depth(folder)]
+
+
+def _int8(folder: Path) -> list[str]:
+    """The bundle `openvino` in another precision."""
+    return ['\n[engine]\nbackend = "openvino"\nprecision = "int8"\n', *_with_depth(folder)]
+
+
+def _with_depth(folder: Path) -> list[str]:
     base.make_sd15(folder / "base", levels=2)
     depth = controlnet("depth", control.make_controlnet(folder / "depth", levels=2))
-    return ['\n[engine]\nbackend = "openvino"\n', depth, _plain(folder, levels=2)]
+    return [depth, _plain(folder, levels=2)]
 
 
 def controlnet(name: str, folder: Path) -> str:
@@ -201,6 +208,7 @@ MAKERS: dict[str, Callable[[Path], list[str]]] = {
     "control": _control,
     "sdxl_control": _sdxl_control,
     "openvino": _openvino,
+    "int8": _int8,
 }
 
 
@@ -213,10 +221,30 @@ def make(name: str, cache: Path) -> Made:
         folder.mkdir(parents=True)
         sections = "".join(MAKERS[name](folder))
         (folder / "bundle.toml").write_text(f'name = "{name}"\nbase = "base"\n{sections}{SHAPES}')
-        export(folder / "bundle.toml", folder / "repository", Console(file=open(os.devnull, "w")))  # noqa: SIM115
+        with mock.patch.object(exporter, "export_onnx", partial(_export_once, cache / f"graphs-{_sources()}")):
+            export(folder / "bundle.toml", folder / "repository", Console(file=open(os.devnull, "w")))  # noqa: SIM115
         done.touch()
     repository, loaded = folder / "repository", tuple(_read_adapters(folder))
     return Made(name=name, repository=repository, checkpoints=folder, adapters=loaded)
+
+
+def _export_once(cache: Path, graph: graphs.Graph, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """`export_onnx`, but what bundles have in common, encoders and VAEs above all, is traced for one of them only."""
+    config: Any = getattr(graph.module, "config", {})
+    values = {**(config if isinstance(config, dict) else config.to_dict()), "_name_or_path": type(graph.module)}
+    digest = hashlib.sha256(repr((graph.inputs, graph.outputs, graph.checks, values, dtype)).encode())
+    for name, tensor in graph.module.state_dict().items():
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    kept = cache / f"{digest.hexdigest()[:16]}.onnx"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kept.exists():
+        shutil.copyfile(kept, path)
+        return
+    export_onnx(graph, path, dtype)
+    cache.mkdir(parents=True, exist_ok=True)
+    unfinished = cache / f"{kept.name}.{os.getpid()}"
+    shutil.copyfile(path, unfinished)
+    unfinished.rename(kept)
 
 
 def give_way() -> None:

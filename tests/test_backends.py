@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from imprompt_export import BundleError
+from imprompt_export import BundleError, export
 from imprompt_export.backends import export_backend, openvino
 from imprompt_export.bundle import EngineSection
+from imprompt_serving._triton_install import LaunchError, find_triton
 from imprompt_serving.backends import MODULES, EngineError, get_backend, onnxruntime
 from test_packaging import ROOMS, ROOT, loaded_by, modules, within
 
@@ -41,11 +43,31 @@ def test_an_export_without_its_packages(monkeypatch: pytest.MonkeyPatch, precisi
         export_backend("openvino").check_installed(EngineSection(backend="openvino", precision=precision))
 
 
-@pytest.mark.parametrize(("name", "package", "extra"), [("onnxruntime", "onnxruntime", "server"), ("openvino",) * 3])
+@pytest.mark.parametrize(("name", "package", "extra"), [("onnxruntime", "onnxruntime", "cpu"), ("openvino",) * 3])
 def test_an_engine_without_its_package(monkeypatch: pytest.MonkeyPatch, name: str, package: str, extra: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(EngineError, match=rf"install imprompt\[{extra}\] where the engines run"):
         get_backend(name).load(Path("unet"))
+
+
+def test_an_export_without_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BundleError, match=r'pip install "imprompt\[export,cpu\]", or "imprompt\[export,gpu\]"'):
+        export_backend("onnxruntime").check_installed(EngineSection(backend="onnxruntime"))
+
+
+@pytest.mark.parametrize("backend", MODULES)
+def test_two_onnxruntimes_are_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, backend: str
+) -> None:
+    """Nothing that pip knows keeps them apart: with both, the files of one lie over those of the other."""
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: None)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "bundle.toml").write_text(f'name = "a"\nbase = "base"\n[engine]\nbackend = "{backend}"')
+    with pytest.raises(EngineError, match="onnxruntime and onnxruntime-gpu are both installed"):
+        export(tmp_path / "bundle.toml", tmp_path / "repository")
+    with pytest.raises(LaunchError, match="onnxruntime and onnxruntime-gpu are both installed"):
+        find_triton()
 
 
 def test_triton_hosts_what_it_has_a_platform_for() -> None:

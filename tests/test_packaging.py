@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "imprompt_bench": ("imprompt", "imprompt_export", "imprompt_serving"),
     "imprompt_demo": ("imprompt", "imprompt_export", "imprompt_serving"),
 }
+PRIVATE: dict[str, set[str]] = {
+    "diffusers==0.42.1": {"diffusers.loaders.unet_loader_utils._maybe_expand_lora_scales_for_one_adapter"},
+    "torch==2.13.0": {
+        "torch._inductor.config",
+        "torch.onnx._internal.exporter._fx_passes",
+        "torch.onnx._internal.exporter._registration",
+    },
+}
+"""Names with an underscore that the code imports, by the version in which they are what it takes them for."""
 LIGHT = (
     "pipeline",
     "backends",
@@ -79,6 +89,20 @@ def test_rooms_import_what_they_may(room: str) -> None:
     assert not broken
 
 
+def test_private_names_of_libraries_are_those_of_the_pinned_versions() -> None:
+    """Such a name may change with any release: who moves a pin looks at what the code takes from there."""
+    private = {
+        name
+        for room in ROOMS
+        for file in modules(room)
+        for name in imports(file)
+        if "._" in name and not within(name, tuple(ROOMS))
+    }
+    assert private == {name for names in PRIVATE.values() for name in names}
+    pins = set((ROOT / "constraints.txt").read_text().splitlines())
+    assert PRIVATE.keys() <= pins
+
+
 def test_only_the_models_know_tritons_module() -> None:
     knowing = [
         file.relative_to(ROOT).as_posix()
@@ -91,7 +115,7 @@ def test_only_the_models_know_tritons_module() -> None:
 
 
 def test_the_client_is_light() -> None:
-    heavy = ("torch", "diffusers", "transformers", "onnxruntime", "scipy", *set(ROOMS) - {"imprompt"})
+    heavy = ("torch", "diffusers", "transformers", "onnxruntime", "scipy", "msgspec", *set(ROOMS) - {"imprompt"})
     assert not {name for name in loaded_by("imprompt", "imprompt.cli") if within(name, heavy)}
 
 
@@ -112,6 +136,30 @@ def test_processes_beside_the_denoiser_are_light() -> None:
     assert not {name for name in loaded if within(name, ("torch", "diffusers", "transformers", "scipy"))}
 
 
+def test_the_server_needs_no_package_of_the_export() -> None:
+    """diffusers, which the denoiser takes schedulers from, loads these packages where they are installed."""
+    blocked = ("accelerate", "onnxscript", "peft", "transformers")
+    names = [
+        ".".join(file.relative_to(ROOMS["imprompt_serving"]).with_suffix("").parts).removesuffix(".__init__")
+        for file in modules("imprompt_serving")
+    ]
+    needed = {"imprompt_serving.triton.denoiser", "imprompt_serving.triton.pipeline", "imprompt_serving.launcher"}
+    assert needed < set(names)
+    code = f"""
+import importlib, sys, types
+sys.modules.update(dict.fromkeys({blocked!r}))
+sys.modules["triton_python_backend_utils"] = types.ModuleType("triton_python_backend_utils")
+for name in {names!r}:
+    importlib.import_module(name)
+import diffusers
+from imprompt_serving.capabilities import SCHEDULERS
+print(*(type(getattr(diffusers, name).from_config({{}})).__name__ for name in SCHEDULERS))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == 16
+
+
 @pytest.mark.parametrize("command", ["", "export", "serve", "generate", "models", "bench"])
 def test_help(command: str) -> None:
     done = subprocess.run(
@@ -124,25 +172,44 @@ def test_help(command: str) -> None:
     assert "Usage" in done.stdout
 
 
-def test_the_wheel(tmp_path: Path) -> None:
+def wheel(root: Path, folder: Path) -> set[str]:
+    """The files in the wheel of the distribution at `root`."""
     code = (
         "import sys; from hatchling.builders.wheel import WheelBuilder; "
         "[print(p) for p in WheelBuilder(sys.argv[1]).build(directory=sys.argv[2])]"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT), str(tmp_path)], capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code, str(root), str(folder)], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    with zipfile.ZipFile(done.stdout.split()[-1]) as wheel:
-        packed = set(wheel.namelist())
-    for room, folder in ROOMS.items():
-        files = [file for file in modules(room) if "__pycache__" not in file.parts]
-        missing = {file.relative_to(folder).as_posix() for file in files} - packed
-        assert not missing
-    assert "imprompt/py.typed" in packed
-    bundle = ROOMS["imprompt_demo"] / "imprompt_demo" / "bundle"
-    if bundle.is_dir():
-        files = [file for file in bundle.rglob("*") if file.is_file()]
-        assert {file.relative_to(ROOMS["imprompt_demo"]).as_posix() for file in files} <= packed
-    assert not [name for name in packed if name.startswith(("tests/", "docs/"))]
-    assert any(name.endswith("LICENSE") for name in packed)
+    with zipfile.ZipFile(done.stdout.split()[-1]) as archive:
+        return set(archive.namelist())
+
+
+def packed(room: str) -> set[str]:
+    """Python files of a room as a wheel names them."""
+    files = [file for file in modules(room) if "__pycache__" not in file.parts]
+    return {file.relative_to(ROOMS[room]).as_posix() for file in files}
+
+
+def test_the_wheel(tmp_path: Path) -> None:
+    names = wheel(ROOT, tmp_path)
+    for room in ROOMS.keys() - {"imprompt_demo"}:
+        assert packed(room) <= names
+    assert "imprompt/py.typed" in names
+    assert not [name for name in names if name.startswith(("imprompt_demo/", "tests/", "docs/"))]
+    assert any(name.endswith("LICENSE") for name in names)
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 2**20  # a caller installs no weights
+
+
+def test_the_wheel_of_the_demo(tmp_path: Path) -> None:
+    """With the embedded bundle, for the same version of imprompt."""
+    names = wheel(ROOMS["imprompt_demo"], tmp_path)
+    bundle = ROOMS["imprompt_demo"] / "imprompt_demo/bundle"
+    files = {file.relative_to(ROOMS["imprompt_demo"]).as_posix() for file in bundle.rglob("*") if file.is_file()}
+    assert any(file.endswith(".safetensors") for file in files)
+    assert packed("imprompt_demo") | files <= names
+    own, main = (tomllib.loads((root / "pyproject.toml").read_text()) for root in (ROOMS["imprompt_demo"], ROOT))
+    version = main["project"]["version"]
+    assert own["project"]["version"] == version
+    assert own["project"]["dependencies"] == [f"imprompt[export,server]=={version}"]

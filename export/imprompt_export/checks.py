@@ -14,6 +14,7 @@ from imprompt_export.backends import export_backend
 from imprompt_export.bundle import NO_FACES, BundleFile, IPAdapterSection
 from imprompt_export.errors import BundleError, refusing
 from imprompt_export.sources import flat, is_local, read_json, tensors
+from imprompt_serving.backends.onnxruntime import check_one_installed
 
 FAMILIES = {
     "StableDiffusionPipeline": "sd15",
@@ -55,8 +56,9 @@ def check_options(bundle: BundleFile, refit_from: Path | None) -> None:
 
     Raises:
         BundleError: `--refit-from` does not go with it, or a package of its backend is not installed.
-        EngineError: the package of its backend is not installed, or too old.
+        EngineError: the package of its backend is not installed, or too old; or there are two ONNX Runtimes.
     """
+    check_one_installed()  # whatever the backend: engines are compared by way of ONNX Runtime too
     backend = export_backend(bundle.engine.backend)
     backend.check_installed(bundle.engine)
     if refit_from is not None and not backend.refittable:

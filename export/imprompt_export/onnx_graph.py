@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import io
 import logging
 import math
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,7 +20,7 @@ from onnxscript import opset18 as op
 from onnxscript.function_libs.torch_lib.ops.core import aten_flatten, aten_unflatten
 from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
 from onnxscript.rewriter.rules.common import slice_split_rule
-from torch.onnx._internal.exporter import _fx_passes
+from torch.onnx._internal.exporter import _fx_passes, _registration
 
 from imprompt_export.graphs import Axes, Graph
 from imprompt_export.precision import Positional, cast
@@ -25,8 +28,17 @@ from imprompt_export.precision import Positional, cast
 OPSET = 18
 _EXTERNAL_DATA_FROM = 1 << 30
 """Bytes of weights from which they get a file of their own (an ONNX file holds 2 GiB at most)."""
+_NO_ARITHMETIC = (
+    torch.ops.aten.embedding.default,
+    torch.ops.aten.gather.default,
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.to.dtype,
+)
+"""Operators whose tensors may differ in type: they compute nothing."""
 _ASSERTION = torch.ops.aten._assert_tensor_metadata.default
 _decompose = _fx_passes.decompose_with_registry
+_promote = _fx_passes.insert_type_promotion_nodes
+_translations = functools.cache(_registration.ONNXRegistry.from_torchlib)
 
 
 def trace_axes(graph: Graph) -> Axes:
@@ -49,7 +61,7 @@ def _trace(graph: Graph, dtype: torch.dtype) -> torch.onnx.ONNXProgram:
         for tensor in graph.inputs
     )
     module = Positional(graph, dtype).eval()
-    with torch.no_grad(), _quiet(), _without_slice_split(), _without_decomposition():
+    with torch.no_grad(), _quiet(), _quickly():
         program = torch.export.export(
             module, tuple(example.values()), dynamic_shapes={"tensors": dynamic}, strict=False
         )
@@ -139,21 +151,51 @@ def _to(tensor: Any, dtype: int, *_: Any, **__: Any) -> Any:
     return op.Cast(tensor, to=dtype)
 
 
-def _without_decomposition() -> contextlib.AbstractContextManager[Any]:
-    """Break up a program only if it has operators that ONNX does not: to do so takes longer than to trace it."""
+@contextlib.contextmanager
+def _quickly() -> Iterator[None]:
+    """Leave out passes of the exporter that change nothing here, each of which takes as long as a part of the trace."""
+    with (
+        mock.patch.object(_fx_passes, "decompose_with_registry", _decompose_if_needed),
+        mock.patch.object(_fx_passes, "insert_type_promotion_nodes", _promote_if_needed),
+        mock.patch.object(_registration.ONNXRegistry, "from_torchlib", staticmethod(_copied_translations)),
+        # The one rewrite that tries every pair of Slices: it takes longest by far and never applies.
+        mock.patch.object(slice_split_rule, "try_rewrite", return_value=None),
+    ):
+        yield
 
-    def decompose(program: torch.export.ExportedProgram, registry: Any) -> torch.export.ExportedProgram:
-        targets = {node.target for node in program.graph.nodes if node.op == "call_function"} - {_ASSERTION}
-        translated = all(registry.is_registered(target) for target in targets)
-        mutable = any(target._schema.is_mutable for target in targets if isinstance(target, torch._ops.OpOverload))
-        return program if translated and not mutable else _decompose(program, registry)
 
-    return mock.patch.object(_fx_passes, "decompose_with_registry", decompose)
+def _decompose_if_needed(program: torch.export.ExportedProgram, registry: Any) -> torch.export.ExportedProgram:
+    """Break up a program only if it has operators that ONNX does not."""
+    targets = {node.target for node in program.graph.nodes if node.op == "call_function"} - {_ASSERTION}
+    translated = all(registry.is_registered(target) for target in targets)
+    mutable = any(target._schema.is_mutable for target in targets if isinstance(target, torch._ops.OpOverload))
+    return program if translated and not mutable else _decompose(program, registry)
 
 
-def _without_slice_split() -> contextlib.AbstractContextManager[Any]:
-    """Leave out the one rewrite that tries every pair of Slices: it takes longest by far and never applies here."""
-    return mock.patch.object(slice_split_rule, "try_rewrite", return_value=None)
+def _promote_if_needed(module: torch.fx.GraphModule) -> None:
+    """Insert casts only if some operator computes with another type than that of its tensors."""
+    if any(_casts(node) for node in module.graph.nodes if node.op == "call_function"):
+        _promote(module)
+
+
+def _casts(node: torch.fx.Node) -> bool:
+    """Whether an operator gets tensors of several types, or makes numbers with a fraction from integers or truths."""
+    if node.target in _NO_ARITHMETIC:
+        return False
+    given = {value.dtype for value in _tensors(node.all_input_nodes)}
+    fractions = any(value.dtype.is_floating_point for value in _tensors([node]))
+    return len(given) > 1 or (fractions and not all(dtype.is_floating_point for dtype in given))
+
+
+def _tensors(nodes: Iterable[torch.fx.Node]) -> list[torch.Tensor]:
+    return [node.meta["val"] for node in nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+
+
+def _copied_translations(opset_version: int) -> Any:
+    """The exporter's table of operators, to which each export adds: made once, and copied."""
+    registry = copy.copy(_translations(opset_version))
+    registry.functions = {target: [*functions] for target, functions in registry.functions.items()}
+    return registry
 
 
 @contextlib.contextmanager

@@ -15,6 +15,9 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+from imprompt_serving.backends import EngineError
+from imprompt_serving.backends.onnxruntime import check_one_installed
+
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
@@ -59,6 +62,10 @@ class TritonInstall:
 
 def find_triton() -> TritonInstall:
     """The Triton to start. Raises `LaunchError` when there is none, or none that can run this interpreter's models."""
+    try:
+        check_one_installed()
+    except EngineError as error:
+        raise LaunchError(str(error)) from None
     on_path = shutil.which("tritonserver")
     triton = _system_triton(Path(on_path)) if on_path else _pip_triton()
     _libpython_folder()

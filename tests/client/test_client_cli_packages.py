@@ -18,7 +18,6 @@ from imprompt_serving.launcher import Addresses
     [
         (["export", "bundle.toml", "-o", "repo"], "imprompt_export", "export"),
         (["serve", "repo"], "imprompt_serving.launcher", "server"),
-        (["demo"], "imprompt_demo", "export,server"),
         (["bench", "--help"], "imprompt_bench.cli", "bench"),
     ],
 )
@@ -31,6 +30,13 @@ def test_missing_package_error_names_the_extra(
     assert f'pip install "imprompt[{extra}]"' in outcome.stderr.replace("\n", "")
 
 
+def test_a_missing_demo_says_how_to_get_it(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "imprompt_demo", None)
+    outcome = run("demo")
+    assert outcome.exit_code == 1
+    assert "in a checkout, run `make demo` or `pip install ./demo`" in outcome.stderr.replace("\n", " ")
+
+
 def in_a_fresh_python(*arguments: str, without: str = "", code: str = "") -> subprocess.CompletedProcess[str]:
     """Run `imprompt` in a fresh process that cannot import the package `without`."""
     script = f"import sys; sys.modules.update({dict.fromkeys(filter(None, [without]))}); {code}\n"
@@ -41,10 +47,9 @@ def in_a_fresh_python(*arguments: str, without: str = "", code: str = "") -> sub
 @pytest.mark.parametrize(
     ("arguments", "without", "extra"),
     [
-        (["demo"], "torch", "export,server"),
-        (["demo"], "diffusers", "export,server"),
+        (["demo"], "torch", "cpu,export,server"),
         (["bench", "--help"], "psutil", "bench"),
-        (["bench"], "torch", "bench,export,server"),
+        (["bench"], "torch", "bench,cpu,export,server"),
     ],
 )
 def test_missing_dependency_error_names_the_extra(arguments: list[str], without: str, extra: str) -> None:

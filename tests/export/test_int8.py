@@ -2,52 +2,35 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
 
 from bundles import Made
-from imprompt_export.bundle import BundleFile
-from imprompt_export.checkpoints import load
-from imprompt_export.int8 import Quality, QualityError, check_quality, quantize_bundle
-from imprompt_serving.specs import Bundle
+from imprompt_export.int8 import Quality, QualityError, check_quality
 
 NETWORKS = {"unet", "controlnet_depth"}
 
 
-@pytest.fixture(scope="module")
-def fp32(bundle: Callable[[str], Made], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The engines of the denoiser of a bundle for OpenVINO."""
-    folder = tmp_path_factory.mktemp("engines") / "fp32"
-    shutil.copytree(bundle("openvino").repository / "openvino_denoiser/1", folder)
-    return {file.stem: file for file in folder.glob("*.xml")}
+def sizes(made: Made) -> dict[str, int]:
+    """Bytes of the weights of each engine of the denoiser."""
+    folder = made.repository / f"{made.name}_denoiser/1"
+    return {file.stem: file.with_suffix(".bin").stat().st_size for file in folder.glob("*.xml")}
 
 
-@pytest.fixture(scope="module")
-def int8(bundle: Callable[[str], Made], fp32: dict[str, Path]) -> tuple[dict[str, Path], list[Quality]]:
-    made = bundle("openvino")
-    checkpoints = load(BundleFile.load(made.checkpoints / "bundle.toml"))
-    spec = Bundle.load(made.repository / "openvino_denoiser/1")
-    return quantize_bundle(spec, checkpoints, fp32, 10.0)
+def test_the_networks_of_a_step_become_small(bundle: Callable[[str], Made]) -> None:
+    fp32, int8 = sizes(bundle("openvino")), sizes(bundle("int8"))
+    assert int8.keys() == fp32.keys() > NETWORKS
+    assert {name for name in fp32 if int8[name] != fp32[name]} == NETWORKS
+    assert all(int8[name] < 0.5 * fp32[name] for name in NETWORKS)
 
 
-def test_the_networks_of_a_step_become_small(fp32: dict[str, Path], int8: Any) -> None:
-    def size(file: Path) -> int:
-        return file.with_suffix(".bin").stat().st_size
-
-    files, _ = int8
-    assert files.keys() == fp32.keys() > NETWORKS
-    assert {name for name, file in files.items() if file != fp32[name]} == NETWORKS
-    for name in NETWORKS:
-        assert size(files[name]) < 0.5 * size(fp32[name])
-
-
-def test_quality_is_measured_and_judged(int8: Any) -> None:
-    _, rows = int8
+def test_quality_is_measured_and_judged(bundle: Callable[[str], Made]) -> None:
+    report = json.loads(Path(bundle("int8").repository, "int8/export.json").read_text())
+    rows = msgspec.convert(report["int8"], list[Quality])
     assert {row.engine for row in rows} == NETWORKS
     for row in rows:
         assert 8 <= row.calls <= 10

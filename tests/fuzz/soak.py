@@ -64,9 +64,13 @@ def refusals(harness: Harness, count: int) -> Result:
     return result
 
 
-def cancels(harness: Harness, count: int, *, seed: int = 0) -> Result:
-    """Send `count` calls, both unary and streams, whose callers cancel at random times."""
-    with _observed(harness, f"{count} cancellations by {CALLERS} callers") as result:
+def cancels(harness: Harness, count: int, *, before: dict[str, Usage] | None = None, seed: int = 0) -> Result:
+    """Send `count` calls, both unary and streams, whose callers cancel at random times.
+
+    Args:
+        before: the usage of the server, if it has just been measured, which takes `SETTLE_S`.
+    """
+    with _observed(harness, f"{count} cancellations by {CALLERS} callers", before) as result:
         rng, lock = Random(seed), threading.Lock()
         calls = iter([_canceled(harness, rng) for _ in range(count)])
 
@@ -108,9 +112,9 @@ def _canceled(harness: Harness, rng: Random) -> Sendable:
 
 
 @contextmanager
-def _observed(harness: Harness, title: str) -> Iterator[Result]:
+def _observed(harness: Harness, title: str, before: dict[str, Usage] | None = None) -> Iterator[Result]:
     """Measure usage before and after, while a regular caller checks that its pictures stay the same."""
-    result, done = Result(title=title, before=harness.usage()), threading.Event()
+    result, done = Result(title=title, before=before or harness.usage()), threading.Event()
 
     def ask() -> None:
         while not done.wait(_PAUSE_S):

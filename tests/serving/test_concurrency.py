@@ -185,7 +185,7 @@ def test_forty_callers_do_not_keep_another_from_leaving(sd15: Served) -> None:
 
 
 def test_a_full_line_refuses_at_once(sd15: Served) -> None:
-    large = CAT | {"num_images_per_prompt": 64, "num_inference_steps": 300, "timeout": 15.0}
+    large = CAT | {"num_images_per_prompt": 64, "num_inference_steps": 300, "timeout": 10.0}
     with ThreadPoolExecutor(2) as pool, Client(sd15.server.grpc_address, max_retries=0) as impatient:
         callers = [pool.submit(sd15.generate, **large) for _ in range(2)]
         state = 'imprompt_rows{model="sd15_denoiser",state='

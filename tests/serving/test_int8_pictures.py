@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
 
-from bundles import Made
-from imprompt import Client
-from imprompt_export import export
-from imprompt_serving.launcher import Server
 from served import Served
 from tiny import images
 from tiny.oracle import picture_distance
@@ -30,18 +24,10 @@ CAT: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def int8(bundle: Callable[[str], Made], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """The bundle `openvino`, exported again with another precision."""
-    made, repository = bundle("openvino"), tmp_path_factory.mktemp("int8")
-    text = (made.checkpoints / "bundle.toml").read_text()
-    file = made.checkpoints / "bundle-int8.toml"
-    file.write_text(text.replace("[engine]\n", '[engine]\nprecision = "int8"\n').replace('"openvino"', '"int8"', 1))
-    export(file, repository, Console(file=io.StringIO()))
-    with Server(repository) as server, Client(server.grpc_address) as client:
-        yield Served(
-            Made(name="int8", repository=repository, checkpoints=made.checkpoints, adapters=()), server, client
-        )
+@pytest.fixture
+def int8(served: Callable[[str], Served]) -> Served:
+    """The bundle `openvino` in another precision."""
+    return served("int8")
 
 
 def test_quality_is_kept_beside_the_engines(int8: Served) -> None:

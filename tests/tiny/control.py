@@ -88,6 +88,7 @@ def make_lora(
     weight_name: str = "pytorch_lora_weights.safetensors",
     text_encoder: bool = False,
     layers_per_block: int | None = None,
+    levels: int = 4,
     rank: int = 4,
     gain: float = 0.25,
     seed: int = 0,
@@ -100,7 +101,7 @@ def make_lora(
     """
     rng = generator(seed + 23)
     weights: dict[str, Tensor] = {}
-    for part, name, layer in _lora_targets(family, layers_per_block, text_encoder):
+    for part, name, layer in _lora_targets(family, layers_per_block, levels, text_encoder):
         down, up = _lora_pair(rng, layer, rank, gain)
         if fmt == "kohya":
             prefix = {"unet": "lora_unet_", "text_encoder": "lora_te1_" if family == "sdxl" else "lora_te_"}[part]
@@ -118,11 +119,11 @@ def make_lora(
 
 
 def _lora_targets(
-    family: Family, layers_per_block: int | None, text_encoder: bool
+    family: Family, layers_per_block: int | None, levels: int, text_encoder: bool
 ) -> list[tuple[str, str, nn.Linear | nn.Conv2d]]:
     """List (unet or text_encoder, module name, layer) for the UNet's blocks and the text encoder's attention."""
     with private_rng(), torch.device("meta"):
-        unet = UNet2DConditionModel(**unet_config(family, layers_per_block))
+        unet = UNet2DConditionModel(**unet_config(family, layers_per_block, levels))
         targets = [
             ("unet", name, module)
             for name, module in unet.named_modules()

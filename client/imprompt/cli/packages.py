@@ -76,14 +76,20 @@ def serve(
 
 def demo(context: typer.Context) -> None:
     """Export, serve and use the embedded bundle, from checkpoints to pictures."""
-    with _install_hint("export,server"):
-        raise typer.Exit(_load("imprompt_demo", "export,server").main(context.args))
+    try:
+        package = importlib.import_module("imprompt_demo")
+    except ModuleNotFoundError as error:
+        if error.name != "imprompt_demo":
+            raise
+        console.fail("The demo is a separate package: in a checkout, run `make demo` or `pip install ./demo`")
+    with _install_hint("cpu,export,server"):
+        raise typer.Exit(package.main(context.args))
 
 
 def bench(context: typer.Context) -> None:
     """Measure the latency and throughput of a server."""
     package = _load("imprompt_bench.cli", "bench")
-    with _install_hint("bench,export,server"):
+    with _install_hint("bench,cpu,export,server"):
         raise typer.Exit(package.main(context.args))
 
 

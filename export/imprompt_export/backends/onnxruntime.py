@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imprompt_export.backends import Compile, ExportBackend, Tell
+from imprompt_export.errors import BundleError
+from imprompt_serving.backends.onnxruntime import DISTRIBUTIONS
 from imprompt_serving.specs import Bundle
 
 if TYPE_CHECKING:
@@ -16,6 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnnxRuntime(ExportBackend):
+    def check_installed(self, engine: EngineSection) -> None:
+        if find_spec("onnxruntime") is None:
+            raise BundleError(
+                'engine: ONNX Runtime is not installed: pip install "imprompt[export,cpu]", or "imprompt[export,gpu]"'
+            )
+
     def compiler(self, engine: EngineSection, refit_from: Path | None) -> Compile:
         def fuse(graph: Graph, source: Path, bundle: Bundle, tell: Tell) -> Path:
             from imprompt_export.fused_attention import fuse_attention
@@ -32,4 +41,4 @@ class OnnxRuntime(ExportBackend):
         return self.name if engine.precision != "bf16" or torch.cuda.is_available() else None
 
 
-BACKENDS = {"onnxruntime": OnnxRuntime(name="onnxruntime", distributions=("onnxruntime", "onnxruntime-gpu"))}
+BACKENDS = {"onnxruntime": OnnxRuntime(name="onnxruntime", distributions=DISTRIBUTIONS)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import logging
 from collections import Counter
 from collections.abc import Mapping
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CUDA = "CUDAExecutionProvider"
+DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
+"""What `pip` calls ONNX Runtime for CPUs, and for GPUs."""
 CUDA_OPTIONS = {
     "use_tf32": "0",  # whose 10 bits are not what float32 promises
     # Trying every algorithm takes seconds for each new shape; cuDNN's own estimate takes none.
@@ -56,6 +59,30 @@ class OnnxRuntime(Backend):
         from imprompt_serving.gpu import cuda_or_cpu
 
         return cuda_or_cpu(index) if built_for_cuda() else torch.device("cpu")
+
+
+def check_one_installed() -> None:
+    """Refuse an environment with the ONNX Runtime for CPUs and the one for GPUs.
+
+    Both are the module `onnxruntime`: the files of one lie over those of the other, and which works is chance.
+
+    Raises:
+        EngineError: says which to remove.
+    """
+    if all(_is_installed(distribution) for distribution in DISTRIBUTIONS):
+        raise EngineError(
+            "onnxruntime and onnxruntime-gpu are both installed, and overwrite each other's files; for the GPU: "
+            "pip uninstall onnxruntime && pip install --force-reinstall --no-deps onnxruntime-gpu; "
+            "for the CPU the other way around"
+        )
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def built_for_cuda() -> bool:
@@ -152,6 +179,6 @@ class OnnxRuntimeEngine:
 
 BACKENDS = {
     "onnxruntime": OnnxRuntime(
-        name="onnxruntime", precisions=FLOATS, suffix=".onnx", extra="server", triton_platform="onnxruntime_onnx"
+        name="onnxruntime", precisions=FLOATS, suffix=".onnx", extra="cpu", triton_platform="onnxruntime_onnx"
     )
 }
