@@ -23,7 +23,9 @@ SPECS = ("specs", "parameters", "tensor_names", "wire", "config", "capabilities"
 """Modules of `imprompt_serving` that say what a bundle is; the exporter goes by them, and runs its denoiser."""
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "imprompt": (),
-    "imprompt_export": tuple(f"imprompt_serving.{name}" for name in (*SPECS, "backends", "denoiser", "job")),
+    "imprompt_export": tuple(
+        f"imprompt_serving.{name}" for name in (*SPECS, "backends", "families", "denoiser", "job")
+    ),
     "imprompt_serving": (),
     "imprompt_bench": ("imprompt", "imprompt_export", "imprompt_serving"),
     "imprompt_demo": ("imprompt", "imprompt_export", "imprompt_serving"),
@@ -31,6 +33,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 LIGHT = (
     "pipeline",
     "backends",
+    "families",
     "specs",
     "wire",
     "config",
