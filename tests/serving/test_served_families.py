@@ -19,7 +19,7 @@ from imprompt_serving import families
 from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.schedulers import make_scheduler
 from imprompt_serving.errors import InvalidRequest
-from imprompt_serving.families import Family, get_family, sd15
+from imprompt_serving.families import get_family, sd15
 from imprompt_serving.job import JobRequest, Task
 from imprompt_serving.parameters import ROWS, Group
 from imprompt_serving.pipeline.request import parse
@@ -169,8 +169,3 @@ def test_a_further_family_conditions_its_jobs(toy: Bundle) -> None:
 def test_a_family_that_is_not_there_is_refused(toy: Bundle) -> None:
     with pytest.raises(ValueError, match="no family 'other'; there are sd15, sdxl, toy"):
         msgspec.structs.replace(toy, family="other")
-
-
-@pytest.mark.parametrize("name", families.NAMES)
-def test_a_family_is_whole(name: str) -> None:
-    assert isinstance(get_family(name), Family)

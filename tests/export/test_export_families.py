@@ -18,13 +18,6 @@ TEXT = ["transformers", "CLIPTextModel"]
 NOTHING = [None, None]
 
 
-@pytest.mark.parametrize("name", families.NAMES)
-def test_a_family_is_there_in_both_rooms(name: str) -> None:
-    family = export_family(name)
-    assert family.name == name
-    assert len(family.text_encoders) == len(families.get_family(name).prompts)
-
-
 @pytest.mark.parametrize("pipeline", [name for family in all_families() for name in family.pipelines])
 def test_the_family_of_a_base(pipeline: str) -> None:
     assert hasattr(diffusers, pipeline)
