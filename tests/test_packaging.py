@@ -93,6 +93,19 @@ def test_only_the_models_know_tritons_module() -> None:
     assert all("/triton/" in file for file in knowing), knowing
 
 
+@pytest.mark.parametrize(
+    ("module", "besides"),
+    [("policy", ()), ("admission", ()), ("loop", ()), ("batch", ("specs.Bundle", "tensor_names", "image_prompts"))],
+)
+def test_the_loop_knows_jobs_by_their_protocol_alone(module: str, besides: tuple[str, ...]) -> None:
+    neighbors = ("policy", "admission", "batch", "protocol", "answers", "meter")
+    allowed = {f"imprompt_serving.{name}" for name in ("errors", "specs.Limits", *besides)}
+    allowed |= {f"imprompt_serving.denoiser.{name}" for name in (*neighbors, *besides)}
+    file = ROOMS["imprompt_serving"] / f"imprompt_serving/denoiser/{module}.py"
+    ours = [name for name in imports(file) if within(name, tuple(ROOMS))]
+    assert not [name for name in ours if not within(name, tuple(allowed))]
+
+
 def test_the_client_is_light() -> None:
     heavy = ("torch", "diffusers", "transformers", "onnxruntime", "scipy", *set(ROOMS) - {"imprompt"})
     assert not {name for name in loaded_by("imprompt", "imprompt.cli") if within(name, heavy)}

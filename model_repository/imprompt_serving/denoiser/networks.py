@@ -11,7 +11,7 @@ from torch import Tensor
 from imprompt_serving.backends import Engine
 from imprompt_serving.denoiser.batch import RowSlice
 from imprompt_serving.denoiser.control import PreparedControlNet
-from imprompt_serving.denoiser.job import Job
+from imprompt_serving.denoiser.protocol import LoopJob
 from imprompt_serving.gpu import run_on_tensors
 from imprompt_serving.specs import Bundle, level_size
 
@@ -117,7 +117,7 @@ def _uses(parts: Sequence[RowSlice]) -> list[_Use]:
     return uses
 
 
-def _frames(job: Job, embedding: Tensor, row: int) -> Tensor:
+def _frames(job: LoopJob, embedding: Tensor, row: int) -> Tensor:
     """Of the features of a clip's control images [F, C, h, w], those of the frames of ``row``."""
     if len(job.windows) < 2:
         return embedding
