@@ -25,6 +25,7 @@ from imprompt_serving.denoiser.windows import Window, merge, windows
 from imprompt_serving.errors import InvalidRequest, RequestError
 from imprompt_serving.job import JobRequest, batch_key
 from imprompt_serving.specs import Bundle
+from imprompt_serving.tensor_names import NEGATIVE, image_embeds
 
 _USUAL_SCALE, _USUAL_EMBEDDING = 100.0, 1000.0
 """What no sensible scale, and no output of an image encoder, exceeds."""
@@ -229,8 +230,8 @@ def suspect(request: JobRequest, tensors: Mapping[str, Tensor]) -> str | None:
         return "ip_adapter_scale"
     if any(abs(use.scale) > _USUAL_SCALE for use in request.controls):
         return "controlnet_conditioning_scale"
-    embeds = (tensor for name, tensor in tensors.items() if "image_embeds_" in name)
-    if any(tensor.abs().max() > _USUAL_EMBEDDING for tensor in embeds):
+    embeds = [prefix + image_embeds(use.name) for use in request.adapters for prefix in ("", NEGATIVE)]
+    if any(tensors[name].abs().max() > _USUAL_EMBEDDING for name in embeds if name in tensors):
         return "ip_adapter_image_embeds"
     return None if request.settings.scheduler is None else "scheduler"
 
