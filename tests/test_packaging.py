@@ -99,7 +99,7 @@ def test_only_the_models_know_tritons_module() -> None:
 )
 def test_the_loop_knows_jobs_by_their_protocol_alone(module: str, besides: tuple[str, ...]) -> None:
     neighbors = ("policy", "admission", "batch", "protocol", "answers", "meter")
-    allowed = {f"imprompt_serving.{name}" for name in ("errors", "specs.Limits", *besides)}
+    allowed = {f"imprompt_serving.{name}" for name in ("errors", "specs.Limits", "specs.CallRows", *besides)}
     allowed |= {f"imprompt_serving.denoiser.{name}" for name in (*neighbors, *besides)}
     file = ROOMS["imprompt_serving"] / f"imprompt_serving/denoiser/{module}.py"
     ours = [name for name in imports(file) if within(name, tuple(ROOMS))]

@@ -65,12 +65,12 @@ class _Projection:
 class Rig:
     """Takes jobs as the server's denoiser does."""
 
-    def __init__(self, bundle: Bundle, unet: Engine, meter: Meter | None = None) -> None:
+    def __init__(self, bundle: Bundle, unet: Engine, meter: Meter | None = None, *, bucketed: bool = False) -> None:
         self.bundle = bundle
         self._conditioner = Conditioner(bundle, {adapter.name: _Projection() for adapter in bundle.adapters})
-        self.denoiser = Denoiser(
-            StepNetworks(bundle, {"unet": unet}, {}), Batcher(bundle), bundle.shapes.rows.max, bundle.limits, meter
-        )
+        call_rows = bundle.shapes.call_rows(bucketed=bucketed)
+        networks = StepNetworks(bundle, {"unet": unet}, {}, call_rows)
+        self.denoiser = Denoiser(networks, Batcher(bundle, call_rows), call_rows, bundle.limits, meter)
 
     def job(self, name: str, *, steps: int, size: int, seed: int = 0, **settings: Any) -> Job:
         """A guided picture of ``size`` x ``size`` pixels, with other ``settings`` where they are given."""
@@ -112,6 +112,6 @@ class Rig:
             outcome.ended.wait()
             if outcome.error:
                 raise outcome.error
-            return job.latents
+            return job.result()
 
         return wait

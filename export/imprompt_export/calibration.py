@@ -89,7 +89,7 @@ class Studio:
             parts = [RowSlice(job, 0, job.rows)]
             job.add_output_rows(self._networks(parts, batcher.inputs(parts)))
         decoder = graphs.vae_decoder(self._checkpoints.pipeline.vae)
-        return decoder.run({"latents": job.latents})[0][0].numpy()
+        return decoder.run({"latents": job.result()})[0][0].numpy()
 
     def _request(self, run: Run) -> JobRequest:
         bundle, shapes = self.bundle, self.bundle.shapes

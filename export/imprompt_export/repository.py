@@ -12,7 +12,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from imprompt_export.backends import export_backend
 from imprompt_export.checkpoints import Checkpoints
-from imprompt_export.graphs import Graph
+from imprompt_export.graphs import Graph, level_axes
 from imprompt_export.install import OWNER
 from imprompt_serving import config
 from imprompt_serving.backends import get_backend
@@ -90,8 +90,20 @@ def _engine_config(bundle: Bundle, host: str, graph: Graph) -> pb.ModelConfig:
         # ONNX Runtime hosted by Python may be the one for CPUs, which Triton would refuse on a GPU.
         devices=devices if needs_gpu or host == "native" else (),
         max_batch_size=export_backend(bundle.backend).max_batch_size(graph, bundle),
+        usual_dims=_usual_dims(graph, bundle),
         cache=graph.name.startswith(_CACHED),
     )
+
+
+def _usual_dims(graph: Graph, bundle: Bundle) -> dict[str, tuple[int, ...]]:
+    """Dims of one row of each input, for pictures of the default size."""
+    sizes = {"height": bundle.default_height, "width": bundle.default_width}
+    latent = (size // bundle.vae_scale_factor for size in sizes.values())
+    sizes |= dict(zip(level_axes(0), latent, strict=True))
+    return {
+        tensor.name: tuple(sizes[size] if isinstance(size, str) else size for size in tensor.shape[1:])
+        for tensor in graph.inputs
+    }
 
 
 def _dims(shape: tuple[int | str, ...]) -> tuple[int, ...]:

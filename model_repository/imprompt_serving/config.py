@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from imprompt_serving import wire
 from imprompt_serving.backends import get_backend
-from imprompt_serving.specs import Bundle
+from imprompt_serving.specs import Bundle, CallRows
 from imprompt_serving.wire import Tensor
 
 
@@ -54,18 +55,24 @@ def engine(
     threads: int = 0,
     devices: Sequence[int] = (),
     max_batch_size: int,
+    usual_dims: Mapping[str, Sequence[int]],
     cache: bool = False,
 ) -> pb.ModelConfig:
     """An engine with dynamic batching: hosted by a Python model, or by Triton's own backend (``host = "native"``).
 
-    With ``devices`` it has an instance on each of these GPUs.
+    Args:
+        devices: GPUs on each of which it has an instance.
+        usual_dims: of one row of each input, for the warm-up of engines on GPUs.
     """
     if host == "native":
         config = pb.ModelConfig(name=name, backend=backend, platform=get_backend(backend).triton_platform)
+        if devices:
+            _warm_up(config, inputs, usual_dims, CallRows(max_batch_size, bucketed=True))
     else:
         config = _python_model(name, decoupled=False)
         config.parameters["engine_backend"].string_value = backend
         config.parameters["engine_threads"].string_value = str(threads)
+        config.parameters["engine_usual_dims"].string_value = json.dumps(dict(usual_dims))
         inputs = (*inputs, wire.SECRET)
     if devices:
         del config.instance_group[:]
@@ -75,6 +82,19 @@ def engine(
     config.response_cache.enable = cache
     _add(config, inputs, outputs)
     return config
+
+
+def _warm_up(
+    config: pb.ModelConfig, inputs: Iterable[Tensor], dims: Mapping[str, Sequence[int]], rows: CallRows
+) -> None:
+    """Let Triton call its own backend with each number of rows before it is ready, and prefer calls of these."""
+    config.dynamic_batching.preferred_batch_size.extend(rows.buckets)
+    for count in rows.buckets:
+        sample = config.model_warmup.add(name=f"{count} rows", batch_size=count)
+        for tensor in inputs:
+            given = sample.inputs[tensor.name]
+            given.data_type, given.zero_data = pb.DataType.Value(f"TYPE_{tensor.dtype}"), True
+            given.dims.extend(dims[tensor.name])
 
 
 def _python_model(name: str, *, decoupled: bool) -> pb.ModelConfig:

@@ -27,6 +27,38 @@ class Range(NamedTuple):
     max: int
 
 
+class CallRows(NamedTuple):
+    """Numbers of rows that one call of an engine may have: 1 to `most`.
+
+    Where each new number costs a search for algorithms or a build (`Backend.buckets_rows`), engines run a few of them
+    alone, the `buckets`, and calls are padded to the next one.
+    """
+
+    most: int
+    bucketed: bool = False
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """1, 2, 4, ... and `most`."""
+        return (*(1 << power for power in range((self.most - 1).bit_length())), self.most)
+
+    def padded(self, rows: int) -> int:
+        """The rows that a call of `rows` rows runs."""
+        if not self.bucketed:
+            return rows
+        return next((bucket for bucket in self.buckets if bucket >= rows), rows)
+
+    def unpadded(self, rows: int) -> int:
+        """The most of `rows` rows that a call runs without padding."""
+        if not self.bucketed:
+            return rows
+        return max(bucket for bucket in self.buckets if bucket <= rows)
+
+    def of_frames(self, frames: int) -> CallRows:
+        """For rows of a clip: a row of `frames` frames takes as much room as that many rows of one."""
+        return self._replace(most=max(self.most // frames, 1))
+
+
 class Shapes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Limits of a request, and the profiles of engines that are built for ranges. Sizes in pixels."""
 
@@ -37,6 +69,10 @@ class Shapes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     image_tokens: tuple[int, ...] = (4, 16, 64, 257, 1028)
     regions: int = 8
     """Region masks of one adapter."""
+
+    def call_rows(self, *, bucketed: bool = False) -> CallRows:
+        """Rows of a call of the UNet; ``bucketed`` where engines run few numbers of them."""
+        return CallRows(self.rows.max, bucketed)
 
     def bucket(self, tokens: int) -> int:
         """What so many image tokens are padded to."""
@@ -234,6 +270,12 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     def region_tokens(self) -> int:
         """Image tokens of a group beside region masks, in engines that are built for ranges: those of one picture."""
         return max(self.shapes.bucket(adapter.num_tokens) for adapter in self.adapters)
+
+    @property
+    def most_images(self) -> int:
+        """Image prompts of one adapter in a request, as far as engines are built for them."""
+        fewest = min((adapter.num_tokens for adapter in self.adapters), default=1)
+        return max(self.shapes.image_tokens[-1] // fewest, self.shapes.regions)
 
     def embeds_guidance(self, request: Asked) -> bool:
         """Whether the guidance scale is an input of the UNet: of distilled ones, in the tasks for which diffusers'

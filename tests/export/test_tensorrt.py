@@ -133,19 +133,32 @@ def test_triton_asks_for_no_more_than_an_engine_takes(repository: Path) -> None:
 
 def test_triton_hosts_tensorrt_itself() -> None:
     tensors = [Tensor("latents", "FP32", (4, -1, -1))], [Tensor("images", "UINT8", (-1, -1, 3))]
-    made = config.engine("vae_decoder", *tensors, backend="tensorrt", host="native", max_batch_size=2)
+    shapes = {"max_batch_size": 2, "usual_dims": {"latents": (4, 64, 64)}}
+    made = config.engine("vae_decoder", *tensors, backend="tensorrt", host="native", **shapes)
     parsed = text_format.Parse(config.to_pbtxt(made), pb.ModelConfig())
     assert (parsed.backend, parsed.platform, parsed.max_batch_size) == ("tensorrt", "tensorrt_plan", 2)
     assert parsed.HasField("dynamic_batching")
     assert not parsed.instance_group  # Triton's default: one on each GPU
-    hosted = config.engine("vae_decoder", *tensors, backend="tensorrt", host="python", max_batch_size=2)
+    hosted = config.engine("vae_decoder", *tensors, backend="tensorrt", host="python", **shapes)
     assert (hosted.backend, hosted.parameters["engine_backend"].string_value) == ("python", "tensorrt")
+
+
+def test_triton_warms_up_what_it_hosts_on_a_gpu() -> None:
+    """Every number of rows at the usual size, and calls of these are preferred."""
+    tensors = [Tensor("latents", "FP32", (4, -1, -1))], [Tensor("images", "UINT8", (-1, -1, 3))]
+    shapes = {"max_batch_size": 6, "usual_dims": {"latents": (4, 64, 64)}}
+    made = config.engine("vae", *tensors, backend="tensorrt", host="native", devices=(0,), **shapes)
+    parsed = text_format.Parse(config.to_pbtxt(made), pb.ModelConfig())
+    assert list(parsed.dynamic_batching.preferred_batch_size) == [1, 2, 4, 6]
+    assert [sample.batch_size for sample in parsed.model_warmup] == [1, 2, 4, 6]
+    assert {tuple(sample.inputs["latents"].dims) for sample in parsed.model_warmup} == {(4, 64, 64)}
 
 
 @pytest.mark.parametrize("host", ["native", "python"])
 def test_an_engine_has_an_instance_on_each_gpu_that_is_named(host: str) -> None:
     tensors = [Tensor("latents", "FP32", (4, -1, -1))], [Tensor("images", "UINT8", (-1, -1, 3))]
-    made = config.engine("vae", *tensors, backend="tensorrt", host=host, devices=(0, 3), max_batch_size=2)
+    shapes = {"max_batch_size": 2, "usual_dims": {"latents": (4, 64, 64)}}
+    made = config.engine("vae", *tensors, backend="tensorrt", host=host, devices=(0, 3), **shapes)
     (group,) = made.instance_group
     assert (group.kind, list(group.gpus), group.count) == (pb.ModelInstanceGroup.KIND_GPU, [0, 3], 1)
 

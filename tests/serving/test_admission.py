@@ -8,27 +8,27 @@ from imprompt import _errors as client_errors
 from imprompt_serving.denoiser.admission import Load, check_room, starts
 from imprompt_serving.denoiser.policy import START_PATIENCE
 from imprompt_serving.errors import Overloaded
-from imprompt_serving.specs import Limits
+from imprompt_serving.specs import CallRows, Limits
 
 STEPS = 10
 JOB = Load(2, STEPS)
 
 
 def test_jobs_begin_at_once_as_long_as_a_call_has_room() -> None:
-    assert starts([JOB], [JOB, JOB, JOB], 8) == [0, 0, 0]
+    assert starts([JOB], [JOB, JOB, JOB], CallRows(8)) == [0, 0, 0]
 
 
 def test_jobs_begin_when_those_before_them_have_ended() -> None:
-    assert starts([Load(2, 4), Load(6, 7)], [JOB, JOB, Load(8, 1)], 8) == [4, 7, 17]
+    assert starts([Load(2, 4), Load(6, 7)], [JOB, JOB, Load(8, 1)], CallRows(8)) == [4, 7, 17]
 
 
 def test_a_job_of_more_rows_than_a_call_takes_several_calls_a_step() -> None:
-    assert starts([], [Load(20, STEPS), JOB], 8) == [0, 3 * STEPS]
+    assert starts([], [Load(20, STEPS), JOB], CallRows(8)) == [0, 3 * STEPS]
 
 
 def check(waiting: int, *, running: int = 4, tick_seconds: float = 1.0, rows: int = 8, seconds: float = 60.0) -> None:
     limits = Limits(waiting_rows=rows, waiting_seconds=seconds)
-    check_room(JOB, [JOB] * running, [JOB] * waiting, call_rows=8, tick_seconds=tick_seconds, limits=limits)
+    check_room(JOB, [JOB] * running, [JOB] * waiting, call_rows=CallRows(8), tick_seconds=tick_seconds, limits=limits)
 
 
 def test_room_in_the_line() -> None:
@@ -54,7 +54,7 @@ def test_shapes_take_turns() -> None:
             Load(2, STEPS, "mine"),
             [Load(8, STEPS, "mine")],
             others[:1],
-            call_rows=8,
+            call_rows=CallRows(8),
             tick_seconds=8.0,
             limits=Limits(waiting_seconds=60.0),
         )
@@ -63,7 +63,7 @@ def test_shapes_take_turns() -> None:
             Load(2, STEPS, "mine"),
             others,
             [JOB],
-            call_rows=8,
+            call_rows=CallRows(8),
             tick_seconds=4.0,
             limits=Limits(waiting_seconds=60.0),
         )
@@ -74,7 +74,7 @@ def test_an_empty_line_takes_whatever_comes() -> None:
         Load(128, STEPS),
         [JOB] * 4,
         [],
-        call_rows=8,
+        call_rows=CallRows(8),
         tick_seconds=100.0,
         limits=Limits(waiting_rows=1, waiting_seconds=1.0),
     )

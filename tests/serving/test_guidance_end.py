@@ -127,11 +127,15 @@ def test_same_picture_with_sdxl(served: Any) -> None:
     assert_different(result, generate(sdxl, scheduler=None))
 
 
+def conditioning_rows(job: Job) -> list[int]:
+    return [row for block in job.blocks(0, job.rows) for row in block.conditioning]
+
+
 def test_the_rows_that_stay_are_the_conditional_ones() -> None:
     job = Rig(sd15(rows=4), Mock()).job("job", steps=4, size=64, guidance_end=0.25)
     rows = []
     while not job.done:
-        rows.append(list(job.conditioning_rows(0, job.rows)))
+        rows.append(conditioning_rows(job))
         job.add_output_rows(torch.zeros(job.rows, *job.latents.shape[1:]))
     assert rows == [[0, 1], [0, 1], [1], [1]]
 
@@ -149,8 +153,8 @@ def test_windows_of_clips_have_the_same_rows() -> None:
     )
     job = Job(request, bundle, rig._conditioner(request, tensors), tensors)
     assert len(job.windows) > 1
-    assert list(job.conditioning_rows(0, job.rows)) == [0, 1] * len(job.windows)
+    assert conditioning_rows(job) == [0, 1] * len(job.windows)
     job.add_output_rows(torch.zeros(job.rows, *job.latents.shape[1:2], job.frames, *job.latents.shape[3:]))
-    assert list(job.conditioning_rows(0, job.rows)) == [1] * len(job.windows)
+    assert conditioning_rows(job) == [1] * len(job.windows)
     latents, timesteps = job.model_input()
     assert len(latents) == len(timesteps) == job.rows == len(job.windows)

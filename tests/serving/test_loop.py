@@ -19,7 +19,7 @@ from imprompt_serving.denoiser.batch import RowSlice
 from imprompt_serving.denoiser.loop import Denoiser
 from imprompt_serving.denoiser.meter import Meter, Population
 from imprompt_serving.errors import Cancelled, InvalidRequest, Overloaded, RequestError
-from imprompt_serving.specs import Limits
+from imprompt_serving.specs import CallRows, Limits
 
 WAIT_S = 10.0
 
@@ -138,7 +138,7 @@ class Room:
     def __init__(self, limits: Limits | None = None) -> None:
         batcher: Any = FakeBatcher()
         self.gate, self.meter = Gate(batcher), CountingMeter()
-        self.denoiser = Denoiser(self.gate, batcher, 8, limits, self.meter)
+        self.denoiser = Denoiser(self.gate, batcher, CallRows(8), limits, self.meter)
 
     def submit(self, job: Any, **hooks: Callable[..., None]) -> Answers:
         answers = Answers()

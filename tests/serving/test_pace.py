@@ -15,6 +15,7 @@ from imprompt_serving.denoiser.answers import Answers, AnswerThreads, Listener
 from imprompt_serving.denoiser.loop import TICKS_IN_FLIGHT, Denoiser
 from imprompt_serving.denoiser.meter import Meter
 from imprompt_serving.errors import Cancelled, RequestError
+from imprompt_serving.specs import CallRows
 from serving.test_loop import WAIT_S, FakeBatcher, FakeJob
 from serving.test_loop import Answers as Told
 
@@ -29,7 +30,7 @@ class Device:
         self._turns = threading.Semaphore(0)
         self._changed = threading.Condition()
         self.meter = SecondsMeter()
-        self.denoiser = Denoiser(self._predict, self._batcher, 8, meter=self.meter, mark=lambda: self._wait)
+        self.denoiser = Denoiser(self._predict, self._batcher, CallRows(8), meter=self.meter, mark=lambda: self._wait)
 
     def _predict(self, parts: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         with self._changed:

@@ -12,6 +12,7 @@ from imprompt_bench.rig import sd15
 from imprompt_serving.denoiser import warm_up
 from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.errors import RequestError
+from imprompt_serving.specs import CallRows
 
 
 def test_a_warm_up_that_takes_too_long_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,5 +26,5 @@ def test_a_warm_up_that_takes_too_long_leaves_no_thread(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(warm_up, "WAIT_S", 0.1)
     with pytest.raises(RequestError, match=r"was not done after 0\.1 seconds"):
-        warm_up.warm_up(bundle, Conditioner(bundle, {}), networks, torch.device("cpu"))
+        warm_up.warm_up(bundle, Conditioner(bundle, {}), networks, torch.device("cpu"), CallRows(2))
     assert not {t.name for t in set(threading.enumerate()) - before if not isinstance(t, threading.Timer)}

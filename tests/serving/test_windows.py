@@ -7,13 +7,13 @@ from itertools import pairwise
 import pytest
 import torch
 
-from imprompt_serving.denoiser.windows import merge, pyramid, windows
+from imprompt_serving.denoiser.windows import frames_of, merge, pyramid, windows
 from imprompt_serving.job import ContextWindow
 
 
 @pytest.mark.parametrize("frames", [1, 7, 16])
 def test_a_clip_within_the_window_is_one(frames: int) -> None:
-    assert windows(3, frames, ContextWindow(length=16)) == [tuple(range(frames))]
+    assert windows(3, frames, ContextWindow(length=16)) == [range(frames)]
 
 
 @pytest.mark.parametrize("frames", [17, 24, 64, 65])
@@ -53,8 +53,15 @@ def test_one_window_merges_to_itself() -> None:
 def test_windows_that_agree_merge_to_what_they_say() -> None:
     whole = torch.randn(2, 4, 40, 3, 3)
     views = windows(5, 40, ContextWindow(length=16))
-    parts = torch.cat([whole[:, :, list(window)] for window in views])
+    parts = torch.cat([frames_of(whole, window, 2) for window in views])
     torch.testing.assert_close(merge(parts, views, 40), whole)
+
+
+def test_frames_are_those_of_the_window() -> None:
+    clip = torch.arange(40.0)[None, None]
+    for step in range(4):
+        for window in windows(step, 40, ContextWindow(length=8, stride=3)):
+            assert frames_of(clip, window, 2).flatten().tolist() == list(window)
 
 
 def test_the_middle_of_a_window_counts_most() -> None:

@@ -82,7 +82,9 @@ class ExportBackend:
 
     def max_batch_size(self, graph: Graph, bundle: Bundle) -> int:
         """The most rows that Triton may put into one call of an engine."""
-        return bundle.shapes.rows.max
+        from imprompt_export.profiles import batch
+
+        return batch(graph, bundle).max
 
     def finish(
         self, engine: EngineSection, bundle: Bundle, checkpoints: Checkpoints, files: Mapping[str, Path], tell: Tell

@@ -70,11 +70,6 @@ class TensorRT(ExportBackend):
 
         return check_axes(graph, bundle)
 
-    def max_batch_size(self, graph: Graph, bundle: Bundle) -> int:
-        from imprompt_export.profiles import batch
-
-        return batch(graph, bundle).max
-
 
 class Builder:
     """Builds engines for one backend, and keeps what it built.

@@ -74,6 +74,10 @@ class Backend(ABC):
         except ModuleNotFoundError as error:
             raise EngineError(f"{error}: install imprompt[{self.extra}] where the engines run") from None
 
+    def buckets_rows(self, device: str) -> bool:
+        """Whether engines on `device` (as for `load`) run few numbers of rows alone (`specs.CallRows`)."""
+        return self.needs_gpu or device.startswith("cuda")
+
     @abstractmethod
     def _load(self, file: Path, threads: int, device: str) -> Engine: ...
 

@@ -28,6 +28,10 @@ class OnnxRuntime(Backend):
             return OnnxRuntimeDeviceEngine(file, device)
         return OnnxRuntimeEngine(file, threads=threads)
 
+    def buckets_rows(self, device: str) -> bool:
+        """On a GPU, whatever the device of the tensors: CUDA's convolutions are searched for at each new shape."""
+        return built_for_cuda() and gpu_there()
+
     def device(self, index: int = 0) -> torch.device:
         import torch
 

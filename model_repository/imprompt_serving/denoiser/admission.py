@@ -6,9 +6,9 @@ import heapq
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from imprompt_serving.denoiser.policy import START_PATIENCE
+from imprompt_serving.denoiser.policy import START_PATIENCE, rows_to_call
 from imprompt_serving.errors import Overloaded
-from imprompt_serving.specs import Limits
+from imprompt_serving.specs import CallRows, Limits
 
 LONGEST_HINT_S, SHORTEST_HINT_S = 600.0, 0.5
 
@@ -24,8 +24,12 @@ class Load(NamedTuple):
     batch_key: str = ""
 
 
-def starts(running: Iterable[Load], waiting: Sequence[Load], limit: int) -> list[int]:
-    """The tick at which each waiting job begins if they begin in their order, as soon as a call has room for them."""
+def starts(running: Iterable[Load], waiting: Sequence[Load], call_rows: CallRows) -> list[int]:
+    """The tick at which each waiting job begins if they begin in their order, as soon as a call has room for them.
+
+    Where calls are padded, jobs that run may take turns (`rows_to_call`), so that their steps take more ticks.
+    """
+    limit = call_rows.most
     room, tick = limit, 0
     ends: list[tuple[int, int]] = []
 
@@ -33,7 +37,9 @@ def starts(running: Iterable[Load], waiting: Sequence[Load], limit: int) -> list
         nonlocal room
         rows = min(load.rows, limit)
         room -= rows
-        heapq.heappush(ends, (tick + load.steps * -(-load.rows // limit), rows))
+        together = max(limit - room, 1)
+        calls = load.steps * -(-load.rows // limit)
+        heapq.heappush(ends, (tick + -(-calls * together // rows_to_call(together, call_rows)), rows))
 
     for load in running:
         begin(load)
@@ -48,7 +54,13 @@ def starts(running: Iterable[Load], waiting: Sequence[Load], limit: int) -> list
 
 
 def check_room(
-    load: Load, running: Sequence[Load], waiting: Sequence[Load], *, call_rows: int, tick_seconds: float, limits: Limits
+    load: Load,
+    running: Sequence[Load],
+    waiting: Sequence[Load],
+    *,
+    call_rows: CallRows,
+    tick_seconds: float,
+    limits: Limits,
 ) -> None:
     """Whether ``load`` may join; anything may when nobody waits.
 
@@ -78,7 +90,7 @@ def check_room(
         )
 
 
-def _ticks_to_wait(load: Load, running: Sequence[Load], waiting: Sequence[Load], call_rows: int) -> int:
+def _ticks_to_wait(load: Load, running: Sequence[Load], waiting: Sequence[Load], call_rows: CallRows) -> int:
     """Ticks until ``load`` begins: those of its shape take turns with the other shapes, which go first for a while."""
 
     def alike(loads: Sequence[Load]) -> list[Load]:

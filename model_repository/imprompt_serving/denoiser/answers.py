@@ -85,6 +85,8 @@ class Answers:
         try:
             self._listener.finish(job)
             self._meter.ended("finished")
+        except RequestError as error:
+            self._fail(error)
         except Exception as error:
             logger.exception("the result of job %s was not taken", job.id)
             self._fail(unexpected(error))

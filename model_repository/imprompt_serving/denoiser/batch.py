@@ -11,7 +11,7 @@ from torch import Tensor
 from imprompt_serving import tensor_names
 from imprompt_serving.denoiser.image_prompts import pad
 from imprompt_serving.denoiser.protocol import LoopJob
-from imprompt_serving.specs import Bundle
+from imprompt_serving.specs import Bundle, CallRows
 
 
 class RowSlice(NamedTuple):
@@ -23,10 +23,10 @@ class RowSlice(NamedTuple):
 
 
 class Batcher:
-    """Stacks rows; conditioning is stacked once for each composition of a batch, not at each step."""
+    """Stacks rows, padded to what a call runs; conditioning once for each composition of a batch, not at each step."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        self._bucket = bundle.shapes.bucket
+    def __init__(self, bundle: Bundle, call_rows: CallRows | None = None) -> None:
+        self._bucket, self._call_rows = bundle.shapes.bucket, call_rows or bundle.shapes.call_rows()
         self._adapters = {
             name: adapter.name
             for adapter in bundle.adapters
@@ -36,17 +36,18 @@ class Batcher:
         self._conditioning: dict[str, Tensor] = {}
 
     def inputs(self, parts: list[RowSlice]) -> dict[str, Tensor]:
-        """UNet inputs of ``parts``, one after the other."""
+        """UNet inputs of ``parts``, one after the other; the last row is repeated where a call has to have more."""
         sources = [part.job.conditioning() for part in parts]
         composition = [(part, id(source)) for part, source in zip(parts, sources, strict=True)]
         if composition != self._composition:
             self._conditioning = self._stack(parts, sources)
             self._composition = composition
+        count = self._count(parts)
         latents, timesteps = zip(*(part.job.model_input() for part in parts), strict=True)
         rows = [slice(part.start, part.stop) for part in parts]
         return {
-            "sample": torch.cat([tensor[r] for tensor, r in zip(latents, rows, strict=True)]),
-            "timestep": torch.cat([tensor[r] for tensor, r in zip(timesteps, rows, strict=True)]),
+            "sample": stack([tensor[r] for tensor, r in zip(latents, rows, strict=True)], count),
+            "timestep": stack([tensor[r] for tensor, r in zip(timesteps, rows, strict=True)], count),
             **self._conditioning,
         }
 
@@ -56,14 +57,24 @@ class Batcher:
 
     def _stack(self, parts: list[RowSlice], sources: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         sizes = {adapter: self._widest(adapter, sources) for adapter in set(self._adapters.values())}
-        indices = [part.job.conditioning_rows(part.start, part.stop) for part in parts]
+        count = self._count(parts)
+        blocks = [
+            (source, block.conditioning)
+            for part, source in zip(parts, sources, strict=True)
+            for block in part.job.blocks(part.start, part.stop)
+        ]
         stacked = {}
         for name in sources[0]:
-            rows = [_rows(source[name], index) for index, source in zip(indices, sources, strict=True)]
+            rows = [source[name][rows.start : rows.stop] for source, rows in blocks]
             if name in self._adapters:
                 rows = [pad(tensor, name, *sizes[self._adapters[name]]) for tensor in rows]
-            stacked[name] = torch.cat(rows)
+            stacked[name] = stack(rows, count)
         return stacked
+
+    def _count(self, parts: list[RowSlice]) -> int:
+        """Rows of a call that computes ``parts``."""
+        call_rows = self._call_rows.of_frames(parts[0].job.frames)
+        return call_rows.padded(sum(part.stop - part.start for part in parts))
 
     def _widest(self, adapter: str, sources: list[Mapping[str, Tensor]]) -> tuple[int, int]:
         """Groups, and tokens up to the next padding bucket."""
@@ -72,6 +83,9 @@ class Batcher:
         return max(shape[1] for shape in shapes), self._bucket(tokens) if tokens > 1 else 1
 
 
-def _rows(tensor: Tensor, index: Sequence[int]) -> Tensor:
-    """Rows of ``tensor``; a range is a view of them, for which nothing has to be sent to a device."""
-    return tensor[index.start : index.stop] if isinstance(index, range) else tensor[index]
+def stack(tensors: Sequence[Tensor], count: int) -> Tensor:
+    """The rows of ``tensors`` one after the other, and the last one again until there are ``count``."""
+    missing, last = count - sum(map(len, tensors)), tensors[-1][-1:]
+    if missing:
+        tensors = [*tensors, last.expand(missing, *last.shape[1:])]
+    return tensors[0] if len(tensors) == 1 else torch.cat([*tensors])

@@ -14,6 +14,7 @@ from imprompt_serving.denoiser.control import PreparedControlNet, is_active, pre
 from imprompt_serving.denoiser.features import T2IFeatures, prepare_features, total
 from imprompt_serving.denoiser.image_prompts import absent_inputs, adapter_inputs, group_scales, has_regions
 from imprompt_serving.families import get_family
+from imprompt_serving.gpu import upload
 from imprompt_serving.job import JobRequest
 from imprompt_serving.specs import Adapter, Bundle
 
@@ -33,14 +34,15 @@ class Conditioning:
         features: tuple[T2IFeatures, ...] = (),
         device: torch.device = CPU,
     ) -> None:
-        self._bundle, self._features, self._device = bundle, features, device
+        self._bundle, self._device = bundle, device
+        self._features = tuple(part.to(device) for part in features)
         self._size = (
             request.settings.height // bundle.vae_scale_factor,
             request.settings.width // bundle.vae_scale_factor,
         )
         self.pictures = pictures
         self.controls = controls
-        self._inputs = inputs
+        self._inputs = {name: upload(tensor, device) for name, tensor in inputs.items()}
         self._windows = {
             tensor_names.ip_scale(u.name): (u.start, u.end) for u in request.adapters if (u.start, u.end) != (0, 1)
         }
@@ -59,9 +61,9 @@ class Conditioning:
             switched = zip(self._windows, active, strict=True)
             silent = {name: torch.zeros_like(self._inputs[name]) for name, on in switched if not on}
             acting = [part for part, on in zip(self._features, features, strict=True) if on]
-            added = total(self._bundle, acting, len(self._inputs["encoder_hidden_states"]), self._size)
-            tensors = {**self._inputs, **silent, **added}
-            self._variants[*active, *features] = {name: tensor.to(self._device) for name, tensor in tensors.items()}
+            rows = len(self._inputs["encoder_hidden_states"])
+            added = total(self._bundle, acting, rows, self._size, self._device)
+            self._variants[*active, *features] = {**self._inputs, **silent, **added}
         return self._variants[*active, *features]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from imprompt_serving import tensor_names
 from imprompt_serving.backends import Engine
+from imprompt_serving.gpu import upload
 from imprompt_serving.job import ControlUse, JobRequest
 from imprompt_serving.specs import Bundle
 
@@ -19,9 +20,9 @@ def is_active(start: float, end: float, index: int, count: int) -> bool:
     return start <= index / count and (index + 1) / count <= end
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PreparedControlNet:
-    """A ControlNet in one job, as its engine takes it.
+    """A ControlNet in one job, as its engine takes it. Equal to itself alone, for it holds tensors.
 
     Shapes: ``embedding`` [pictures, F, C, h, w] (F is 1 for pictures), ``scale`` [R] (a number for each residual).
     Rows before ``first_row`` are left alone: those of the unconditional branch in guess mode.
@@ -36,7 +37,7 @@ class PreparedControlNet:
 
     def to(self, device: torch.device) -> PreparedControlNet:
         """The same on ``device``."""
-        return replace(self, embedding=self.embedding.to(device), scale=self.scale.to(device))
+        return replace(self, embedding=upload(self.embedding, device), scale=upload(self.scale, device))
 
 
 def prepare_controls(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from imprompt_serving import tensor_names
 from imprompt_serving.backends import Engine
+from imprompt_serving.gpu import upload
 from imprompt_serving.job import JobRequest
 from imprompt_serving.specs import Bundle, level_size
 
@@ -21,6 +22,10 @@ class T2IFeatures:
     tensors: dict[str, Tensor]
     start: float
     end: float
+
+    def to(self, device: torch.device) -> T2IFeatures:
+        """The same on `device`."""
+        return replace(self, tensors={name: upload(tensor, device) for name, tensor in self.tensors.items()})
 
 
 def prepare_features(
@@ -48,11 +53,15 @@ def prepare_features(
     return tuple(found)
 
 
-def total(bundle: Bundle, features: Sequence[T2IFeatures], rows: int, size: tuple[int, int]) -> dict[str, Tensor]:
-    """The sum of ``features`` as inputs of the UNet, for latents of ``size`` (height and width); zeros of none."""
+def total(
+    bundle: Bundle, features: Sequence[T2IFeatures], rows: int, size: tuple[int, int], device: torch.device
+) -> dict[str, Tensor]:
+    """The sum of `features` as inputs of the UNet, for latents of `size` (height and width); zeros of none."""
     made = {}
     for name, (channels, level) in zip(bundle.feature_names, bundle.features, strict=True):
-        made[name] = torch.zeros(rows, channels, *(level_size(side, level) for side in size))
-        for part in features:
-            made[name] += part.tensors[name]
+        if features:
+            first, *others = (part.tensors[name] for part in features)
+            made[name] = sum(others, start=first)
+        else:
+            made[name] = torch.zeros(rows, channels, *(level_size(side, level) for side in size), device=device)
     return made

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,16 +13,20 @@ from imprompt_serving.denoiser.admission import Load
 from imprompt_serving.denoiser.conditioning import CPU, Conditioning
 from imprompt_serving.denoiser.control import PreparedControlNet, is_active
 from imprompt_serving.denoiser.preview import predicted_latents
+from imprompt_serving.denoiser.protocol import RowBlock
 from imprompt_serving.denoiser.schedulers import (
     blame_caller,
     draw_noise_on_cpu,
     make_scheduler,
+    noise_level,
     set_timesteps,
     step_arguments,
+    without_waiting,
 )
 from imprompt_serving.denoiser.start import generators, start
-from imprompt_serving.denoiser.windows import Window, merge, windows
+from imprompt_serving.denoiser.windows import Window, frames_of, merge, windows
 from imprompt_serving.errors import InvalidRequest, RequestError
+from imprompt_serving.gpu import download, upload
 from imprompt_serving.job import JobRequest, batch_key
 from imprompt_serving.specs import Bundle
 from imprompt_serving.tensor_names import NEGATIVE, image_embeds
@@ -69,7 +73,7 @@ class Job:
         self._suspect = suspect(request, tensors)
         self.latents = self._start.latents
         self._timesteps = self._start.timesteps
-        self._timesteps_there = self._timesteps.to(device, torch.float32)
+        self._timesteps_there = upload(self._timesteps.to(torch.float32), device)
         self._conditioning = conditioning
         self._index = 0
         self.windows = self._windows()
@@ -133,13 +137,16 @@ class Job:
         """UNet inputs of the current step beside latents and timestep, a row each; the same object while they stay."""
         return self._conditioning.at(self._index, len(self._timesteps))
 
-    def conditioning_rows(self, start: int, stop: int) -> Sequence[int]:
-        """Rows of ``conditioning`` for rows ``start`` to ``stop``: each window has the same ones."""
-        rows = self.pictures * self.branches
-        first = self.pictures if self._guided and self.branches == 1 else 0
-        if stop <= rows:
-            return range(first + start, first + stop)
-        return [first + row % rows for row in range(start, stop)]
+    def blocks(self, start: int, stop: int) -> Iterator[RowBlock]:
+        """Rows `start` to `stop` of the current step, cut where a guidance branch or a window ends."""
+        first_branch = 1 if self._guided and self.branches == 1 else 0
+        for block in range(start // self.pictures, -(-stop // self.pictures)):
+            window, branch = divmod(block, self.branches)
+            first = block * self.pictures
+            pictures = range(max(start - first, 0), min(stop - first, self.pictures))
+            offset = (first_branch + branch) * self.pictures
+            conditioning = range(offset + pictures.start, offset + pictures.stop)
+            yield RowBlock(conditioning, pictures, self.windows[window] if len(self.windows) > 1 else None)
 
     def controls(self) -> list[PreparedControlNet]:
         """The ControlNets that act in the current step."""
@@ -154,7 +161,7 @@ class Job:
                 scaled = self._scheduler.scale_model_input(self.latents, timestep)
             if self._start.channels is not None:
                 scaled = torch.cat([scaled, self._start.channels], dim=1)
-            views = [scaled] if len(self.windows) < 2 else [scaled[:, :, list(window)] for window in self.windows]
+            views = [scaled] if len(self.windows) < 2 else [frames_of(scaled, window, 2) for window in self.windows]
             self._model_input = torch.cat([view for view in views for _ in range(self.branches)])
         return self._model_input, self._timesteps_there[self._index].expand(self.rows)
 
@@ -183,15 +190,15 @@ class Job:
             if self._shows_next_step():
                 model_input = self._scheduler.scale_model_input(self.latents, timestep)
                 self.predicted = predicted_latents(self._scheduler, timestep, model_input, noise_pred)
-            self.latents = self._scheduler.step(noise_pred, timestep, self.latents, **arguments, return_dict=False)[0]
+            with without_waiting(self.latents.device):
+                step = self._scheduler.step(noise_pred, timestep, self.latents, **arguments, return_dict=False)
+            self.latents = step[0]
         self._index += 1
         self.windows = self._windows()
         self._computed = []
         self._model_input = None
         if self._start.blend is not None:
             self._keep_unmasked(*self._start.blend)
-        if self.done and not self.latents.isfinite().all():
-            self._refuse()
 
     def _shows_next_step(self) -> bool:
         """Whether a progress answer with a preview follows the current step."""
@@ -199,8 +206,16 @@ class Job:
         due = (self.step + 1) % settings.progress_every == 0
         return self.request.reports_progress and settings.preview and due
 
-    def _refuse(self) -> NoReturn:
-        """The end of a job whose numbers overflowed."""
+    def result(self) -> Tensor:
+        """The latents of a job that the device is done with, on the CPU. Waits for the copy.
+
+        Raises:
+            InvalidRequest: the numbers overflowed with a value that the caller gave.
+            RequestError: they overflowed, and the caller gave no such value.
+        """
+        latents = download(self.latents)
+        if latents.isfinite().all():
+            return latents
         problem = "the latents became infinite or undefined numbers"
         if self._suspect is None:
             raise RequestError(problem)
@@ -216,7 +231,8 @@ class Job:
         """Outside of the mask: the original picture, at the noise level of the next step."""
         if not self.done:
             with blame_caller(self.request):
-                image = self._scheduler.add_noise(image, noise, self._timesteps[self._index : self._index + 1])
+                level = noise_level(self._scheduler, self._timesteps[self._index : self._index + 1])
+            image = level[0] * image + level[1] * noise
         self.latents = (1 - mask) * image + mask * self.latents
 
 

@@ -27,7 +27,7 @@ from imprompt_serving.denoiser.meter import Meter, Population
 from imprompt_serving.denoiser.policy import Candidate, plan
 from imprompt_serving.denoiser.protocol import LoopJob
 from imprompt_serving.errors import Cancelled, Overloaded, RequestError, unexpected
-from imprompt_serving.specs import Limits
+from imprompt_serving.specs import CallRows, Limits
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Denoiser:
     """Takes jobs from any thread; a job joins or leaves between any two ticks.
 
     Args:
-        networks: predicts the noise for the rows of a tick.
+        networks: predicts the noise for the rows of a tick, and for padding after them.
         mark: called after each launch; gives what waits for the device, or None where launching is computing.
     """
 
@@ -78,12 +78,12 @@ class Denoiser:
         self,
         networks: Callable[..., torch.Tensor],
         batcher: Batcher,
-        max_rows: int,
+        call_rows: CallRows,
         limits: Limits | None = None,
         meter: Meter | None = None,
         mark: Callable[[], Wait | None] = lambda: None,
     ) -> None:
-        self._networks, self._batcher, self._max_rows, self._mark = networks, batcher, max_rows, mark
+        self._networks, self._batcher, self._call_rows, self._mark = networks, batcher, call_rows, mark
         self._limits, self._meter = limits or Limits(), meter or Meter()
         self._answer_threads = AnswerThreads()
         self._owner = ThreadPoolExecutor(1, thread_name_prefix="denoiser")
@@ -170,7 +170,7 @@ class Denoiser:
         running, waiting = self._loads()
         seconds = max(self._tick_seconds, self._elapsed())
         try:
-            check_room(load, running, waiting, call_rows=self._max_rows, tick_seconds=seconds, limits=self._limits)
+            check_room(load, running, waiting, call_rows=self._call_rows, tick_seconds=seconds, limits=self._limits)
         except Overloaded as error:
             self._meter.refused(error.reason)
             raise
@@ -227,20 +227,9 @@ class Denoiser:
         """Rows of jobs for the next tick."""
         # A job that is done stays until the device has got there.
         actives = [active for active in self._jobs.values() if not active.job.done]
-        candidates = [
-            Candidate(
-                job.batch_key,
-                job.rows,
-                job.pending,
-                job.last_served_tick,
-                job.started is not None,
-                job.request.settings.priority,
-                job.frames,
-            )
-            for job in (active.job for active in actives)
-        ]
+        candidates = [_candidate(active.job) for active in actives]
         planned = []
-        for share in plan(candidates, self._max_rows):
+        for share in plan(candidates, self._call_rows):
             job = actives[share.index].job
             start = job.rows - job.pending
             planned.append((actives[share.index], RowSlice(job, start, start + share.rows)))
@@ -270,7 +259,8 @@ class Denoiser:
                 return [_Advance(parts[0][0], error=error)]
             # One bad job must not take its neighbors along: find it by running them one at a time.
             return [advance for part in parts for advance in self._run_batch([part])]
-        rows = noise_pred.split([part.stop - part.start for _, part in parts])
+        counts = [part.stop - part.start for _, part in parts]
+        rows = noise_pred[: sum(counts)].split(counts)
         return [_advance(active, own) for (active, _), own in zip(parts, rows, strict=True)]
 
     def _predict(self, parts: list[RowSlice]) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from imprompt_serving.gpu import download
 from imprompt_serving.specs import Bundle
 
 LONGEST_SIDE = 256
@@ -35,7 +36,7 @@ def previews(latents: Tensor, bundle: Bundle) -> list[bytes]:
     if latents.ndim == 5:
         latents = latents[:, :, 0]
     factors, offset = torch.tensor(bundle.preview_factors), torch.tensor(bundle.preview_offset)
-    rgb = torch.einsum("nchw,cd->nhwd", latents.float().cpu(), factors) + offset
+    rgb = torch.einsum("nchw,cd->nhwd", download(latents).float(), factors) + offset
     pixels = ((rgb + 1) * 127.5).nan_to_num().clamp(0, 255).to(torch.uint8).numpy()
     return [_jpeg(Image.fromarray(picture)) for picture in pixels]
 

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
 
 if TYPE_CHECKING:
     from imprompt_serving.denoiser.admission import Load
     from imprompt_serving.denoiser.control import PreparedControlNet
+    from imprompt_serving.denoiser.windows import Window
     from imprompt_serving.job import JobRequest
+
+
+class RowBlock(NamedTuple):
+    """Rows of a job within one guidance branch and one window.
+
+    Their rows of `LoopJob.conditioning`, their pictures, and the frames that they see of a clip that runs in windows.
+    """
+
+    conditioning: range
+    pictures: range
+    window: Window | None
 
 
 class LoopJob(Protocol):
@@ -44,9 +56,6 @@ class LoopJob(Protocol):
         """Jobs with equal keys can share a call: their tensors have the same names, and stack after padding."""
 
     @property
-    def pictures(self) -> int: ...
-
-    @property
     def rows(self) -> int:
         """Rows of the current step."""
 
@@ -57,10 +66,6 @@ class LoopJob(Protocol):
     @property
     def frames(self) -> int:
         """Frames of a row; 1 for pictures."""
-
-    @property
-    def windows(self) -> Sequence[Sequence[int]]:
-        """Frames of the windows of the current step; empty for pictures."""
 
     @property
     def load(self) -> Load:
@@ -78,10 +83,6 @@ class LoopJob(Protocol):
     def done(self) -> bool: ...
 
     @property
-    def latents(self) -> Tensor:
-        """The result when it is done."""
-
-    @property
     def predicted(self) -> Tensor | None:
         """The clean latents as the last step predicted them, for jobs that want previews."""
 
@@ -93,14 +94,22 @@ class LoopJob(Protocol):
         """The other inputs of the current step by name; the same object until they change."""
         ...
 
-    def conditioning_rows(self, start: int, stop: int) -> Sequence[int]:
-        """Rows of `conditioning` for rows `start` to `stop`."""
+    def blocks(self, start: int, stop: int) -> Iterable[RowBlock]:
+        """Rows `start` to `stop` of the current step, cut where a guidance branch or a window ends."""
         ...
 
-    def controls(self) -> Sequence[PreparedControlNet]:
+    def controls(self) -> Iterable[PreparedControlNet]:
         """The ControlNets that act in the current step."""
         ...
 
     def add_output_rows(self, noise_pred: Tensor) -> None:
         """Take the networks' output for the next `len(noise_pred)` pending rows; steps when it was the last."""
+        ...
+
+    def result(self) -> Tensor:
+        """The latents of a job that the device is done with, on the CPU.
+
+        Raises:
+            RequestError: they are not numbers.
+        """
         ...

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -14,9 +14,11 @@ import diffusers
 import torch
 from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from imprompt_serving.errors import InvalidRequest, RequestError
 from imprompt_serving.families import get_family
+from imprompt_serving.gpu import upload
 from imprompt_serving.job import JobRequest
 from imprompt_serving.specs import Bundle
 
@@ -128,7 +130,7 @@ def draw_noise_on_cpu(scheduler: Any, latents: Tensor, device: torch.device) -> 
     def noise(*interval: Tensor) -> Tensor:
         if not all(sigma.isfinite() for sigma in interval):  # between these the sampler would search forever
             raise ValueError("its noise levels are not finite numbers")
-        drawn: Tensor = sampler(*interval).to(device)
+        drawn: Tensor = upload(sampler(*interval), device)
         return drawn
 
     scheduler.noise_sampler = noise
@@ -139,3 +141,45 @@ def step_arguments(scheduler: Any, *, eta: float, generator: Any) -> dict[str, A
     parameters = inspect.signature(scheduler.step).parameters
     available = {"eta": eta, "generator": generator}
     return {name: value for name, value in available.items() if name in parameters}
+
+
+def noise_level(scheduler: Any, timestep: Tensor) -> tuple[Tensor, Tensor]:
+    """What `scheduler.add_noise` multiplies a picture with, and what noise, at `timestep` [1].
+
+    `add_noise` itself would send its tables to the device of the pictures, at each call.
+    """
+    picture, noise = scheduler.add_noise(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), timestep)
+    return picture, noise
+
+
+def without_waiting(device: torch.device) -> AbstractContextManager[Any]:
+    """Within, a scheduler's step on tensors on `device` does not wait for the device."""
+    return nullcontext() if device.type == "cpu" else _WithoutWaiting()
+
+
+class _WithoutWaiting(TorchFunctionMode):
+    """Changes where schedulers compute, not what.
+
+    diffusers' schedulers keep their tables on the CPU. Some send numbers of them to the device one by one, and solve
+    equations there, whose errors are looked for at once; some send noise. Here single numbers stay on the CPU, where
+    torch lets them meet tensors of any device, and with them the equations; all else is sent without waiting.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.ones and args == ((),):
+            kwargs.pop("device", None)
+        elif func is torch.Tensor.to and args[0].device.type == "cpu":
+            tensor, *rest = args
+            device = kwargs.pop("device", None) or next((a for a in rest if isinstance(a, str | torch.device)), None)
+            if device is not None:
+                rest = [a for a in rest if not isinstance(a, str | torch.device)]
+                tensor = tensor.to(*rest, **kwargs) if rest or kwargs else tensor
+                return tensor if not tensor.ndim else upload(tensor, torch.device(device))
+        return func(*args, **kwargs)

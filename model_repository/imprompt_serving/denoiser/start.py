@@ -16,6 +16,7 @@ from torch import Tensor
 from imprompt_serving.denoiser.schedulers import blame_caller
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.families import get_family
+from imprompt_serving.gpu import upload
 from imprompt_serving.job import JobRequest
 from imprompt_serving.specs import Bundle
 
@@ -38,9 +39,13 @@ class Start:
 
     def to(self, device: torch.device) -> Start:
         """The same with its pictures on ``device``; timesteps stay with the scheduler, on the CPU."""
-        blend = self.blend and (self.blend[0].to(device), self.blend[1].to(device), self.blend[2].to(device))
-        channels = None if self.channels is None else self.channels.to(device)
-        return replace(self, latents=self.latents.to(device), blend=blend, channels=channels)
+        blend = self.blend and (
+            upload(self.blend[0], device),
+            upload(self.blend[1], device),
+            upload(self.blend[2], device),
+        )
+        channels = None if self.channels is None else upload(self.channels, device)
+        return replace(self, latents=upload(self.latents, device), blend=blend, channels=channels)
 
 
 def generators(seeds: tuple[int, ...]) -> Generators:

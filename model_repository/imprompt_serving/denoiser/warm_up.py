@@ -1,6 +1,9 @@
-"""A small job before the first real one, so that no caller pays for what is loaded at first use."""
+"""Small jobs before the first real one, so that no caller pays for what is loaded, searched or built at first use."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,58 +18,116 @@ from imprompt_serving.denoiser.networks import StepNetworks
 from imprompt_serving.denoiser.preview import previews
 from imprompt_serving.errors import RequestError
 from imprompt_serving.families import get_family
-from imprompt_serving.job import AdapterUse, JobRequest
+from imprompt_serving.job import AdapterUse, ContextWindow, ControlUse, JobRequest
 from imprompt_serving.parameters import Settings
-from imprompt_serving.specs import Bundle
+from imprompt_serving.specs import Bundle, CallRows
 
 WAIT_S = 600.0
 STOP_S = 10.0
 """How long a warm-up that failed waits for its thread to end."""
 
 
-def warm_up(bundle: Bundle, conditioner: Conditioner, networks: StepNetworks, device: torch.device) -> None:
-    """Denoise one picture of the smallest size with every adapter and mask, in one step.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Round:
+    """A job of one step: a picture or clip for each of `prompts`, in one guidance branch unless `guided`."""
+
+    size: tuple[int, int]
+    """Height and width."""
+    prompts: int = 1
+    frames: int | None = None
+    guided: bool = False
+    adapters: bool = True
+    masks: bool = False
+    controls: bool = False
+
+
+def rounds(bundle: Bundle, call_rows: CallRows) -> Iterator[Round]:
+    """A picture of the smallest size with every adapter and mask.
+
+    Where rows are bucketed, also every bucket at the default size: with image prompts and ControlNets, and without. Of
+    clips those of the usual length, with as many rows as then have room.
+    """
+    yield Round(size=(bundle.shapes.height.min, bundle.shapes.width.min), guided=True, masks=True)
+    if not call_rows.bucketed:
+        return
+    usual = bundle.default_height, bundle.default_width
+    clip = None if bundle.motion is None else min(bundle.shapes.frames.opt, bundle.motion.window)
+    for frames in (None, clip)[: 1 if clip is None else 2]:
+        for rows in call_rows.of_frames(frames or 1).buckets:
+            yield Round(size=usual, prompts=rows, frames=frames, controls=True)
+            if bundle.adapters:
+                yield Round(size=usual, prompts=rows, frames=frames, adapters=False)
+
+
+def warm_up(
+    bundle: Bundle, conditioner: Conditioner, networks: StepNetworks, device: torch.device, call_rows: CallRows
+) -> None:
+    """Run every job of `rounds`, one after the other.
 
     Raises:
         RequestError: the engines do not work.
     """
-    height, width = bundle.shapes.height.min, bundle.shapes.width.min
-    request = JobRequest(
-        id="warm-up",
-        task="inpainting" if bundle.unet_channels != bundle.latent_channels else "text-to-image",
-        settings=Settings.with_defaults(
-            height=height, width=width, num_inference_steps=1, guidance_scale=7.5, strength=1.0, preview=True
-        ),
-        seeds=(0,),
-        adapters=tuple(AdapterUse(name=adapter.name) for adapter in bundle.adapters),
-        reports_progress=True,
-    )
-    tensors = _tensors(bundle, height, width)
-    job = Job(request, bundle, conditioner(request, tensors), tensors, device)
-    denoiser, outcome = Denoiser(networks, Batcher(bundle), bundle.shapes.rows.max), Outcome()
+    denoiser = Denoiser(networks, Batcher(bundle, call_rows), call_rows)
     try:
-        denoiser.submit(job, outcome)
-        if not outcome.ended.wait(WAIT_S):
-            raise RequestError(f"the first step was not done after {WAIT_S:g} seconds")
+        for made in rounds(bundle, call_rows):
+            request, tensors = _request(made, bundle), _tensors(made, bundle)
+            _run(denoiser, Job(request, bundle, conditioner(request, tensors), tensors, device), bundle)
     finally:
         denoiser.stop(STOP_S)
+
+
+def _run(denoiser: Denoiser, job: Job, bundle: Bundle) -> None:
+    outcome = Outcome()
+    denoiser.submit(job, outcome)
+    if not outcome.ended.wait(WAIT_S):
+        raise RequestError(f"the first step was not done after {WAIT_S:g} seconds")
     if outcome.error:
         raise outcome.error
+    job.result()
     if job.predicted is not None:
         previews(job.predicted, bundle)
 
 
-def _tensors(bundle: Bundle, height: int, width: int) -> dict[str, Tensor]:
+def _request(made: Round, bundle: Bundle) -> JobRequest:
+    takes_mask = bundle.unet_channels != bundle.latent_channels
+    nets = bundle.net_names if made.frames is None else tuple(net.name for net in bundle.controlnets)
+    return JobRequest(
+        id="warm-up",
+        task="inpainting" if takes_mask and made.frames is None else "text-to-image",
+        settings=Settings.with_defaults(
+            height=made.size[0],
+            width=made.size[1],
+            num_inference_steps=1,
+            guidance_scale=7.5 if made.guided else 1.0,
+            strength=1.0,
+            preview=True,
+        ),
+        seeds=(0,),
+        adapters=tuple(AdapterUse(name=adapter.name) for adapter in bundle.adapters if made.adapters),
+        controls=tuple(ControlUse(name=name) for name in nets if made.controls),
+        frames=made.frames,
+        context=None if made.frames is None else ContextWindow(length=made.frames),
+        reports_progress=True,
+    )
+
+
+def _tensors(made: Round, bundle: Bundle) -> dict[str, Tensor]:
     texts = get_family(bundle.family).text_shapes(bundle)
-    latent = height // bundle.vae_scale_factor, width // bundle.vae_scale_factor
+    latent = [size // bundle.vae_scale_factor for size in made.size]
     moments = torch.zeros(1, 2 * bundle.latent_channels, *latent)
     tensors = {"mask": torch.ones(1, 1, *latent), "image_moments": moments, "masked_image_moments": moments}
     for prefix in ("", tensor_names.NEGATIVE):
-        tensors |= {prefix + name: torch.zeros(1, *shape) for name, shape in texts.items()}
+        tensors |= {prefix + name: torch.zeros(made.prompts, *shape) for name, shape in texts.items()}
         for adapter in bundle.adapters:
             tensors[prefix + tensor_names.image_embeds(adapter.name)] = torch.zeros(1, *adapter.embed_shape)
             if adapter.clip_shape:
                 tensors[prefix + tensor_names.clip_embeds(adapter.name)] = torch.zeros(1, *adapter.clip_shape)
-    for adapter in bundle.adapters:
-        tensors[tensor_names.adapter_masks(adapter.name)] = torch.ones(1, height, width)
+    if made.masks:
+        for adapter in bundle.adapters:
+            tensors[tensor_names.adapter_masks(adapter.name)] = torch.ones(1, *made.size)
+    # Of each prompt its own, or of each frame: as many as an engine that embeds them takes.
+    channels = dict.fromkeys((net.name for net in bundle.controlnets), 3)
+    channels |= {adapter.name: adapter.channels for adapter in bundle.t2i_adapters}
+    for name, count in channels.items():
+        tensors[tensor_names.control_image(name)] = torch.zeros(made.frames or made.prompts, count, *made.size)
     return tensors

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from imprompt_serving.gpu import upload
 from imprompt_serving.job import ContextWindow
 
-Window = tuple[int, ...]
+Window = range
+"""The frames of a window, in equal distances: slicing them out of a clip needs no index on the device."""
 
 
 def windows(step: int, frames: int, context: ContextWindow) -> list[Window]:
@@ -26,7 +29,7 @@ def windows(step: int, frames: int, context: ContextWindow) -> list[Window]:
     """
     length = context.length
     if frames <= length:
-        return [tuple(range(frames))]
+        return [range(frames)]
     sizes = min(context.stride, math.ceil(math.log2(frames / length)) + 1)
     shift = _halving(step)
     found: dict[Window, None] = {}
@@ -38,8 +41,13 @@ def windows(step: int, frames: int, context: ContextWindow) -> list[Window]:
         hop = length * every - context.overlap
         offset = round(shift * hop)
         firsts = [min(max(first, 0), frames - 1 - reach) for first in range(offset - hop, frames, hop)]
-        found |= dict.fromkeys(tuple(range(first, first + reach + 1, every)) for first in firsts)
+        found |= dict.fromkeys(range(first, first + reach + 1, every) for first in firsts)
     return list(found)
+
+
+def frames_of(clip: Tensor, window: Window, axis: int) -> Tensor:
+    """A view of the frames of `window` in `clip`, whose frames lie along `axis`."""
+    return clip[(slice(None),) * axis + (slice(window.start, window.stop, window.step),)]
 
 
 def merge(noise_pred: Tensor, views: Sequence[Window], frames: int) -> Tensor:
@@ -47,11 +55,10 @@ def merge(noise_pred: Tensor, views: Sequence[Window], frames: int) -> Tensor:
     parts = noise_pred.chunk(len(views))
     total = noise_pred.new_zeros(*parts[0].shape[:2], frames, *parts[0].shape[3:])
     weights = noise_pred.new_zeros(frames)
-    weight = pyramid(len(views[0])).to(noise_pred.device)
+    weight = _pyramid_on(noise_pred.device, len(views[0]))
     for part, view in zip(parts, views, strict=True):
-        index = list(view)
-        total[:, :, index] += part * weight[:, None, None]
-        weights[index] += weight
+        frames_of(total, view, 2).add_(part * weight[:, None, None])
+        frames_of(weights, view, 0).add_(weight)
     return total / weights[:, None, None]
 
 
@@ -59,6 +66,11 @@ def pyramid(length: int) -> Tensor:
     """Weights of a window's frames [length]: 1 at both ends, most in the middle."""
     places = torch.arange(1, length + 1)
     return torch.minimum(places, places.flip(0)).float()
+
+
+@lru_cache(maxsize=16)
+def _pyramid_on(device: torch.device, length: int) -> Tensor:
+    return upload(pyramid(length), device)
 
 
 def _halving(step: int) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -35,6 +37,47 @@ def mark(device: torch.device) -> Callable[[], None] | None:
     event = torch.cuda.Event(blocking=True)
     event.record(torch.cuda.current_stream(device))
     return event.synchronize
+
+
+def beside(device: torch.device) -> AbstractContextManager[object]:
+    """Within, what this thread launches on `device` runs beside the loop, which launches on the default stream."""
+    return torch.cuda.stream(_stream(device, "beside")) if device.type == "cuda" else nullcontext()
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy `tensor` from the CPU to `device`, for the loop: what it launches next waits for the copy.
+
+    The host does not. A copy out of memory that is not pinned would wait for all that the device has been given to do.
+    """
+    if device.type != "cuda":
+        return tensor.to(device, non_blocking=True)
+    stream, loop = _stream(device, "upload"), torch.cuda.default_stream(device)
+    with torch.cuda.stream(stream):
+        there = tensor.pin_memory().to(device, non_blocking=True)
+    loop.wait_stream(stream)
+    there.record_stream(loop)
+    return there
+
+
+def download(tensor: Tensor) -> Tensor:
+    """`tensor` on the host; waits for the copy, and for nothing that was launched after `tensor` was complete.
+
+    It has to be complete: what `mark` gave for the tick that computes it has returned.
+    """
+    if not tensor.is_cuda:
+        return tensor
+    stream = _stream(tensor.device, "download")
+    with torch.cuda.stream(stream):
+        here = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        here.copy_(tensor, non_blocking=True)
+        copied = stream.record_event(torch.cuda.Event(blocking=True))
+    copied.synchronize()
+    return here
+
+
+@cache
+def _stream(device: torch.device, purpose: str) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def run_on_tensors(engine: Engine, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from imprompt_serving.denoiser.preview import previews
 from imprompt_serving.denoiser.protocol import LoopJob
 from imprompt_serving.denoiser.warm_up import warm_up
 from imprompt_serving.errors import RequestError, unexpected
-from imprompt_serving.gpu import mark
+from imprompt_serving.gpu import beside, mark
 from imprompt_serving.job import Admission, JobRequest
 from imprompt_serving.specs import Bundle
 from imprompt_serving.triton.internal import warn_if_open, without_secret
@@ -54,13 +54,14 @@ class TritonPythonModel:
         def engine(name: str) -> Engine:
             return backend.load(folder / name, threads=bundle.threads, device=str(device))
 
-        self._conditioner, networks = assemble(bundle, engine, device)
+        call_rows = bundle.shapes.call_rows(bucketed=backend.buckets_rows(str(device)))
+        self._conditioner, networks = assemble(bundle, engine, device, call_rows)
         with torch.no_grad():
-            warm_up(bundle, self._conditioner, networks, device)
+            warm_up(bundle, self._conditioner, networks, device, call_rows)
         self._metrics = Metrics(metrics.DENOISER, args["model_name"])
         meter = DenoiserMeter(self._metrics)
         self._denoiser = Denoiser(
-            networks, Batcher(bundle), bundle.shapes.rows.max, bundle.limits, meter, partial(mark, device)
+            networks, Batcher(bundle, call_rows), call_rows, bundle.limits, meter, partial(mark, device)
         )
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
         self._name = args["model_name"]
@@ -87,7 +88,7 @@ class TritonPythonModel:
             send_final(sender)
 
     def _accept(self, tensors: dict[str, np.ndarray], sender: Any, came: float) -> None:
-        with _refusing(sender), torch.no_grad():
+        with _refusing(sender), torch.no_grad(), beside(self._device):
             request = msgspec.json.decode(tensors.pop("job")[0], type=JobRequest)
             self._denoiser.check_wanted(request.id)
             given = {name: torch.from_numpy(value) for name, value in tensors.items()}
@@ -134,6 +135,7 @@ def _progress(step: int, steps: int, predicted: torch.Tensor | None, bundle: Bun
 
 def _result(job: LoopJob, came: float) -> dict[str, np.ndarray]:
     """The answer to a finished job that `came` (monotonic seconds) to this model and `arrived` in the loop."""
+    latents = job.result().numpy()
     started = job.started or job.arrived
     timings = {
         "preparation": job.arrived - came,
@@ -141,7 +143,7 @@ def _result(job: LoopJob, came: float) -> dict[str, np.ndarray]:
         "denoise": time.monotonic() - started,
     }
     return {
-        "latents": job.latents.cpu().numpy(),
+        "latents": latents,
         "timings": texts(json.dumps(timings)),
         "step": np.array([job.steps], np.int32),
         "steps": np.array([job.steps], np.int32),

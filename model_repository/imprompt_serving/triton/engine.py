@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import triton_python_backend_utils as pb_utils
 
 from imprompt_serving.backends import get_backend
+from imprompt_serving.backends.padding import PaddedEngine, warm_up
 from imprompt_serving.errors import RequestError, unexpected
+from imprompt_serving.specs import CallRows
 from imprompt_serving.triton.internal import warn_if_open, without_secret
 from imprompt_serving.triton.tensors import arrays, failure, response
 
@@ -21,12 +24,18 @@ Tensors = dict[str, np.ndarray]
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        parameters = json.loads(args["model_config"])["parameters"]
-        given = {name: value["string_value"] for name, value in parameters.items()}
+        config = json.loads(args["model_config"])
+        given = {name: value["string_value"] for name, value in config["parameters"].items()}
         path = Path(args["model_repository"], args["model_version"], "model")
         device = f"cuda:{args['model_instance_device_id']}" if args["model_instance_kind"] == "GPU" else ""
         threads = int(given.get("engine_threads", 0))
-        self._engine = get_backend(given["engine_backend"]).load(path, threads=threads, device=device)
+        backend = get_backend(given["engine_backend"])
+        rows = CallRows(config["max_batch_size"], backend.buckets_rows(device))
+        self._engine = PaddedEngine(backend.load(path, threads=threads, device=device), rows)
+        if rows.bucketed:
+            dims = json.loads(given["engine_usual_dims"])
+            types = {value["name"]: pb_utils.triton_string_to_numpy(value["data_type"]) for value in config["input"]}
+            warm_up(self._engine, {name: np.zeros((1, *size), types[name]) for name, size in dims.items()}, rows)
         self._name = args["model_name"]
         warn_if_open(self._name)
 

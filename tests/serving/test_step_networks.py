@@ -1,0 +1,340 @@
+"""Which ControlNet acts on which row of a batch, and what a step with ControlNets copies. Without engines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor
+
+from imprompt_bench.rig import sd15
+from imprompt_serving.denoiser.batch import Batcher, RowSlice
+from imprompt_serving.denoiser.conditioning import Conditioning
+from imprompt_serving.denoiser.control import PreparedControlNet, is_active
+from imprompt_serving.denoiser.job import Job
+from imprompt_serving.denoiser.networks import StepNetworks
+from imprompt_serving.job import ContextWindow
+from imprompt_serving.specs import Bundle, ControlNet, Motion, Residual, level_size
+from jobs import job_request
+from traffic import Traffic
+
+SD15 = (
+    *(Residual(320, 0),) * 3,
+    Residual(320, 1),
+    *(Residual(640, 1),) * 2,
+    Residual(640, 2),
+    *(Residual(1280, 2),) * 2,
+    *(Residual(1280, 3),) * 4,
+)
+"""What ControlNets of SD 1.5 add."""
+SMALL = (Residual(2, 0), Residual(3, 1), Residual(2, 2))
+
+
+def bundle(residuals: tuple[Residual, ...] = SMALL, *, rows: int = 8) -> Bundle:
+    """Two ControlNets, one that adds planes and one that adds a number a channel; clips of up to 8 frames at once."""
+    nets = (ControlNet(name="depth"), ControlNet(name="shuffle", global_pool=True), ControlNet(name="canny"))
+    return msgspec.structs.replace(
+        sd15(rows=rows), controlnets=nets, residuals=residuals, motion=Motion(window=8), pooled_size=None
+    )
+
+
+class Net:
+    """A ControlNet whose residuals say what it was given for each row."""
+
+    def __init__(self, made: Bundle, name: str, dtype: torch.dtype = torch.float32) -> None:
+        self._made, self._net, self._dtype = made, made.controlnet(name), dtype
+        self.rows: list[int] = []
+
+    def run(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def run_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self.rows.append(len(tensors["sample"]))
+        assert tensors["sample"].shape[1] == self._made.latent_channels
+        marks = _marks(tensors, len(self._net.name))
+        return {
+            name: (mark[:, None, None, None] * self._plane(residual, tensors["sample"])).to(self._dtype)
+            for name, residual, mark in zip(self._made.residual_names, self._made.residuals, marks.T, strict=True)
+        }
+
+    def _plane(self, residual: Residual, sample: Tensor) -> Tensor:
+        height, width = (level_size(side, residual.level) for side in sample.shape[-2:])
+        size = (1, 1) if self._net.global_pool else (height, width)
+        return torch.ones(1, residual.channels, *size)
+
+
+def _marks(tensors: Mapping[str, Tensor], net: int) -> Tensor:
+    """A number for each row and residual that depends on all that a ControlNet takes."""
+    rows = {name: tensors[name].flatten(1) for name in ("sample", "control_embedding", "encoder_hidden_states")}
+    marks = rows["sample"].mean(1) + 3 * rows["control_embedding"].mean(1) + 7 * rows["encoder_hidden_states"].mean(1)
+    marks = marks + net * tensors["timestep"]
+    return marks[:, None] * tensors["conditioning_scale"]
+
+
+class UNet:
+    """Keeps the residuals that it is given."""
+
+    def __init__(self) -> None:
+        self.given: dict[str, Tensor] = {}
+
+    def run(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def run_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self.given = {name: tensor for name, tensor in tensors.items() if "residual" in name}
+        return {"noise_pred": tensors["sample"] * 0.5}
+
+
+def control(name: str, pictures: int, *, frames: int = 1, first_row: int = 0, size: int = 8, **window: float) -> Any:
+    count = len(SMALL)
+    return PreparedControlNet(
+        name=name,
+        embedding=torch.randn(pictures, frames, 2, size, size) + 1,
+        scale=torch.rand(count) + 0.5,
+        first_row=first_row,
+        **{"start": 0.0, "end": 1.0, **window},
+    )
+
+
+def job(made: Bundle, *controls: PreparedControlNet, pictures: int = 1, seed: int = 0, **changes: Any) -> Job:
+    request = job_request(seeds=tuple(range(seed, seed + pictures)), **{"num_inference_steps": 4, **changes})
+    branches = 2 if made.guided(request) else 1
+    inputs = {"encoder_hidden_states": torch.randn(branches * pictures, 77, 768)}
+    return Job(request, made, Conditioning(request, made, inputs, pictures, controls), {})
+
+
+def expected(jobs: list[Job], made: Bundle, index: int) -> dict[str, Tensor]:
+    """Residuals of a step of the whole of `jobs`, row by row and frame by frame."""
+    found: dict[str, list[Tensor]] = {name: [] for name in made.residual_names}
+    for one in jobs:
+        sample, timesteps = one.model_input()
+        text = one.conditioning()["encoder_hidden_states"][-one.pictures * one.branches :]
+        frames = one.latents.shape[2] if one.latents.ndim == 5 else None
+        windows = one.windows if len(one.windows) > 1 else [range(frames or 1)]
+        first = 0 if len(text) == len(one.conditioning()["encoder_hidden_states"]) else one.pictures
+        for row in range(one.rows):
+            own = row % (one.pictures * one.branches)
+            for place, frame in enumerate(windows[row // (one.pictures * one.branches)]):
+                seen = {
+                    "sample": (sample[row] if frames is None else sample[row][:, place])[None],
+                    "timestep": timesteps[row][None],
+                    "encoder_hidden_states": text[own][None],
+                }
+                acting = [
+                    use
+                    for use in one._conditioning.controls
+                    if first + own >= use.first_row and is_active(use.start, use.end, index, 4)
+                ]
+                total = torch.zeros(len(made.residuals))
+                for use in acting:
+                    given = {
+                        **seen,
+                        "control_embedding": use.embedding[own % one.pictures, frame][None],
+                        "conditioning_scale": use.scale[None],
+                    }
+                    total = total + _marks(given, len(use.name))[0]
+                for name, residual, mark in zip(made.residual_names, made.residuals, total, strict=True):
+                    height, width = (level_size(side, residual.level) for side in sample.shape[-2:])
+                    found[name].append(mark.expand(residual.channels, height, width))
+    stacked = {name: torch.stack(rows) for name, rows in found.items()}
+    if jobs[0].latents.ndim == 5:
+        return {name: value.unflatten(0, (-1, jobs[0].frames)) for name, value in stacked.items()}
+    return stacked
+
+
+def run(made: Bundle, jobs: list[Job]) -> dict[str, Net]:
+    """All steps of `jobs` in calls that they share, each checked against `expected`."""
+    unet = UNet()
+    nets = {net.name: Net(made, net.name) for net in made.controlnets}
+    networks, batcher = StepNetworks(made, {"unet": unet, "motion_unet": unet}, nets), Batcher(made)
+    for index in range(4):
+        parts = [RowSlice(one, 0, one.rows) for one in jobs]
+        wanted = expected(jobs, made, index)
+        noise = networks(parts, batcher.inputs(parts))
+        for name, value in wanted.items():
+            torch.testing.assert_close(unet.given[name], value)
+        for part, rows in zip(parts, noise.split([one.rows for one in jobs]), strict=True):
+            part.job.add_output_rows(rows)
+    return nets
+
+
+def test_one_net_for_all_rows() -> None:
+    made = bundle()
+    nets = run(made, [job(made, control("depth", 2), pictures=2)])
+    assert nets["depth"].rows == [4] * 4
+
+
+def test_nets_add_up() -> None:
+    made = bundle()
+    run(made, [job(made, control("depth", 1), control("shuffle", 1), control("canny", 1))])
+
+
+def test_the_other_order_and_a_net_that_pools_alone() -> None:
+    made = bundle()
+    run(made, [job(made, control("shuffle", 1), control("depth", 1))])
+    run(made, [job(made, control("shuffle", 1))])
+
+
+def test_each_job_has_its_own_controls() -> None:
+    """With and without control, guess mode, windows of steps, and guidance that ends, in one call."""
+    made = bundle(rows=16)
+    jobs = [
+        job(made, seed=1),
+        job(made, control("depth", 2, start=0.25), control("canny", 2), pictures=2, seed=2),
+        job(made, control("canny", 1, first_row=1), seed=4),
+        job(made, seed=5, guidance_end=0.25),
+        job(made, control("depth", 1, end=0.5), control("shuffle", 1), seed=6, guidance_end=0.25),
+        job(made, control("depth", 2, first_row=2), pictures=2, seed=7, guidance_end=0.25),
+    ]
+    nets = run(made, jobs)
+    assert max(nets["canny"].rows) == 5
+
+
+def test_no_more_rows_at_a_time_than_an_engine_takes() -> None:
+    made = bundle(rows=3)
+    jobs = [job(made, control("depth", 1), control("canny", 1)), job(made), job(made, control("canny", 1), seed=3)]
+    nets = run(made, jobs)
+    assert nets["canny"].rows == [3, 1] * 4
+
+
+@pytest.mark.parametrize("rows", [5, 100])
+def test_clips(rows: int) -> None:
+    made = bundle(rows=rows)
+    clip: dict[str, Any] = {"frames": 6, "context": ContextWindow(length=8)}
+    jobs = [
+        job(made, control("depth", 2, frames=6), pictures=2, **clip),
+        job(made, seed=3, **clip),
+        job(made, control("depth", 1, frames=6), control("canny", 1, frames=6, first_row=1), seed=4, **clip),
+    ]
+    run(made, jobs)
+
+
+def test_clips_in_windows() -> None:
+    made = bundle(rows=100)
+    clip: dict[str, Any] = {"frames": 20, "context": ContextWindow(length=8, stride=2), "guidance_end": 0.5}
+    jobs = [job(made, control("depth", 2, frames=20, first_row=2), pictures=2, **clip), job(made, seed=3, **clip)]
+    assert len(jobs[0].windows) > 2
+    run(made, jobs)
+
+
+def test_part_of_a_job() -> None:
+    """The rows of a job that others left no room for come in a later call."""
+    made, unet = bundle(), UNet()
+    one = job(made, control("depth", 3, first_row=3), pictures=3)
+    wanted = expected([one], made, 0)
+    networks = StepNetworks(made, {"unet": unet}, {"depth": Net(made, "depth")})
+    for start, stop in ((0, 2), (2, 5), (5, 6)):
+        parts = [RowSlice(one, start, stop)]
+        networks(parts, Batcher(made).inputs(parts))
+        for name, value in wanted.items():
+            torch.testing.assert_close(unet.given[name], value[start:stop])
+
+
+def test_residuals_keep_their_type() -> None:
+    made, unet = bundle(), UNet()
+    nets = {name: Net(made, name, torch.float16) for name in ("depth", "canny")}
+    networks = StepNetworks(made, {"unet": unet}, nets)
+    for jobs in (
+        [job(made, control("depth", 1))],
+        [job(made), job(made, control("depth", 1), control("canny", 1))],
+    ):
+        parts = [RowSlice(one, 0, one.rows) for one in jobs]
+        networks(parts, Batcher(made).inputs(parts))
+        assert {value.dtype for value in unet.given.values()} == {torch.float16}
+
+
+def test_a_prompt_that_changes_reaches_the_net() -> None:
+    made, unet = bundle(), UNet()
+    one = job(made, control("depth", 1))
+    networks = StepNetworks(made, {"unet": unet}, {"depth": Net(made, "depth")})
+    parts = [RowSlice(one, 0, 2)]
+    networks(parts, Batcher(made).inputs(parts))
+    one._conditioning._inputs["encoder_hidden_states"] += 1
+    one._conditioning._variants.clear()
+    wanted = expected([one], made, 0)
+    networks(parts, Batcher(made).inputs(parts))
+    torch.testing.assert_close(unet.given["mid_residual"], wanted["mid_residual"])
+
+
+def test_nothing_of_a_job_is_kept_when_it_is_gone() -> None:
+    made, unet = bundle(), UNet()
+    networks = StepNetworks(made, {"unet": unet}, {"depth": Net(made, "depth")})
+    one = job(made, control("depth", 1))
+    parts = [RowSlice(one, 0, 2)]
+    networks(parts, Batcher(made).inputs(parts))
+    assert len(networks._plan) == 1
+    del parts, one
+    assert not networks._plan
+
+
+class Silent:
+    """A ControlNet at full size that copies nothing itself."""
+
+    def __init__(self, made: Bundle) -> None:
+        self._made = made
+
+    def run(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def run_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        rows, side = len(tensors["sample"]), tensors["sample"].shape[-1]
+        return {
+            name: torch.empty(rows, channels, level_size(side, level), level_size(side, level), device="meta")
+            for name, (channels, level) in zip(self._made.residual_names, self._made.residuals, strict=True)
+        }
+
+
+def traffic(layout: list[tuple[str, ...]], step: int = 1) -> Traffic:
+    """What step `step` of guided pictures of SD 1.5 at 512 x 512 copies, each job with these nets."""
+    made = msgspec.structs.replace(bundle(SD15, rows=16), motion=None)
+    jobs = []
+    for seed, names in enumerate(layout):
+        controls = tuple(
+            replace(
+                control(name, 1, size=1),
+                embedding=torch.empty(1, 1, 320, 64, 64, device="meta"),
+                scale=torch.empty(len(SD15), device="meta"),
+            )
+            for name in names
+        )
+        request = job_request(seeds=(seed,), height=512, width=512)
+        inputs = {"encoder_hidden_states": torch.empty(2, 77, 768)}
+        meta = torch.device("meta")
+        jobs.append(Job(request, made, Conditioning(request, made, inputs, 1, controls, device=meta), {}, meta))
+    networks = StepNetworks(
+        made, {"unet": UNet()}, {net.name: Silent(made) for net in made.controlnets if not net.global_pool}
+    )
+    batcher = Batcher(made)
+    for index in range(step + 1):
+        parts = [RowSlice(one, 0, one.rows) for one in jobs]
+        with torch.no_grad():
+            inputs = batcher.inputs(parts)
+            with Traffic() as counted:
+                noise = networks(parts, inputs)
+            if index < step:
+                for one, rows in zip(jobs, noise.split(2), strict=True):
+                    one.add_output_rows(rows)
+    return counted
+
+
+@pytest.mark.parametrize(
+    ("layout", "copies", "megabytes"),
+    [
+        ([("depth",)], 0, 0),
+        ([("depth",)] * 4, 0, 0),
+        ([("depth", "canny")], 0, 0),
+        # The residuals of the net, beside the zeros of the other rows, and the latents and timesteps in between.
+        ([(), ("depth",)], 13, 53.7),
+        ([("depth",), (), ("depth",)], 28, 107.7),
+        ([()], 0, 0),
+    ],
+)
+def test_what_a_step_copies(layout: list[tuple[str, ...]], copies: int, megabytes: float) -> None:
+    counted = traffic(layout)
+    assert counted.copies.total() == copies, counted.copies
+    assert counted.bytes / 1e6 == pytest.approx(megabytes, abs=0.1)
+    assert not counted.waits
