@@ -13,7 +13,7 @@ import pytest
 from imprompt_export import BundleError
 from imprompt_export.backends import export_backend, openvino
 from imprompt_export.bundle import EngineSection
-from imprompt_serving.backends import MODULES, EngineError, get_backend
+from imprompt_serving.backends import MODULES, EngineError, get_backend, onnxruntime
 from test_packaging import ROOMS, ROOT, loaded_by, modules, within
 
 HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "nncf", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
@@ -52,6 +52,16 @@ def test_triton_hosts_what_it_has_a_platform_for() -> None:
     hosts = {name: get_backend(name).hosts for name in MODULES}
     both = ("python", "native")
     assert hosts == {"onnxruntime": both, "openvino": ("python",), "tensorrt": both, "tensorrt_rtx": ("python",)}
+
+
+def test_rows_are_bucketed_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime is asked in processes without torch, which give no device."""
+    monkeypatch.setattr(onnxruntime, "gpu_there", lambda: False)
+    expected = {"onnxruntime": False, "openvino": False, "tensorrt": True, "tensorrt_rtx": True}
+    assert {name: get_backend(name).buckets_rows("") for name in expected} == expected
+    monkeypatch.setattr(onnxruntime, "built_for_cuda", lambda: True)
+    monkeypatch.setattr(onnxruntime, "gpu_there", lambda: True)
+    assert get_backend("onnxruntime").buckets_rows("")
 
 
 @pytest.mark.parametrize("room", ["imprompt_serving", "imprompt_export"])

@@ -56,7 +56,7 @@ class CallRows(NamedTuple):
 
     def of_frames(self, frames: int) -> CallRows:
         """For rows of a clip: a row of `frames` frames takes as much room as that many rows of one."""
-        return self._replace(most=max(self.most // frames, 1))
+        return self if frames == 1 else CallRows(max(self.most // frames, 1), self.bucketed)
 
 
 class Shapes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

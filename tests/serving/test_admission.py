@@ -26,6 +26,13 @@ def test_a_job_of_more_rows_than_a_call_takes_several_calls_a_step() -> None:
     assert starts([], [Load(20, STEPS), JOB], CallRows(8)) == [0, 3 * STEPS]
 
 
+@pytest.mark.parametrize(("bucketed", "ticks"), [(False, 10), (True, 12)])
+def test_jobs_that_take_turns_end_later(bucketed: bool, ticks: int) -> None:
+    """Nine rows are calls of eight where they are padded: ten steps of all of them take more than ten."""
+    running = [Load(1, STEPS)] * 9
+    assert starts(running, [Load(8, STEPS)], CallRows(16, bucketed)) == [ticks]
+
+
 def check(waiting: int, *, running: int = 4, tick_seconds: float = 1.0, rows: int = 8, seconds: float = 60.0) -> None:
     limits = Limits(waiting_rows=rows, waiting_seconds=seconds)
     check_room(JOB, [JOB] * running, [JOB] * waiting, call_rows=CallRows(8), tick_seconds=tick_seconds, limits=limits)

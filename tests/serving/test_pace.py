@@ -27,6 +27,8 @@ class Device:
         self.launched: list[list[tuple[str, int]]] = []
         self.failure: Exception | None = None
         self._batcher: Any = FakeBatcher()
+        self.waited: list[str] = []
+        """Threads that waited, without their numbers."""
         self._turns = threading.Semaphore(0)
         self._changed = threading.Condition()
         self.meter = SecondsMeter()
@@ -39,6 +41,7 @@ class Device:
         return inputs["sample"]
 
     def _wait(self) -> None:
+        self.waited.append(threading.current_thread().name.partition("_")[0])
         assert self._turns.acquire(timeout=WAIT_S)
         if self.failure is not None:
             raise self.failure
@@ -99,6 +102,14 @@ def test_a_new_job_is_in_the_second_next_tick(device: Device) -> None:
     device.complete()
     device.wait_for_launches(3)
     assert device.launched[2] == [("a", 2), ("b", 2)]
+
+
+def test_each_tick_is_waited_for_once_and_on_a_thread_of_its_own(device: Device) -> None:
+    """The launcher and the thread that takes jobs never wait for the device."""
+    told = submit(device, FakeJob("a", steps=20))
+    device.complete(20)
+    assert told.final == "finished"
+    assert device.waited == ["device"] * 20
 
 
 def test_progress_and_the_end_are_reported_when_the_device_is_there(device: Device) -> None:

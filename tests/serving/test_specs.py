@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from imprompt_bench.rig import sd15
-from imprompt_serving.specs import FILE_NAME, Bundle
+from imprompt_serving.specs import FILE_NAME, Bundle, CallRows
 
 
 def test_a_bundle_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -26,3 +26,22 @@ def test_a_bundle_of_another_version_says_what_to_do(tmp_path: Path) -> None:
         ValueError, match=r"bundle\.json is of another version .* export the bundle again: .*preview_factors"
     ):
         Bundle.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("most", "buckets"),
+    [(1, (1,)), (2, (1, 2)), (6, (1, 2, 4, 6)), (8, (1, 2, 4, 8)), (16, (1, 2, 4, 8, 16)), (17, (1, 2, 4, 8, 16, 17))],
+)
+def test_rows_of_a_call(most: int, buckets: tuple[int, ...]) -> None:
+    """The next bucket above, the last one below; any number where rows are not bucketed."""
+    sizes, any_number = CallRows(most, bucketed=True), CallRows(most)
+    assert sizes.buckets == buckets
+    for rows in range(1, most + 1):
+        assert sizes.padded(rows) == min(bucket for bucket in buckets if bucket >= rows)
+        assert sizes.unpadded(rows) == max(bucket for bucket in buckets if bucket <= rows)
+        assert any_number.padded(rows) == any_number.unpadded(rows) == rows
+
+
+def test_rows_of_a_clip_take_the_place_of_its_frames() -> None:
+    assert CallRows(16, bucketed=True).of_frames(5).buckets == (1, 2, 3)
+    assert CallRows(16, bucketed=True).of_frames(32).buckets == (1,)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from imprompt_serving.denoiser.policy import START_PATIENCE, rows_to_call
@@ -24,22 +24,19 @@ class Load(NamedTuple):
     batch_key: str = ""
 
 
-def starts(running: Iterable[Load], waiting: Sequence[Load], call_rows: CallRows) -> list[int]:
+def starts(running: Sequence[Load], waiting: Sequence[Load], call_rows: CallRows) -> list[int]:
     """The tick at which each waiting job begins if they begin in their order, as soon as a call has room for them.
 
-    Where calls are padded, jobs that run may take turns (`rows_to_call`), so that their steps take more ticks.
+    Where calls are padded, jobs that run together may take turns (`rows_to_call`), so that a step takes more ticks.
     """
     limit = call_rows.most
-    room, tick = limit, 0
+    room, tick = limit - sum(min(load.rows, limit) for load in running), 0
     ends: list[tuple[int, int]] = []
 
     def begin(load: Load) -> None:
-        nonlocal room
-        rows = min(load.rows, limit)
-        room -= rows
-        together = max(limit - room, 1)
-        calls = load.steps * -(-load.rows // limit)
-        heapq.heappush(ends, (tick + -(-calls * together // rows_to_call(together, call_rows)), rows))
+        together, calls = min(limit - room, limit), load.steps * -(-load.rows // limit)
+        ticks = -(-calls * together // rows_to_call(together, call_rows))
+        heapq.heappush(ends, (tick + ticks, min(load.rows, limit)))
 
     for load in running:
         begin(load)
@@ -49,6 +46,7 @@ def starts(running: Iterable[Load], waiting: Sequence[Load], call_rows: CallRows
             end, rows = heapq.heappop(ends)
             tick, room = max(tick, end), room + rows
         begins.append(tick)
+        room -= min(load.rows, limit)
         begin(load)
     return begins
 
