@@ -271,7 +271,7 @@ def _sources() -> str:
     digest = hashlib.sha256(bytes([FACES]))
     serving = ROOT / "model_repository/imprompt_serving"
     files = [*(ROOT / "export").rglob("*.py"), *(ROOT / "tests/tiny").glob("*.py"), Path(__file__)]
-    files += (serving / "backends").glob("*.py")
+    files += [file for package in ("backends", "families") for file in (serving / package).glob("*.py")]
     files += [
         serving / f"{name}.py" for name in ("capabilities", "config", "parameters", "specs", "tensor_names", "wire")
     ]

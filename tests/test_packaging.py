@@ -24,7 +24,9 @@ SPECS = ("specs", "parameters", "tensor_names", "wire", "config", "capabilities"
 """Modules of `imprompt_serving` that say what a bundle is; the exporter goes by them, and runs its denoiser."""
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "imprompt": (),
-    "imprompt_export": tuple(f"imprompt_serving.{name}" for name in (*SPECS, "backends", "denoiser", "job")),
+    "imprompt_export": tuple(
+        f"imprompt_serving.{name}" for name in (*SPECS, "backends", "families", "denoiser", "job")
+    ),
     "imprompt_serving": (),
     "imprompt_bench": ("imprompt", "imprompt_export", "imprompt_serving"),
     "imprompt_demo": ("imprompt", "imprompt_export", "imprompt_serving"),
@@ -41,6 +43,7 @@ PRIVATE: dict[str, set[str]] = {
 LIGHT = (
     "pipeline",
     "backends",
+    "families",
     "specs",
     "wire",
     "config",
@@ -112,6 +115,19 @@ def test_only_the_models_know_tritons_module() -> None:
     ]
     assert knowing
     assert all("/triton/" in file for file in knowing), knowing
+
+
+@pytest.mark.parametrize(
+    ("module", "besides"),
+    [("policy", ()), ("admission", ()), ("loop", ()), ("batch", ("specs.Bundle", "tensor_names", "image_prompts"))],
+)
+def test_the_loop_knows_jobs_by_their_protocol_alone(module: str, besides: tuple[str, ...]) -> None:
+    neighbors = ("policy", "admission", "batch", "protocol", "answers", "meter")
+    allowed = {f"imprompt_serving.{name}" for name in ("errors", "specs.Limits", "specs.CallRows", *besides)}
+    allowed |= {f"imprompt_serving.denoiser.{name}" for name in (*neighbors, *besides)}
+    file = ROOMS["imprompt_serving"] / f"imprompt_serving/denoiser/{module}.py"
+    ours = [name for name in imports(file) if within(name, tuple(ROOMS))]
+    assert not [name for name in ours if not within(name, tuple(allowed))]
 
 
 def test_the_client_is_light() -> None:

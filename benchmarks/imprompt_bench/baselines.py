@@ -21,6 +21,7 @@ from imprompt_bench.workload import Workload
 from imprompt_serving import tensor_names
 from imprompt_serving.backends import Engine, get_backend
 from imprompt_serving.denoiser.conditioning import Conditioner
+from imprompt_serving.families import get_family
 from imprompt_serving.job import AdapterUse, JobRequest
 from imprompt_serving.parameters import Settings
 from imprompt_serving.pipeline.images import clip_pixels
@@ -115,8 +116,7 @@ class BareLoop:
             engine.run({"input_ids": tokenizer(prompt), "clip_skip": np.zeros((1, 1), np.int64)})
             for tokenizer, engine in self._text
         ]
-        embeds = {"prompt_embeds": np.concatenate([answer["hidden_states"] for answer in answers], axis=-1)}
-        return embeds | ({"pooled_prompt_embeds": answers[-1]["text_embeds"]} if self._bundle.pooled_size else {})
+        return get_family(self._bundle.family).join_text(answers)
 
     def _denoise(self, arguments: Arguments, conditioning: dict[str, np.ndarray]) -> torch.Tensor:
         bundle = self._bundle

@@ -8,6 +8,7 @@ from typing import Any
 
 from imprompt_export import kinds
 from imprompt_export.errors import BundleError
+from imprompt_export.families import all_families
 from imprompt_export.sources import flat
 from imprompt_serving.specs import AdapterKind
 
@@ -104,10 +105,10 @@ def check_fit(
     weights = [value for key, value in state_dict["ip_adapter"].items() if key.endswith(".to_k_ip.weight")]
     found = weights[0].shape[1] if weights else 0
     if (len(weights), found) != (layers, width):
+        files = ", ".join(f"{family.adapter_files} for {family.title}" for family in all_families())
         raise BundleError(
             f"ip_adapter {name}: {file} is made for {len(weights)} attention layers of width {found}, but the base "
-            f"has {layers} of width {width}; take the file for this family "
-            "(models/ip-adapter*_sd15 for SD1.5, sdxl_models/ip-adapter*_sdxl for SDXL)"
+            f"has {layers} of width {width}; take the file for this family ({files})"
         )
     kind = kind_of(state_dict, file)
     if kind == "faceid":

@@ -15,6 +15,7 @@ import msgspec
 from imprompt_export import kinds, sources
 from imprompt_export.backends import export_backend
 from imprompt_export.errors import BundleError, did_you_mean, one_of, some_of
+from imprompt_export.families import all_families
 from imprompt_serving.backends import MODULES
 from imprompt_serving.specs import Limits, Shapes
 
@@ -233,7 +234,8 @@ class BundleFile(_Section, frozen=True):
     def models(self) -> list[str]:
         """Names of all the Triton models that this bundle may have; some depend on its checkpoints."""
         parts = ["stream", "denoiser", *(f"denoiser_{gpu}" for gpu in self.engine.devices)]
-        parts += ["text_encoder", "text_encoder_2", "vae_encoder", "vae_decoder", "safety_checker", "face_encoder"]
+        parts += sorted({encoder for family in all_families() for encoder, _ in family.text_encoders})
+        parts += ["vae_encoder", "vae_decoder", "safety_checker", "face_encoder"]
         parts += [f"image_encoder_{adapter.name}" for adapter in self.ip_adapter]
         return [self.name, *(f"{self.name}_{part}" for part in parts)]
 

@@ -13,6 +13,7 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 from imprompt_export import adapters, checks, control, faces, lora, motion, t2i
 from imprompt_export.bundle import BundleFile
 from imprompt_export.errors import refusing
+from imprompt_export.families import ExportFamily, family_of
 from imprompt_serving.specs import AdapterKind
 
 
@@ -31,7 +32,7 @@ class LoadedAdapter:
 class Checkpoints:
     """A diffusers pipeline with its adapters loaded and its LoRAs fused, and the image encoders by name."""
 
-    family: str
+    family: ExportFamily
     pipeline: Any
     adapters: tuple[LoadedAdapter, ...]
     image_encoders: dict[str, CLIPVisionModelWithProjection]
@@ -52,6 +53,7 @@ def load(bundle: BundleFile) -> Checkpoints:
     """
     checks.check_checkpoints(bundle)
     pipeline = _load_base(bundle)
+    family = family_of(type(pipeline).__name__)
     own_processor = getattr(pipeline, "feature_extractor", None)
     encoders, encoder_of = _load_encoders(bundle)
     loaded = _load_adapters(bundle, pipeline, encoders, encoder_of)
@@ -64,7 +66,7 @@ def load(bundle: BundleFile) -> Checkpoints:
     used = {adapter.image_encoder for adapter in loaded}
     encoders = {name: model for name, model in encoders.items() if name in used}
     return Checkpoints(
-        family=checks.FAMILIES[type(pipeline).__name__],
+        family=family,
         pipeline=pipeline,
         adapters=loaded,
         image_encoders=encoders,
@@ -73,8 +75,8 @@ def load(bundle: BundleFile) -> Checkpoints:
             for name, e in encoders.items()
         },
         controlnets=control.load_controlnets(bundle, pipeline.unet),
-        t2i_adapters=t2i.load_t2i_adapters(bundle, pipeline.unet),
-        motion_unet=motion.load_motion_unet(bundle, pipeline.unet),
+        t2i_adapters=t2i.load_t2i_adapters(bundle, pipeline.unet, family),
+        motion_unet=motion.load_motion_unet(bundle, pipeline.unet, family),
         face_models=faces.find_models(bundle, widths),
         notes=notes,
     )

@@ -13,19 +13,10 @@ from imprompt_export import adapters, kinds, lora
 from imprompt_export.backends import export_backend
 from imprompt_export.bundle import NO_FACES, BundleFile, IPAdapterSection
 from imprompt_export.errors import BundleError, refusing
+from imprompt_export.families import ExportFamily, all_families, family_of
 from imprompt_export.sources import flat, is_local, read_json, tensors
 from imprompt_serving.backends.onnxruntime import check_one_installed
 
-FAMILIES = {
-    "StableDiffusionPipeline": "sd15",
-    "StableDiffusionImg2ImgPipeline": "sd15",
-    "StableDiffusionInpaintPipeline": "sd15",
-    "LatentConsistencyModelPipeline": "sd15",
-    "StableDiffusionXLPipeline": "sdxl",
-    "StableDiffusionXLImg2ImgPipeline": "sdxl",
-    "StableDiffusionXLInpaintPipeline": "sdxl",
-}
-"""Pipelines that a base folder may name; the tasks are the server's own, whatever it names."""
 _DEFAULTS: dict[str, Any] = {
     "in_channels": 4,
     "out_channels": 4,
@@ -78,7 +69,7 @@ def check_checkpoints(bundle: BundleFile) -> None:
 
 
 def _check_base_and_parts(bundle: BundleFile) -> None:
-    unet = check_base(bundle)
+    unet, family = check_base(bundle)
     layers, width = cross_attention_layers(unet), value(unet, "cross_attention_dim")
     kinds_of_adapters = []
     for section in bundle.ip_adapter:
@@ -97,10 +88,10 @@ def _check_base_and_parts(bundle: BundleFile) -> None:
     for net in bundle.controlnet:
         check_controlnet(net.name, _config(bundle, net.path), unet)
     for t2i in bundle.t2i_adapter:
-        check_t2i_adapter(t2i.name, _config(bundle, t2i.path), unet)
+        check_t2i_adapter(t2i.name, _config(bundle, t2i.path), unet, family)
     if bundle.motion_adapter is not None:
         path = bundle.motion_adapter.path
-        check_motion_adapter(path, _config(bundle, path), unet)
+        check_motion_adapter(path, _config(bundle, path), unet, family)
     targets = _lora_targets(bundle)
     for lora_section in bundle.lora:
         what, file = f"lora {lora_section.path}", bundle.lora_file(lora_section)
@@ -111,19 +102,12 @@ def _check_base_and_parts(bundle: BundleFile) -> None:
             lora.factors(what, flat(content))
 
 
-def check_base(bundle: BundleFile) -> dict[str, Any]:
-    """Refuse a base that is not served; returns the configuration of its UNet."""
+def check_base(bundle: BundleFile) -> tuple[dict[str, Any], ExportFamily]:
+    """Refuse a base that is not served; returns the configuration of its UNet, and its family."""
     root = bundle.locate(bundle.base)
     index = kinds.pipeline_index("base", root)
-    name = index.get("_class_name")
-    if name not in FAMILIES:
-        raise BundleError(f"base: {name} is not served; folders of {', '.join(sorted(FAMILIES))} are")
-    if (
-        not all(index.get("text_encoder") or ())
-        or "text_encoder" not in index
-        or index.get("requires_aesthetics_score")
-    ):
-        raise BundleError("base: an SDXL refiner (one text encoder, an aesthetics score) is not served; its base is")
+    family = family_of(index.get("_class_name"))
+    family.check_base(index)
     unet = kinds.model_config("base", root, "unet", "a UNet")
     channels = value(kinds.model_config("base", root, "vae", "a VAE"), "latent_channels")
     if value(unet, "in_channels") not in (channels, 2 * channels + 1):
@@ -131,7 +115,7 @@ def check_base(bundle: BundleFile) -> dict[str, Any]:
             f"base: a UNet of {value(unet, 'in_channels')} input channels is not served; "
             f"{channels} (text-to-image) and {2 * channels + 1} (inpainting) are"
         )
-    return unet
+    return unet, family
 
 
 def cross_attention_layers(unet: Mapping[str, Any]) -> int:
@@ -159,22 +143,23 @@ def check_controlnet(name: str, net: Mapping[str, Any], unet: Mapping[str, Any])
             )
 
 
-def check_t2i_adapter(name: str, adapter: Mapping[str, Any], unet: Mapping[str, Any]) -> None:
+def check_t2i_adapter(name: str, adapter: Mapping[str, Any], unet: Mapping[str, Any], family: ExportFamily) -> None:
     """Refuse an adapter whose features are not those that the UNet takes."""
-    kind, xl = value(adapter, "adapter_type"), value(unet, "addition_embed_type") is not None
+    kind = value(adapter, "adapter_type")
     has, wants = value(adapter, "channels"), value(unet, "block_out_channels")
-    wants += wants[-1:] if xl else ()
-    if has != wants or (kind == "full_adapter_xl") != xl:
+    wants += wants[-1:] if family.adapts_middle else ()
+    if has != wants or (kind == "full_adapter_xl") != family.adapts_middle:
         raise BundleError(
             f"t2i_adapter {name}: a {kind} of channels {_shown(has)}; the base wants {_shown(wants)}; it is for "
             "another family"
         )
 
 
-def check_motion_adapter(path: str, adapter: Mapping[str, Any], unet: Mapping[str, Any]) -> None:
+def check_motion_adapter(path: str, adapter: Mapping[str, Any], unet: Mapping[str, Any], family: ExportFamily) -> None:
     """Refuse an adapter for another UNet, and a UNet that no adapter is made for."""
-    if value(unet, "addition_embed_type") is not None or value(unet, "in_channels") != value(unet, "out_channels"):
-        raise BundleError("motion_adapter: clips are served for SD1.5 bases without mask input only")
+    if not family.clips or value(unet, "in_channels") != value(unet, "out_channels"):
+        served = ", ".join(known.title for known in all_families() if known.clips)
+        raise BundleError(f"motion_adapter: clips are served for {served} bases without mask input only")
     has, wants = value(adapter, "block_out_channels"), value(unet, "block_out_channels")
     if has != wants:
         raise BundleError(

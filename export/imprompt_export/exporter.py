@@ -79,13 +79,13 @@ def _tell(progress: Progress, task: TaskID, name: str, line: str) -> None:
 
 def bundle_graphs(bundle: BundleFile, checkpoints: Checkpoints) -> list[Graph]:
     """Every graph of a bundle, the UNet last: tracing it replaces its attention processors."""
-    pipeline = checkpoints.pipeline
-    xl = checkpoints.family == "sdxl"
-    length = pipeline.tokenizer.model_max_length
-    todo = [graphs.text_encoder("text_encoder", pipeline.text_encoder, length, penultimate=xl)]
-    if xl:
-        length = pipeline.tokenizer_2.model_max_length
-        todo.append(graphs.text_encoder("text_encoder_2", pipeline.text_encoder_2, length, penultimate=True))
+    pipeline, family = checkpoints.pipeline, checkpoints.family
+    todo = [
+        graphs.text_encoder(
+            name, getattr(pipeline, name), getattr(pipeline, tokenizer).model_max_length, penultimate=family.penultimate
+        )
+        for name, tokenizer in family.text_encoders
+    ]
     todo += [graphs.image_encoder(name, model) for name, model in checkpoints.image_encoders.items()]
     todo += [graphs.image_projection(a.name, a.projection, a.embeds) for a in checkpoints.adapters]
     half = bundle.engine.precision in ("fp16", "bf16")
@@ -110,26 +110,23 @@ def _residuals(checkpoints: Checkpoints) -> tuple[specs.Residual, ...]:
 
 
 def _features(checkpoints: Checkpoints) -> tuple[specs.Residual, ...]:
-    return t2i.features(checkpoints.pipeline.unet) if checkpoints.t2i_adapters else ()
+    return t2i.features(checkpoints.pipeline.unet, checkpoints.family) if checkpoints.t2i_adapters else ()
 
 
 def describe(bundle: BundleFile, checkpoints: Checkpoints) -> specs.Bundle:
     """What the models inside Triton need to know of the checkpoints."""
-    pipeline = checkpoints.pipeline
+    pipeline, family = checkpoints.pipeline, checkpoints.family
     unet, vae = pipeline.unet.config, pipeline.vae.config
     sample = unet.sample_size if isinstance(unet.sample_size, list | tuple) else (unet.sample_size,) * 2
     height, width = (size * pipeline.vae_scale_factor for size in sample)
     # "_use_default_values" stays: from_config of another class then takes its own default for those keys.
     dropped = ("_class_name", "_diffusers_version", "_name_or_path")
     scheduler = {key: value for key, value in pipeline.scheduler.config.items() if key not in dropped}
-    xl = checkpoints.family == "sdxl"
-    parts = [("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")][: 1 + xl]
-    configs = [getattr(pipeline, model).config for model, _ in parts]
-    text_encoders = tuple(_text_encoder(model, getattr(pipeline, model), getattr(pipeline, t)) for model, t in parts)
+    configs = [getattr(pipeline, model).config for model, _ in family.text_encoders]
     preview_factors, preview_offset = fit_preview(pipeline.vae, pipeline.vae_scale_factor)
     return specs.Bundle(
         name=bundle.name,
-        family=checkpoints.family,  # type: ignore[arg-type]
+        family=family.name,
         latent_channels=vae.latent_channels,
         unet_channels=unet.in_channels,
         vae_scale_factor=pipeline.vae_scale_factor,
@@ -142,9 +139,12 @@ def describe(bundle: BundleFile, checkpoints: Checkpoints) -> specs.Bundle:
         default_width=width,
         scheduler=type(pipeline.scheduler).__name__,
         scheduler_config=scheduler,
-        text_encoders=text_encoders,
-        max_clip_skip=min(encoder.num_hidden_layers for encoder in configs) - int(xl),
-        pooled_size=pipeline.text_encoder_2.config.projection_dim if xl else None,
+        text_encoders=tuple(
+            _text_encoder(model, getattr(pipeline, model), getattr(pipeline, tokenizer))
+            for model, tokenizer in family.text_encoders
+        ),
+        max_clip_skip=min(encoder.num_hidden_layers for encoder in configs) - int(family.penultimate),
+        pooled_size=configs[-1].projection_dim if family.pooled else None,
         force_zeros_for_empty_prompt=bool(pipeline.config.get("force_zeros_for_empty_prompt", False)),
         time_cond_proj_dim=unet.time_cond_proj_dim,
         layers=tuple(image_prompt.cross_attention_layers(pipeline.unet)),

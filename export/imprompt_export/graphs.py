@@ -89,8 +89,8 @@ class Graph:
 def text_encoder(name: str, model: Model, length: int, *, penultimate: bool) -> Graph:
     """CLIP text over ``length`` tokens, with ``clip_skip`` as an input.
 
-    As in diffusers' ``encode_prompt``: SD1.5 takes the layer before the skipped ones through the final norm; SDXL
-    (``penultimate``) starts one layer earlier and takes it as it is.
+    As in diffusers' ``encode_prompt``: the layer before the skipped ones goes through the final norm; with
+    ``penultimate`` it is the one before that, as it is.
     """
     layers = model.config.num_hidden_layers
     pooled = hasattr(model, "text_projection")
@@ -172,7 +172,7 @@ def vae_decoder(vae: Model, precisions: Precisions = AS_ENGINE) -> Graph:
     ``finite`` [B, 1] tells pictures that overflowed or held NaN, which uint8 would hide.
     """
     config = vae.config
-    # SDXL pipelines take VAEs whose latents have a mean and a deviation of their own.
+    # Some VAEs' latents have a mean and a deviation of their own.
     mean, std = (
         torch.tensor(value).view(1, -1, 1, 1) if value is not None else default
         for value, default in ((config.get("latents_mean"), 0.0), (config.get("latents_std"), 1.0))
@@ -247,7 +247,7 @@ def safety_checker(model: Model) -> Graph:
 
 
 def added_conditions(model: Model) -> dict[str, int]:
-    """Inputs that SDXL's networks take beside the text, with their sizes."""
+    """Inputs that a network takes beside the text, with their sizes."""
     if model.config.addition_embed_type != "text_time":
         return {}
     time_ids = 6  # original size, crop, target size

@@ -12,9 +12,10 @@ from diffusers import MotionAdapter, UNetMotionModel
 from imprompt_export.bundle import BundleFile
 from imprompt_export.checks import check_motion_adapter
 from imprompt_export.errors import refusing
+from imprompt_export.families import ExportFamily
 
 
-def load_motion_unet(bundle: BundleFile, unet: Any) -> Any | None:
+def load_motion_unet(bundle: BundleFile, unet: Any, family: ExportFamily) -> Any | None:
     """``unet`` with the motion modules of the bundle's adapter between its layers; None when it has no adapter.
 
     Image prompt layers come along. LoRAs must be fused before: a motion UNet counts its layers otherwise than the
@@ -29,7 +30,7 @@ def load_motion_unet(bundle: BundleFile, unet: Any) -> Any | None:
     what = f"motion_adapter: {path}"
     with refusing(f"{what} cannot be loaded"):
         adapter = MotionAdapter.from_pretrained(bundle.locate(path), dtype=torch.float32)
-    check_motion_adapter(path, adapter.config, unet.config)
+    check_motion_adapter(path, adapter.config, unet.config, family)
     with refusing(f"{what} does not fit the base"), _without_projections(unet):
         return UNetMotionModel.from_unet2d(unet, adapter).eval()
 

@@ -41,7 +41,7 @@ def write_models(
     for stream in (False, True):
         model = config.pipeline(bundle, stream=stream, capabilities=described)
         folder = _write(root, bundle, model, "pipeline")
-        _save_tokenizers(folder, bundle, checkpoints)
+        _save_tokenizers(folder, checkpoints)
         bundle.save(folder)
     folder, *others = (_write(root, bundle, config.denoiser(bundle, name), "denoiser") for name in bundle.denoisers)
     bundle.save(folder)
@@ -126,7 +126,6 @@ def _link(folder: Path, other: Path) -> None:
                 shutil.copyfile(file, other / file.name)
 
 
-def _save_tokenizers(folder: Path, bundle: Bundle, checkpoints: Checkpoints) -> None:
-    tokenizers = [checkpoints.pipeline.tokenizer, getattr(checkpoints.pipeline, "tokenizer_2", None)]
-    for encoder, tokenizer in zip(bundle.text_encoders, tokenizers, strict=False):
-        tokenizer.backend_tokenizer.save(str(folder / f"{encoder.engine}.tokenizer.json"))
+def _save_tokenizers(folder: Path, checkpoints: Checkpoints) -> None:
+    for engine, tokenizer in checkpoints.family.text_encoders:
+        getattr(checkpoints.pipeline, tokenizer).backend_tokenizer.save(str(folder / f"{engine}.tokenizer.json"))

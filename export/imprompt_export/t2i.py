@@ -11,11 +11,12 @@ from torch import Tensor
 from imprompt_export.bundle import BundleFile
 from imprompt_export.checks import check_t2i_adapter
 from imprompt_export.errors import refusing
+from imprompt_export.families import ExportFamily
 from imprompt_export.graphs import Axes, Graph, Input, level_axes, level_sizes
 from imprompt_serving.specs import Residual, feature_names
 
 
-def load_t2i_adapters(bundle: BundleFile, unet: Any) -> dict[str, Any]:
+def load_t2i_adapters(bundle: BundleFile, unet: Any, family: ExportFamily) -> dict[str, Any]:
     """The T2I-Adapters of ``bundle`` by name, in float32.
 
     Raises:
@@ -25,22 +26,22 @@ def load_t2i_adapters(bundle: BundleFile, unet: Any) -> dict[str, Any]:
     for section in bundle.t2i_adapter:
         with refusing(f"t2i_adapter {section.name}: {section.path} cannot be loaded"):
             adapter = T2IAdapter.from_pretrained(bundle.locate(section.path), dtype=torch.float32)
-        check_t2i_adapter(section.name, adapter.config, unet.config)
+        check_t2i_adapter(section.name, adapter.config, unet.config, family)
         adapters[section.name] = adapter.eval()
     return adapters
 
 
-def features(unet: Any) -> tuple[Residual, ...]:
+def features(unet: Any, family: ExportFamily) -> tuple[Residual, ...]:
     """What a T2I-Adapter adds within the blocks of ``unet`` (``UNet2DConditionModel.forward``).
 
-    To the last layer of each down block with attention, to the output of each one without, and, for SDXL, to that of
-    the middle block.
+    To the last layer of each down block with attention, to the output of each one without, and, in some families, to
+    that of the middle block.
     """
     channels, last = unet.config.block_out_channels, len(unet.config.block_out_channels) - 1
     found = []
     for level, (count, block) in enumerate(zip(channels, unet.config.down_block_types, strict=True)):
         found.append(Residual(count, level if "CrossAttn" in block else min(level + 1, last)))
-    if unet.config.addition_embed_type is not None:
+    if family.adapts_middle:
         found.append(Residual(channels[-1], last))
     return tuple(found)
 

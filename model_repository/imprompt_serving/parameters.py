@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from imprompt_serving.capabilities import SCHEDULERS
+from imprompt_serving.families import get_family
 from imprompt_serving.specs import Bundle
 from imprompt_serving.weight_types import WEIGHT_TYPES
 
@@ -67,27 +68,14 @@ class Group(Enum):
     """Which models take a parameter. The values name the tables of `docs/protocol.md`."""
 
     ALWAYS = "REQUEST"
-    SDXL = "SDXL_REQUEST"
+    FAMILY = "FAMILY_REQUEST"
+    """Bundles whose family takes it (`Family.parameters`)."""
     CONTROL = "CONTROL_REQUEST"
     """Bundles with ControlNets or T2I-Adapters; a T2I-Adapter counts as a net."""
     VIDEO = "VIDEO_REQUEST"
     """Bundles with a motion adapter."""
     STREAM = "STREAM_REQUEST"
     """The streaming model of every bundle."""
-
-    def applies_to(self, bundle: Bundle, *, stream: bool) -> bool:
-        """Whether the pipeline of `bundle` (its streaming one: `stream`) takes the parameters of this group."""
-        match self:
-            case Group.ALWAYS:
-                return True
-            case Group.SDXL:
-                return bundle.family == "sdxl"
-            case Group.CONTROL:
-                return bool(bundle.net_names)
-            case Group.VIDEO:
-                return bundle.motion is not None
-            case Group.STREAM:
-                return stream
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,6 +127,20 @@ class Parameter:
             parts.append(f"default {_shown(self.default)}")
         return f" ({', '.join(parts)})" if parts else ""
 
+    def applies_to(self, bundle: Bundle, *, stream: bool) -> bool:
+        """Whether the pipeline of `bundle` (its streaming one: `stream`) takes it."""
+        match self.group:
+            case Group.ALWAYS:
+                return True
+            case Group.FAMILY:
+                return self.name in get_family(bundle.family).parameters
+            case Group.CONTROL:
+                return bool(bundle.net_names)
+            case Group.VIDEO:
+                return bundle.motion is not None
+            case Group.STREAM:
+                return stream
+
 
 def _shown(default: Any) -> str:
     match default:
@@ -178,13 +180,13 @@ ROWS: tuple[Parameter, ...] = (
     Parameter(
         name="prompt_2",
         type=Type.TEXTS,
-        group=Group.SDXL,
+        group=Group.FAMILY,
         doc="prompts for the second text encoder (default: `prompt`)",
     ),
     Parameter(
         name="negative_prompt_2",
         type=Type.TEXTS,
-        group=Group.SDXL,
+        group=Group.FAMILY,
         doc="negative prompts for the second text encoder (default: `negative_prompt`)",
     ),
     Parameter(
@@ -423,7 +425,7 @@ ROWS: tuple[Parameter, ...] = (
         option=True,
     ),
     *(
-        Parameter(name=f"{prefix}{name}", type=Type.PAIR, group=Group.SDXL, doc=f"{doc}{whose}", default=default)
+        Parameter(name=f"{prefix}{name}", type=Type.PAIR, group=Group.FAMILY, doc=f"{doc}{whose}", default=default)
         for prefix, whose in (("", ""), ("negative_", ", for the unconditional branch"))
         for name, doc, default in (
             ("original_size", "SDXL conditioning: height and width of the picture before cropping", None),

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import msgspec
 
+from imprompt_serving import families
+
 if TYPE_CHECKING:
     from imprompt_serving.parameters import Settings
 
@@ -210,7 +212,8 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     """Everything the pipeline and the denoiser know of one checkpoint set."""
 
     name: str
-    family: Literal["sd15", "sdxl"]
+    family: str
+    """One of `families.NAMES`."""
     latent_channels: int
     unet_channels: int
     vae_scale_factor: int
@@ -253,6 +256,10 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     """Threads of one call of an engine on the CPU; 0 for one a core."""
     devices: tuple[int, ...] = ()
     """GPUs that serve it; none: the first one."""
+
+    def __post_init__(self) -> None:
+        if self.family not in families.NAMES:
+            raise ValueError(f"no family {self.family!r}; there are {', '.join(families.NAMES)}")
 
     @property
     def levels(self) -> tuple[int, ...]:

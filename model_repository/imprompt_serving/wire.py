@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from imprompt_serving import tensor_names
-from imprompt_serving.parameters import ROWS, Group, Type
+from imprompt_serving.families import get_family
+from imprompt_serving.parameters import ROWS, Group, Parameter, Type
 from imprompt_serving.specs import Bundle
 
 
@@ -56,20 +58,27 @@ STREAM_RESPONSE: tuple[Tensor, ...] = (
 
 def parameter_tensors(group: Group) -> tuple[Tensor, ...]:
     """List the inputs for the parameters of `group`, except those that depend on the bundle."""
-    rows = (row for row in ROWS if row.group is group and row.type is not Type.EMBEDS)
-    return tuple(Tensor(row.name, row.dtype, row.dims, row.doc + row.range_and_default) for row in rows)
+    return _inputs(row for row in ROWS if row.group is group)
 
 
 def request_tensors(bundle: Bundle, *, stream: bool) -> tuple[Tensor, ...]:
     """List the inputs of the bundle's pipeline: its parameters, and image embeddings for each of its adapters."""
-    groups = (group for group in Group if group.applies_to(bundle, stream=stream))
+    rows = (row for group in Group for row in ROWS if row.group is group and row.applies_to(bundle, stream=stream))
     embeds = tuple(
         Tensor(tensor_names.request_embeds(adapter.name), "FP32", (-1, -1, *adapter.embed_shape), row.doc)
         for row in ROWS
         if row.type is Type.EMBEDS
         for adapter in bundle.adapters
     )
-    return tuple(tensor for group in groups for tensor in parameter_tensors(group)) + embeds
+    return _inputs(rows) + embeds
+
+
+def _inputs(rows: Iterable[Parameter]) -> tuple[Tensor, ...]:
+    return tuple(
+        Tensor(row.name, row.dtype, row.dims, row.doc + row.range_and_default)
+        for row in rows
+        if row.type is not Type.EMBEDS
+    )
 
 
 def response_tensors(bundle: Bundle, *, stream: bool) -> tuple[Tensor, ...]:
@@ -115,13 +124,9 @@ def job_tensors(bundle: Bundle) -> tuple[Tensor, ...]:
 
     Or ``admit`` alone (a ``job.Admission``), or the id of a job to ``cancel``.
     """
-    width = sum(encoder.hidden_size for encoder in bundle.text_encoders)
-    length = bundle.text_encoders[0].max_length
-    embeds = []
+    texts, embeds = get_family(bundle.family).text_shapes(bundle), []
     for prefix in ("", tensor_names.NEGATIVE):
-        embeds.append(Tensor(f"{prefix}prompt_embeds", "FP32", (-1, length, width)))
-        if bundle.pooled_size:
-            embeds.append(Tensor(f"{prefix}pooled_prompt_embeds", "FP32", (-1, bundle.pooled_size)))
+        embeds += [Tensor(prefix + name, "FP32", (-1, *shape)) for name, shape in texts.items()]
         for adapter in bundle.adapters:
             embeds.append(Tensor(prefix + tensor_names.image_embeds(adapter.name), "FP32", (-1, *adapter.embed_shape)))
             if adapter.clip_shape:

@@ -12,8 +12,8 @@ from queue import SimpleQueue
 
 from torch import Tensor
 
-from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.meter import Meter
+from imprompt_serving.denoiser.protocol import LoopJob
 from imprompt_serving.errors import Cancelled, RequestError, unexpected
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class Listener:
     def __init__(
         self,
         progress: Callable[[int, int, Tensor | None], None],
-        finish: Callable[[Job], None],
+        finish: Callable[[LoopJob], None],
         fail: Callable[[RequestError], None],
     ) -> None:
         self.progress, self.finish, self.fail = progress, finish, fail
@@ -66,7 +66,7 @@ class Answers:
         preview = None if self._channel.scheduled else preview
         self._send(self._progress, step, steps, preview, on_error)
 
-    def finish(self, job: Job) -> None:
+    def finish(self, job: LoopJob) -> None:
         self._send(self._finish, job)
 
     def fail(self, error: RequestError) -> None:
@@ -81,7 +81,7 @@ class Answers:
         except Exception as error:
             on_error(error)
 
-    def _finish(self, job: Job) -> None:
+    def _finish(self, job: LoopJob) -> None:
         try:
             self._listener.finish(job)
             self._meter.ended("finished")

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from imprompt_serving import tensor_names
 from imprompt_serving.denoiser.image_prompts import pad
-from imprompt_serving.denoiser.job import Job
+from imprompt_serving.denoiser.protocol import LoopJob
 from imprompt_serving.specs import Bundle, CallRows
 
 
 class RowSlice(NamedTuple):
     """Rows ``start`` to ``stop`` of a job."""
 
-    job: Job
+    job: LoopJob
     start: int
     stop: int
 

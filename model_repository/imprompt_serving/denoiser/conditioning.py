@@ -13,6 +13,7 @@ from imprompt_serving.backends import Engine
 from imprompt_serving.denoiser.control import PreparedControlNet, is_active, prepare_controls
 from imprompt_serving.denoiser.features import T2IFeatures, prepare_features, total
 from imprompt_serving.denoiser.image_prompts import absent_inputs, adapter_inputs, group_scales, has_regions
+from imprompt_serving.families import get_family
 from imprompt_serving.gpu import upload
 from imprompt_serving.job import JobRequest
 from imprompt_serving.specs import Adapter, Bundle
@@ -93,11 +94,9 @@ class Conditioner:
             branches = [tensors[f"{prefix}{name}"] for prefix in prefixes]
             return torch.cat([b.repeat_interleave(request.settings.num_images_per_prompt, dim=0) for b in branches])
 
-        inputs = {"encoder_hidden_states": by_picture("prompt_embeds")}
+        guided = len(prefixes) == 2
+        inputs = get_family(bundle.family).text_inputs(request, by_picture, pictures=pictures, guided=guided)
         branches = self._image_prompts(request, tensors, prefixes)
-        if bundle.family == "sdxl":
-            inputs["text_embeds"] = by_picture("pooled_prompt_embeds")
-            inputs["time_ids"] = _time_ids(request, pictures, guided=len(prefixes) == 2)
         if bundle.time_cond_proj_dim is not None:
             embedding = guidance_embedding(request.settings.guidance_scale, bundle.time_cond_proj_dim)
             embedded = bundle.embeds_guidance(request)
@@ -132,29 +131,6 @@ class Conditioner:
         if adapter.clip_shape is not None:
             embeds["clip_embeds"] = tensors[prefix + tensor_names.clip_embeds(adapter.name)].numpy()
         return torch.from_numpy(self._projections[adapter.name].run(embeds)["tokens"])
-
-
-def _time_ids(request: JobRequest, pictures: int, *, guided: bool) -> Tensor:
-    """SDXL's size conditions [rows, 6], as diffusers' pipeline for the task has them (``_get_add_time_ids``).
-
-    From text alone the negative ones count only when both of their sizes are given, and rows of several pictures take
-    turns. From a picture each negative size counts by itself, with the positive crop; ControlNets that inpaint have
-    none.
-    """
-    sizes, own = request.settings, (request.settings.height, request.settings.width)
-    original, target = sizes.original_size or own, sizes.target_size or own
-    positive = (*original, *sizes.crops_coords_top_left, *target)
-    negative_original, negative_target = sizes.negative_original_size, sizes.negative_target_size
-    negative = positive
-    if request.task == "text-to-image":
-        if negative_original is not None and negative_target is not None:
-            negative = (*negative_original, *sizes.negative_crops_coords_top_left, *negative_target)
-        rows = [negative, positive] * pictures
-    else:
-        if not (request.task == "inpainting" and request.controls):
-            negative = (*(negative_original or original), *sizes.crops_coords_top_left, *(negative_target or target))
-        rows = [negative] * pictures + [positive] * pictures
-    return torch.tensor(rows if guided else [positive] * pictures, dtype=torch.float32)
 
 
 def guidance_embedding(guidance_scale: float, size: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from imprompt_serving.denoiser.admission import Load
 from imprompt_serving.denoiser.conditioning import CPU, Conditioning
 from imprompt_serving.denoiser.control import PreparedControlNet, is_active
 from imprompt_serving.denoiser.preview import predicted_latents
+from imprompt_serving.denoiser.protocol import RowBlock
 from imprompt_serving.denoiser.schedulers import (
     blame_caller,
     draw_noise_on_cpu,
@@ -28,20 +29,10 @@ from imprompt_serving.errors import InvalidRequest, RequestError
 from imprompt_serving.gpu import download, upload
 from imprompt_serving.job import JobRequest, batch_key
 from imprompt_serving.specs import Bundle
+from imprompt_serving.tensor_names import NEGATIVE, image_embeds
 
 _USUAL_SCALE, _USUAL_EMBEDDING = 100.0, 1000.0
 """What no sensible scale, and no output of an image encoder, exceeds."""
-
-
-class RowBlock(NamedTuple):
-    """Rows of a job within one guidance branch and one window.
-
-    Their rows of `Job.conditioning`, their pictures, and the frames that they see of a clip that runs in windows.
-    """
-
-    conditioning: range
-    pictures: range
-    window: Window | None
 
 
 class Job:
@@ -255,8 +246,8 @@ def suspect(request: JobRequest, tensors: Mapping[str, Tensor]) -> str | None:
         return "ip_adapter_scale"
     if any(abs(use.scale) > _USUAL_SCALE for use in request.controls):
         return "controlnet_conditioning_scale"
-    embeds = (tensor for name, tensor in tensors.items() if "image_embeds_" in name)
-    if any(tensor.abs().max() > _USUAL_EMBEDDING for tensor in embeds):
+    embeds = [prefix + image_embeds(use.name) for use in request.adapters for prefix in ("", NEGATIVE)]
+    if any(tensors[name].abs().max() > _USUAL_EMBEDDING for name in embeds if name in tensors):
         return "ip_adapter_image_embeds"
     return None if request.settings.scheduler is None else "scheduler"
 

@@ -23,9 +23,9 @@ import torch
 from imprompt_serving.denoiser.admission import Load, check_room
 from imprompt_serving.denoiser.answers import Answers, AnswerThreads, Listener
 from imprompt_serving.denoiser.batch import Batcher, RowSlice
-from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.meter import Meter, Population
 from imprompt_serving.denoiser.policy import Candidate, plan
+from imprompt_serving.denoiser.protocol import LoopJob
 from imprompt_serving.errors import Cancelled, Overloaded, RequestError, unexpected
 from imprompt_serving.specs import CallRows, Limits
 
@@ -46,7 +46,7 @@ Wait = Callable[[], None]
 class _Active:
     """A job in the loop, and how to answer it."""
 
-    job: Job
+    job: LoopJob
     answers: Answers
 
 
@@ -111,7 +111,7 @@ class Denoiser:
         """
         self._command(self._admit, job_id, load)
 
-    def submit(self, job: Job, listener: Listener) -> None:
+    def submit(self, job: LoopJob, listener: Listener) -> None:
         """Take a job; it joins at the next tick. Raises as `admit` does."""
         self._command(self._submit, job, listener)
 
@@ -177,7 +177,7 @@ class Denoiser:
         self._admitted[job_id] = load, time.monotonic()
         self._report_population()
 
-    def _submit(self, job: Job, listener: Listener) -> None:
+    def _submit(self, job: LoopJob, listener: Listener) -> None:
         self._admit(job.id, job.load)
         del self._admitted[job.id]
         job.last_served_tick = self._tick
@@ -351,7 +351,7 @@ class Denoiser:
         self._meter.population(Population(len(running), rows[0], len(waiting), rows[1]))
 
 
-def _candidate(job: Job) -> Candidate:
+def _candidate(job: LoopJob) -> Candidate:
     begun = job.started is not None
     return Candidate(
         job.batch_key, job.rows, job.pending, job.last_served_tick, begun, job.request.settings.priority, job.frames

@@ -10,7 +10,7 @@ from torch import Tensor
 from imprompt_serving.backends import Engine
 from imprompt_serving.denoiser.batch import RowSlice
 from imprompt_serving.denoiser.control_plan import ControlPlan, Tensors, uses_of
-from imprompt_serving.denoiser.job import Job
+from imprompt_serving.denoiser.protocol import LoopJob
 from imprompt_serving.gpu import run_on_tensors
 from imprompt_serving.specs import Bundle, CallRows
 
@@ -31,7 +31,7 @@ class StepNetworks:
     ) -> None:
         self._bundle, self._unets, self._controlnets = bundle, unets, controlnets
         self._call_rows = call_rows or bundle.shapes.call_rows()
-        self._plan: WeakKeyDictionary[Job, ControlPlan] = WeakKeyDictionary()
+        self._plan: WeakKeyDictionary[LoopJob, ControlPlan] = WeakKeyDictionary()
         """The plan of the last step, by the first job of its batch: its memory is freed with that job."""
 
     def __call__(self, parts: Sequence[RowSlice], inputs: Mapping[str, Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from imprompt_serving.errors import InvalidRequest, RequestError
+from imprompt_serving.families import get_family
 from imprompt_serving.gpu import upload
 from imprompt_serving.job import JobRequest
 from imprompt_serving.specs import Bundle
@@ -54,7 +55,7 @@ def make_scheduler(bundle: Bundle, request: JobRequest) -> Any:
         InvalidRequest: a key the class does not take, or a value that it refuses.
     """
     made = copy.deepcopy(_made(_key(bundle.scheduler, bundle.scheduler_config)))
-    made.register_to_config(**_corrections(made.config, bundle, request))
+    made.register_to_config(**get_family(bundle.family).scheduler_corrections(made.config, request))
     if request.settings.scheduler is not None or request.settings.scheduler_config:
         with blame_caller(request):
             made = copy.deepcopy(
@@ -66,15 +67,6 @@ def make_scheduler(bundle: Bundle, request: JobRequest) -> Any:
         seeds = [seed % 2**64 for seed in (request.seeds if own is None else (own,))]
         made.noise_sampler_seed = seeds if len(seeds) > 1 else seeds[0]
     return made
-
-
-def _corrections(config: Mapping[str, Any], bundle: Bundle, request: JobRequest) -> dict[str, Any]:
-    """What the pipelines of SD 1.5 change in an outdated configuration; those of ControlNets and clips do not."""
-    if bundle.family != "sd15" or request.controls or request.frames is not None:
-        return {}
-    wrong = {"steps_offset": 1}
-    wrong |= {"skip_prk_steps": True} if request.task == "inpainting" else {"clip_sample": False}
-    return {name: value for name, value in wrong.items() if config.get(name, value) != value}
 
 
 def _callers_key(request: JobRequest, name: str, own: Mapping[str, Any]) -> str:

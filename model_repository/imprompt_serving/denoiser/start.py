@@ -15,6 +15,7 @@ from torch import Tensor
 
 from imprompt_serving.denoiser.schedulers import blame_caller
 from imprompt_serving.errors import InvalidRequest
+from imprompt_serving.families import get_family
 from imprompt_serving.gpu import upload
 from imprompt_serving.job import JobRequest
 from imprompt_serving.specs import Bundle
@@ -140,15 +141,8 @@ def _remaining(request: JobRequest, scheduler: Any) -> tuple[Tensor, int]:
 def _encode(moments: Tensor, bundle: Bundle, generator: Generators, pictures: int) -> Tensor:
     if isinstance(generator, list):
         moments = _repeat(moments, pictures)
-    return _repeat(_scaled(_sample(moments, generator), bundle), pictures)
-
-
-def _scaled(latents: Tensor, bundle: Bundle) -> Tensor:
-    """Latents as the UNet knows them; inpainting does without mean and deviation, as in diffusers."""
-    if bundle.family == "sdxl" and bundle.vae_latents_mean:
-        mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (bundle.vae_latents_mean, bundle.vae_latents_std))
-        return (latents - mean) * bundle.vae_scaling_factor / std
-    return latents * bundle.vae_scaling_factor
+    # Inpainting and clips scale by the factor alone, in diffusers' pipelines of every family.
+    return _repeat(get_family(bundle.family).scale_latents(_sample(moments, generator), bundle), pictures)
 
 
 def _encode_video(moments: Tensor, bundle: Bundle, generator: Generators, clips: int) -> Tensor:

@@ -17,6 +17,7 @@ from imprompt_serving.denoiser.loop import Denoiser
 from imprompt_serving.denoiser.networks import StepNetworks
 from imprompt_serving.denoiser.preview import previews
 from imprompt_serving.errors import RequestError
+from imprompt_serving.families import get_family
 from imprompt_serving.job import AdapterUse, ContextWindow, ControlUse, JobRequest
 from imprompt_serving.parameters import Settings
 from imprompt_serving.specs import Bundle, CallRows
@@ -111,14 +112,12 @@ def _request(made: Round, bundle: Bundle) -> JobRequest:
 
 
 def _tensors(made: Round, bundle: Bundle) -> dict[str, Tensor]:
-    text = bundle.text_encoders[0].max_length, sum(encoder.hidden_size for encoder in bundle.text_encoders)
+    texts = get_family(bundle.family).text_shapes(bundle)
     latent = [size // bundle.vae_scale_factor for size in made.size]
     moments = torch.zeros(1, 2 * bundle.latent_channels, *latent)
     tensors = {"mask": torch.ones(1, 1, *latent), "image_moments": moments, "masked_image_moments": moments}
     for prefix in ("", tensor_names.NEGATIVE):
-        tensors[f"{prefix}prompt_embeds"] = torch.zeros(made.prompts, *text)
-        if bundle.pooled_size:
-            tensors[f"{prefix}pooled_prompt_embeds"] = torch.zeros(made.prompts, bundle.pooled_size)
+        tensors |= {prefix + name: torch.zeros(made.prompts, *shape) for name, shape in texts.items()}
         for adapter in bundle.adapters:
             tensors[prefix + tensor_names.image_embeds(adapter.name)] = torch.zeros(1, *adapter.embed_shape)
             if adapter.clip_shape:

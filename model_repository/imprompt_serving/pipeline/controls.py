@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from imprompt_serving.errors import InvalidRequest, shown
+from imprompt_serving.families import get_family
 from imprompt_serving.job import ControlUse, Task
 from imprompt_serving.pipeline.annotators import annotate
 from imprompt_serving.pipeline.images import decode_all
@@ -61,7 +62,7 @@ def plan_controls(
         wanted = f"one for each of {', '.join(names)}" + (f", or {several} (one a {what})" if several > 1 else "")
         raise InvalidRequest("control_image", f"{wanted}; got {len(files)}")
     annotators = read.one_or_each("control_image_annotator", len(names), "nets")
-    uses = _uses(read, names, 1.0 if frames else default_scale(bundle, task))
+    uses = _uses(read, names, 1.0 if frames else get_family(bundle.family).default_conditioning_scale(task))
     return tuple(
         ControlPlan(
             files=tuple(files[index * each : (index + 1) * each]),
@@ -109,10 +110,3 @@ def _uses(read: Reader, names: tuple[str, ...], default: float) -> list[ControlU
             raise InvalidRequest("control_guidance_start", f"{start:g} is not before control_guidance_end {end:g}")
     together = zip(names, scales, starts, ends, strict=True)
     return [ControlUse(name=name, scale=scale, start=start, end=end) for name, scale, start, end in together]
-
-
-def default_scale(bundle: Bundle, task: Task) -> float:
-    """Defaults of diffusers' ControlNet pipelines for pictures."""
-    if task == "image-to-image":
-        return 0.8
-    return 0.5 if task == "inpainting" and bundle.family == "sd15" else 1.0

@@ -12,6 +12,7 @@ from PIL import Image
 
 from imprompt_serving import tensor_names
 from imprompt_serving.errors import InvalidRequest
+from imprompt_serving.families import get_family
 from imprompt_serving.pipeline.image_prompts import ImagePrompt
 from imprompt_serving.pipeline.images import clip_pixels, control_pixels, mask_pixels, vae_pixels
 from imprompt_serving.pipeline.mask_crop import crop_region, fit_filled
@@ -29,10 +30,10 @@ _QUOTED = 200
 
 
 class TextPromptEncoder:
-    """Prompts -> ``prompt_embeds`` and, for SDXL, ``pooled_prompt_embeds`` (diffusers' ``encode_prompt``)."""
+    """Prompts -> the text embeddings of the family (diffusers' ``encode_prompt``)."""
 
     def __init__(self, bundle: Bundle, folder: Path, models: Models) -> None:
-        self._bundle, self._models = bundle, models
+        self._bundle, self._models, self._family = bundle, models, get_family(bundle.family)
         self._tokenizers = [PromptTokenizer(folder, encoder) for encoder in bundle.text_encoders]
 
     async def encode(self, request: Request, stages: Stages, warnings: set[str]) -> Tensors:
@@ -55,14 +56,12 @@ class TextPromptEncoder:
     async def _embeds(
         self, prompts: tuple[tuple[str, ...], ...], clip_skip: int, prefix: str, warnings: set[str]
     ) -> Tensors:
-        """Embeddings of one branch; those of several text encoders stand side by side."""
-        names = [f"{prefix}prompt", f"{prefix}prompt_2" if prompts[-1] != prompts[0] else f"{prefix}prompt"]
-        encoders = zip(self._bundle.text_encoders, self._tokenizers, prompts, names, strict=False)
+        """Embeddings of one branch."""
+        own = zip(self._family.prompts, prompts, strict=True)
+        names = [prefix + (name if texts != prompts[0] else self._family.prompts[0]) for name, texts in own]
+        encoders = zip(self._bundle.text_encoders, self._tokenizers, prompts, names, strict=True)
         answers = await asyncio.gather(*(self._by_prompt(e, t, p, n, clip_skip, warnings) for e, t, p, n in encoders))
-        embeds = {f"{prefix}prompt_embeds": np.concatenate([a["hidden_states"] for a in answers], axis=-1)}
-        if self._bundle.pooled_size:
-            embeds[f"{prefix}pooled_prompt_embeds"] = answers[-1]["text_embeds"]
-        return embeds
+        return {prefix + name: embeds for name, embeds in self._family.join_text(answers).items()}
 
     async def _by_prompt(
         self,

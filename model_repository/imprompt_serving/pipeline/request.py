@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from imprompt_serving import tensor_names
 from imprompt_serving.errors import InvalidRequest
+from imprompt_serving.families import Family, get_family
 from imprompt_serving.job import ContextWindow, Task
 from imprompt_serving.parameters import PARAMETERS, PICTURE_FORMATS, ROWS, VIDEO_FORMATS, Settings, Type
 from imprompt_serving.pipeline.clips import Clip, parse_clip
@@ -24,7 +26,6 @@ from imprompt_serving.specs import Bundle, Limits
 from imprompt_serving.wire import request_tensors
 
 _MAX_PICTURES = int(PARAMETERS["num_images_per_prompt"].high)
-_PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,10 +88,10 @@ def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
     for name in tensors:
         if name not in known:
             raise InvalidRequest(name, f"is no parameter of {bundle.name}")
-    limits, read = bundle.limits, Reader(tensors, bundle.limits)
+    limits, read, family = bundle.limits, Reader(tensors, bundle.limits), get_family(bundle.family)
     check_headers({row.name: read.data(row.name) for row in ROWS if row.type is Type.PICTURES}, limits)
-    _check_characters(read, limits)
-    prompts = _prompts(read, bundle)
+    _check_characters(read, limits, family)
+    prompts = _prompts(read, family)
     pictures = len(prompts[0]) * read.integer("num_images_per_prompt")
     if pictures > _MAX_PICTURES:
         raise InvalidRequest(
@@ -108,9 +109,9 @@ def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
     seeds = read.integers("seed")
     if len(seeds) not in (0, 1, pictures):
         raise InvalidRequest("seed", f"one for all or one for each of {pictures} pictures, got {len(seeds)}")
-    negative_prompts = _negative_prompts(read, bundle, len(prompts[0]))
+    negative_prompts = _negative_prompts(read, family, len(prompts[0]))
     timeout = min(read.number("timeout", default=limits.timeout_seconds), limits.timeout_seconds)
-    settings = _settings(read, bundle, task, controls, clip)
+    settings = _settings(read, bundle, family, task, controls, clip)
     start, loaded = _load_start(read), load_controls(controls)
     height, width = _size(bundle, task, start, loaded, clip, sides, step)
     request = Request(
@@ -131,10 +132,10 @@ def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
     return request
 
 
-def _check_characters(read: Reader, limits: Limits) -> None:
+def _check_characters(read: Reader, limits: Limits, family: Family) -> None:
     """Refuse long prompts before they are made into tokens."""
     count = 0
-    for name in _PROMPTS:
+    for name in (prefix + prompt for prompt in family.prompts for prefix in ("", tensor_names.NEGATIVE)):
         count += sum(map(len, read.texts(name)))
         if count > limits.prompt_characters:
             raise InvalidRequest(name, f"the prompts of a request have at most {limits.prompt_characters} characters")
@@ -149,13 +150,14 @@ def _check_steps(read: Reader, limits: Limits, frames: int) -> None:
 
 
 def _settings(
-    read: Reader, bundle: Bundle, task: Task, controls: Sequence[ControlPlan], clip: Clip | None
+    read: Reader, bundle: Bundle, family: Family, task: Task, controls: Sequence[ControlPlan], clip: Clip | None
 ) -> dict[str, Any]:
     """Values of `Settings` but height and width: as the table has them, if nothing else decides."""
     scheduler, scheduler_config = parse_scheduler(read, bundle.limits)
+    guidance_scale = family.default_guidance_scale(task, controlled=bool(controls))
     settings = {
-        "guidance_scale": read.number("guidance_scale", default=_default_guidance(bundle, task, controls)),
-        "strength": _strength(read, bundle, task, controls),
+        "guidance_scale": read.number("guidance_scale", default=guidance_scale),
+        "strength": _strength(read, task, default=family.default_strength(task, controlled=bool(controls))),
         "clip_skip": read.integer("clip_skip", high=bundle.max_clip_skip),
         "scheduler": scheduler,
         "scheduler_config": scheduler_config,
@@ -174,24 +176,27 @@ def _check_negatives(request: Request) -> None:
             )
 
 
-def _prompts(read: Reader, bundle: Bundle) -> tuple[tuple[str, ...], ...]:
-    prompt = read.texts("prompt")
+def _prompts(read: Reader, family: Family) -> tuple[tuple[str, ...], ...]:
+    first, *others = family.prompts
+    prompt = read.texts(first)
     if not prompt:
-        raise InvalidRequest("prompt", "at least one prompt is needed")
-    second = read.texts("prompt_2")
-    if len(second) not in (0, len(prompt)):
-        raise InvalidRequest("prompt_2", f"{len(second)} for {len(prompt)} prompts")
-    return (prompt, second or prompt)[: len(bundle.text_encoders)]
+        raise InvalidRequest(first, "at least one prompt is needed")
+    given = {name: read.texts(name) for name in others}
+    for name, texts in given.items():
+        if len(texts) not in (0, len(prompt)):
+            raise InvalidRequest(name, f"{len(texts)} for {len(prompt)} prompts")
+    return (prompt, *(texts or prompt for texts in given.values()))
 
 
-def _negative_prompts(read: Reader, bundle: Bundle, count: int) -> tuple[tuple[str, ...], ...] | None:
-    if "negative_prompt" not in read:
-        if "negative_prompt_2" in read:
-            raise InvalidRequest("negative_prompt_2", "needs a negative_prompt")
+def _negative_prompts(read: Reader, family: Family, count: int) -> tuple[tuple[str, ...], ...] | None:
+    first, *others = (tensor_names.NEGATIVE + name for name in family.prompts)
+    if first not in read:
+        for name in others:
+            if name in read:
+                raise InvalidRequest(name, f"needs a {first}")
         return None
-    first = read.one_or_each("negative_prompt", count, "prompts", default="")
-    second = read.one_or_each("negative_prompt_2", count, "prompts") if read.texts("negative_prompt_2") else first
-    return (first, second)[: len(bundle.text_encoders)]
+    prompt = read.one_or_each(first, count, "prompts", default="")
+    return (prompt, *(read.one_or_each(name, count, "prompts") if read.texts(name) else prompt for name in others))
 
 
 def _task(read: Reader, bundle: Bundle, pictures: int) -> Task:
@@ -237,12 +242,7 @@ def _output_format(read: Reader, formats: tuple[str, ...]) -> str | None:
     return chosen
 
 
-def _strength(read: Reader, bundle: Bundle, task: Task, controls: Sequence[object]) -> float:
-    """Defaults of diffusers: 1.0 for SD1.5 inpainting, 0.9999 for SDXL's, and that of its image-to-image pipelines."""
-    if task == "inpainting":
-        default = 0.9999 if bundle.family == "sdxl" else 1.0
-    else:
-        default = 0.3 if bundle.family == "sdxl" and not controls else 0.8
+def _strength(read: Reader, task: Task, *, default: float) -> float:
     strength = read.number("strength", default=default)
     if strength == 0:
         raise InvalidRequest("strength", "must be above 0 and at most 1, got 0")
@@ -250,11 +250,6 @@ def _strength(read: Reader, bundle: Bundle, task: Task, controls: Sequence[objec
     if task != "text-to-image" and int(steps * strength) < 1:
         raise InvalidRequest("strength", f"{strength:g} of {steps} steps is less than one step; raise either of them")
     return strength
-
-
-def _default_guidance(bundle: Bundle, task: Task, controls: Sequence[object]) -> float:
-    """Defaults of diffusers' pipelines: 7.5, but 5.0 for SDXL, unless it inpaints without a ControlNet."""
-    return 5.0 if bundle.family == "sdxl" and (controls or task != "inpainting") else 7.5
 
 
 def _size_step(bundle: Bundle, controls: Sequence[ControlPlan]) -> int:

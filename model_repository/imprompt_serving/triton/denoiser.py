@@ -27,6 +27,7 @@ from imprompt_serving.denoiser.batch import Batcher
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.loop import Denoiser
 from imprompt_serving.denoiser.preview import previews
+from imprompt_serving.denoiser.protocol import LoopJob
 from imprompt_serving.denoiser.warm_up import warm_up
 from imprompt_serving.errors import RequestError, unexpected
 from imprompt_serving.gpu import beside, mark
@@ -132,7 +133,7 @@ def _progress(step: int, steps: int, predicted: torch.Tensor | None, bundle: Bun
     return answer
 
 
-def _result(job: Job, came: float) -> dict[str, np.ndarray]:
+def _result(job: LoopJob, came: float) -> dict[str, np.ndarray]:
     """The answer to a finished job that `came` (monotonic seconds) to this model and `arrived` in the loop."""
     latents = job.result().numpy()
     started = job.started or job.arrived

@@ -1,0 +1,61 @@
+"""What a family owns when it is exported: which bases are its own, and which are refused."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import diffusers
+import pytest
+
+from imprompt_export import BundleError
+from imprompt_export.families import all_families, export_family, family_of
+from imprompt_serving import families
+
+TEXT = ["transformers", "CLIPTextModel"]
+NOTHING = [None, None]
+
+
+@pytest.mark.parametrize("pipeline", [name for family in all_families() for name in family.pipelines])
+def test_the_family_of_a_base(pipeline: str) -> None:
+    assert hasattr(diffusers, pipeline)
+    assert family_of(pipeline).name == ("sdxl" if "XL" in pipeline else "sd15")
+
+
+@pytest.mark.parametrize("pipeline", [None, "FluxPipeline"])
+def test_a_base_of_no_family(pipeline: str | None) -> None:
+    with pytest.raises(BundleError, match=rf"base: {pipeline} is not served; folders of Latent.*, StableDiff.* are"):
+        family_of(pipeline)
+
+
+@pytest.mark.parametrize(
+    ("family", "index", "message"),
+    [
+        ("sd15", {}, "base: it has no text_encoder$"),
+        ("sd15", {"text_encoder": NOTHING}, "base: it has no text_encoder$"),
+        ("sdxl", {"text_encoder": NOTHING, "text_encoder_2": TEXT}, "an SDXL refiner"),
+        ("sdxl", {"text_encoder_2": TEXT}, "an SDXL refiner"),
+        ("sdxl", {"text_encoder": TEXT, "text_encoder_2": TEXT, "requires_aesthetics_score": True}, "an SDXL refiner"),
+        ("sdxl", {"text_encoder": TEXT}, "base: it has no text_encoder_2"),
+    ],
+)
+def test_bases_that_lack_a_text_encoder(family: str, index: dict[str, Any], message: str) -> None:
+    with pytest.raises(BundleError, match=message):
+        export_family(family).check_base(index)
+
+
+def test_whole_bases() -> None:
+    export_family("sd15").check_base({"text_encoder": TEXT})
+    export_family("sdxl").check_base({"text_encoder": TEXT, "text_encoder_2": TEXT, "requires_aesthetics_score": False})
+
+
+def test_a_further_family_is_found_by_its_pipelines(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("toy")
+    module.FAMILY = replace(export_family("sd15"), name="toy", pipelines=("ToyPipeline",))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "imprompt_export.families.toy", module)
+    # Both rooms read the same list; the exporter has bound it when it was imported.
+    monkeypatch.setattr("imprompt_export.families.NAMES", (*families.NAMES, "toy"))
+    assert family_of("ToyPipeline").name == "toy"
+    assert family_of("StableDiffusionPipeline").name == "sd15"
