@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 
 from imprompt_export.graphs import Axes, Graph, level_axes
-from imprompt_serving.specs import Bundle, Range, level_size
+from imprompt_serving.specs import Bundle, CallRows, Range, level_size
 
 Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 """Smallest, usual and largest shape of each input."""
@@ -58,8 +58,8 @@ def _boxes(graph: Graph, bundle: Bundle) -> list[dict[str, Range]]:
 
 
 def _buckets(most: int) -> list[Range]:
-    """Ranges that make up 1 to `most` rows, each tuned for its largest: 1, 2, 4, ... and `most`."""
-    sizes = (*(1 << power for power in range((most - 1).bit_length())), most)
+    """Ranges that make up 1 to `most` rows, each tuned for its largest, one of the buckets."""
+    sizes = CallRows(most, bucketed=True).buckets
     return [Range(smaller + 1, size, size) for smaller, size in itertools.pairwise((0, *sizes))]
 
 
