@@ -22,6 +22,7 @@ from imprompt_bench.session import SCENARIOS, Session
 from imprompt_bench.workload import Workload
 
 RESULTS = Path("benchmarks/results")
+PAGES = (Path("docs/performance.md"), Path("docs/benchmarks.md"))
 CALLERS = (1, 2, 4, 8)
 
 # What can be chosen; type checkers do not see the members of those that are made from tables.
@@ -129,12 +130,15 @@ def overhead(
 @app.command()
 def report(
     results: Annotated[Path, typer.Option(help="Folder of JSON files.")] = RESULTS,
-    page: Annotated[Path, typer.Option(help="Page whose tables are made anew.")] = Path("docs/performance.md"),
+    page: Annotated[
+        list[Path] | None,
+        typer.Option(help=f"Page to fill with tables; may be repeated (default: {PAGES[0]}, {PAGES[1]})."),
+    ] = None,
 ) -> None:
     """Write tables and plots of the results into the documentation."""
     from imprompt_bench.report import write
 
-    write(results, page)
+    write(results, page or PAGES)
 
 
 def _failed(message: str) -> int:

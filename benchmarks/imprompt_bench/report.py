@@ -1,7 +1,7 @@
-"""Results as the tables of `docs/performance.md`: `imprompt bench report`.
+"""Results as the tables of `docs/performance.md` and `docs/benchmarks.md`: `imprompt bench report`.
 
-What stands between `<!-- results -->` and `<!-- end -->` is made anew: what all runs say of the baselines, a section
-for each JSON file of a run, and the overhead of the denoiser's loop.
+Between `<!-- summary -->` and `<!-- end -->` comes the table of all runs against the baselines. Between
+`<!-- results -->` and `<!-- end -->` come a section per JSON file of a run, and the overhead of the denoiser's loop.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from imprompt_bench.results import Measurement, Run
 from imprompt_bench.stats import Estimate, percentile, ratio
 
 OVERHEAD = "overhead.json"
-_PLACE = re.compile(r"(<!-- results -->\n).*?(<!-- end -->)", re.DOTALL)
+RESULTS_PAGE = "benchmarks.md"
+_PLACE = re.compile(r"(<!-- (summary|results) -->\n).*?(<!-- end -->)", re.DOTALL)
 _SYSTEMS = {
     "imprompt": "imprompt, served",
     "eager": "diffusers, eager",
@@ -27,13 +28,15 @@ _SYSTEMS = {
 _STAGES = ("total", "admission", "text_encoder", "preprocess", "image_encoder", "queue", "denoise", "vae_decoder")
 
 
-def write(results: Path, page: Path) -> None:
-    """Fill ``page`` from the files in ``results``, and draw their plots into `images` beside it."""
+def write(results: Path, pages: Sequence[Path]) -> None:
+    """Fill `pages` from the files in `results`, and draw their plots into `images` next to the first page."""
     from imprompt_bench.plots import draw
 
+    images = pages[0].parent / "images"
     for name, run in runs(results).items():
-        draw(run, name, page.parent / "images")
-    page.write_text(filled(page.read_text(encoding="utf-8"), results, page.parent / "images"), encoding="utf-8")
+        draw(run, name, images)
+    for page in pages:
+        page.write_text(filled(page.read_text(encoding="utf-8"), results, images), encoding="utf-8")
 
 
 def runs(results: Path) -> dict[str, Run]:
@@ -42,12 +45,13 @@ def runs(results: Path) -> dict[str, Run]:
 
 
 def filled(page: str, results: Path, images: Path) -> str:
-    """``page`` with its results made anew."""
+    """Return `page` with what stands between its markers made anew."""
     measured = runs(results)
-    parts = [summary(measured), *(section(name, run, images) for name, run in measured.items())]
+    parts = [section(name, run, images) for name, run in measured.items()]
     if (results / OVERHEAD).exists():
         parts.append(overhead(json.loads((results / OVERHEAD).read_text())))
-    return _PLACE.sub(lambda place: f"{place[1]}{''.join(parts)}{place[2]}", page)
+    tables = {"summary": summary(measured), "results": "".join(parts)}
+    return _PLACE.sub(lambda place: f"{place[1]}{tables[place[2]]}{place[3]}", page)
 
 
 def summary(measured: Mapping[str, Run]) -> str:
@@ -59,7 +63,7 @@ def summary(measured: Mapping[str, Run]) -> str:
             times = [_between(ratio(systems["imprompt"], systems[o]), 2) if o in systems else "" for o in others]
             seconds = _between(percentile(systems["imprompt"], 50), 2)
             rate = f"{run.arithmetic['gemm_flops'] / 1e9:.0f}" if run.arithmetic else ""
-            rows.append([f"[{name}](#{name})", _title(run), *_requests(run), rate, seconds, *times])
+            rows.append([f"[{name}]({RESULTS_PAGE}#{name})", _title(run), *_requests(run), rate, seconds, *times])
     if not rows:
         return ""
     header = ["", "bundle", "pixels", "steps", "GFLOP/s", "p50 s", *(f"times {_SYSTEMS[name]}" for name in others)]
