@@ -17,7 +17,7 @@ from typer.main import get_command
 
 import imprompt
 from imprompt import AsyncClient, Client, cli
-from imprompt._request import SHORTEST_TIMEOUT_S
+from imprompt._request import MIN_TIMEOUT_S
 from imprompt_bench import rig
 from imprompt_serving import config, signatures
 from imprompt_serving.errors import InvalidRequest
@@ -71,7 +71,7 @@ def ids(row: Parameter) -> str:
 
 
 def test_the_client_never_sends_less_of_a_timeout_than_a_server_takes() -> None:
-    assert PARAMETERS["timeout"].low == SHORTEST_TIMEOUT_S
+    assert PARAMETERS["timeout"].low == MIN_TIMEOUT_S
 
 
 def test_names_are_unique() -> None:

@@ -1,1 +1,1 @@
-"""Latency and load harness, and its reports."""
+"""Benchmarks of latency and load, and their reports."""

@@ -1,4 +1,4 @@
-"""What the machine could do at best: the operations of a UNet call, and the rate of a matrix product."""
+"""The hardware limit: floating-point operations of a UNet call, and the machine's rate for a matrix product."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ REPEATS = 8
 
 
 def unet_flop(folder: Path, size: int) -> float:
-    """Floating-point operations of the UNet at ``folder`` for one guided picture (two rows), without image prompts.
+    """Count the floating-point operations of one call of the UNet in `folder`: one guided picture, no image prompt.
 
-    Counted by torch on shapes alone, so that the size of the UNet does not matter.
+    The call has two rows. Torch counts on the meta device, so UNets of any size fit into memory.
     """
     config = UNet2DConditionModel.load_config(folder)
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -35,8 +35,10 @@ def unet_flop(folder: Path, size: int) -> float:
 
 
 def gemm_flops() -> float:
-    """Operations per second of a float32 matrix product of 2048 x 2048 on all cores: the best of a few, and the better
-    of PyTorch and ONNX Runtime, which differ from machine to machine."""
+    """Measure the FLOP/s of a 2048 x 2048 float32 matrix product on all cores.
+
+    Returns the fastest of several runs of PyTorch and ONNX Runtime; which of them is faster depends on the machine.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
     a, b = torch.randn(EDGE, EDGE), torch.randn(EDGE, EDGE)
@@ -47,7 +49,7 @@ def gemm_flops() -> float:
 
 
 def _product() -> onnxruntime.InferenceSession:
-    """A graph that is one matrix product."""
+    """Build a session for a graph that consists of one matrix product."""
     a, b, c = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [EDGE, EDGE]) for name in "abc")
     graph = helper.make_graph([helper.make_node("MatMul", ["a", "b"], ["c"])], "product", [a, b], [c])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
@@ -55,7 +57,7 @@ def _product() -> onnxruntime.InferenceSession:
 
 
 def _fastest(call: Callable[[], object]) -> float:
-    """Seconds of the fastest of a few calls."""
+    """Time several calls and return the seconds of the fastest."""
     seconds = []
     for _ in range(REPEATS):
         began = time.perf_counter()

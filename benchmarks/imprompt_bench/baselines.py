@@ -1,4 +1,4 @@
-"""Other ways to the picture that the server makes: diffusers, eager or compiled, and the engines without a server."""
+"""Baselines that produce the same picture as the server: diffusers, eager or compiled, and the engines alone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from imprompt_serving.specs import Bundle
 
 
 class Diffusers:
-    """diffusers' pipeline over the same checkpoints."""
+    """The diffusers pipeline with the same checkpoints."""
 
     def __init__(self, folder: Path) -> None:
         checkpoints = Checkpoints(folder=folder)
@@ -42,7 +42,7 @@ class Diffusers:
         self._pipeline.set_progress_bar_config(disable=True)
 
     def choose_threads(self, arguments: Arguments) -> None:
-        """From here on use all cores or one thread, whichever makes this picture sooner."""
+        """Set torch to one thread or all cores, whichever generates this picture faster."""
 
         def seconds(threads: int) -> float:
             torch.set_num_threads(threads)
@@ -50,11 +50,11 @@ class Diffusers:
             self(arguments)
             return time.perf_counter() - began
 
-        self(arguments)  # memory is laid out at first use
+        self(arguments)  # warm-up: the first call allocates memory
         torch.set_num_threads(min((1, os.cpu_count() or 1), key=seconds))
 
     def compile(self) -> None:
-        """Compile the UNet at its next call: for the number of threads that is set now, its weights as constants."""
+        """Compile the UNet at its next call, for the current number of threads and with its weights frozen."""
         inductor.freezing = True
         self._pipeline.unet = torch.compile(self._pipeline.unet)
 
@@ -68,7 +68,7 @@ class Diffusers:
 
 
 class BareLoop:
-    """The exported engines in this process, called one after the other, and diffusers' scheduler: no server at all."""
+    """The exported engines and a diffusers scheduler in this process, called in sequence without a server."""
 
     def __init__(self, repository: Path, name: str) -> None:
         self._folder = repository / f"{name}_denoiser" / "1"
@@ -96,7 +96,7 @@ class BareLoop:
         return Answer(self._vae.run({"latents": latents.numpy()})["images"][0], {})
 
     def _conditioning(self, arguments: Arguments) -> dict[str, np.ndarray]:
-        """UNet inputs beside latents and timestep, a row for each branch."""
+        """Compute all UNet inputs except latents and timestep, with one row per guidance branch."""
         tensors: dict[str, torch.Tensor] = {}
         for prefix in (tensor_names.NEGATIVE, ""):
             embeds = self._embeds(arguments[f"{prefix}prompt"])
@@ -135,7 +135,7 @@ class BareLoop:
 
 
 def _job(arguments: Arguments) -> JobRequest:
-    """What the layout of the conditioning depends on."""
+    """Build the job request that the conditioner needs."""
     return JobRequest(
         id="bare",
         settings=Settings.with_defaults(
@@ -151,11 +151,13 @@ def _job(arguments: Arguments) -> JobRequest:
 
 
 def check_memory(name: str, parameters: Mapping[str, int], size: int) -> None:
-    """Refuse a baseline that this machine has no memory for beside the server and the baselines before it.
+    """Check that a baseline fits into memory next to the server and the baselines loaded before it.
+
+    Its needs are its weights (twice for `compiled`, because freezing copies them), and its largest activations: the
+    attention of both guidance branches and eight heads over all latent positions.
 
     Raises:
-        BenchError: less memory is free than its weights take (compiled ones twice: frozen, they are copied), and the
-            largest activations, the attention of both branches and eight heads over all positions of the latents.
+        BenchError: less memory than that is free.
     """
     weights = 4 * sum(parameters.values()) * (2 if name == "compiled" else 1)
     attention = 4 * 2 * 8 * (size // 8) ** 4
@@ -163,7 +165,7 @@ def check_memory(name: str, parameters: Mapping[str, int], size: int) -> None:
 
 
 def load_baseline(name: str, folder: Path, model: str, workload: Workload) -> System:
-    """A baseline over what was made in ``folder``: `eager`, `compiled` or `bare`."""
+    """Load a baseline, `eager`, `compiled` or `bare`, from the checkpoints and engines in `folder`."""
     if name == "bare":
         return BareLoop(folder / "repository", model)
     system = Diffusers(folder)

@@ -1,4 +1,4 @@
-"""A checkpoint set of a preset, in the public layouts, with random weights."""
+"""Write checkpoints for a preset, in the public file layouts, with random weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from imprompt_bench.results import BenchError
 
 TOKENS = 4
 VOCABULARY = 49408
-"""Rows of CLIP's embedding; the tokenizer below uses the first few hundred."""
+"""Rows of CLIP's token embedding; the tokenizer below uses only the first few hundred."""
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 ADAPTER = "plain"
 
@@ -71,7 +71,7 @@ path = "motion"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoints:
-    """Where a written checkpoint set lies."""
+    """Paths of the written checkpoints."""
 
     folder: Path
 
@@ -87,30 +87,30 @@ class Checkpoints:
 
 
 def parameters(preset: Preset) -> dict[str, int]:
-    """Number of weights of each network."""
+    """Count the weights of each network."""
     with torch.device("meta"):
         return {name: sum(p.numel() for p in model.parameters()) for name, model in _networks(preset)}
 
 
 def check_memory(preset: Preset) -> None:
-    """Refuse what an export would not fit: all weights in PyTorch, and those of the UNet once more in its engine.
+    """Check that an export fits into memory: all weights in PyTorch, plus the UNet's again in its engine.
 
     Raises:
-        BenchError: there is not that much memory.
+        BenchError: less memory than that is free.
     """
     counts = parameters(preset)
     require("the export", 4 * (sum(counts.values()) + counts["unet"]) / 2**30)
 
 
 def require(what: str, gib: float) -> None:
-    """Raise ``BenchError`` when there is less memory than ``what`` takes."""
+    """Raise `BenchError` if less memory is free than `what` needs."""
     available = psutil.virtual_memory().available / 2**30
     if gib > available:
-        raise BenchError(f"{what} takes about {gib:.0f} GiB of memory; {available:.0f} GiB are free")
+        raise BenchError(f"{what} needs about {gib:.0f} GiB of memory; {available:.0f} GiB are free")
 
 
-def quiet_libraries() -> None:
-    """Their notes and progress bars would bury what is measured."""
+def silence_libraries() -> None:
+    """Silence messages and progress bars that would bury the measurements."""
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
@@ -118,10 +118,10 @@ def quiet_libraries() -> None:
 
 @torch.no_grad()
 def write(folder: Path, name: str, preset: Preset, *, backend: str, precision: str) -> Checkpoints:
-    """Write checkpoints and bundle file of ``preset`` into ``folder``; the same seed makes the same weights."""
+    """Write the checkpoints and the bundle file of `preset` to `folder`; the weights are reproducible."""
     made = Checkpoints(folder=folder)
     torch.manual_seed(0)
-    networks = {part: _lively(model) for part, model in _networks(preset)}
+    networks = {part: _randomize(model) for part, model in _networks(preset)}
     unet, vae = networks["unet"], networks["vae"]
     _calibrate(unet, vae)
     (folder / "models").mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,7 @@ def _networks(preset: Preset) -> Iterator[tuple[str, Any]]:
     yield "vae", AutoencoderKL(latent_channels=4, **preset.vae)
     classes = (CLIPTextModel, CLIPTextModelWithProjection)
     for part, kind, config in zip(("", "_2"), classes, preset.text, strict=False):
-        # The public configurations say 2, which stands for the highest id in use.
+        # The public configurations have 2, which transformers reads as "the highest id in the prompt".
         yield f"text_encoder{part}", kind(CLIPTextConfig(vocab_size=VOCABULARY, eos_token_id=2, **config))
     yield "image_encoder", CLIPVisionModelWithProjection(CLIPVisionConfig(**preset.vision))
     if preset.motion:
@@ -166,8 +166,8 @@ def _networks(preset: Preset) -> Iterator[tuple[str, Any]]:
         )
 
 
-def _lively(model: Any) -> Any:
-    """Weights that keep the variance of what they get: values stay finite, and inputs have an effect."""
+def _randomize(model: Any) -> Any:
+    """Draw variance-preserving weights, so that values stay finite and every input has an effect."""
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.normal_(std=1 / math.sqrt(parameter[0].numel()))
@@ -175,7 +175,7 @@ def _lively(model: Any) -> Any:
 
 
 def _calibrate(unet: Any, vae: Any) -> None:
-    """Predicted noise of unit variance, and pictures that use most of 0..255."""
+    """Rescale the outputs to predicted noise of unit variance, and pictures that use most of 0..255."""
     latents, text = torch.randn(1, 4, 8, 8), torch.randn(1, 77, unet.config.cross_attention_dim)
     added = {}
     if unet.config.addition_embed_type:
@@ -186,7 +186,7 @@ def _calibrate(unet: Any, vae: Any) -> None:
 
 
 def _adapter(unet: Any, preset: Preset) -> dict[str, Tensor]:
-    """The plain adapter: a projection, and keys and values of every cross-attention layer (the odd ones)."""
+    """Draw a plain adapter: a projection, and keys and values for every cross-attention layer (the odd ones)."""
     width, features = preset.unet["cross_attention_dim"], preset.vision["projection_dim"]
     weights = {
         "image_proj.proj.weight": torch.randn(TOKENS * width, features) / math.sqrt(features),
@@ -203,7 +203,7 @@ def _adapter(unet: Any, preset: Preset) -> dict[str, Tensor]:
 
 
 def _tokenizer(folder: Path) -> CLIPTokenizer:
-    """CLIP's 256 bytes, the same as the end of a word, start and end; no merges: a token for each letter."""
+    """Write a CLIP tokenizer without merges: one token per byte, inside or at the end of a word, plus start and end."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     letters = [chr(code) for code in printable] + [chr(256 + code) for code in range(256 - len(printable))]
     tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]

@@ -1,4 +1,4 @@
-"""`imprompt bench`: measure a server, or a preset with random weights that is made, exported, served and stopped."""
+"""`imprompt bench`: measure a running server, or a preset with random weights that is exported and served for it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from imprompt import ImpromptError
-from imprompt_bench import subject
+from imprompt_bench import target
 from imprompt_bench.presets import PRESETS
 from imprompt_bench.results import BenchError, environment
 from imprompt_bench.session import SCENARIOS, Session
@@ -25,26 +25,27 @@ RESULTS = Path("benchmarks/results")
 PAGES = (Path("docs/performance.md"), Path("docs/benchmarks.md"))
 CALLERS = (1, 2, 4, 8)
 
-# What can be chosen; type checkers do not see the members of those that are made from tables.
+# Choices of the options. Type checkers cannot see the members of enums built from tables.
 PresetName = StrEnum("PresetName", list(PRESETS))  # type: ignore[misc]
 Scenario = StrEnum("Scenario", list(SCENARIOS))  # type: ignore[misc]
 Baseline = StrEnum("Baseline", ["eager", "compiled", "bare", "none"])
 BASELINES = (Baseline.eager, Baseline.bare)
-"""Compiling a full-size UNet takes minutes, so `compiled` is for those who ask for it."""
+"""The default baselines. `compiled` is not among them because compiling a full-size UNet takes minutes."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(stderr=True, highlight=False)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`imprompt bench`; returns the exit status."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import, which itself has warnings to give
+    """Run `imprompt bench`; return the exit status."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # must be set before the import, which already warns
     try:
         app(args=list(arguments), prog_name="imprompt bench", obj=shlex.join(["imprompt", "bench", *arguments]))
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     except (BenchError, ImpromptError, OSError) as error:
-        return _failed(str(error))
+        console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        return 1
     return 0
 
 
@@ -52,43 +53,47 @@ def main(arguments: Sequence[str]) -> int:
 def measure(
     context: typer.Context,
     preset: Annotated[
-        PresetName | None, typer.Option(help="Architecture, with random weights (default: tiny).")
+        PresetName | None, typer.Option(help="Architecture to measure, with random weights (default: tiny).")
     ] = None,
-    url: Annotated[str | None, typer.Option(help="gRPC address of a server that runs, in place of a preset.")] = None,
-    model: Annotated[str | None, typer.Option(help="Bundle of that server.")] = None,
+    url: Annotated[str | None, typer.Option(help="gRPC address of a running server to measure, not a preset.")] = None,
+    model: Annotated[str | None, typer.Option(help="Bundle to measure on that server.")] = None,
     metrics: Annotated[
         str | None,
-        typer.Option(help="Its metrics, host:port (default: port 8002 of the same host, if they are there)."),
+        typer.Option(help="host:port of that server's metrics (default: port 8002 of the same host, if available)."),
     ] = None,
     backend: Annotated[str, typer.Option(help="`engine.backend` of the preset's bundle.")] = "onnxruntime",
     precision: Annotated[str, typer.Option(help="`engine.precision` of the preset's bundle.")] = "fp32",
-    scenario: Annotated[list[Scenario] | None, typer.Option(help="May be repeated (default: all).")] = None,
+    scenario: Annotated[
+        list[Scenario] | None, typer.Option(help="Scenario to measure; may be repeated (default: all).")
+    ] = None,
     baseline: Annotated[
         list[Baseline] | None,
-        typer.Option(help="Beside a preset in `latency`; may be repeated (default: eager and bare)."),
+        typer.Option(help="Baseline to compare a preset with in `latency`; may be repeated (default: eager and bare)."),
     ] = None,
-    size: Annotated[int | None, typer.Option(help="Edge of a picture in pixels.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps of a request.")] = None,
-    requests: Annotated[int | None, typer.Option(help="Samples of each point.", min=1)] = None,
-    callers: Annotated[list[int] | None, typer.Option(help="Of `closed`; may be repeated.", min=1)] = None,
-    work: Annotated[Path | None, typer.Option(help="Folder that keeps what is exported, for the next time.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="JSON to write.")] = Path("imprompt-bench.json"),
+    size: Annotated[int | None, typer.Option(help="Height and width of a picture in pixels.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps per request.")] = None,
+    requests: Annotated[int | None, typer.Option(help="Samples per measurement.", min=1)] = None,
+    callers: Annotated[
+        list[int] | None, typer.Option(help="Number of concurrent callers in `closed`; may be repeated.", min=1)
+    ] = None,
+    work: Annotated[Path | None, typer.Option(help="Folder in which to keep the exported preset for reuse.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSON file to write.")] = Path("imprompt-bench.json"),
 ) -> None:
-    """Measure latency, throughput, and what a server does under load; raw samples go to a JSON file."""
+    """Measure latency, throughput and behavior under load; write the raw samples to a JSON file."""
     if context.invoked_subcommand is not None:
         return
     if url is not None and (preset or baseline or model is None):
-        raise typer.BadParameter("goes with --model, and without --preset and --baseline", param_hint="--url")
+        raise typer.BadParameter("requires --model, and excludes --preset and --baseline", param_hint="--url")
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.is_dir() or not os.access(output if output.exists() else output.parent, os.W_OK):
-        raise BenchError(f"{output} cannot be written")
+        raise BenchError(f"cannot write to {output}")
     name = preset.value if preset else "tiny"
-    around = environment()  # now: what the machine is busy with later is this run
-    measured: AbstractContextManager[subject.Subject]
+    before = environment()  # now, because the load average will soon include this run
+    measured: AbstractContextManager[target.Target]
     if url is not None and model is not None:
-        measured, baselines = nullcontext(subject.running(url, model, metrics)), list[str]()
+        measured, baselines = nullcontext(target.connect(url, model, metrics)), list[str]()
     else:
-        measured = subject.made(name, backend=backend, precision=precision, work=work)
+        measured = target.serve_preset(name, backend=backend, precision=precision, work=work)
         baselines = [each.value for each in baseline or BASELINES if each != Baseline.none]
     with measured as served:
         defaults, described = PRESETS[name], served.capabilities
@@ -100,15 +105,15 @@ def measure(
             smallest=described["limits"]["height"][0],
         )
         session = Session(
-            subject=served,
+            target=served,
             workload=workload,
             requests=requests or defaults.requests,
-            environment=around,
+            environment=before,
             console=console,
         )
         if served.observer.metrics_address is None:
-            console.print(f"no metrics of {served.model} on port {subject.METRICS_PORT}: the server's own counters are "
-                          "left out (--metrics says where they are)", soft_wrap=True)  # fmt: skip
+            problem = f"no metrics of {served.model} on port {target.METRICS_PORT}"
+            console.print(f"{problem}: leaving out server counters (set --metrics to include them)", soft_wrap=True)
         try:
             session.run([each.value for each in scenario or Scenario], baselines, callers or CALLERS)
         finally:
@@ -119,9 +124,9 @@ def measure(
 
 @app.command()
 def overhead(
-    output: Annotated[Path, typer.Option("--output", "-o", help="JSON to write.")] = RESULTS / "overhead.json",
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSON file to write.")] = RESULTS / "overhead.json",
 ) -> None:
-    """What a call of the UNet costs beside the UNet: the denoiser alone, with an engine that does nothing."""
+    """Measure the overhead of a denoising step, using a UNet engine that does nothing."""
     from imprompt_bench.overhead import measure_all
 
     measure_all(output)
@@ -129,18 +134,13 @@ def overhead(
 
 @app.command()
 def report(
-    results: Annotated[Path, typer.Option(help="Folder of JSON files.")] = RESULTS,
+    results: Annotated[Path, typer.Option(help="Folder with the JSON files.")] = RESULTS,
     page: Annotated[
         list[Path] | None,
-        typer.Option(help=f"Page to fill with tables; may be repeated (default: {PAGES[0]}, {PAGES[1]})."),
+        typer.Option(help=f"Markdown page to update; may be repeated (default: {PAGES[0]}, {PAGES[1]})."),
     ] = None,
 ) -> None:
-    """Write tables and plots of the results into the documentation."""
+    """Update the tables and plots in the documentation from the results."""
     from imprompt_bench.report import write
 
     write(results, page or PAGES)
-
-
-def _failed(message: str) -> int:
-    console.print(f"[red]error:[/red] {escape(message)}", soft_wrap=True)
-    return 1

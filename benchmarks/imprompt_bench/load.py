@@ -1,4 +1,4 @@
-"""Requests at a server: one after the other, from a number of callers, or at given times whatever the server does."""
+"""Generate load: a fixed number of callers (closed loop), or requests at given times (open loop)."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from imprompt import AsyncClient, ImpromptError, Overloaded
 from imprompt_bench.results import Sample
 
 Ask = Callable[[int, float | None], Awaitable[Sample]]
-"""Sends the request of an index; the time at which it was due, or None for at once."""
+"""Sends the request with an index; the second argument is when it was due, or None for now."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Planned:
-    """Arguments of a request, what kind of traffic it is, and after how many seconds its caller leaves."""
+class PlannedRequest:
+    """A request to send: its arguments, its kind of traffic, and after how many seconds its caller cancels it."""
 
     arguments: dict[str, Any]
     kind: str = ""
     leaves_after: float | None = None
 
 
-def run(url: str, plan: Callable[[int], Planned], traffic: Callable[[Ask], Awaitable[list[Sample]]]) -> list[Sample]:
-    """The samples of ``traffic``. A refused request is not sent again: the refusal is what happened to it."""
+def run(
+    url: str, plan: Callable[[int], PlannedRequest], traffic: Callable[[Ask], Awaitable[list[Sample]]]
+) -> list[Sample]:
+    """Run `traffic` and return its samples. Refused requests are recorded as such and not retried."""
 
     async def measure() -> list[Sample]:
         async with AsyncClient(url, max_retries=0) as client:
@@ -40,7 +42,7 @@ def run(url: str, plan: Callable[[int], Planned], traffic: Callable[[Ask], Await
 
 
 async def closed_loop(ask: Ask, count: int, callers: int) -> list[Sample]:
-    """``callers`` ask for ``count`` in all; each sends its next request when it has the answer to its last."""
+    """Send `count` requests from `callers` callers, each of which waits for a result before its next request."""
     numbers = iter(range(count))
 
     async def caller() -> list[Sample]:
@@ -50,7 +52,7 @@ async def closed_loop(ask: Ask, count: int, callers: int) -> list[Sample]:
 
 
 async def open_loop(ask: Ask, arrivals: Sequence[float]) -> list[Sample]:
-    """A request at each of ``arrivals`` (seconds from now), however many are unanswered."""
+    """Send a request at each of `arrivals` (seconds from now), no matter how many are still in progress."""
     began = time.perf_counter()
 
     async def arrival(index: int, at: float) -> Sample:
@@ -60,7 +62,9 @@ async def open_loop(ask: Ask, arrivals: Sequence[float]) -> list[Sample]:
     return await asyncio.gather(*(arrival(index, at) for index, at in enumerate(arrivals)))
 
 
-async def _ask(client: AsyncClient, planned: Planned, index: int, intended: float | None, began: float) -> Sample:
+async def _ask(
+    client: AsyncClient, planned: PlannedRequest, index: int, intended: float | None, began: float
+) -> Sample:
     sent = time.perf_counter() - began
     status, pictures, timings = "ok", 0, dict[str, float]()
     try:

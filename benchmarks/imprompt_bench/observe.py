@@ -1,4 +1,4 @@
-"""What the server says of itself (its metrics page), and what its processes take (psutil)."""
+"""Observe a server: counters from its metrics page, CPU time and memory of its processes (psutil)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import psutil
 from imprompt_bench.results import BenchError, ServerUse
 
 SETTLE_S = 0.3
-"""The models' metrics are told by a thread of their own."""
+"""Models update their metrics from a background thread, so wait this long before reading them."""
 _LINE = re.compile(r"(?P<name>\w+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$", re.MULTILINE)
 COUNTERS = {
     "unet_calls": "imprompt_tick_rows_count",
@@ -28,7 +28,7 @@ COUNTERS = {
 
 
 class Snapshot(NamedTuple):
-    """Counters of a bundle's models, and CPU seconds and resident MiB by process."""
+    """Counters of a bundle's models, total CPU seconds, and resident MiB per process, at one point in time."""
 
     at: float
     counters: dict[str, float]
@@ -37,7 +37,7 @@ class Snapshot(NamedTuple):
 
 
 def count(page: str, bundle: str) -> dict[str, float]:
-    """``COUNTERS`` of denoiser and encoders of ``bundle``, summed, from a page in the form of Prometheus."""
+    """Sum `COUNTERS` over the denoiser and the encoders of `bundle`, from a page in Prometheus format."""
     totals = dict.fromkeys(COUNTERS, 0.0)
     named = {metric: name for name, metric in COUNTERS.items()}
     for line in _LINE.finditer(page):
@@ -51,27 +51,27 @@ def count(page: str, bundle: str) -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Observer:
-    """Looks at the server of `bundle`; `pids` are its processes by name, when they are on this machine."""
+    """Observes the server of `bundle`. `pids` are its processes by name, if they run on this machine."""
 
     bundle: str
     metrics_address: str | None
-    """Without it there are no counters, and nothing is said of the server."""
+    """If None, nothing is observed."""
     pids: dict[str, int] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Look at the metrics once.
+        """Check that the metrics are available.
 
         Raises:
-            BenchError: there are none, or they are those of another server.
+            BenchError: they are not, or they belong to another server.
         """
         if f'model="{self.bundle}"' not in self._page():
-            raise BenchError(f"the metrics at {self.metrics_address} are not those of {self.bundle}")
+            raise BenchError(f"the metrics at {self.metrics_address} do not belong to {self.bundle}")
 
     def snapshot(self) -> Snapshot:
-        """Counters and processes as they are now.
+        """Read counters and processes now.
 
         Raises:
-            BenchError: no metrics are there.
+            BenchError: the metrics are not available.
         """
         time.sleep(SETTLE_S)
         counters = count(self._page(), self.bundle)
@@ -90,18 +90,18 @@ class Observer:
             with opener.open(f"http://{self.metrics_address}/metrics", timeout=10) as answer:
                 return str(answer.read().decode())
         except (OSError, HTTPException, ValueError) as error:
-            raise BenchError(f"no metrics at {self.metrics_address}: {error}; --metrics says where") from error
+            raise BenchError(f"no metrics at {self.metrics_address}: {error}; set --metrics") from error
 
     @contextmanager
     def watch(self) -> Iterator[Callable[[], ServerUse | None]]:
-        """Between here and the call of what is handed out. None where the counters are out of reach.
+        """Observe the server until the yielded function is called; it returns None if the counters are unavailable.
 
-        The samples that are taken meanwhile are worth more than the counters: no error here throws them away.
+        Never raises `BenchError`: the samples taken meanwhile are worth more than the counters.
         """
-        before = self._seen()
+        before = self._snapshot_or_none()
 
         def use() -> ServerUse | None:
-            after = self._seen()
+            after = self._snapshot_or_none()
             if before is None or after is None:
                 return None
             change = {name: value - before.counters[name] for name, value in after.counters.items()}
@@ -116,7 +116,7 @@ class Observer:
 
         yield use
 
-    def _seen(self) -> Snapshot | None:
+    def _snapshot_or_none(self) -> Snapshot | None:
         if self.metrics_address is None:
             return None
         with suppress(BenchError):

@@ -1,7 +1,7 @@
-"""What a tick costs beside the engine: `imprompt bench overhead`.
+"""`imprompt bench overhead`: measure what a tick of the denoiser costs in addition to the engine.
 
-The UNet is an engine that does nothing. Jobs are guided pictures of 512 x 512 with an image prompt; they share every
-call.
+The UNet is an engine that does nothing. The jobs are guided 512 x 512 pictures with an image prompt, and all of them
+share every call.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ STEPS, SIZE = 50, 512
 
 
 class NullEngine:
-    """Answers at once with the same noise, as soon as all jobs are there."""
+    """Returns the same noise immediately, once all jobs have been submitted."""
 
     def __init__(self, rows: int) -> None:
         generator = np.random.default_rng(0)
         self._noise = generator.standard_normal((rows, 4, SIZE // 8, SIZE // 8)).astype(np.float32)
-        self.all_there = threading.Event()
+        self.all_submitted = threading.Event()
         self.rows: list[int] = []
 
     def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        self.all_there.wait()
+        self.all_submitted.wait()
         self.rows.append(len(tensors["sample"]))
         return {"noise_pred": self._noise[: self.rows[-1]]}
 
 
-class _Seconds(Meter):
+class _TickTimes(Meter):
     def __init__(self) -> None:
         self.ticks: list[tuple[int, float]] = []
 
@@ -50,18 +50,18 @@ class _Seconds(Meter):
 
 
 def measure(jobs: int, scheduler: str) -> dict[str, Any]:
-    """Seconds of each tick that all ``jobs`` share."""
-    engine, meter = NullEngine(2 * jobs), _Seconds()
+    """Measure the seconds of ticks that all `jobs` share."""
+    engine, meter = NullEngine(2 * jobs), _TickTimes()
     rig = Rig(sd15(rows=2 * jobs, adapters=("plain",)), engine, meter)
     made = [rig.job(f"{i}", steps=STEPS, size=SIZE, seed=i, scheduler=scheduler) for i in range(jobs)]
     waits = [rig.submit(job) for job in made]
     began = time.perf_counter()
-    engine.all_there.set()
+    engine.all_submitted.set()
     for wait in waits:
         wait()
     wall = time.perf_counter() - began
     rig.denoiser.stop()
-    # Without the first ones: the jobs come together there, and the engine waits for them.
+    # Skip the first ticks, in which jobs still join and the engine waits for them.
     full = [seconds for rows, seconds in meter.ticks if rows == 2 * jobs][2:]
     return {
         "jobs": jobs,
@@ -74,9 +74,9 @@ def measure(jobs: int, scheduler: str) -> dict[str, Any]:
 
 
 def measure_all(output: Path) -> None:
-    """Measure every number of jobs with every scheduler, print the table, and write it to ``output``."""
+    """Measure every number of jobs with every scheduler; print a table and write the results to `output`."""
     torch.set_num_threads(1)  # as in the denoiser
-    measure(1, SCHEDULERS[0])  # what is loaded at first use
+    measure(1, SCHEDULERS[0])  # warm-up
     results = [measure(jobs, scheduler) for jobs in JOBS for scheduler in SCHEDULERS]
     print(f"{'jobs':>4}  {'scheduler':<28} {'median ms':>10} {'fastest ms':>11}")
     for row in results:

@@ -1,4 +1,4 @@
-"""Latency against load, and where the time of one request goes."""
+"""Plot latency against load, and where the time of one request goes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from imprompt_bench.results import Measurement, Run, Sample
 from imprompt_bench.stats import PERCENTILES, percentile
 
 matplotlib.use("Agg")
-# Text as text, and nothing that differs from one drawing of the same numbers to the next.
+# Keep text as text, and make the files reproducible.
 matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "imprompt", "font.size": 9})
 
 from matplotlib import pyplot as plt  # noqa: E402
@@ -23,7 +23,7 @@ _AFTER = ("queue", "denoise", "vae_decoder", "safety_checker", "postprocess")
 
 
 def spans(timings: Mapping[str, float]) -> list[tuple[str, float, float]]:
-    """Stage, begin and length in seconds: the encoders begin together, all else follows one another."""
+    """Place stages in time: name, start and length in seconds. The encoders start together, the rest is sequential."""
     made, at = [], 0.0
     for stage in _BEFORE:
         made.append((stage, at, timings.get(stage, 0.0)))
@@ -43,18 +43,18 @@ def spans(timings: Mapping[str, float]) -> list[tuple[str, float, float]]:
 
 
 def typical(samples: Sequence[Sample]) -> Sample:
-    """The sample of median latency."""
+    """Return the sample with the median latency."""
     return sorted(samples, key=lambda sample: sample.latency)[len(samples) // 2]
 
 
 def draw(run: Run, name: str, folder: Path) -> list[Path]:
-    """Write the plots of ``run`` as SVG into ``folder``; those whose scenarios it has."""
+    """Write the plots for the scenarios in `run` to `folder`, as SVG."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     if run.of("closed") and run.of("open"):
         figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
-        _latency(axes[0], run.of("closed"), "callers")
-        _latency(axes[1], run.of("open"), "arrivals, share of capacity")
+        _latency(axes[0], run.of("closed"), "concurrent callers")
+        _latency(axes[1], run.of("open"), "arrival rate / capacity")
         written.append(_save(figure, folder / f"bench-{name}-load.svg"))
     served = [measurement for measurement in run.of("latency") if measurement.label == "imprompt"]
     if served:
@@ -71,7 +71,7 @@ def _latency(axis: Axes, measurements: Sequence[Measurement], label: str) -> Non
         (line,) = axis.plot(values, [estimate.value for estimate in estimates], marker="o", ms=3, label=f"p{q}")
         low, high = [e.low for e in estimates], [e.high for e in estimates]
         axis.fill_between(values, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    axis.set(xlabel=label, ylabel="latency, s", ylim=(0, None), xticks=values)
+    axis.set(xlabel=label, ylabel="latency (s)", ylim=(0, None), xticks=values)
     axis.legend(frameon=False)
 
 
@@ -82,7 +82,9 @@ def _waterfall(axis: Axes, sample: Sample) -> None:
         axis.annotate(f" {length:.3f} s", (begin + length, row), va="center", fontsize=7)
     axis.axvline(sample.latency, color="grey", linewidth=0.8, linestyle=":")
     axis.set(
-        yticks=range(len(stages)), yticklabels=[stage for stage, _, _ in stages], xlabel="s; dotted: the answer is here"
+        yticks=range(len(stages)),
+        yticklabels=[stage for stage, _, _ in stages],
+        xlabel="time since the request was sent (s); dotted line: result received",
     )
     axis.set_xlim(0, 1.1 * sample.latency)
     axis.invert_yaxis()

@@ -1,8 +1,8 @@
-"""Architectures that are measured with random weights, and what is asked of each when nothing else is said.
+"""Architectures to measure with random weights, and the default size, steps and samples for each.
 
 `sd15` and `sdxl` are the public configurations (stable-diffusion-v1-5, stable-diffusion-xl-base-1.0, and ViT-H with
-the plain adapter of h94/IP-Adapter). `small` is SD 1.5 at a quarter of the width, `tiny` far less. Speed does not
-depend on the values of weights.
+the plain adapter from h94/IP-Adapter). `small` is SD 1.5 at a quarter of the width, and `tiny` is far smaller. Random
+weights are enough, because speed does not depend on their values.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Config = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preset:
-    """Constructor arguments of each network (diffusers, transformers), and defaults of a measurement."""
+    """Constructor arguments of each network (diffusers, transformers), and defaults for measurements."""
 
     family: Literal["sd15", "sdxl"]
     unet: Config
@@ -23,11 +23,11 @@ class Preset:
     vae: Config
     vision: Config
     motion: bool
-    """Whether the bundle has a motion adapter, which makes a second UNet."""
+    """Whether the bundle has a motion adapter, and thus a second UNet."""
     size: int
     steps: int
     requests: int
-    """Samples of each point."""
+    """Samples per measurement."""
 
 
 def _text(hidden: int, layers: int, heads: int, activation: str) -> Config:

@@ -1,7 +1,8 @@
-"""Results as the tables of `docs/performance.md` and `docs/benchmarks.md`: `imprompt bench report`.
+"""Format results as the tables of `docs/performance.md` and `docs/benchmarks.md`: `imprompt bench report`.
 
-Between `<!-- summary -->` and `<!-- end -->` comes the table of all runs against the baselines. Between
-`<!-- results -->` and `<!-- end -->` come a section per JSON file of a run, and the overhead of the denoiser's loop.
+Replaces everything between `<!-- summary -->` and `<!-- end -->` by the comparison of all runs with the baselines, and
+everything between `<!-- results -->` and `<!-- end -->` by a section for the JSON file of each run and the overhead of
+the denoiser's loop.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ OVERHEAD = "overhead.json"
 RESULTS_PAGE = "benchmarks.md"
 _PLACE = re.compile(r"(<!-- (summary|results) -->\n).*?(<!-- end -->)", re.DOTALL)
 _SYSTEMS = {
-    "imprompt": "imprompt, served",
-    "eager": "diffusers, eager",
-    "compiled": "diffusers, `torch.compile` (frozen)",
-    "bare": "the same engines without a server",
+    "imprompt": "imprompt (served)",
+    "eager": "diffusers (eager)",
+    "compiled": "diffusers (`torch.compile`, frozen)",
+    "bare": "the same engines, no server",
 }
 _STAGES = ("total", "admission", "text_encoder", "preprocess", "image_encoder", "queue", "denoise", "vae_decoder")
 
 
 def write(results: Path, pages: Sequence[Path]) -> None:
-    """Fill `pages` from the files in `results`, and draw their plots into `images` next to the first page."""
+    """Update `pages` from the files in `results`, and draw their plots into the folder `images` next to the first."""
     from imprompt_bench.plots import draw
 
     images = pages[0].parent / "images"
@@ -40,12 +41,12 @@ def write(results: Path, pages: Sequence[Path]) -> None:
 
 
 def runs(results: Path) -> dict[str, Run]:
-    """Every run in ``results`` by the name of its file."""
+    """Load every run in `results`, by file name."""
     return {file.stem: Run.load(file) for file in sorted(results.glob("*.json")) if file.name != OVERHEAD}
 
 
 def filled(page: str, results: Path, images: Path) -> str:
-    """Return `page` with what stands between its markers made anew."""
+    """Return `page` with its results replaced."""
     measured = runs(results)
     parts = [section(name, run, images) for name, run in measured.items()]
     if (results / OVERHEAD).exists():
@@ -55,23 +56,26 @@ def filled(page: str, results: Path, images: Path) -> str:
 
 
 def summary(measured: Mapping[str, Run]) -> str:
-    """The server against each baseline, a line for each file."""
+    """Compare the server with each baseline, one line per file."""
     others, rows = [name for name in _SYSTEMS if name != "imprompt"], []
     for name, run in measured.items():
         systems = {measurement.label: measurement.latencies() for measurement in run.of("latency")}
         if len(systems) > 1:
-            times = [_between(ratio(systems["imprompt"], systems[o]), 2) if o in systems else "" for o in others]
-            seconds = _between(percentile(systems["imprompt"], 50), 2)
+            own = systems["imprompt"]
+            speedups = [_interval(ratio(systems[other], own), 2) if other in systems else "" for other in others]
+            latency = _interval(percentile(own, 50), 2)
             rate = f"{run.arithmetic['gemm_flops'] / 1e9:.0f}" if run.arithmetic else ""
-            rows.append([f"[{name}]({RESULTS_PAGE}#{name})", _title(run), *_requests(run), rate, seconds, *times])
+            rows.append([f"[{name}]({RESULTS_PAGE}#{name})", _title(run), *_requests(run), rate, latency, *speedups])
     if not rows:
         return ""
-    header = ["", "bundle", "pixels", "steps", "GFLOP/s", "p50 s", *(f"times {_SYSTEMS[name]}" for name in others)]
+    columns = ["run", "bundle", "pixels", "steps", "machine, GFLOP/s", "p50 latency, s"]
+    header = [*columns, *(f"speed-up over {_SYSTEMS[name]}" for name in others)]
     text = (
-        "What a served request takes, and how many times what the others take (below 1: it is faster). The machines "
-        "differ: GFLOP/s are those of a large float32 matrix product."
+        "Latency of a served request, and its speed-up over each baseline (above 1: the server is faster), with 95 % "
+        "intervals. The runs come from different machines; GFLOP/s is the machine's rate for a large float32 matrix "
+        "product."
     )
-    return f"## Against the baselines\n\n{text}\n\n{table(header, rows)}\n\n"
+    return f"## Comparison with the baselines\n\n{text}\n\n{table(header, rows)}\n\n"
 
 
 def _title(run: Run) -> str:
@@ -83,25 +87,25 @@ def _requests(run: Run) -> tuple[str, str]:
 
 
 def section(name: str, run: Run, images: Path) -> str:
-    """One run."""
+    """Format one run."""
     pixels, steps = _requests(run)
     blocks = [
         f"## `{name}`",
-        f"{_title(run)}: requests of {pixels} pixels in {steps} steps, with guidance, an image prompt and a prompt of "
-        "their own.",
+        f"{_title(run)}: requests for {pixels} pixels in {steps} steps, with guidance, an image prompt and a unique "
+        "prompt.",
         _machine(run.environment),
         f"```sh\n{run.command}\n```",
     ]
     tables: tuple[tuple[str, Callable[[Run], str]], ...] = (
         ("One request at a time", _latency),
         ("Where the time of a request goes", _stages),
-        ("Distance to the arithmetic limit", _arithmetic),
-        ("Throughput against callers", _closed),
-        ("Arrivals at random", _open),
+        ("Comparison with the hardware limit", _arithmetic),
+        ("Throughput by number of callers", _closed),
+        ("Random arrivals", _open),
         ("Overload and recovery", _overload),
         ("Mixed traffic", _mixed),
-        ("What more of one thing costs", _growth),
-        ("Export and start", _setup),
+        ("Cost of larger requests", _growth),
+        ("Export and startup", _setup),
     )
     blocks += [f"### {title}\n\n{text}" for title, make in tables if (text := make(run))]
     blocks += [f"![{plot}](images/bench-{name}-{plot}.svg)" for plot in ("load", "request") if _has(images, name, plot)]
@@ -109,7 +113,7 @@ def section(name: str, run: Run, images: Path) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; every column but the first is numbers."""
+    """Format a Markdown table; all columns but the first are right-aligned for numbers."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -121,20 +125,20 @@ def _has(images: Path, name: str, plot: str) -> bool:
 def _machine(environment: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     load = environment["load_average"][0]
-    busy = f" **The machine was busy with other work (load {load}): these numbers show directions only.**"
+    busy = f" **The machine was busy with other work (load {load}), so these numbers are only indicative.**"
     return (
         f"{environment['cpu']}, {environment['cores']} cores, {environment['memory_gib']} GiB, {environment['date']}; "
         f"Python {environment['python']}, {versions}.{busy if load > environment['cores'] / 2 else ''}"
     )
 
 
-def _between(estimate: Estimate, digits: int = 3) -> str:
+def _interval(estimate: Estimate, digits: int = 3) -> str:
     return f"{estimate.value:.{digits}f} ({estimate.low:.{digits}f} to {estimate.high:.{digits}f})"
 
 
 def _percentiles(measurement: Measurement) -> list[str]:
     values = measurement.latencies()
-    return [_between(percentile(values, q)) for q in (50, 90, 99)] if values else ["-"] * 3
+    return [_interval(percentile(values, q)) for q in (50, 90, 99)] if values else ["-"] * 3
 
 
 def _stable(measurement: Measurement) -> str:
@@ -147,12 +151,12 @@ def _latency(run: Run) -> str:
         return ""
     own, rows = measured["imprompt"].latencies(), []
     for name, measurement in measured.items():
-        against = "" if name == "imprompt" else _between(ratio(own, measurement.latencies()), 2)
-        apart = " / ".join(f"{value:.2g}" for value in run.parity.get(name, ()))
+        speedup = "" if name == "imprompt" else _interval(ratio(measurement.latencies(), own), 2)
+        difference = " / ".join(f"{value:.2g}" for value in run.parity.get(name, ()))
         count = str(len(measurement.samples))
-        rows.append([_SYSTEMS[name], *_percentiles(measurement), against, apart, count, _stable(measurement)])
-    header = ["", "p50 s", "p90 s", "p99 s", "imprompt takes times", "levels apart, max / mean", "samples", "stable"]
-    return table(header, rows)
+        rows.append([_SYSTEMS[name], *_percentiles(measurement), speedup, difference, count, _stable(measurement)])
+    columns = ["speed-up of imprompt over it", "difference in levels of 255, max / mean", "samples", "stable"]
+    return table(["system", *_PERCENTILES, *columns], rows)
 
 
 def _stages(run: Run) -> str:
@@ -163,8 +167,8 @@ def _stages(run: Run) -> str:
     for stage in _STAGES:
         values = [sample.timings.get(stage, 0.0) for sample in samples]
         share = median(values) / median([sample.latency for sample in samples])
-        rows.append([f"`{stage}`", _between(percentile(values, 50), 4), f"{100 * share:.1f}"])
-    return table(["stage", "p50 s", "% of the caller's"], rows)
+        rows.append([f"`{stage}`", _interval(percentile(values, 50), 4), f"{100 * share:.1f}"])
+    return table(["stage", "p50, s", "% of the request's latency"], rows)
 
 
 def _arithmetic(run: Run) -> str:
@@ -175,13 +179,13 @@ def _arithmetic(run: Run) -> str:
     limit = flop * run.bundle["steps"] / rate
     denoise = median([sample.timings["denoise"] for sample in samples])
     rows = [
-        ["operations of a UNet call, both branches, TFLOP", f"{flop / 1e12:.4g}"],
-        ["rate of a float32 matrix product, GFLOP/s", f"{rate / 1e9:.0f}"],
-        ["seconds of all UNet calls at that rate", f"{limit:.3f}"],
-        ["seconds of `denoise`, median", f"{denoise:.3f}"],
-        ["times the limit", f"{denoise / limit:.2f}"],
+        ["one UNet call, both guidance branches, TFLOP", f"{flop / 1e12:.4g}"],
+        ["float32 matrix product on this machine, GFLOP/s", f"{rate / 1e9:.0f}"],
+        ["hardware limit: all UNet calls at that rate, s", f"{limit:.3f}"],
+        ["measured: median of `denoise`, s", f"{denoise:.3f}"],
+        ["measured / limit", f"{denoise / limit:.2f}"],
     ]
-    return table(["", "value"], rows)
+    return table(["quantity", "value"], rows)
 
 
 def _closed(run: Run) -> str:
@@ -192,12 +196,13 @@ def _closed(run: Run) -> str:
         rate = point.pictures_per_second
         times = [f"{rate / other:.2f}" for other in (measured[0].pictures_per_second, *others.values())]
         rows.append([f"{point.value:g}", f"{rate:.3f}", *times, *_percentiles(point), *_server(point), _stable(point)])
-    against = ["times one caller", *(f"times {_SYSTEMS[name]}, one after the other" for name in others)]
-    header = ["callers", "pictures/s", *against, "p50 s", "p90 s", "p99 s", *_SERVER, "stable"]
+    relative = ["relative to one caller", *(f"relative to sequential {_SYSTEMS[name]}" for name in others)]
+    header = ["callers", "pictures/s", *relative, *_PERCENTILES, *_SERVER, "stable"]
     return table(header, rows) if rows else ""
 
 
-_SERVER = ("rows a call", "cores", "memory MiB")
+_PERCENTILES = ("p50, s", "p90, s", "p99, s")
+_SERVER = ("rows per UNet call", "CPU cores used", "memory, MiB")
 
 
 def _server(measurement: Measurement) -> list[str]:
@@ -214,7 +219,7 @@ def _open(run: Run) -> str:
         [f"{point.value:g}", f"{point.pictures_per_second:.3f}", *_percentiles(point), *_server(point), _stable(point)]
         for point in run.of("open")
     ]
-    header = ["share of capacity", "pictures/s", "p50 s", "p90 s", "p99 s", *_SERVER, "stable"]
+    header = ["arrival rate / capacity", "pictures/s", *_PERCENTILES, *_SERVER, "stable"]
     return table(header, rows) if rows else ""
 
 
@@ -223,12 +228,13 @@ def _overload(run: Run) -> str:
     for point in run.of("overload"):
         refusals = point.latencies("refused")
         refused = f"{100 * len(refusals) / len(point.samples):.0f}"
-        until = f"{median(refusals):.3f}" if refusals else ""
+        refusal_time = f"{median(refusals):.3f}" if refusals else ""
         recovery = f"{point.notes['recovery_s']:.1f}" if "recovery_s" in point.notes else ""
         if point.label == "after" and not recovery:
-            recovery = f"not within {point.seconds:.0f}"
-        rows.append([point.label, str(len(point.samples)), refused, until, *_percentiles(point), recovery])
-    header = ["", "requests", "% refused", "s to refuse", "p50 s", "p90 s", "p99 s", "recovered after s"]
+            recovery = f"more than {point.seconds:.0f}"
+        phase = f"{point.label} overload"
+        rows.append([phase, str(len(point.samples)), refused, refusal_time, *_percentiles(point), recovery])
+    header = ["phase", "requests", "% refused", "time to refuse, s", *_PERCENTILES, "time to recover, s"]
     return table(header, rows) if rows else ""
 
 
@@ -240,13 +246,14 @@ def _mixed(run: Run) -> str:
             statuses = [str(sum(sample.status == status for sample in own)) for status in ("ok", "left", "refused")]
             values = [sample.latency for sample in own if sample.status == "ok"]
             rows.append(
-                [kind, *statuses, *([_between(percentile(values, q)) for q in (50, 90)] if values else ["", ""])]
+                [kind, *statuses, *([_interval(percentile(values, q)) for q in (50, 90)] if values else ["", ""])]
             )
         if point.server is not None:
             looked = point.server.cache_hits + point.server.cache_misses
             hits = f"{point.server.cache_hits:.0f} of {looked:.0f}"
-            text = f"Answered by the response cache: {hits}; rows a call: {point.server.rows_per_call:.2f}."
-            return table(["image prompts", "served", "left", "refused", "p50 s", "p90 s"], rows) + f"\n\n{text}"
+            text = f"Response cache hits: {hits}. Rows per UNet call: {point.server.rows_per_call:.2f}."
+            header = ["image prompt", "served", "canceled by the caller", "refused", *_PERCENTILES[:2]]
+            return table(header, rows) + f"\n\n{text}"
     return ""
 
 
@@ -256,9 +263,9 @@ def _growth(run: Run) -> str:
     for point in run.of("growth"):
         base = first.setdefault(point.label, point)
         times = ratio(point.latencies(), base.latencies())
-        latency = _between(percentile(point.latencies(), 50))
-        rows.append([f"{point.label}: {point.value:g}", latency, _between(times, 2), _stable(point)])
-    return table(["", "p50 s", "times the first", "stable"], rows) if rows else ""
+        latency = _interval(percentile(point.latencies(), 50))
+        rows.append([f"{point.label}: {point.value:g}", latency, _interval(times, 2), _stable(point)])
+    return table(["varied parameter", "p50, s", "relative to the first", "stable"], rows) if rows else ""
 
 
 def _setup(run: Run) -> str:
@@ -267,27 +274,27 @@ def _setup(run: Run) -> str:
         return ""
     rows = [
         ["weights, millions", ", ".join(f"{name} {count / 1e6:.4g}" for name, count in setup["parameters"].items())],
-        ["export, s", f"{setup['export_s']:.0f}"],
-        ["export, most memory, MiB", f"{setup['export_peak_mib']:.0f}"],
-        ["from start to ready, s", f"{setup['ready_s']:.1f}"],
+        ["export time, s", f"{setup['export_s']:.0f}"],
+        ["peak memory of the export, MiB", f"{setup['export_peak_mib']:.0f}"],
+        ["time from start to ready, s", f"{setup['ready_s']:.1f}"],
         ["memory when ready, MiB", f"{sum(setup['memory_mib'].values()):.0f}"],
         *([f"memory of `{name}`, MiB", f"{mib:.0f}"] for name, mib in setup["memory_mib"].items()),
         *([f"engine `{name}`, MiB", f"{mib:.1f}"] for name, mib in sorted(setup["engines_mib"].items())),
     ]
-    return table(["", "value"], rows)
+    return table(["quantity", "value"], rows)
 
 
 def overhead(result: dict[str, Any]) -> str:
-    """What `imprompt bench overhead` found."""
+    """Format the results of `imprompt bench overhead`."""
     rows = [
         [row["scheduler"], str(row["jobs"]), f"{row['median_ms']:.3f}", f"{row['fastest_ms']:.3f}"]
         for row in result["overhead_per_tick"]
     ]
     text = (
-        f"## The denoiser's loop alone\n\nWhat a step costs beside the UNet, for jobs of {result['size']} x "
-        f"{result['size']} pixels that share every call; the UNet is an engine that does nothing.\n\n"
+        f"## Overhead of the denoiser's loop\n\nThe cost of a step in addition to the UNet, which is an engine that "
+        f"does nothing here, for jobs of {result['size']} x {result['size']} pixels that share every call.\n\n"
     )
-    header = ["scheduler", "jobs", "median ms a step", "fastest ms"]
+    header = ["scheduler", "jobs", "median ms per step", "fastest ms per step"]
     return (
         f"{text}{_machine(result['environment'])}\n\n```sh\nimprompt bench overhead\n```\n\n{table(header, rows)}\n\n"
     )

@@ -1,4 +1,4 @@
-"""What a run leaves behind: raw samples, what they were measured on, and the JSON they are kept in."""
+"""The results of a run: raw samples, a description of the machine, and the JSON file that stores them."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ VERSIONS = ("imprompt", "torch", "diffusers", "onnxruntime", "openvino", "numpy"
 
 
 class BenchError(RuntimeError):
-    """Something cannot be measured; the message says what and why."""
+    """A measurement is not possible; the message says why."""
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One request. Times are seconds since the beginning of its scenario; latency counts from ``intended``."""
+    """One request. Times are seconds since the start of its scenario; latency counts from `intended`."""
 
     index: int
     intended: float
     sent: float
     ended: float
     status: str = "ok"
-    """`ok`, `refused` (the waiting line is full), `left` (its caller cancelled it), or the name of an error."""
+    """`ok`, `refused` (the queue was full), `left` (the caller canceled it), or the name of an exception."""
     kind: str = ""
     pictures: int = 1
     timings: dict[str, float] = {}
-    """Seconds of each stage on the server."""
+    """Seconds per stage on the server."""
 
     @property
     def latency(self) -> float:
@@ -39,7 +39,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ServerUse(msgspec.Struct, frozen=True, kw_only=True):
-    """What the server's counters and processes say of one measurement."""
+    """Changes of the server's counters during one measurement, and the resources that its processes used."""
 
     unet_calls: float
     rows_per_call: float
@@ -47,24 +47,25 @@ class ServerUse(msgspec.Struct, frozen=True, kw_only=True):
     cache_misses: float
     refused: float
     cores: float | None = None
-    """CPU seconds of all processes of the server for each second."""
+    """CPU seconds per second, over all processes of the server."""
     memory_mib: dict[str, float] = {}
-    """Resident memory by process, at the end."""
+    """Resident memory per process, at the end."""
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):
-    """One point of one scenario."""
+    """One measurement of a scenario: the samples at one value of what it varies."""
 
     scenario: str
     label: str
-    """The system (`imprompt`, `eager`), or the traffic."""
+    """The system (such as `imprompt` or `eager`), or the kind of traffic."""
     value: float | None = None
-    """What the scenario varies: callers, share of capacity, steps, pixels."""
+    """The value of what the scenario varies: callers, fraction of capacity, steps or pixels."""
     seconds: float
-    """From the first request to the last answer."""
+    """Time from the first request to the last result."""
     stable: bool
+    """Whether `spread` is within the limit."""
     spread: float | None
-    """Largest median of a window over the smallest, less one; None when there are too few samples."""
+    """Largest median of a window over the smallest, minus one; None if there are too few samples."""
     server: ServerUse | None = None
     notes: dict[str, float] = {}
     samples: list[Sample]
@@ -78,25 +79,25 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """All that one command measured."""
+    """All measurements of one command."""
 
     command: str
     environment: dict[str, Any]
     bundle: dict[str, Any]
-    """Name, backend, precision, size and steps of the requests."""
+    """Name, backend and precision of the bundle; size and steps of the requests."""
     setup: dict[str, Any]
-    """Seconds and peak memory of the export, sizes of engines, seconds until ready. Empty for a server that ran."""
+    """Seconds and peak memory of the export, engine sizes, seconds until ready. Empty for a server already running."""
     arithmetic: dict[str, float]
-    """FLOP of a UNet call of one guided picture, and FLOP per second of a matrix product. Empty as `setup`."""
+    """FLOP of a UNet call for one guided picture, and FLOP/s of a matrix product. Empty if `setup` is."""
     parity: dict[str, list[float]]
-    """Largest and mean difference of each baseline's picture to the server's, in levels of 255."""
+    """Largest and mean difference between each baseline's picture and the server's, in levels of 255."""
     measurements: list[Measurement]
 
     def of(self, scenario: str) -> list[Measurement]:
         return [measurement for measurement in self.measurements if measurement.scenario == scenario]
 
     def save(self, path: Path) -> None:
-        """Write JSON with a line for each measurement."""
+        """Write JSON with one line per measurement."""
         path.parent.mkdir(parents=True, exist_ok=True)
         fields = msgspec.structs.asdict(self)
         measurements = fields.pop("measurements")
@@ -114,7 +115,7 @@ def _text(value: Any) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """Floats with six significant digits, which is more than any clock here is good for."""
+    """Round floats to six significant digits, more than the accuracy of any clock involved."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
@@ -123,7 +124,7 @@ def _rounded(value: Any) -> Any:
 
 
 def environment() -> dict[str, Any]:
-    """What the numbers were measured on, and with."""
+    """Describe the machine and the package versions."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "cpu": _cpu(),
@@ -143,7 +144,7 @@ def _version(package: str) -> str | None:
 
 
 def _cpu() -> str:
-    """The model, and which of the instruction sets that matter here it has."""
+    """Return the CPU model and its relevant instruction sets."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in info.splitlines())}
     sets = [name.upper() for name in INSTRUCTION_SETS if name in fields.get("flags", "").split()]

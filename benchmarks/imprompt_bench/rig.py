@@ -1,4 +1,4 @@
-"""A denoiser without a server: a bundle with the numbers of SD 1.5, random embeddings, and any engine as its UNet."""
+"""Run the denoiser without a server: a bundle with SD 1.5's shapes, random embeddings, and any engine as its UNet."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from imprompt_serving.specs import Adapter, Bundle, CrossAttention, Range, Shape
 
 TOKENS, WIDTH, CLIP_WIDTH = 4, 768, 1024
 PREVIEW = (0.3512, 0.2297, 0.3227), (0.3250, 0.4974, 0.2350), (-0.2829, 0.1762, 0.2721), (-0.2120, -0.2616, -0.7177)
-"""The linear fit to SD 1.5's VAE that ComfyUI uses (comfy/latent_formats.py)."""
+"""Linear approximation of SD 1.5's VAE, from ComfyUI (comfy/latent_formats.py)."""
 
 
 def sd15(*, rows: int, adapters: tuple[str, ...] = ()) -> Bundle:
-    """The shapes of SD 1.5, with plain adapters."""
+    """Build a bundle with SD 1.5's shapes and plain adapters."""
     levels = [0, 0, 1, 1, 2, 2, 2, 2, 2, 1, 1, 1, 0, 0, 0, 3]
     return Bundle(
         name="bench",
@@ -56,14 +56,14 @@ def sd15(*, rows: int, adapters: tuple[str, ...] = ()) -> Bundle:
 
 
 class _Projection:
-    """In the place of an adapter's projection: the same tokens for every picture."""
+    """Stands in for an adapter's projection; returns the same tokens for every picture."""
 
     def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {"tokens": np.zeros((len(tensors["image_embeds"]), TOKENS, WIDTH), np.float32)}
 
 
 class Rig:
-    """Takes jobs as the server's denoiser does."""
+    """A denoiser that runs jobs as the server's does."""
 
     def __init__(self, bundle: Bundle, unet: Engine, meter: Meter | None = None) -> None:
         self.bundle = bundle
@@ -73,7 +73,7 @@ class Rig:
         )
 
     def job(self, name: str, *, steps: int, size: int, seed: int = 0, **settings: Any) -> Job:
-        """A guided picture of ``size`` x ``size`` pixels, with other ``settings`` where they are given."""
+        """Build a job for a guided picture of `size` x `size` pixels, with optional further `settings`."""
         request = JobRequest(
             id=name,
             settings=Settings.with_defaults(
@@ -92,7 +92,7 @@ class Rig:
             return Job(request, self.bundle, self._conditioner(request, tensors), tensors)
 
     def embeddings(self, seed: int) -> dict[str, Tensor]:
-        """Text embeddings of both branches, and image embeddings, at random."""
+        """Draw random text and image embeddings for both guidance branches."""
         generator = torch.Generator().manual_seed(seed)
         tensors = {}
         for prefix in (tensor_names.NEGATIVE, ""):
@@ -104,7 +104,7 @@ class Rig:
         return tensors
 
     def submit(self, job: Job) -> Callable[[], Tensor]:
-        """Start ``job``; the answer waits for its latents."""
+        """Submit `job`; the returned function waits for its latents."""
         outcome = Outcome()
         self.denoiser.submit(job, outcome)
 

@@ -1,4 +1,4 @@
-"""What is asked of a server, scenario by scenario. Each returns its measurements, raw samples included."""
+"""The scenarios. Each returns its measurements, including the raw samples."""
 
 from __future__ import annotations
 
@@ -15,41 +15,42 @@ from imprompt import Client
 from imprompt_bench import load
 from imprompt_bench.results import BenchError, Measurement, Sample, ServerUse
 from imprompt_bench.stats import STABLE_WITHIN, poisson_arrivals, spread
-from imprompt_bench.subject import Subject
-from imprompt_bench.systems import Arguments, System, check_same
+from imprompt_bench.systems import Arguments, System, check_same_picture
+from imprompt_bench.target import Target
 from imprompt_bench.workload import Workload
 
 NUMBERS = 10_000
-"""Requests that no point has more of."""
+"""Upper limit for the requests of a measurement, so that request numbers never overlap."""
 LOADS = (0.3, 0.6, 0.9)
-"""Shares of the measured capacity."""
+"""Arrival rates of `open`, as fractions of the measured capacity."""
 OVERLOAD, RECOVERY = 3.0, 0.5
-"""Shares of it that come while the server is overloaded, and after."""
+"""Arrival rates of `overload`, during it and after it, as fractions of the measured capacity."""
 MIXED_LOAD = 0.6
+"""Arrival rate of `mixed`, as a fraction of the measured capacity."""
 RANDOM_WITHIN = 0.5
-"""As `STABLE_WITHIN`, for arrivals at random: the windows differ, but a line that grows without end doubles more."""
+"""Like `STABLE_WITHIN`, for random arrivals: windows differ more, but not by as much as if a queue kept growing."""
 RECOVERED_WITHIN = 2.0
-"""Times the median latency of one caller: a request that takes no longer is served as if nothing had been."""
+"""The server has recovered when a request takes at most this many times the median latency of a single caller."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Scenes:
-    """A server, the requests for it, and how many samples a point has."""
+class ScenarioRunner:
+    """Runs scenarios on a server, with `requests` samples per measurement."""
 
-    subject: Subject
+    target: Target
     workload: Workload
     requests: int
-    _points: Iterator[int] = field(default_factory=lambda: count(0, NUMBERS))
-    """First request numbers of the points to come: none asks for what another has left in the server's cache."""
+    _first_numbers: Iterator[int] = field(default_factory=lambda: count(0, NUMBERS))
+    """First request number of each measurement; distinct numbers keep the server's cache from answering requests."""
 
     def latency(
         self, systems: Mapping[str, System], *, exact: bool
     ) -> tuple[list[Measurement], dict[str, list[float]]]:
-        """One request at a time, of each system in turn, after all have shown the same picture."""
-        number = next(self._points)
+        """Send one request at a time to each system in turn, after checking that all produce the same picture."""
+        number = next(self._first_numbers)
         first = {name: system(self.workload.request(number)) for name, system in systems.items()}
         parity = {
-            name: check_same(name, answer, first["imprompt"], exact=exact or name == "bare")
+            name: check_same_picture(name, answer, first["imprompt"], exact=exact or name == "bare")
             for name, answer in first.items()
             if name != "imprompt"
         }
@@ -57,26 +58,26 @@ class Scenes:
         began = time.perf_counter()
         names = list(systems)
         for index in range(1, self.requests + 1):
-            # Another one goes first each time: whoever follows a busy neighbour may find a warmer machine.
+            # Rotate the order: a system that runs after a busy one may find a warmer machine.
             for name in names[index % len(names) :] + names[: index % len(names)]:
                 samples[name].append(_timed(systems[name], self.workload.request(number + index), index, began))
         return [_measurement("latency", name, own, None) for name, own in samples.items()], parity
 
     def closed(self, callers: Sequence[int]) -> Iterator[Measurement]:
-        """A number of callers, each with one request at a time."""
+        """Run several numbers of callers, each with one request at a time."""
         for number in callers:
             traffic = partial(load.closed_loop, count=self.requests, callers=number)
             yield self._run("closed", "imprompt", traffic, value=number)
 
     def open(self, capacity: float, loads: Sequence[float] = LOADS) -> Iterator[Measurement]:
-        """Arrivals at random, at shares of `capacity` (pictures per second)."""
+        """Send requests at random times, at fractions of `capacity` (pictures per second)."""
         for share in loads:
             arrivals = poisson_arrivals(share * capacity, self.requests)
             traffic = partial(load.open_loop, arrivals=arrivals)
             yield self._run("open", "imprompt", traffic, value=share, within=RANDOM_WITHIN)
 
     def overload(self, capacity: float, undisturbed: float) -> list[Measurement]:
-        """More than the server can do, then less; ``undisturbed`` is the median latency of one caller."""
+        """Send more requests than the server can handle, then fewer; `undisturbed` is the latency of one caller."""
         more = poisson_arrivals(OVERLOAD * capacity, 6 * self.requests)
         less = poisson_arrivals(RECOVERY * capacity, 2 * self.requests, seed=1)
         arrivals = more + [more[-1] + at for at in less]
@@ -92,22 +93,22 @@ class Scenes:
         ]
 
     def mixed(self, capacity: float, undisturbed: float) -> list[Measurement]:
-        """Sizes, steps, adapters on and off, pictures seen before, and callers who leave."""
+        """Mix sizes, steps, requests with and without image prompts, repeated pictures, and cancellations."""
         arrivals = poisson_arrivals(MIXED_LOAD * capacity, 2 * self.requests)
         plan = partial(self.workload.mixed, seconds=undisturbed)
         traffic = partial(load.open_loop, arrivals=arrivals)
         return [self._run("mixed", "imprompt", traffic, plan=plan, within=RANDOM_WITHIN)]
 
     def growth(self) -> Iterator[Measurement]:
-        """One request at a time, with more and more of one thing."""
-        with Client(self.subject.url) as client:
+        """Send one request at a time, varying one parameter: steps, size, image prompts, pictures or frames."""
+        with Client(self.target.url) as client:
 
             def system(arguments: Arguments) -> dict[str, float]:
                 return client.generate(**arguments).timings
 
             for label, value, changes in self._grown():
-                number, samples = next(self._points), list[Sample]()
-                system(self.workload.request(number, **changes))  # memory of this size is laid out
+                number, samples = next(self._first_numbers), list[Sample]()
+                system(self.workload.request(number, **changes))  # warm-up: allocates memory for this size
                 began = time.perf_counter()
                 for index in range(1, max(self.requests // 4, 3) + 1):
                     request = self.workload.request(number + index, **changes)
@@ -115,8 +116,8 @@ class Scenes:
                 yield _measurement("growth", label, samples, None, value=value)
 
     def _grown(self) -> Iterator[tuple[str, int, dict[str, Any]]]:
-        """What grows, how far, and the arguments that say so."""
-        work, limits = self.workload, self.subject.capabilities["limits"]
+        """Yield the parameter to vary, its value, and the request arguments for it."""
+        work, limits = self.workload, self.target.capabilities["limits"]
         for factor in (1, 2, 4):
             yield "steps", factor * work.steps, {"num_inference_steps": factor * work.steps}
         for half in (1, 2, 3):
@@ -139,23 +140,23 @@ class Scenes:
         traffic: Callable[[load.Ask], Awaitable[list[Sample]]],
         *,
         value: float | None = None,
-        plan: Callable[[int], load.Planned] | None = None,
+        plan: Callable[[int], load.PlannedRequest] | None = None,
         within: float = STABLE_WITHIN,
     ) -> Measurement:
-        number, planned = next(self._points), plan or self.workload.plain
-        with self.subject.observer.watch() as use:
-            samples = load.run(self.subject.url, lambda index: planned(number + index), traffic)
+        number, planned = next(self._first_numbers), plan or self.workload.plain
+        with self.target.observer.watch() as use:
+            samples = load.run(self.target.url, lambda index: planned(number + index), traffic)
             server = use()
         return _measurement(scenario, label, samples, server, value=value, within=within)
 
 
 def capacity(closed: Sequence[Measurement]) -> float:
-    """Pictures per second that the server reached with any number of callers."""
+    """Return the most pictures per second reached with any number of callers."""
     return max(measurement.pictures_per_second for measurement in closed)
 
 
 def recovery(samples: Sequence[Sample], since: float, latency: float) -> float | None:
-    """Seconds from ``since`` until the first request that took no more than ``latency``; None if there is none."""
+    """Return the seconds from `since` to the first request that took at most `latency`; None if there is none."""
     served = [sample.intended - since for sample in samples if sample.status == "ok" and sample.latency <= latency]
     return min(served, default=None)
 
@@ -182,7 +183,7 @@ def _measurement(
     answered = sorted((sample for sample in samples if sample.status == "ok"), key=lambda sample: sample.ended)
     if not answered:
         found = sorted({sample.status for sample in samples})
-        raise BenchError(f"{scenario}: no request of {len(samples)} got its picture, but {', '.join(found)}")
+        raise BenchError(f"{scenario}: none of {len(samples)} requests succeeded: {', '.join(found)}")
     differ = spread([sample.latency for sample in answered])
     return Measurement(
         scenario=scenario,

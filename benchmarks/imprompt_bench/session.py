@@ -1,4 +1,4 @@
-"""One run: scenarios in their order, those that need others' numbers after them."""
+"""Run scenarios in an order in which each has the numbers it needs from earlier ones."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from rich.console import Console
 
 from imprompt import Client
 from imprompt_bench.results import BenchError, Measurement, Run
-from imprompt_bench.scenarios import Scenes, capacity
+from imprompt_bench.scenarios import ScenarioRunner, capacity
 from imprompt_bench.stats import PERCENTILES, percentile
-from imprompt_bench.subject import Subject
-from imprompt_bench.systems import System, served
+from imprompt_bench.systems import System, served_system
+from imprompt_bench.target import Target
 from imprompt_bench.workload import Workload
 
 SCENARIOS = ("latency", "closed", "open", "overload", "mixed", "growth")
@@ -24,9 +24,9 @@ _UNDER_LOAD = {"open", "overload", "mixed"}
 
 @dataclass(kw_only=True)
 class Session:
-    """Measures ``subject`` with ``requests`` samples a point, and tells of each point as it is there."""
+    """Measures `target` with `requests` samples per measurement, and reports each measurement when it is done."""
 
-    subject: Subject
+    target: Target
     workload: Workload
     requests: int
     environment: dict[str, Any]
@@ -36,86 +36,86 @@ class Session:
     arithmetic: dict[str, float] = field(default_factory=dict)
 
     def run(self, scenarios: Sequence[str], baselines: Sequence[str], callers: Sequence[int]) -> None:
-        """Everything that was asked for; loads other than one caller's are shares of what `closed` finds.
+        """Run the scenarios. Arrival rates are fractions of the capacity measured by `closed`.
 
         Raises:
-            BenchError: a baseline makes another picture, or a scenario got none.
+            BenchError: a baseline produces a different picture, or all requests of a scenario failed.
         """
         self.arithmetic = self._arithmetic()
-        scenes = Scenes(subject=self.subject, workload=self.workload, requests=self.requests)
+        runner = ScenarioRunner(target=self.target, workload=self.workload, requests=self.requests)
         if "latency" in scenarios:
-            self._latency(scenes, baselines)
+            self._latency(runner, baselines)
         if _UNDER_LOAD & set(scenarios) or "closed" in scenarios:
-            self._under_load(scenes, scenarios, callers)
+            self._under_load(runner, scenarios, callers)
         if "growth" in scenarios:
-            self._keep(scenes.growth())
+            self._keep(runner.growth())
 
     def results(self, command: str) -> Run:
-        """All that was measured until now."""
+        """Collect all measurements so far."""
         return Run(
             command=command,
             environment=self.environment,
             bundle={
-                "name": self.subject.model,
-                "backend": self.subject.capabilities["backend"],
-                "precision": self.subject.capabilities["precision"],
+                "name": self.target.model,
+                "backend": self.target.capabilities["backend"],
+                "precision": self.target.capabilities["precision"],
                 "size": self.workload.size,
                 "steps": self.workload.steps,
             },
-            setup=self.subject.setup,
+            setup=self.target.setup,
             arithmetic=self.arithmetic,
             parity=self.parity,
             measurements=self.measurements,
         )
 
     def _arithmetic(self) -> dict[str, float]:
-        if self.subject.folder is None:
+        if self.target.folder is None:
             return {}
         from imprompt_bench.arithmetic import gemm_flops, unet_flop
 
-        unet = self.subject.folder / "base" / "unet"
+        unet = self.target.folder / "base" / "unet"
         return {"unet_flop": unet_flop(unet, self.workload.size), "gemm_flops": gemm_flops()}
 
-    def _latency(self, scenes: Scenes, baselines: Sequence[str]) -> None:
+    def _latency(self, runner: ScenarioRunner, baselines: Sequence[str]) -> None:
         with ExitStack() as stack:
-            systems: dict[str, System] = {"imprompt": served(stack.enter_context(Client(self.subject.url)))}
+            systems: dict[str, System] = {"imprompt": served_system(stack.enter_context(Client(self.target.url)))}
             for name in baselines:
-                if self.subject.folder is None:
-                    raise BenchError("baselines need the checkpoints: measure a preset")
+                if self.target.folder is None:
+                    raise BenchError("baselines need checkpoints, so they can only be measured with a preset")
                 from imprompt_bench.baselines import check_memory, load_baseline
 
                 try:
-                    check_memory(name, self.subject.setup["parameters"], self.workload.size)
-                except BenchError as error:  # the others can be measured all the same
-                    self.console.print(f"left out: {error}", soft_wrap=True)
+                    check_memory(name, self.target.setup["parameters"], self.workload.size)
+                except BenchError as error:  # the other baselines can still be measured
+                    self.console.print(f"skipped: {error}", soft_wrap=True)
                     continue
-                systems[name] = load_baseline(name, self.subject.folder, self.subject.model, self.workload)
-            exact = self.subject.capabilities["precision"] == "fp32"
-            measured, self.parity = scenes.latency(systems, exact=exact)
+                systems[name] = load_baseline(name, self.target.folder, self.target.model, self.workload)
+            exact = self.target.capabilities["precision"] == "fp32"
+            measured, self.parity = runner.latency(systems, exact=exact)
         self._keep(measured)
 
-    def _under_load(self, scenes: Scenes, scenarios: Sequence[str], callers: Sequence[int]) -> None:
-        closed = self._keep(scenes.closed(sorted({1, *callers})))
+    def _under_load(self, runner: ScenarioRunner, scenarios: Sequence[str], callers: Sequence[int]) -> None:
+        closed = self._keep(runner.closed(sorted({1, *callers})))
         rate, alone = capacity(closed), median(closed[0].latencies())
         if "open" in scenarios:
-            self._keep(scenes.open(rate))
+            self._keep(runner.open(rate))
         if "overload" in scenarios:
-            self._keep(scenes.overload(rate, alone))
+            self._keep(runner.overload(rate, alone))
         if "mixed" in scenarios:
-            self._keep(scenes.mixed(rate, alone))
+            self._keep(runner.mixed(rate, alone))
 
     def _keep(self, measurements: Iterable[Measurement]) -> list[Measurement]:
         kept = []
         for measurement in measurements:
             kept.append(measurement)
-            self.measurements.append(measurement)  # each as it is there: the next may fail
+            self.measurements.append(measurement)  # immediately, because the next one may fail
             self.console.print(_line(measurement), soft_wrap=True)
         return kept
 
 
 def _line(measurement: Measurement) -> str:
     parts = [f"p{q} {percentile(measurement.latencies(), q).value:.3f} s" for q in PERCENTILES]
-    if measurement.scenario != "latency":  # its systems take turns
+    if measurement.scenario != "latency":  # there, systems take turns, so throughput means nothing
         parts.append(f"{measurement.pictures_per_second:.2f} pictures/s")
     name = f"{measurement.scenario} {measurement.label}"
     value = "" if measurement.value is None else f" {measurement.value:g}"

@@ -1,4 +1,4 @@
-"""Percentiles with their uncertainty, stability of a series, and arrival times: pure functions of numbers."""
+"""Statistics: percentiles with confidence intervals, stability of a series, and random arrival times."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ RESAMPLES = 2000
 CONFIDENCE = 0.95
 WINDOWS = 3
 STABLE_WITHIN = 0.10
-"""Medians of the last windows of a series that differ by more than this share are not those of a steady state."""
+"""A series is in steady state if the medians of its windows differ by at most this fraction."""
 
 
 class Estimate(NamedTuple):
-    """A value and the interval that holds it with a probability of ``CONFIDENCE``."""
+    """An estimate and its `CONFIDENCE` interval."""
 
     value: float
     low: float
@@ -24,7 +24,7 @@ class Estimate(NamedTuple):
 
 
 def percentile(samples: Sequence[float], q: float, *, seed: int = 0) -> Estimate:
-    """Percentile ``q`` (0 to 100) of ``samples``, with a bootstrap interval (percentile method, Efron 1979)."""
+    """Estimate percentile `q` (0 to 100) of `samples`, with a bootstrap interval (percentile method, Efron 1979)."""
     values = np.asarray(samples, np.float64)
     draws = np.random.default_rng(seed).choice(values, (RESAMPLES, len(values)))
     tail = 50 * (1 - CONFIDENCE)
@@ -33,7 +33,7 @@ def percentile(samples: Sequence[float], q: float, *, seed: int = 0) -> Estimate
 
 
 def ratio(samples: Sequence[float], reference: Sequence[float], *, seed: int = 0) -> Estimate:
-    """Median of ``samples`` over that of ``reference``, with a bootstrap interval."""
+    """Estimate the median of `samples` over the median of `reference`, with a bootstrap interval."""
     generator = np.random.default_rng(seed)
     medians = [
         np.median(generator.choice(np.asarray(values), (RESAMPLES, len(values))), axis=1)
@@ -45,9 +45,9 @@ def ratio(samples: Sequence[float], reference: Sequence[float], *, seed: int = 0
 
 
 def spread(series: Sequence[float], windows: int = WINDOWS) -> float | None:
-    """Largest over smallest median of ``windows`` equal parts of ``series``, less one; None when it is shorter.
+    """Return the ratio of the largest to the smallest median of `windows` equal parts of `series`, minus one.
 
-    What does not fit into equal parts is left out at the beginning, where a series warms up.
+    Samples that do not fit into equal parts are dropped from the start, the warm-up. None if the series is too short.
     """
     length = len(series) // windows
     if not length:
@@ -58,6 +58,6 @@ def spread(series: Sequence[float], windows: int = WINDOWS) -> float | None:
 
 
 def poisson_arrivals(rate: float, count: int, *, seed: int = 0) -> list[float]:
-    """Seconds at which ``count`` requests are due, ``rate`` a second on average, each independent of the others."""
+    """Draw the times (s) of `count` independent arrivals with an average rate of `rate` per second."""
     gaps = np.random.default_rng(seed).exponential(1 / rate, count)
     return [float(at) for at in np.cumsum(gaps)]

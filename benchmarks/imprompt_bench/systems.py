@@ -1,4 +1,4 @@
-"""What makes a picture of a request, and whether two of them make the same."""
+"""The systems being compared, and the check that they produce the same picture."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from imprompt import Client
 from imprompt_bench.results import BenchError
 
 MAX_LEVELS, MEAN_LEVELS = 2, 0.1
-"""Largest and mean difference of equal pictures, in levels of 255 (float32, few steps)."""
+"""Maximum and mean difference allowed between pictures that count as the same, in levels of 255."""
 
 Arguments = dict[str, Any]
 
 
 class Answer(NamedTuple):
-    """A picture [height, width, 3], uint8, and the seconds of each stage where they are known."""
+    """A uint8 picture [height, width, 3], and the seconds per stage if known."""
 
     picture: np.ndarray
     timings: dict[str, float]
 
 
 System = Callable[[Arguments], Answer]
-"""Makes the picture of one request; arguments as ``Workload.request`` makes them."""
+"""Generates the picture for the arguments of one request (see `Workload.request`)."""
 
 
-def served(client: Client) -> System:
+def served_system(client: Client) -> System:
     def generate(arguments: Arguments) -> Answer:
         result = client.generate(**arguments, output_type="np")
         return Answer(result.images[0], result.timings)
@@ -36,24 +36,24 @@ def served(client: Client) -> System:
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """Largest and mean difference of two uint8 pictures."""
+    """Return the maximum and mean absolute difference of two uint8 pictures."""
     difference = np.abs(a.astype(np.int16) - b.astype(np.int16))
     return float(difference.max()), float(difference.mean())
 
 
-def check_same(name: str, answer: Answer, expected: Answer, *, exact: bool) -> list[float]:
-    """How far a baseline's picture is from the server's.
+def check_same_picture(name: str, answer: Answer, expected: Answer, *, exact: bool) -> list[float]:
+    """Return the maximum and mean difference between a baseline's picture and the server's.
 
     Args:
-        exact: whether both compute in float32; they must show the same picture then.
+        exact: whether both compute in float32, so that the pictures must be the same.
 
     Raises:
-        BenchError: they do not: what is timed would not be the same work.
+        BenchError: they are not the same, so comparing times would be meaningless.
     """
     largest, mean = distance(answer.picture, expected.picture)
     if exact and (largest > MAX_LEVELS or mean > MEAN_LEVELS):
         raise BenchError(
-            f"{name} makes another picture than the server: {largest:g} levels apart at most, {mean:.3f} on average "
-            f"(allowed: {MAX_LEVELS} and {MEAN_LEVELS}); their times are not compared"
+            f"{name} produces a different picture than the server: {largest:g} levels apart at most, {mean:.3f} on "
+            f"average (allowed: {MAX_LEVELS} and {MEAN_LEVELS}), so times cannot be compared"
         )
     return [largest, mean]

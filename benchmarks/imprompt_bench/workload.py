@@ -1,4 +1,4 @@
-"""The requests of a measurement: each has a prompt and a picture of its own, so that no cache answers for it."""
+"""The requests of a measurement. Each has a unique prompt and picture, so that caches do not answer it."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from imprompt_bench.load import Planned
+from imprompt_bench.load import PlannedRequest
 
 REFERENCE_SIZE = 256
 POOL = 3
-"""Prompts and pictures that mixed traffic repeats."""
+"""Number of prompts and pictures that mixed traffic repeats."""
 LEAVING_SHARE = 0.15
 GUIDANCE = 7.5
 
 
 @lru_cache(maxsize=64)
 def reference(seed: int) -> Image.Image:
-    """A soft picture of random colours."""
-    colours = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    return Image.fromarray(colours).resize((REFERENCE_SIZE, REFERENCE_SIZE), Image.Resampling.BICUBIC)
+    """Draw a blurred picture of random colors."""
+    colors = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(colors).resize((REFERENCE_SIZE, REFERENCE_SIZE), Image.Resampling.BICUBIC)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
-    """Guided pictures of ``size`` x ``size`` with an image prompt, when the bundle has an adapter that takes one."""
+    """Requests for guided `size` x `size` pictures, with an image prompt if the bundle has an adapter for it."""
 
     model: str
     adapter: str | None
     size: int
     steps: int
     smallest: int
-    """Of the heights that are served."""
+    """The smallest height that the server accepts."""
 
     def request(self, index: int, *, references: int = 1, **changes: Any) -> dict[str, Any]:
-        """Arguments of ``Client.generate`` for request ``index``."""
+        """Build the arguments of `Client.generate` for request `index`."""
         arguments: dict[str, Any] = {
             "model": self.model,
             "prompt": f"a photo of thing number {index}",
@@ -54,14 +54,14 @@ class Workload:
             arguments["ip_adapter_image"] = {self.adapter: pictures}
         return arguments | changes
 
-    def plain(self, index: int) -> Planned:
-        return Planned(arguments=self.request(index))
+    def plain(self, index: int) -> PlannedRequest:
+        return PlannedRequest(arguments=self.request(index))
 
-    def mixed(self, index: int, seconds: float) -> Planned:
-        """What a day brings: other sizes and step counts, with and without image prompt, some of them seen before.
+    def mixed(self, index: int, seconds: float) -> PlannedRequest:
+        """Build a request of mixed traffic: varying sizes and steps, with, without, or with a repeated image prompt.
 
         Args:
-            seconds: median latency of a plain request; those who leave do so within it.
+            seconds: median latency of a plain request; callers that cancel do so within this time.
         """
         chance = random.Random(index)
         changes: dict[str, Any] = {
@@ -72,6 +72,6 @@ class Workload:
         seen = chance.randrange(POOL) if kind == "repeated" else POOL + index
         arguments = self.request(seen, references=int(kind != "text"), **changes, seed=index)
         leaves = chance.random() < LEAVING_SHARE
-        return Planned(
+        return PlannedRequest(
             arguments=arguments, kind=kind, leaves_after=chance.uniform(0.1, 0.9) * seconds if leaves else None
         )

@@ -1,4 +1,4 @@
-"""Pictures from a served bundle: Stable Diffusion with image prompts.
+"""Client for a served bundle: Stable Diffusion with image prompts.
 
 with Client("localhost:8001") as client:
     client.generate(model="sd15", prompt="a garden", ip_adapter_image="statue.png", seed=0).save("out.png")

@@ -1,12 +1,12 @@
-"""What can go wrong, as exceptions.
+"""The exception hierarchy.
 
 ImpromptError
-├── InvalidRequest      (also ValueError)    a parameter is wrong; `parameter` names it
-├── Overloaded                               no room now; `retry_after` says when to come back
-├── DeadlineExceeded    (also TimeoutError)  `timeout` is over; work on the request stops
-├── Cancelled                                the request was broken off, by the server or a proxy
-├── ConnectionFailed    (also ConnectionError)  nobody answers at the address, or the connection broke
-└── ServerError                              anything else that went wrong on the server
+├── InvalidRequest    (also ValueError)       a parameter is invalid; `parameter` names it
+├── Overloaded                                the server is full; `retry_after` says when to try again
+├── DeadlineExceeded  (also TimeoutError)     `timeout` has passed; the server stops working on the request
+├── Cancelled                                 the server or a proxy aborted the request
+├── ConnectionFailed  (also ConnectionError)  the server cannot be reached, or the connection broke
+└── ServerError                               any other failure on the server
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import grpc
 
 
 class ImpromptError(Exception):
-    """Base of all errors of this package. `request_id` is the id of the request in the server's log, if it was sent."""
+    """Base class of this package's exceptions. `request_id` identifies a sent request in the server's log."""
 
     def __init__(self, message: str, *, request_id: str | None = None) -> None:
         super().__init__(message)
@@ -27,10 +27,10 @@ class ImpromptError(Exception):
 
 
 class InvalidRequest(ImpromptError, ValueError):
-    """The request cannot be served as it is. Found before anything is sent, or by the server.
+    """The request is invalid. Raised by the client before anything is sent, or by the server.
 
-    `parameter` is the keyword to look at (None if the server did not name one); the message starts with it and says
-    what is allowed.
+    `parameter` is the keyword at fault (None if the server did not name one). The message starts with it and says what
+    is allowed.
     """
 
     def __init__(self, message: str, *, parameter: str | None = None, request_id: str | None = None) -> None:
@@ -39,9 +39,9 @@ class InvalidRequest(ImpromptError, ValueError):
 
 
 class Overloaded(ImpromptError):
-    """The server has no room for the request, also after the client's own retries.
+    """The server is full, even after the client's retries.
 
-    `retry_after` is the server's estimate of when there will be, in seconds, or None.
+    `retry_after` is the server's estimate, in seconds, of when it will accept the request; None if unknown.
     """
 
     def __init__(self, message: str, *, retry_after: float | None = None, request_id: str | None = None) -> None:
@@ -50,19 +50,19 @@ class Overloaded(ImpromptError):
 
 
 class DeadlineExceeded(ImpromptError, TimeoutError):
-    """The time that the caller gave is over."""
+    """The request's `timeout` has passed."""
 
 
 class Cancelled(ImpromptError):
-    """The request was broken off by somebody else than its caller, such as a server that shuts down."""
+    """The request was aborted by someone other than the caller, such as a server shutting down."""
 
 
 class ConnectionFailed(ImpromptError, ConnectionError):
-    """No server at the address, or the connection broke."""
+    """The server cannot be reached, or the connection broke."""
 
 
 class ServerError(ImpromptError):
-    """The server failed; its log has the reason, under `request_id`."""
+    """The server failed; its log has the reason under `request_id`."""
 
 
 BY_STATUS: dict[grpc.StatusCode, type[ImpromptError]] = {
@@ -74,15 +74,15 @@ BY_STATUS: dict[grpc.StatusCode, type[ImpromptError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.CANCELLED: Cancelled,
 }
-"""Exception of each gRPC status; `ServerError` for the others."""
+"""The exception for each gRPC status; all others become `ServerError`."""
 
 MAX_MESSAGE = 1000
-"""Characters of a message: a proxy or a log line has room for it."""
+"""Maximum length in characters, which fits a proxy's limits and a log line."""
 _NAMED_PARAMETER = re.compile(r"(?P<parameter>[a-z][a-z0-9_]*): ")
-_TRITONS_PARAMETER = re.compile(r"\binput '(?P<parameter>[a-z][a-z0-9_]*)'")
+_TRITON_INPUT = re.compile(r"\binput '(?P<parameter>[a-z][a-z0-9_]*)'")
 _RETRY_HINT = re.compile(r"retry in (?P<seconds>\d+(\.\d+)?) s")
-_TIME_IS_UP = re.compile(r"timeout: ")
-_TRITONS_OWN = (
+_DEADLINE_MESSAGE = re.compile(r"timeout: ")
+_TRITON_ERRORS = (
     (re.compile(r"unknown model"), grpc.StatusCode.NOT_FOUND),
     (
         re.compile(
@@ -95,13 +95,13 @@ _TRITONS_OWN = (
         grpc.StatusCode.INVALID_ARGUMENT,
     ),
 )
-"""What Triton says of a request in a stream that no model has seen. It leaves out the status, so the text has to do."""
-_GRPCS_LIMITS = re.compile(r"larger than max|metadata size exceeds")
-"""gRPC reports its own limits by the status of a full server; sending the same again does not help."""
+"""Errors that Triton itself raises in a stream, before any model runs. They carry no status, only this text."""
+_GRPC_LIMIT = re.compile(r"larger than max|metadata size exceeds")
+"""gRPC's own size limits: they have the same status as a full server, but a retry cannot succeed."""
 
 
-class _Shown(reprlib.Repr):
-    """`repr` on one short line, without memory addresses, for whatever a caller passes."""
+class _ShortRepr(reprlib.Repr):
+    """A `repr` that fits on one short line, has no memory addresses, and works for any object."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,50 +110,50 @@ class _Shown(reprlib.Repr):
     def repr1(self, x: Any, level: int) -> str:
         try:
             text = super().repr1(x, level)
-        except Exception:  # an integer of more digits than Python prints, a `__repr__` that fails
+        except Exception:  # an integer with more digits than Python prints, or a broken `__repr__`
             return f"<{type(x).__name__}>"
         return f"<{type(x).__name__}>" if _ADDRESS.search(text) else " ".join(text.split())
 
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
-shown = _Shown().repr
-"""`repr` of a caller's value, as messages show it."""
+short_repr = _ShortRepr().repr
+"""`repr` of a caller's value, for use in messages."""
 
 
 def clipped(text: str) -> str:
-    """`text` as a message: of bounded length, fit to be printed, and without memory addresses."""
+    """Make `text` fit for a message: bounded in length, printable, and without memory addresses."""
     text = _ADDRESS.sub("", text)
     text = text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 4]} ..."
     return text.encode(errors="backslashreplace").decode()
 
 
 def invalid(parameter: str, problem: str) -> InvalidRequest:
-    """An `InvalidRequest` found on this side of the wire."""
+    """Build an `InvalidRequest` whose message starts with the parameter."""
     return InvalidRequest(clipped(f"{parameter}: {problem}"), parameter=parameter)
 
 
 def from_status(status: grpc.StatusCode, message: str, *, request_id: str | None = None) -> ImpromptError:
-    """The exception for a request that ended with `status`, as the server's `message` tells it."""
+    """Build the exception for a request that ended with this gRPC status and message."""
     kind = BY_STATUS.get(status, ServerError)
-    if kind is Cancelled and _TIME_IS_UP.match(message):
+    if kind is Cancelled and _DEADLINE_MESSAGE.match(message):
         kind = DeadlineExceeded
-    elif status is grpc.StatusCode.RESOURCE_EXHAUSTED and _GRPCS_LIMITS.search(message):
+    elif status is grpc.StatusCode.RESOURCE_EXHAUSTED and _GRPC_LIMIT.search(message):
         kind = ServerError
     message = clipped(message)
     if kind is InvalidRequest:
-        named = _NAMED_PARAMETER.match(message) or _TRITONS_PARAMETER.search(message)
+        named = _NAMED_PARAMETER.match(message) or _TRITON_INPUT.search(message)
         return InvalidRequest(message, parameter=named and named["parameter"], request_id=request_id)
     if kind is Overloaded:
         return Overloaded(message, retry_after=retry_hint(message), request_id=request_id)
     return kind(message, request_id=request_id)
 
 
-def status_of(message: str) -> grpc.StatusCode:
-    """The status of an error of Triton's own that came without one."""
-    return next((status for said, status in _TRITONS_OWN if said.search(message)), grpc.StatusCode.UNKNOWN)
+def triton_status(message: str) -> grpc.StatusCode:
+    """Infer the status of an error that Triton itself raised in a stream, from its text."""
+    return next((status for text, status in _TRITON_ERRORS if text.search(message)), grpc.StatusCode.UNKNOWN)
 
 
 def retry_hint(message: str) -> float | None:
-    """Seconds after which a refusal says to come back (`... retry in 2.5 s`)."""
+    """Return the seconds that a refusal asks to wait (`... retry in 2.5 s`), or None."""
     hint = _RETRY_HINT.search(message)
     return float(hint["seconds"]) if hint else None

@@ -1,4 +1,4 @@
-"""Pictures as the server takes them: encoded bytes."""
+"""Encode pictures as the server expects them: bytes of a PNG, JPEG or WebP file."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
-from imprompt._errors import InvalidRequest, invalid, shown
+from imprompt._errors import InvalidRequest, invalid, short_repr
 
 ImageInput: TypeAlias = Image.Image | str | os.PathLike[str] | bytes | np.ndarray[Any, Any]
-"""A picture: PIL image, path, encoded bytes (PNG, JPEG, WebP), or a uint8 array [height, width, 1, 3 or 4 channels]."""
+"""A PIL image, a path, encoded bytes (PNG, JPEG, WebP), or a uint8 array [height, width, 1, 3 or 4 channels]."""
 
-_SENT_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
-"""Modes of pillow that PNG has, too."""
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+"""Pillow modes that PNG supports directly."""
 _ALPHA_MODES = {"La": "LA", "PA": "RGBA", "RGBa": "RGBA"}
-# Speed over size: on a fast network the encoding takes longer than the transfer.
+# Speed over size: on a fast network, compressing takes longer than transferring.
 _PNG_OPTIONS = {"compress_level": 1}
 _FORMATS = "PNG, JPEG or WebP"
 
@@ -27,28 +27,26 @@ Encoder: TypeAlias = Callable[[object, str], bytes]
 
 
 def encode(image: object, parameter: str) -> bytes:
-    """One picture as encoded bytes: files and bytes as they are, all else as PNG with its alpha channel kept.
+    """Encode one picture: files and bytes pass through unchanged, anything else becomes a PNG and keeps its alpha.
 
     Raises:
-        InvalidRequest: not a picture, or a file that cannot be read.
+        InvalidRequest: `image` is not a picture, or its file cannot be read.
     """
     if isinstance(image, bytes | bytearray | memoryview):
-        return _checked(bytes(image), "the bytes", parameter)
+        return _check_format(bytes(image), "the data", parameter)
     if isinstance(image, str | os.PathLike):
-        return _checked(_read(image, parameter), shown(str(image)), parameter)
+        return _check_format(_read(image, parameter), short_repr(str(image)), parameter)
     if isinstance(image, Image.Image):
         return _png(image, parameter)
     if hasattr(image, "__array__"):
         return _png(_from_array(to_numpy(image, parameter), parameter), parameter)
-    raise invalid(
-        parameter, f"a picture is a PIL image, a path, encoded bytes or a uint8 array, not {type(image).__name__}"
-    )
+    raise invalid(parameter, f"must be a PIL image, a path, encoded bytes or a uint8 array, not {type(image).__name__}")
 
 
 def encode_mask(mask: object, parameter: str) -> bytes:
-    """One mask as encoded bytes; arrays (uint8, or floats 0 to 1) as 8-bit grey PNG.
+    """Encode one mask; arrays (uint8, bool, or floats from 0 to 1) become 8-bit grayscale PNGs.
 
-    Other pictures keep their mode: the server resizes before it makes them grey, as diffusers does.
+    Other pictures keep their mode: like diffusers, the server resizes masks before converting them to grayscale.
     """
     if isinstance(mask, Image.Image) and mask.mode == "F":
         mask = np.asarray(mask)
@@ -56,7 +54,7 @@ def encode_mask(mask: object, parameter: str) -> bytes:
         values = to_numpy(mask, parameter)
         if values.dtype.kind == "f":
             if not ((values >= 0) & (values <= 1)).all():
-                raise invalid(parameter, "a mask of floats is 0 to 1")
+                raise invalid(parameter, "values of a float mask must be 0 to 1")
             values = (values * 255).round().astype(np.uint8)
         elif values.dtype == np.bool_:
             values = values.astype(np.uint8) * 255
@@ -65,7 +63,7 @@ def encode_mask(mask: object, parameter: str) -> bytes:
 
 
 def encode_all(images: Sequence[object], parameter: str, encoder: Encoder = encode) -> list[bytes]:
-    """Pictures of a parameter; of several, an error says which one it is about."""
+    """Encode the pictures of a parameter; if there are several, an error says which one is at fault."""
     encoded = []
     for index, image in enumerate(images):
         try:
@@ -78,8 +76,8 @@ def encode_all(images: Sequence[object], parameter: str, encoder: Encoder = enco
     return encoded
 
 
-def listed(images: object, parameter: str) -> list[object]:
-    """One picture, a list of them or an array [pictures, height, width, channels], as a list."""
+def as_list(images: object, parameter: str) -> list[object]:
+    """List the pictures in a single picture, a list, or an array [pictures, height, width, channels]."""
     if isinstance(images, Sequence) and not isinstance(images, str | bytes | bytearray | memoryview):
         return list(images)
     if hasattr(images, "__array__") and not isinstance(images, Image.Image):
@@ -88,36 +86,37 @@ def listed(images: object, parameter: str) -> list[object]:
     return [images]
 
 
-def listed_masks(masks: object, parameter: str) -> list[object]:
-    """Masks of one adapter as a list; an array is [H, W], [n, H, W], or diffusers' [1, n, H, W], [n, 1, H, W]."""
+def as_mask_list(masks: object, parameter: str) -> list[object]:
+    """List one adapter's masks; an array is [H, W], [n, H, W], or diffusers' [1, n, H, W] or [n, 1, H, W]."""
     if hasattr(masks, "__array__") and not isinstance(masks, Image.Image):
         array = to_numpy(masks, parameter)
         return list(array.reshape(-1, *array.shape[-2:])) if array.ndim in (2, 3, 4) and array.size else [array]
     return [
         mask
-        for entry in listed(masks, parameter)
-        for mask in (listed_masks(entry, parameter) if hasattr(entry, "__array__") else [entry])
+        for entry in as_list(masks, parameter)
+        for mask in (as_mask_list(entry, parameter) if hasattr(entry, "__array__") else [entry])
     ]
 
 
-def by_net(images: object, *, clip: bool) -> object:
-    """Control images that come as lists in a list, as a flat list: all those of the first net, then of the next.
+def flatten_control_images(images: object, *, clip: bool) -> object:
+    """Flatten a list of lists of control images: all images of the first ControlNet, then those of the next.
 
-    As in diffusers an inner list holds what belongs to one net for clips (its frames), and what belongs to one prompt
-    (an image for each net) for pictures.
+    As in diffusers, an inner list holds the frames of one ControlNet for clips, and one image per ControlNet (for the
+    same prompt) for pictures.
     """
     if not isinstance(images, list | tuple) or not images or not all(isinstance(part, list | tuple) for part in images):
         return images
     if not clip and len({len(part) for part in images}) > 1:
-        raise invalid("control_image", f"an image for each net in every list; got {shown([len(p) for p in images])}")
+        lengths = short_repr([len(part) for part in images])
+        raise invalid("control_image", f"every inner list must have one image per ControlNet; got lengths {lengths}")
     return [image for part in (images if clip else zip(*images, strict=True)) for image in part]
 
 
 def to_numpy(values: Any, parameter: str) -> np.ndarray[Any, Any]:
-    """An array, a torch tensor (of any device and float type) or nested numbers, as a numpy array.
+    """Convert an array, a torch tensor (on any device, of any float type) or nested numbers to a numpy array.
 
     Raises:
-        InvalidRequest: numpy makes no array of it.
+        InvalidRequest: numpy cannot convert it.
     """
     try:
         if hasattr(values, "detach"):
@@ -125,12 +124,12 @@ def to_numpy(values: Any, parameter: str) -> np.ndarray[Any, Any]:
             if values.is_floating_point():
                 values = values.float()  # numpy has no bfloat16
         return np.asarray(values)
-    except Exception:  # lists of uneven lengths, too deep ones, and whatever an object of the caller's raises
-        raise invalid(parameter, f"takes plain values or arrays, got {shown(values)}") from None
+    except Exception:  # ragged or deeply nested lists, and anything a caller's object raises
+        raise invalid(parameter, f"must be a value or an array, got {short_repr(values)}") from None
 
 
 def decode(data: bytes) -> Image.Image:
-    """A picture of the server."""
+    """Decode a picture sent by the server."""
     image = Image.open(io.BytesIO(data))
     image.load()
     return image
@@ -139,26 +138,26 @@ def decode(data: bytes) -> Image.Image:
 def _read(path: str | os.PathLike[str], parameter: str) -> bytes:
     try:
         if str(path).startswith(("http://", "https://")):
-            raise invalid(parameter, f"{path} is a web address; fetch it and pass the bytes")
+            raise invalid(parameter, f"{path} is a URL; download it and pass the bytes")
         return Path(path).read_bytes()
     except FileNotFoundError:
         raise invalid(parameter, f"no such file: {path}") from None
     except OSError as error:
-        raise invalid(parameter, f"{path} cannot be read: {error.strerror or error}") from None
-    except (TypeError, ValueError) as error:  # a path of bytes, or with characters that no path has
+        raise invalid(parameter, f"cannot read {path}: {error.strerror or error}") from None
+    except (TypeError, ValueError) as error:  # a bytes path, or characters that no path can contain
         if isinstance(error, InvalidRequest):
             raise
-        raise invalid(parameter, f"{shown(path)} is no path: {error}") from None
+        raise invalid(parameter, f"{short_repr(path)} is not a valid path: {error}") from None
 
 
-def _checked(data: bytes, what: str, parameter: str) -> bytes:
-    """`data`, if it begins as the server's formats do: a wrong file is best named where its name is known."""
+def _check_format(data: bytes, what: str, parameter: str) -> bytes:
+    """Return `data` if it starts like a supported format; only the client knows the file name for the error."""
     if not data:
-        raise invalid(parameter, f"empty: {what}; a picture is a {_FORMATS} file")
+        raise invalid(parameter, f"{what} is empty; expected a {_FORMATS} file")
     if not data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")) and not (
         data.startswith(b"RIFF") and data[8:12] == b"WEBP"
     ):
-        raise invalid(parameter, f"not a {_FORMATS} picture: {what}")
+        raise invalid(parameter, f"{what} is not a {_FORMATS} picture")
     return data
 
 
@@ -171,7 +170,8 @@ def _from_array(array: np.ndarray[Any, Any], parameter: str) -> Image.Image:
         or not array.size
     ):
         raise invalid(
-            parameter, f"an array is uint8 [height, width, 1, 3 or 4 channels], not {array.dtype} {list(array.shape)}"
+            parameter,
+            f"an array must be uint8 [height, width, 1, 3 or 4 channels], not {array.dtype} {list(array.shape)}",
         )
     return Image.fromarray(np.ascontiguousarray(array))
 
@@ -181,24 +181,24 @@ def _png(image: Image.Image, parameter: str) -> bytes:
         raise invalid(parameter, f"the picture has no pixels ({image.width}x{image.height})")
     buffer = io.BytesIO()
     try:
-        _sent(image, parameter).save(buffer, "PNG", **_PNG_OPTIONS)
+        _to_png_mode(image, parameter).save(buffer, "PNG", **_PNG_OPTIONS)
     except InvalidRequest:
         raise
-    except Exception as error:  # a file that is damaged or closed shows when its pixels are wanted
+    except Exception as error:  # pillow loads lazily, so a damaged or closed file fails only here
         raise invalid(parameter, f"the picture cannot be read: {error}") from None
     return buffer.getvalue()
 
 
-def _sent(image: Image.Image, parameter: str) -> Image.Image:
-    """`image` in a mode that PNG has."""
-    if image.mode in _SENT_MODES:
+def _to_png_mode(image: Image.Image, parameter: str) -> Image.Image:
+    """Convert `image` to a mode that PNG supports."""
+    if image.mode in _PNG_MODES:
         return image
     if image.mode == "F":
-        raise invalid(parameter, "a picture of mode F has no fixed range; scale it to 0 to 255 and convert it to L")
+        raise invalid(parameter, "mode F has no fixed range of values; scale the picture to 0..255, convert it to L")
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image)
         low, high = int(values.min()), int(values.max())
         if low < 0 or high >= 2**16:
-            raise invalid(parameter, f"a picture of mode {image.mode} holds 0 to 65535, not {low} to {high}")
+            raise invalid(parameter, f"values of a mode {image.mode} picture must be 0 to 65535, not {low} to {high}")
         return Image.fromarray(values.astype(np.uint16))
     return image.convert(_ALPHA_MODES.get(image.mode, "RGB"))

@@ -1,4 +1,4 @@
-"""What the server says of a model: its inputs, and its capabilities."""
+"""The inputs and capabilities of a served model, as the server describes them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 from tritonclient.grpc import model_config_pb2
 
-from imprompt._errors import InvalidRequest, invalid, shown
+from imprompt._errors import InvalidRequest, invalid, short_repr
 
 _STREAM_SUFFIX = "_stream"
 
@@ -21,16 +21,17 @@ class AdapterCapabilities(TypedDict):
     kind: str
     """`plain`, `plus`, `full_face`, `faceid`, `faceid_plus` or `faceid_plusv2`."""
     image_tokens: int
-    """Tokens that one picture becomes."""
+    """Image tokens per picture."""
     image_embeds: list[int]
-    """Shape of one picture's embedding: that of `ip_adapter_image_embeds` after its first two axes."""
+    """Shape of one picture's embedding: the shape of `ip_adapter_image_embeds` after its first two axes."""
     takes_images: bool
+    """Whether it accepts pictures, and not only embeddings."""
     finds_faces: bool
-    """FaceID: whether a picture of a person may stand in for a face embedding."""
+    """FaceID only: whether it accepts a photo of a person in place of a face embedding."""
 
 
 class Capabilities(TypedDict, total=False):
-    """What a served bundle can do, as the server describes it; it may hold more than these keys."""
+    """What a served bundle can do. A server may send more keys than these."""
 
     name: str
     family: str
@@ -40,15 +41,15 @@ class Capabilities(TypedDict, total=False):
     ip_adapters: list[AdapterCapabilities]
     controlnets: list[str]
     schedulers: list[str]
-    """diffusers class names."""
+    """Class names of diffusers schedulers."""
     defaults: dict[str, Any]
     limits: dict[str, Any]
-    """Smallest and largest `height` and `width` in pixels, most `rows` of a batch and `image_tokens` of a request."""
+    """`[min, max]` of `height` and `width` in pixels; maximum `rows` of a batch and `image_tokens` of a request."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Input:
-    """An input tensor: KServe data type (`BYTES`, `FP64`, ...) and dimensions (-1: any)."""
+    """An input tensor: KServe data type (`BYTES`, `FP64`, ...) and shape (-1: any size)."""
 
     name: str
     dtype: str
@@ -57,7 +58,7 @@ class Input:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServedModel:
-    """A pipeline model, as Triton serves it: `name` is its own, and longer than `bundle` for the streaming twin."""
+    """A bundle's pipeline as a Triton model. Its `name` is the bundle's, plus a suffix for the streaming model."""
 
     name: str
     bundle: str
@@ -66,31 +67,31 @@ class ServedModel:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Names of the bundle's IP-Adapters, in its order."""
+        """Names of the bundle's IP-Adapters, in the bundle's order."""
         return tuple(adapter["name"] for adapter in self.capabilities.get("ip_adapters", ()))
 
 
 def model_name(bundle: object, *, stream: bool) -> str:
-    """Name of the Triton model that serves `bundle`: with one answer, or with progress.
+    """Return the name of the Triton model for `bundle`: the streaming one if `stream`.
 
     Raises:
-        InvalidRequest: `bundle` is no name.
+        InvalidRequest: `bundle` is not a printable string.
     """
     if not isinstance(bundle, str) or not bundle.isprintable():
-        raise invalid("model", f"the name of a bundle, got {shown(bundle)}")
+        raise invalid("model", f"must be the name of a bundle, got {short_repr(bundle)}")
     return bundle + _STREAM_SUFFIX if stream else bundle
 
 
 def is_bundle(config: Any) -> bool:
-    """Whether a `ModelConfig` is that of a bundle, and not of one of its parts or its streaming twin."""
+    """Whether a `ModelConfig` belongs to a bundle, rather than to one of its parts or its streaming model."""
     return _is_pipeline(config, stream=False)
 
 
 def read_model(config: Any, *, stream: bool) -> ServedModel:
-    """A `ModelConfig` protobuf, read.
+    """Parse a `ModelConfig` protobuf.
 
     Raises:
-        InvalidRequest: not the pipeline of a bundle.
+        InvalidRequest: the model is not the pipeline of a bundle.
     """
     if not _is_pipeline(config, stream=stream):
         raise invalid("model", f"{config.name} is not a bundle")
@@ -105,9 +106,9 @@ def read_model(config: Any, *, stream: bool) -> ServedModel:
     )
 
 
-def no_bundle(name: str, served: Sequence[str]) -> InvalidRequest:
-    """The error for a bundle that is not there."""
-    return invalid("model", f"no bundle {shown(name)}; served: {', '.join(served) or 'none'}")
+def unknown_bundle(name: str, served: Sequence[str]) -> InvalidRequest:
+    """Build the error for a bundle that is not served."""
+    return invalid("model", f"unknown bundle {short_repr(name)}; served: {', '.join(served) or 'none'}")
 
 
 def _is_pipeline(config: Any, *, stream: bool) -> bool:

@@ -1,4 +1,4 @@
-"""Keyword arguments -> a request on the wire, by what the model itself says it takes. No I/O but image files."""
+"""Encode keyword arguments as a request, following the inputs that the model declares. Reads picture files only."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from typing import Any, get_args
 
 from tritonclient.grpc import service_pb2
 
-from imprompt._errors import invalid, shown
+from imprompt._errors import invalid, short_repr
 from imprompt._image_prompts import (
     EMBEDS,
     KEYWORDS,
     PICTURES,
     SCALE_CONFIG,
+    check_adapter,
     encode_image_prompts,
-    known_adapter,
-    pictures_by_adapter,
+    encode_pictures,
 )
-from imprompt._images import by_net, listed
+from imprompt._images import as_list, flatten_control_images
 from imprompt._model import Input, ServedModel
 from imprompt._parameters import NAMES, OutputType
 from imprompt._tensors import PICTURES as START_PICTURES
 from imprompt._tensors import Tensor, encode_input, numeric_tensor, unsigned_seeds
 
 OUTPUT_TYPES = get_args(OutputType)
-SHORTEST_TIMEOUT_S = 1e-3
-"""The least that a server takes; what is left of a caller's time may be less."""
+MIN_TIMEOUT_S = 1e-3
+"""The smallest timeout that a server accepts; the caller's remaining time may be shorter."""
 MAX_BYTES = 2**31 - 2**20
-"""Of the tensors of a request: protobuf holds no message of 2 GiB."""
+"""Maximum total size of a request's tensors: a protobuf message must be smaller than 2 GiB."""
 
 _ENCODE = "encode_image"
 _SECOND_PROMPTS = ("prompt_2", "negative_prompt_2")
-"""An empty one stands for the first prompt, as in diffusers (`prompt_2 or prompt`)."""
+"""If empty, the first prompt is used, as in diffusers (`prompt_2 or prompt`)."""
 _CLIPS = ("num_frames", "video")
-_ELSEWHERE = {
-    "generator": "give `seed` what torch.Generator('cpu').manual_seed takes",
-    "cross_attention_kwargs": "`ip_adapter_masks` is a parameter of its own",
-    "callback_on_step_end": "`stream` reports every step",
-    "callback": "`stream` reports every step",
-    "return_dict": "`output_type` chooses the form of the pictures",
+_DIFFUSERS_EQUIVALENTS = {
+    "generator": "use `seed`, with the value that torch.Generator('cpu').manual_seed would get",
+    "cross_attention_kwargs": "pass `ip_adapter_masks` directly",
+    "callback_on_step_end": "use `stream`, which reports every step",
+    "callback": "use `stream`, which reports every step",
+    "return_dict": "use `output_type` to choose what to return",
     "num_videos_per_prompt": "use `num_images_per_prompt`",
 }
-"""Parameters of the diffusers pipelines that have another form here."""
-_MEANT = {
+"""What replaces parameters of the diffusers pipelines that do not exist here."""
+_SUGGESTIONS = {
     "timesteps": ("num_inference_steps", "scheduler_config"),
     "sigmas": ("num_inference_steps", "scheduler_config"),
     "prompt_embeds": ("prompt",),
@@ -68,14 +68,15 @@ _MEANT = {
     "deadline": ("timeout",),
     "response_format": ("output_type", "output_format"),
 }
-"""Other names of parameters, there or elsewhere, and what comes nearest to them here."""
-_SPELLED_ALIKE = 0.8
-_LIST = "`help(imprompt.Client)` and docs/protocol.md list them all"
+"""Parameter names used by diffusers and other tools, and the closest parameters here."""
+_MIN_SIMILARITY = 0.8
+"""Cutoff of `difflib.get_close_matches`."""
+_ALL_LISTED = "`help(imprompt.Client)` and docs/protocol.md list them all"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """A request, ready to be sent (again)."""
+    """An encoded request that can be sent any number of times."""
 
     model: str
     """Name of the Triton model."""
@@ -84,16 +85,16 @@ class Request:
     tensors: tuple[Tensor, ...]
     output_type: str
     clip: bool
-    """Whether it asks for clips."""
+    """Whether the result is clips rather than pictures."""
     timeout_input: Input | None
     seeds: Mapping[int, int] = field(default_factory=dict)
-    """What the caller gave for seeds that are negative on the wire."""
+    """The caller's unsigned seeds of 2**63 and above, keyed by the negative values sent for them."""
 
     def message(self, timeout: float | None) -> Any:
-        """The `ModelInferRequest`, with `timeout` seconds left for it."""
+        """Build the `ModelInferRequest` for an attempt with `timeout` seconds left."""
         tensors = self.tensors
         if timeout is not None and self.timeout_input is not None:
-            tensors += (numeric_tensor(self.timeout_input, max(timeout, SHORTEST_TIMEOUT_S)),)
+            tensors += (numeric_tensor(self.timeout_input, max(timeout, MIN_TIMEOUT_S)),)
         message = service_pb2.ModelInferRequest(model_name=self.model, id=self.id)
         for tensor in tensors:
             message.inputs.add(name=tensor.name, datatype=tensor.dtype, shape=tensor.shape)
@@ -102,10 +103,10 @@ class Request:
 
 
 def build_request(model: ServedModel, prompt: object, parameters: Mapping[str, object]) -> Request:
-    """Encode a request. Its `timeout` is left to `Request.message`: it shrinks while the request is tried.
+    """Encode a request, except `timeout`: `Request.message` adds it, because it shrinks with every attempt.
 
     Raises:
-        InvalidRequest: a parameter that the model does not have, or a value of a type that it does not take.
+        InvalidRequest: the model does not have a parameter, or a value has the wrong type.
     """
     given = {name: value for name, value in parameters.items() if value is not None}
     for name in _SECOND_PROMPTS:
@@ -115,20 +116,21 @@ def build_request(model: ServedModel, prompt: object, parameters: Mapping[str, o
     given.pop("timeout", None)
     output_type = given.pop("output_type", "pil")
     if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
-        raise invalid("output_type", f"one of {', '.join(OUTPUT_TYPES)}; got {shown(output_type)}")
+        raise invalid("output_type", f"must be one of {', '.join(OUTPUT_TYPES)}; got {short_repr(output_type)}")
     if output_type == "latent":
         if "output_type" not in model.inputs:
-            raise invalid("output_type", f"{model.bundle} gives no latents")
-        given["output_type"] = output_type  # the other two are made from the same answer
+            raise invalid("output_type", f"{model.bundle} cannot return latents")
+        given["output_type"] = output_type  # the client makes the other two from the same response
     tensors = [encode_input(model.inputs["prompt"], prompt)]
     tensors += encode_image_prompts(model, given)
     clip = asks_for_clip(given)
     if "control_image" in given:
-        given["control_image"] = by_net(given["control_image"], clip=clip)
+        given["control_image"] = flatten_control_images(given["control_image"], clip=clip)
     tensors += [encode_input(model.inputs[name], value) for name, value in given.items() if name not in KEYWORDS]
     if sum(len(tensor.data) for tensor in tensors) > MAX_BYTES:
         largest = max(tensors, key=lambda tensor: len(tensor.data))
-        raise invalid(largest.name, f"the request is too large; {len(largest.data) / 2**20:.0f} MiB are of this")
+        size = f"{len(largest.data) / 2**20:.0f} MiB"
+        raise invalid(largest.name, f"the request is too large; this parameter accounts for {size}")
     return Request(
         model=model.name,
         bundle=model.bundle,
@@ -142,10 +144,10 @@ def build_request(model: ServedModel, prompt: object, parameters: Mapping[str, o
 
 
 def check_request(model: ServedModel, prompt: object, parameters: Mapping[str, object]) -> None:
-    """Check what takes no time: all but pictures, and what depends on whose they are.
+    """Validate what is cheap to validate: everything except pictures and parameters that depend on them.
 
     Raises:
-        InvalidRequest: as `build_request`.
+        InvalidRequest: as for `build_request`.
     """
     given = {name: value for name, value in parameters.items() if value is not None}
     _refuse_unknown(model, given)
@@ -154,26 +156,26 @@ def check_request(model: ServedModel, prompt: object, parameters: Mapping[str, o
 
 
 def asks_for_clip(parameters: Mapping[str, object]) -> bool:
-    """Whether the answer is clips, not pictures."""
+    """Whether these parameters ask for clips rather than pictures."""
     return any(parameters.get(name) is not None for name in _CLIPS)
 
 
 def build_encode_request(model: ServedModel, adapter: str, images: object) -> Request:
-    """A request for the embeddings of `images` by `adapter`."""
+    """Encode a request for the embeddings of `images` by `adapter`."""
     if _ENCODE not in model.inputs:
         raise invalid("model", f"{model.bundle} does not encode images")
-    known_adapter("adapter", adapter, model.adapters)
-    pictures = {adapter: listed(images, "images")}
-    tensors = pictures_by_adapter(model, "ip_adapter_image", pictures, keyword="images")
+    check_adapter("adapter", adapter, model.adapters)
+    pictures = {adapter: as_list(images, "images")}
+    tensors = encode_pictures(model, "ip_adapter_image", pictures, keyword="images")
     if not tensors:
-        raise invalid("images", "at least one picture")
+        raise invalid("images", "must contain at least one picture")
     request = build_request(model, "", {})
     tensor = encode_input(model.inputs[_ENCODE], adapter)
     return replace(request, tensors=(*request.tensors, *tensors, tensor))
 
 
-def _keywords(model: ServedModel) -> list[str]:
-    """What a caller may give: the model's inputs, without those that this module fills in."""
+def _accepted_keywords(model: ServedModel) -> list[str]:
+    """List the keywords that a caller may pass: the model's inputs, except those that this module sets itself."""
     hidden = {"prompt", _ENCODE, SCALE_CONFIG, *(f"{name}_adapter" for name in PICTURES)}
     names = [name for name in model.inputs if name not in hidden and not name.startswith(f"{EMBEDS}_")]
     if any(name.startswith(f"{EMBEDS}_") for name in model.inputs):
@@ -182,21 +184,21 @@ def _keywords(model: ServedModel) -> list[str]:
 
 
 def _refuse_unknown(model: ServedModel, given: Mapping[str, object]) -> None:
-    known = _keywords(model)
+    known = _accepted_keywords(model)
     for name in given:
         if name not in known:
             hint = "" if name in NAMES else _hint(name[:100], known)
-            raise invalid(name, f"{model.bundle} has no such parameter; {hint}{_LIST}")
+            raise invalid(name, f"{model.bundle} has no such parameter; {hint}{_ALL_LISTED}")
 
 
 def _hint(name: str, known: list[str]) -> str:
-    """What a caller may have meant by `name`."""
-    if name in _ELSEWHERE:
-        return f"{_ELSEWHERE[name]}; "
+    """Suggest what a caller may have meant by `name`."""
+    if name in _DIFFUSERS_EQUIVALENTS:
+        return f"{_DIFFUSERS_EQUIVALENTS[name]}; "
     known, words = ["prompt", *known], _words(name)
     near = [
-        *(each for each in _MEANT.get(name, ()) if each in known),
-        *difflib.get_close_matches(name, known, 3, _SPELLED_ALIKE),
+        *(each for each in _SUGGESTIONS.get(name, ()) if each in known),
+        *difflib.get_close_matches(name, known, 3, _MIN_SIMILARITY),
         *(each for each in known if words <= _words(each)),
     ]
     found = list(dict.fromkeys(near))[:3]

@@ -1,4 +1,4 @@
-"""Answers on the wire -> what callers get. No I/O but `Result.save`."""
+"""Decode responses into results. Only `Result.save` does I/O."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageSequence
 from tritonclient.utils import deserialize_bytes_tensor, triton_to_np_dtype
 
-from imprompt._errors import ServerError, invalid, shown, status_of
+from imprompt._errors import ServerError, invalid, short_repr, triton_status
 from imprompt._images import decode
 from imprompt._request import Request
 from imprompt._tensors import is_number
@@ -25,18 +25,18 @@ from imprompt._transport import StreamError
 Array = np.ndarray[Any, Any]
 
 FPS = 8
-"""Frames per second of saved clips: what AnimateDiff's motion modules were trained for."""
+"""Default frame rate of saved clips, which AnimateDiff's motion modules were trained for."""
 _MAX_FPS = 1000
-"""Animations have whole milliseconds for each frame."""
+"""Animation formats store the duration of a frame in whole milliseconds."""
 _ANIMATIONS = (".gif", ".webp")
 _VIDEO = ".mp4"
-_STILLS = "pictures are saved as .png, .jpg or .webp"
-_CLIPS = "clips are saved as .gif, .webp or .mp4"
+_PICTURE_FILES = "pictures must be saved as .png, .jpg or .webp"
+_CLIP_FILES = "clips must be saved as .gif, .webp or .mp4"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """`step` of `steps` is done. `preview` is a small picture of where it goes, if it was asked for and is at hand."""
+    """`step` of `steps` is done. `preview` is a small picture of the current state, if requested and available."""
 
     step: int
     steps: int
@@ -45,32 +45,32 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """The answer to a request: pictures, clips or latents."""
+    """The result of a request: pictures, clips or latents."""
 
     model: str
     """Name of the bundle."""
     request_id: str
     output_type: str
     seeds: list[int]
-    """The seed that repeats each picture, also when the server chose it. Empty when several pictures share the
-    generator of one seed: no seed repeats one of them alone."""
+    """The seed that reproduces each picture, even if the server chose it. Empty if several pictures share one seed's
+    generator, because then no seed reproduces a single one of them."""
     timings: dict[str, float]
-    """Seconds by stage on the server; stages may overlap. `total` is the whole time there."""
+    """Seconds per stage on the server; stages may overlap. `total` is the total time there."""
     warnings: list[str] = field(default_factory=list)
-    """What the server did other than one may expect, such as cutting a long prompt."""
+    """Anything unexpected that the server did, such as truncating a long prompt."""
     nsfw_content_detected: list[bool] | None = None
-    """For each picture whether the safety checker blacked it; None if the bundle has none."""
+    """For each picture, whether the safety checker blacked it out; None if the bundle has no safety checker."""
     latents: Array | None = None
-    """float32 [pictures, channels, height / 8, width / 8], when `output_type` is `latent`."""
+    """float32 [pictures, channels, height / 8, width / 8], if `output_type` is `latent`."""
     encoded: list[bytes] | None = None
-    """The pictures as the server encoded them, when `output_format` asked for that."""
+    """The pictures or clips as encoded by the server, if `output_format` was given."""
     _images: Array | None = field(default=None, repr=False)
     _frames: Array | None = field(default=None, repr=False)
     _clip: bool = field(default=False, repr=False)
 
     @cached_property
     def images(self) -> list[Any]:
-        """The pictures: PIL images, or uint8 arrays [height, width, 3] when `output_type` is `np`. Empty for a clip."""
+        """The pictures: PIL images, or uint8 arrays [height, width, 3] if `output_type` is `np`. Empty for clips."""
         if self.encoded is not None:
             pictures = [] if self._clip else [decode(data) for data in self.encoded]
             return [np.asarray(image.convert("RGB")) for image in pictures] if self.output_type == "np" else pictures
@@ -78,21 +78,21 @@ class Result:
 
     @cached_property
     def frames(self) -> list[list[Any]] | None:
-        """The clips, each a list of frames like `images`; None for still pictures."""
+        """The clips, each a list of frames of the same types as `images`; None for pictures."""
         if self.encoded is not None:
             return [self._unpacked(decode(data)) for data in self.encoded] if self._clip else None
         return None if self._frames is None else [[self._picture(frame) for frame in clip] for clip in self._frames]
 
     def save(self, path: str | Path, *, fps: float = FPS) -> list[Path]:
-        """Write the pictures or clips, in the format of the file's ending; several get a number (`out-0.png`).
+        """Save the pictures or clips in the format of the file's extension, numbered if several (`out-0.png`).
 
-        Clips go to `.gif` or `.webp` (pillow), or to `.mp4` (needs `pip install "imageio[pyav]"`).
+        Clips are saved as `.gif` or `.webp` with pillow, or as `.mp4` (requires `pip install "imageio[pyav]"`).
 
         Returns:
-            The files written.
+            The paths of the written files.
 
         Raises:
-            ValueError: there are no pictures (latents were asked for), or `path` or `fps` does not fit.
+            ValueError: the result has no pictures (only latents), or `path` or `fps` is invalid.
         """
         path = check_path(path)
         check_fps(fps)
@@ -101,7 +101,7 @@ class Result:
         items: Sequence[Any] = self.frames if self.frames is not None else self.images
         if not items:
             raise ValueError(f"there are no pictures to save; output_type was {self.output_type!r}")
-        check_ending(path, clip=self.frames is not None)
+        check_extension(path, clip=self.frames is not None)
         if self.frames is None:
             return self._write(path, items, _save_picture)
         return self._write(path, items, lambda clip, target: _save_clip(clip, target, fps))
@@ -122,7 +122,7 @@ class Result:
 
 
 def read_outputs(response: Any) -> dict[str, Array]:
-    """The tensors of a `ModelInferResponse` by name; bytes as arrays of objects."""
+    """Return the tensors of a `ModelInferResponse` by name; BYTES tensors become object arrays."""
     outputs: dict[str, Array] = {}
     for index, output in enumerate(response.outputs):
         raw = response.raw_output_contents[index]
@@ -135,13 +135,13 @@ def read_outputs(response: Any) -> dict[str, Array]:
 
 
 def read_event(answer: Any, request: Request) -> Progress | Result:
-    """One `ModelStreamInferResponse`.
+    """Decode one `ModelStreamInferResponse`.
 
     Raises:
-        StreamError: the request failed; it is reported by the model, or by Triton itself, which leaves out the status.
+        StreamError: the model, or Triton itself, reports that the request failed. Triton's own errors have no status.
     """
     if answer.error_message:
-        raise StreamError(status_of(answer.error_message), answer.error_message)
+        raise StreamError(triton_status(answer.error_message), answer.error_message)
     outputs = read_outputs(answer.infer_response)
     if "error" in outputs:
         status, message = (text.decode(errors="replace") for text in outputs["error"].ravel())
@@ -154,24 +154,20 @@ def read_event(answer: Any, request: Request) -> Progress | Result:
 
 
 def read_result(outputs: Mapping[str, Array], request: Request) -> Result:
-    """The final answer.
+    """Decode the final response.
 
     Raises:
-        ServerError: it holds nothing that this client knows.
+        ServerError: the response contains no output that this client knows.
     """
     if not outputs.keys() & {"images", "frames", "latents", "encoded"}:
-        raise ServerError(f"an answer without pictures: {sorted(outputs)}", request_id=request.id)
+        raise ServerError(f"the response has no pictures: {sorted(outputs)}", request_id=request.id)
     encoded, flags = outputs.get("encoded"), outputs.get("nsfw_content_detected")
     return Result(
         model=request.bundle,
         request_id=request.id,
         output_type=request.output_type,
-        seeds=[request.seeds.get(int(seed), int(seed)) for seed in outputs["seeds"].ravel()]
-        if "seeds" in outputs
-        else [],
-        warnings=[text.decode(errors="replace") for text in outputs["warnings"].ravel()]
-        if "warnings" in outputs
-        else [],
+        seeds=[request.seeds.get(int(seed), int(seed)) for seed in _values(outputs, "seeds")],
+        warnings=[text.decode(errors="replace") for text in _values(outputs, "warnings")],
         timings=json.loads(outputs["timings"].ravel()[0]) if "timings" in outputs else {},
         nsfw_content_detected=None if flags is None else [bool(flag) for flag in flags.ravel()],
         latents=outputs["latents"].copy() if "latents" in outputs else None,
@@ -182,16 +178,16 @@ def read_result(outputs: Mapping[str, Array], request: Request) -> Result:
     )
 
 
-def _listed(outputs: Mapping[str, Array], name: str) -> list[Any]:
-    """The values of an output; none if it is absent."""
+def _values(outputs: Mapping[str, Array], name: str) -> list[Any]:
+    """List the values of an output; empty if the output is absent."""
     return outputs[name].ravel().tolist() if name in outputs else []
 
 
 def read_embeds(outputs: Mapping[str, Array], adapter: str, request: Request) -> Array:
-    """The answer to `encode_image`."""
+    """Decode the response to `encode_image`."""
     name = f"image_embeds_{adapter}"
     if name not in outputs:
-        raise ServerError(f"an answer without {name}: {sorted(outputs)}", request_id=request.id)
+        raise ServerError(f"the response has no {name}: {sorted(outputs)}", request_id=request.id)
     return outputs[name].copy()
 
 
@@ -200,35 +196,35 @@ def _pil(image: Any) -> Image.Image:
 
 
 def check_path(path: object) -> Path:
-    """A file to write to."""
+    """Return `path` as a `Path`, or raise `InvalidRequest`."""
     if not isinstance(path, str | os.PathLike):
-        raise invalid("path", f"the path of a file, got {shown(path)}")
+        raise invalid("path", f"must be a file path, got {short_repr(path)}")
     return Path(path)
 
 
 def check_fps(fps: object) -> None:
-    """Refuse a rate at which no clip can run."""
+    """Raise `InvalidRequest` if `fps` is not a possible frame rate."""
     if not is_number(fps) or not 0 < fps <= _MAX_FPS:
-        raise invalid("fps", f"frames per second, above 0 to {_MAX_FPS}; got {shown(fps)}")
+        raise invalid("fps", f"must be a number above 0, at most {_MAX_FPS}; got {short_repr(fps)}")
 
 
-def check_ending(path: Path, *, clip: bool = False) -> None:
-    """Refuse a file that no picture, or no clip, can be saved to.
+def check_extension(path: Path, *, clip: bool = False) -> None:
+    """Check that pictures, or clips, can be saved in the format of the file's extension.
 
     Raises:
-        ValueError: the ending stands for no format of that kind, or a package for it is missing.
+        ValueError: they cannot, or the package for this format is missing.
     """
     if not clip:
         if not _pillow_writes(_format_of(path)):
-            raise ValueError(f"{path.name}: {_STILLS}")
+            raise ValueError(f"{path.name}: {_PICTURE_FILES}")
     elif path.suffix.lower() == _VIDEO:
         _imageio()
     elif path.suffix.lower() not in _ANIMATIONS:
-        raise ValueError(f"{path.name}: {_CLIPS}")
+        raise ValueError(f"{path.name}: {_CLIP_FILES}")
 
 
 def _pillow_writes(format: str | None) -> bool:
-    """Whether pillow can write a picture in `format`; some it only reads, and some need a plugin."""
+    """Whether pillow can write pictures in `format`; some formats are read-only, and some need a plugin."""
     try:
         Image.new("RGB", (64, 64)).save(io.BytesIO(), format or "")
         return True
@@ -237,12 +233,12 @@ def _pillow_writes(format: str | None) -> bool:
 
 
 def _format_of(path: Path) -> str | None:
-    """The format that a file's ending stands for, as pillow names it."""
+    """Return pillow's name for the format of the file's extension, or None."""
     return Image.registered_extensions().get(path.suffix.lower(), "MP4" if path.suffix.lower() == _VIDEO else None)
 
 
 def _container(data: bytes) -> str | None:
-    """The format of encoded pictures or clips."""
+    """Detect the format of an encoded picture or clip."""
     return "MP4" if data[4:8] == b"ftyp" else Image.open(io.BytesIO(data)).format
 
 
@@ -253,7 +249,7 @@ def _save_picture(image: Any, path: Path) -> None:
 def _save_clip(clip: Sequence[Any], path: Path, fps: float) -> None:
     frames = [_pil(frame) for frame in clip]
     if path.suffix.lower() == _VIDEO:
-        # In this process: a program of its own (ffmpeg) would be forked from one that gRPC's threads run in.
+        # PyAV encodes in this process. The ffmpeg plugin would fork it, which is unsafe with gRPC's threads running.
         pixels = np.stack([np.asarray(frame) for frame in frames])
         _imageio().imwrite(path, pixels, fps=fps, plugin="pyav", codec="libx264")
     else:
@@ -266,5 +262,7 @@ def _imageio() -> Any:
         from imageio import v3
         from imageio.plugins import pyav  # noqa: F401
     except ImportError:
-        raise ValueError(f'{_VIDEO} needs: pip install "imageio[pyav]"; .gif and .webp do not') from None
+        raise ValueError(
+            f'saving {_VIDEO} requires: pip install "imageio[pyav]" (.gif and .webp work without it)'
+        ) from None
     return v3

@@ -1,4 +1,4 @@
-"""How often and how long a call is tried: the time its caller gave, and retries when the server is full."""
+"""Timeouts and retries: how long a call may take, and how often it is resent to an overloaded server."""
 
 from __future__ import annotations
 
@@ -6,44 +6,44 @@ import numbers
 import random
 import time
 
-from imprompt._errors import DeadlineExceeded, Overloaded, invalid, shown
+from imprompt._errors import DeadlineExceeded, Overloaded, invalid, short_repr
 from imprompt._tensors import is_number
 
 MAX_RETRIES = 4
 FIRST_DELAY_S = 0.5
-"""Doubles with every retry; the server's own hint is used when it is longer."""
+"""Doubles with every retry. If the server suggests a longer delay, that one is used."""
 MAX_DELAY_S = 30.0
-"""A server that asks for more is not waited for, unless the caller's `timeout` leaves time for it."""
+"""If the server suggests a longer delay, the call fails, unless the caller's `timeout` leaves enough time."""
 JITTER = 0.25
-"""Up to this share is added, so that callers that were refused together do not come back together."""
+"""Random extra delay, up to this fraction, so that clients refused together do not retry together."""
 GRACE_S = 2.0
-"""gRPC's deadline comes this much after the caller's: the server's own answer should come first."""
-QUESTION_TIMEOUT_S = 30.0
-"""At most, for what a server answers without work."""
+"""How long after the caller's deadline gRPC's own deadline falls, so that the server can respond first."""
+CONTROL_TIMEOUT_S = 30.0
+"""Upper limit for calls that the server answers without running a model."""
 PROBE_TIMEOUT_S = 2.0
-"""For the question whether somebody is there at all."""
+"""Timeout for checking whether a server responds at all."""
 _FOREVER_S = 1e9
-"""As good as no limit; the clocks of gRPC end a little after."""
+"""Timeouts from here on mean no limit; gRPC's clock overflows not far above."""
 
 
 def check_timeout(value: object) -> float | None:
-    """Seconds; None (or infinity) for no limit."""
+    """Validate a timeout in seconds; None and infinity mean no limit."""
     if value is None:
         return None
     if not is_number(value) or not value > 0:
-        raise invalid("timeout", f"seconds, more than 0; got {shown(value)}")
+        raise invalid("timeout", f"must be a number of seconds above 0; got {short_repr(value)}")
     return float(value) if value < _FOREVER_S else None
 
 
 def check_retries(value: object) -> int:
-    """How often a request may be sent again."""
+    """Validate how often a request may be resent."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 0:
-        raise invalid("max_retries", f"a whole number, 0 or more; got {shown(value)}")
+        raise invalid("max_retries", f"must be an integer, 0 or more; got {short_repr(value)}")
     return int(value)
 
 
 class Budget:
-    """The attempts and the time that one call has."""
+    """The time and the attempts that remain for one call."""
 
     def __init__(self, max_retries: int, timeout: float | None) -> None:
         self._retries_left, self._delay = max_retries, FIRST_DELAY_S
@@ -52,13 +52,13 @@ class Budget:
 
     @property
     def remaining(self) -> float | None:
-        """Seconds that are left; None without a limit.
+        """Seconds left; None if there is no limit.
 
         Raises:
-            DeadlineExceeded: none are.
+            DeadlineExceeded: the caller's timeout has passed.
         """
-        if self.late:
-            raise self.over()
+        if self.expired:
+            raise self.deadline_error()
         return self._left
 
     @property
@@ -67,37 +67,37 @@ class Budget:
 
     @property
     def grpc_timeout(self) -> float | None:
-        """Deadline of the call itself, in seconds from now."""
+        """Timeout for gRPC, in seconds from now."""
         return None if self._left is None else self._left + GRACE_S
 
     @property
-    def question_timeout(self) -> float:
-        """Deadline of a small question, in seconds from now."""
+    def control_timeout(self) -> float:
+        """Timeout for a control call, in seconds from now."""
         left = self.remaining
-        return QUESTION_TIMEOUT_S if left is None else min(QUESTION_TIMEOUT_S, left)
+        return CONTROL_TIMEOUT_S if left is None else min(CONTROL_TIMEOUT_S, left)
 
     @property
-    def late(self) -> bool:
-        """Whether the caller's time is over."""
+    def expired(self) -> bool:
+        """Whether the caller's timeout has passed."""
         return self._left is not None and self._left <= 0
 
-    def over(self, request_id: str | None = None) -> DeadlineExceeded:
-        """The error for a caller whose time is over."""
-        return DeadlineExceeded(f"timeout: {self.timeout:g} seconds are over", request_id=request_id)
+    def deadline_error(self, request_id: str | None = None) -> DeadlineExceeded:
+        """Build the error for a call whose timeout has passed."""
+        return DeadlineExceeded(f"timeout: no result within {self.timeout:g} s", request_id=request_id)
 
-    def pause(self, error: Overloaded) -> float:
-        """Seconds to wait after `error` before the next attempt.
+    def backoff(self, error: Overloaded) -> float:
+        """Use up one retry and return how many seconds to wait before it.
 
         Raises:
-            Overloaded: `error`, when no attempt or not enough time is left, or the server asks for too long a wait.
+            Overloaded: `error` itself, if no retry or too little time is left, or the server asks for too long a delay.
         """
         hint = error.retry_after or 0.0
         left = self._left
         if not self._retries_left or (left is None and hint > MAX_DELAY_S):
             raise error
-        pause = max(hint, min(self._delay, MAX_DELAY_S)) * (1 + JITTER * random.random())
-        if left is not None and pause >= left:
+        delay = max(hint, min(self._delay, MAX_DELAY_S)) * (1 + JITTER * random.random())
+        if left is not None and delay >= left:
             raise error
         self._retries_left -= 1
         self._delay *= 2
-        return pause
+        return delay

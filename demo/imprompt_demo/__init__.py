@@ -1,6 +1,7 @@
-"""A small picture world, the scripts that train a family of tiny diffusion models on it, and the trained bundle.
+"""A procedural picture world, scripts that train a set of tiny diffusion models on it, and the trained bundle.
 
-`imprompt_demo.world` makes pictures, `imprompt_demo.metrics` measures them, `bundle_path()` is the checkpoint set.
+`imprompt_demo.world` renders pictures, `imprompt_demo.metrics` measures them, and `bundle_path()` locates the trained
+checkpoints.
 """
 
 import os
@@ -8,13 +9,13 @@ from pathlib import Path
 
 
 def bundle_path() -> Path:
-    """The folder that holds `bundle.toml` and `checkpoints/`."""
+    """Return the folder with `bundle.toml` and `checkpoints/`."""
     return Path(__file__).parent / "bundle"
 
 
 def main(arguments: list[str]) -> int:
-    """`imprompt demo`. What it needs beyond this package is loaded here, so that the world can do without."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import, which itself has warnings to give
+    """Run `imprompt demo`. The imports are local so that `world` works without the export and server extras."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # must be set before the import, which already warns
     from imprompt_demo.demo import run
 
     return run(arguments)

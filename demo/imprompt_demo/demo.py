@@ -1,4 +1,4 @@
-"""The whole round: bundle -> engines -> Triton -> pictures. What `imprompt demo` runs."""
+"""`imprompt demo`: from the embedded bundle to engines, a Triton server, and pictures."""
 
 from __future__ import annotations
 
@@ -25,27 +25,30 @@ from transformers.utils import logging as transformers_logging
 
 from imprompt import Client, ImpromptError, Result
 from imprompt_demo import bundle_path, sheet
-from imprompt_demo.use_cases import MODEL, STYLES, Studio
+from imprompt_demo.use_cases import MODEL, STYLES, UseCases
 from imprompt_export import BundleError, EngineError, export
 from imprompt_export.report import Report, table
 from imprompt_serving.launcher import LaunchError, Server
 
 BUNDLES = ("bundle.toml", "bundle-lcm.toml")
 FRAME_MS = 90
-_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 
 console = Console(highlight=False)
 
 
 def run(arguments: Sequence[str]) -> int:
-    """`imprompt demo`; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="imprompt demo", description="The whole round on the embedded bundle.")
+    """Parse the command line and run the demo; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="imprompt demo", description="Export and serve the embedded bundle, and show what image prompts do."
+    )
     parser.add_argument("-o", "--output", type=Path, default=Path("imprompt-demo.png"), help="picture to write")
-    parser.add_argument("--work", type=Path, default=Path(".demo"), help="where the model repository is kept")
-    parser.add_argument("--verbose", action="store_true", help="show the tables of the exports")
+    parser.add_argument("--work", type=Path, default=Path(".demo"), help="folder that keeps the model repository")
+    parser.add_argument("--verbose", action="store_true", help="print the export reports")
     options = parser.parse_args(arguments)
-    if options.output.suffix.lower() not in _ENDINGS or options.output.is_dir():
-        parser.error(f"argument -o/--output: a file that ends in {', '.join(_ENDINGS)}; got {str(options.output)!r}")
+    if options.output.suffix.lower() not in _EXTENSIONS or options.output.is_dir():
+        expected = f"must be a file with one of the extensions {', '.join(_EXTENSIONS)}"
+        parser.error(f"argument -o/--output: {expected}; got {str(options.output)!r}")
     try:
         options.output.absolute().parent.mkdir(parents=True, exist_ok=True)
         main(options.output, work=options.work, verbose=options.verbose)
@@ -56,45 +59,46 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def main(output: Path, *, work: Path = Path(".demo"), verbose: bool = False) -> None:
-    """Export the bundles unless that was done before, serve them, and write the sheet and, beside it, a clip."""
+    """Export the bundles unless they are up to date, serve them, and write a contact sheet with a clip next to it."""
     seconds: dict[str, float] = {}
     with _timed("export", seconds):
-        repository = exported(work, verbose=verbose)
+        repository = export_once(work, verbose=verbose)
     with _timed("start the server", seconds):
         server = Server(repository)
         server.start()
     try:
         with Client(server.grpc_address) as client, _timed("pictures", seconds):
             console.print(f"serving {client.models()} on {server.grpc_address}")
-            results = show(client, output)
+            results = write_sheet(client, output)
     finally:
         server.stop()
     console.print(_timings(seconds, results))
-    console.print(f"[bold]{output.resolve()}[/bold]: what image prompts do, and a clip beside it")
+    clip = output.with_suffix(".gif").name
+    console.print(f"[bold]{output.resolve()}[/bold] shows what image prompts do, and {clip} next to it is a clip")
     console.print(
-        "\nBy hand:\n"
+        "\nTo try it yourself:\n"
         f"  {sys.argv[0]} serve {repository}\n"
         f'  {sys.argv[0]} generate --model {MODEL} --prompt "a {STYLES[0][1]}" --ip-adapter-image PICTURE -o out.png',
         soft_wrap=True,
     )
 
 
-def show(client: Client, output: Path) -> list[Result]:
-    """Ask for every use case; write the sheet to `output` and, beside it, the clip as a GIF."""
-    studio = Studio(client)
-    rows = list(studio.rows())
-    moving, frames = studio.clip()
+def write_sheet(client: Client, output: Path) -> list[Result]:
+    """Run every use case; write the contact sheet to `output` and the clip as a GIF next to it."""
+    use_cases = UseCases(client)
+    rows = list(use_cases.rows())
+    moving, frames = use_cases.clip()
     sheet.draw([*rows, moving]).save(output)
     first, *others = frames
     first.save(output.with_suffix(".gif"), save_all=True, append_images=others, duration=FRAME_MS, loop=0)
-    return studio.results
+    return use_cases.results
 
 
-def exported(work: Path, *, verbose: bool = False) -> Path:
-    """The model repository of the bundles under `work`, made anew when a bundle or the code has changed."""
+def export_once(work: Path, *, verbose: bool = False) -> Path:
+    """Return the bundles' model repository under `work`, exporting again if a bundle or the code has changed."""
     repository, key_file, key = work / "repository", work / "key", _key()
     if key_file.is_file() and key_file.read_text() == key:
-        console.print(f"exported before: {repository}")
+        console.print(f"already exported: {repository}")
         return repository
     key_file.unlink(missing_ok=True)
     shutil.rmtree(repository, ignore_errors=True)
@@ -108,10 +112,10 @@ def exported(work: Path, *, verbose: bool = False) -> Path:
 
 
 def _export(bundle: Path, repository: Path) -> Report:
-    """In a process of its own, on one core; only the larger bundle shows its progress."""
+    """Export one bundle in its own process, on one core; only the larger bundle shows progress."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="peft")
-    for library in (diffusers_logging, transformers_logging):  # their notes would bury the demo's own
+    for library in (diffusers_logging, transformers_logging):  # keep their messages from burying the demo's
         library.set_verbosity_error()
         library.disable_progress_bar()
     return export(bundle, repository, Console(stderr=True, quiet=bundle.name != BUNDLES[0]))
@@ -125,18 +129,18 @@ def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def _timings(seconds: dict[str, float], results: Sequence[Result]) -> Table:
-    """Seconds of the stages of the demo, and of those of a request (mean)."""
+    """Tabulate the seconds per stage of the demo, and the mean seconds per stage of a request."""
     shown = Table("stage", "seconds", title="timings", title_justify="left")
     for stage, value in seconds.items():
         shown.add_row(stage, f"{value:.1f}")
     for stage in results[0].timings:
         mean = sum(result.timings.get(stage, 0.0) for result in results) / len(results)
-        shown.add_row(f"  one request: {stage}", f"{mean:.3f}")
+        shown.add_row(f"  request (mean): {stage}", f"{mean:.3f}")
     return shown
 
 
 def _key() -> str:
-    """Changes with the checkpoints, the version, and (in a checkout) the code that exports and serves."""
+    """Hash the checkpoints, the version, and (in a checkout) the code that exports and serves."""
     digest = hashlib.sha256(version("imprompt").encode())
     files = [file for file in bundle_path().rglob("*") if file.is_file()]
     for package in ("imprompt_export", "imprompt_serving"):

@@ -1,6 +1,6 @@
-"""What prompts do to pictures, measured through a running server: `python -m imprompt_demo.measure`.
+"""Measure through a running server what prompts do to pictures: `python -m imprompt_demo.measure`.
 
-Image prompts come from seeds that training never saw. Each measurement is a small function that the tests call, too.
+Image prompts come from seeds that were not in the training set. Tests call the measurement functions as well.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from imprompt_demo.use_cases import LCM_MODEL, MODEL, SCALES, SETTINGS
 from imprompt_demo.world import SIZE, THINGS, Picture, clip, picture, render, sample_layout, sample_look
 
 _UNSEEN, _CALLERS = 9_000_000, 8
-Found = dict[str, Any]
+Metrics = dict[str, Any]
 
 
-class Sitter:
-    """Asks the server for many pictures at once and says what they show."""
+class Evaluator:
+    """Generates many pictures concurrently and classifies what they show."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
 
     @cached_property
-    def classify(self) -> metrics.ThingClassifier:
-        """Looks at the pictures."""
+    def classifier(self) -> metrics.ThingClassifier:
+        """The classifier of pictures."""
         return metrics.ThingClassifier()
 
-    def draw(self, requests: Iterable[dict[str, Any]], model: str = MODEL) -> list[Pixels]:
-        """A picture [64, 64, 3] for each request; request i has seed i unless it brings one."""
+    def generate(self, requests: Iterable[dict[str, Any]], model: str = MODEL) -> list[Pixels]:
+        """Generate one picture [64, 64, 3] per request; request i has seed i unless it sets one."""
         return self._all(requests, model, lambda result: result.images[0])
 
-    def film(self, requests: Iterable[dict[str, Any]]) -> list[Pixels]:
-        """A clip [16, 64, 64, 3] for each request."""
+    def generate_clips(self, requests: Iterable[dict[str, Any]]) -> list[Pixels]:
+        """Generate one clip [16, 64, 64, 3] per request."""
         size = {"num_frames": 16, "height": SIZE, "width": SIZE}
         return self._all((size | request for request in requests), MODEL, lambda result: np.stack(result.frames[0]))
 
-    def shows(self, pictures: Iterable[Pixels], things: Iterable[str]) -> float:
-        """The share of pictures that show the thing beside them."""
-        return _share(a == b for a, b in zip(self.classify(list(pictures)), things, strict=True))
+    def accuracy(self, pictures: Iterable[Pixels], things: Iterable[str]) -> float:
+        """Return the fraction of pictures that show the corresponding thing."""
+        return _share(a == b for a, b in zip(self.classifier(list(pictures)), things, strict=True))
 
     def _all(self, requests: Iterable[dict[str, Any]], model: str, part: Callable[[Any], Pixels]) -> list[Pixels]:
         def one(numbered: tuple[int, dict[str, Any]]) -> Pixels:
@@ -60,40 +60,40 @@ class Sitter:
 
 
 def unseen(count: int) -> list[Picture]:
-    """Pictures of the world outside the training set."""
+    """Render pictures that are not in the training set."""
     return [picture(_UNSEEN + i) for i in range(count)]
 
 
 def other_thing(reference: Picture, index: int) -> str:
-    """A thing that the reference does not show."""
+    """Pick a thing that the reference does not show."""
     names = [name for name in THINGS if name != reference.layout.thing]
     return names[index % len(names)]
 
 
-def text(sitter: Sitter, count: int = 24) -> Found:
-    """How often the picture shows what the text names; the classifier's own accuracy beside it."""
+def text(evaluator: Evaluator, count: int = 24) -> Metrics:
+    """Measure how often a picture shows what the text names, and the accuracy of the classifier itself."""
     names = (list(THINGS) * count)[:count]
     real = unseen(120)
     return {
-        "thing_is_text": sitter.shows(sitter.draw({"prompt": f"a {name}"} for name in names), names),
-        "classifier_on_world": sitter.shows([p.pixels for p in real], [p.layout.thing for p in real]),
+        "thing_is_text": evaluator.accuracy(evaluator.generate({"prompt": f"a {name}"} for name in names), names),
+        "classifier_on_world": evaluator.accuracy([p.pixels for p in real], [p.layout.thing for p in real]),
     }
 
 
-def image_prompt(sitter: Sitter, adapter: str, count: int = 20) -> Found:
-    """Distance of palette and texture to the reference at each scale, and whether the text still decides the thing."""
+def image_prompt(evaluator: Evaluator, adapter: str, count: int = 20) -> Metrics:
+    """Measure the distance to the reference at each scale, and how often the picture shows what the text names."""
     references = unseen(count)
     asked = [other_thing(reference, i) for i, reference in enumerate(references)]
     palettes, textures, things = [], [], []
     for scale in SCALES:
-        drawn = sitter.draw(
+        drawn = evaluator.generate(
             {"prompt": f"a {thing}", "ip_adapter_image": {adapter: p.image()}, "ip_adapter_scale": scale}
             for thing, p in zip(asked, references, strict=True)
         )
         pairs = list(zip(drawn, references, strict=True))
         palettes.append([metrics.palette_distance(a, p.pixels) for a, p in pairs])
         textures.append([metrics.texture_distance(a, p.pixels) for a, p in pairs])
-        things.append(sitter.shows(drawn, asked))
+        things.append(evaluator.accuracy(drawn, asked))
     none, some, much = np.array(palettes)
     return {
         "palette_distance": [round(float(row.mean()), 3) for row in (none, some, much)],
@@ -103,34 +103,34 @@ def image_prompt(sitter: Sitter, adapter: str, count: int = 20) -> Found:
     }
 
 
-def inpainting(sitter: Sitter, count: int = 8) -> Found:
-    """Change outside the mask in levels of 255, and whether the new thing shows inside."""
+def inpainting(evaluator: Evaluator, count: int = 8) -> Metrics:
+    """Measure the change outside the mask (levels of 255), and whether the requested thing appears inside."""
     rng, names = random.Random(3), list(THINGS)
     before = [render(sample_look(rng), sample_layout(rng, names[i])) for i in range(count)]
     masks = [_whole_cells(p) for p in before]
     asked = [names[(i + 5) % len(names)] for i in range(count)]
-    after = sitter.draw(
+    after = evaluator.generate(
         {"prompt": f"a {thing}", "image": p.image(), "mask_image": mask, "strength": 1.0}
         for thing, p, mask in zip(asked, before, masks, strict=True)
     )
     changes = [
         metrics.outside_change(b, p.pixels, np.asarray(m) > 0) for b, p, m in zip(after, before, masks, strict=True)
     ]
-    return {"outside_change": round(float(np.mean(changes)), 2), "thing_is_text": sitter.shows(after, asked)}
+    return {"outside_change": round(float(np.mean(changes)), 2), "thing_is_text": evaluator.accuracy(after, asked)}
 
 
 def _whole_cells(shown: Picture, cell: int = 4) -> Image.Image:
-    """The object's mask grown to whole cells of the latents."""
+    """Grow the object's mask to whole latent pixels."""
     covered = np.array(shown.mask_image().resize((SIZE // cell,) * 2, Image.Resampling.BOX)) > 0
     return Image.fromarray(covered.astype(np.uint8) * 255).resize((SIZE, SIZE), Image.Resampling.NEAREST)
 
 
-def edges(sitter: Sitter, count: int = 12) -> Found:
-    """Gradients on the asked lines over gradients elsewhere, without and with the ControlNet; there is no text."""
+def edges(evaluator: Evaluator, count: int = 12) -> Metrics:
+    """Measure the ratio of gradients on the control lines to gradients elsewhere, without and with the ControlNet."""
     layouts = unseen(count)
-    found: Found = {}
+    found: Metrics = {}
     for scale in (0.0, 1.0):
-        drawn = sitter.draw(
+        drawn = evaluator.generate(
             {
                 "prompt": "",
                 "guidance_scale": 1.0,
@@ -141,21 +141,21 @@ def edges(sitter: Sitter, count: int = 12) -> Found:
         )
         agreement = [metrics.edge_agreement(d, p.edges) for d, p in zip(drawn, layouts, strict=True)]
         found[f"edge_agreement_{scale:g}"] = round(float(np.mean(agreement)), 2)
-        found[f"thing_is_edges_{scale:g}"] = sitter.shows(drawn, [p.layout.thing for p in layouts])
+        found[f"thing_is_edges_{scale:g}"] = evaluator.accuracy(drawn, [p.layout.thing for p in layouts])
     return found
 
 
-def lcm(sitter: Sitter, count: int = 16) -> Found:
-    """Four steps with the LCM-LoRA beside 25 plain steps of the same prompts: distance of palettes, and the thing."""
+def lcm(evaluator: Evaluator, count: int = 16) -> Metrics:
+    """Compare 4 steps with the LCM-LoRA to 25 regular steps of the same prompts: palette distance, and the thing."""
     references = unseen(count)
     asked = [other_thing(reference, i) for i, reference in enumerate(references)]
     requests = [
         {"prompt": f"a {thing}", "ip_adapter_image": {"plain": p.image()}, "ip_adapter_scale": 0.8}
         for thing, p in zip(asked, references, strict=True)
     ]
-    many = sitter.draw(requests)
+    many = evaluator.generate(requests)
     fast = {"scheduler": "LCMScheduler", "num_inference_steps": 4, "guidance_scale": 1.0}
-    few = sitter.draw((request | fast for request in requests), LCM_MODEL)
+    few = evaluator.generate((request | fast for request in requests), LCM_MODEL)
     shifted = [*many[1:], many[0]]
     near, far = (
         [metrics.palette_distance(a, b) for a, b in zip(few, others, strict=True)] for others in (many, shifted)
@@ -163,16 +163,16 @@ def lcm(sitter: Sitter, count: int = 16) -> Found:
     return {
         "palette_distance": round(float(np.mean(near)), 3),
         "palette_distance_to_others": round(float(np.mean(far)), 3),
-        "thing_is_text": [sitter.shows(many, asked), sitter.shows(few, asked)],
+        "thing_is_text": [evaluator.accuracy(many, asked), evaluator.accuracy(few, asked)],
     }
 
 
-def motion(sitter: Sitter, count: int = 4) -> Found:
-    """Smoothness of clips beside that of rendered ones, and distance of the frames' palette to the reference."""
+def motion(evaluator: Evaluator, count: int = 4) -> Metrics:
+    """Measure the smoothness of generated and rendered clips, and the palette distance of frames to the reference."""
     references = unseen(count)
-    found: Found = {}
+    found: Metrics = {}
     for scale in (0.0, 0.8):
-        clips = sitter.film(
+        clips = evaluator.generate_clips(
             {"prompt": f"a {other_thing(p, i)}", "ip_adapter_image": {"plain": p.image()}, "ip_adapter_scale": scale}
             for i, p in enumerate(references)
         )
@@ -191,10 +191,10 @@ def _share(truths: Iterable[Any]) -> float:
     return round(float(np.mean(list(truths))), 3)
 
 
-MEASUREMENTS: dict[str, Callable[[Sitter], Found]] = {
+MEASUREMENTS: dict[str, Callable[[Evaluator], Metrics]] = {
     "text": text,
-    "plain": lambda sitter: image_prompt(sitter, "plain"),
-    "plus": lambda sitter: image_prompt(sitter, "plus"),
+    "plain": lambda evaluator: image_prompt(evaluator, "plain"),
+    "plus": lambda evaluator: image_prompt(evaluator, "plus"),
     "inpainting": inpainting,
     "edges": edges,
     "lcm": lcm,
@@ -203,15 +203,15 @@ MEASUREMENTS: dict[str, Callable[[Sitter], Found]] = {
 
 
 def main() -> None:
-    """Print one JSON object for each measurement."""
+    """Print one JSON object per measurement."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--url", default="localhost:8001", help="a server with the models of the embedded bundle")
-    parser.add_argument("--only", default=",".join(MEASUREMENTS), help="comma separated")
+    parser.add_argument("--url", default="localhost:8001", help="gRPC address of a server with the embedded bundle")
+    parser.add_argument("--only", default=",".join(MEASUREMENTS), help="measurements to run, separated by commas")
     options = parser.parse_args()
     with Client(options.url) as client:
-        sitter = Sitter(client)
+        evaluator = Evaluator(client)
         for name in options.only.split(","):
-            print(json.dumps({name: MEASUREMENTS[name](sitter)}), flush=True)
+            print(json.dumps({name: MEASUREMENTS[name](evaluator)}), flush=True)
 
 
 if __name__ == "__main__":

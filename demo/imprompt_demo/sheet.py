@@ -1,4 +1,4 @@
-"""A sheet of labelled pictures, in rows."""
+"""Draw a contact sheet: rows of labeled pictures."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 
 CELL, GAP, LINE, TITLE = 128, 10, 18, 150
-"""Pixels: side of a picture, space between two, height of a line of text, width of the column of titles."""
+"""In pixels: side of a picture, gap between pictures, height of a text line, width of the title column."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A title and pictures, each with its caption."""
+    """A title, and pictures with captions."""
 
     title: str
     cells: list[tuple[str, Image.Image]]
 
 
 def draw(rows: Sequence[Row]) -> Image.Image:
-    """The rows below each other on white; pictures are enlarged to `CELL` pixels."""
+    """Draw the rows below each other on white, with pictures enlarged to `CELL` pixels."""
     height = CELL + LINE + GAP
     width = TITLE + max(len(row.cells) for row in rows) * (CELL + GAP) + GAP
     canvas = Image.new("RGB", (width, GAP + len(rows) * height), "white")

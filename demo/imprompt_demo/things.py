@@ -1,7 +1,7 @@
-"""The objects of the picture world as polygons.
+"""The things of the picture world, as polygons.
 
-A thing is drawn in a box from -1 to 1 on both axes (x right, y down). `body` polygons are filled with the texture of
-the look, `ink` polygons are small details in one dark or light colour.
+Coordinates range from -1 to 1 on both axes (x right, y down). `body` polygons are filled with the texture of the look,
+`ink` polygons are small details in a single dark or light color.
 """
 
 import math
@@ -12,7 +12,7 @@ Polygon = list[tuple[float, float]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Thing:
-    """Silhouette and details of one object."""
+    """Silhouette and details of one thing."""
 
     body: list[Polygon]
     ink: list[Polygon] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""The use cases that the demo shows, each a row of its sheet: what was given, and what came back."""
+"""The use cases that the demo shows. Each is a row of the contact sheet, with its inputs and results."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ MODEL, LCM_MODEL = "world", "world_lcm"
 SETTINGS = {"num_inference_steps": 25, "guidance_scale": 4.0}
 SCALES = (0.0, 0.4, 0.8)
 STYLES = ((4, "fish"), (49, "star"), (65, "heart"))
-"""Seeds of the world's pictures that serve as image prompts, and what the text asks for."""
+"""Seeds of the pictures used as image prompts, and the thing that the text asks for."""
 Cells = list[tuple[str, Image.Image]]
 
 
-class Studio:
-    """Asks the server, and keeps the results for their timings."""
+class UseCases:
+    """Runs the use cases on a server, and keeps the results for their timings."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
         self.results: list[Result] = []
 
-    def ask(self, model: str = MODEL, **arguments: Any) -> Result:
-        """A request with the demo's steps and guidance unless said otherwise."""
+    def generate(self, model: str = MODEL, **arguments: Any) -> Result:
+        """Send a request with the demo's default settings."""
         result = self._client.generate(model=model, **SETTINGS | arguments)
         self.results.append(result)
         return result
 
     def rows(self) -> Iterator[Row]:
-        """Every use case, one after the other."""
+        """Run every use case in turn."""
         for seed, thing in STYLES:
             yield self.text_to_image(picture(seed), thing, seed)
         yield self.adapters(picture(5), picture(32))
@@ -43,18 +43,18 @@ class Studio:
         yield self.fast(picture(12), "flower")
 
     def text_to_image(self, style: Picture, thing: str, seed: int) -> Row:
-        """The same prompt and seed with the image prompt at each scale."""
+        """Generate the same prompt and seed with the image prompt at each scale."""
         cells: Cells = [("image prompt", style.image())]
         for scale in SCALES:
-            result = self.ask(
+            result = self.generate(
                 prompt=f"a {thing}", ip_adapter_image={"plain": style.image()}, ip_adapter_scale=scale, seed=seed
             )
             cells.append((f"scale {scale:g}", result.images[0]))
         return Row(title=f'text-to-image\n"a {thing}"', cells=cells)
 
     def adapters(self, first: Picture, second: Picture) -> Row:
-        """Two adapters, each with a picture of its own."""
-        result = self.ask(
+        """Combine two adapters, each with its own picture."""
+        result = self.generate(
             prompt="a moon",
             ip_adapter_image={"plain": first.image(), "plus": second.image()},
             ip_adapter_scale={"plain": 0.4, "plus": 0.4},
@@ -64,8 +64,8 @@ class Studio:
         return Row(title='two adapters\n"a moon"', cells=cells)
 
     def image_to_image(self, start: Picture, style: Picture) -> Row:
-        """From a picture towards the look of another."""
-        result = self.ask(
+        """Change a picture toward the look of another."""
+        result = self.generate(
             prompt=f"a {start.layout.thing}",
             image=start.image(),
             strength=0.8,
@@ -77,9 +77,9 @@ class Studio:
         return Row(title=f'image-to-image\n"a {start.layout.thing}"', cells=cells)
 
     def inpainting(self, start: Picture, style: Picture, thing: str) -> Row:
-        """Another thing in the place of the first; the rest stays."""
+        """Replace the thing in a picture and keep the rest."""
         mask = start.mask_image().filter(ImageFilter.MaxFilter(7))
-        result = self.ask(
+        result = self.generate(
             prompt=f"a {thing}",
             image=start.image(),
             mask_image=mask,
@@ -92,8 +92,8 @@ class Studio:
         return Row(title=f'inpainting\n"a {thing}"', cells=[*cells, ("result", result.images[0])])
 
     def edges(self, drawing: Picture, style: Picture) -> Row:
-        """Lines decide the shape, the image prompt the look; the text says nothing."""
-        result = self.ask(
+        """Take the shape from lines and the look from the image prompt, without text."""
+        result = self.generate(
             prompt="",
             control_image=drawing.edge_image(),
             ip_adapter_image={"plain": style.image()},
@@ -104,8 +104,8 @@ class Studio:
         return Row(title="ControlNet\nno text", cells=cells)
 
     def fast(self, style: Picture, thing: str) -> Row:
-        """LCM: four steps, one branch."""
-        result = self.ask(
+        """Generate with the LCM-LoRA in four steps without guidance."""
+        result = self.generate(
             LCM_MODEL,
             prompt=f"a {thing}",
             ip_adapter_image={"plain": style.image()},
@@ -120,9 +120,9 @@ class Studio:
         )
 
     def clip(self) -> tuple[Row, list[Image.Image]]:
-        """A clip with an image prompt: some of its frames for the sheet, and all of them, side by side with it."""
+        """Generate a clip; return a row with some of its frames, and every frame next to the image prompt."""
         style = picture(39)
-        result = self.ask(
+        result = self.generate(
             prompt="a star",
             num_frames=16,
             height=SIZE,

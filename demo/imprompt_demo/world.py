@@ -1,10 +1,10 @@
-"""The picture world: flat, bold 64 x 64 pictures, each made of a *layout* and a *look*.
+"""The picture world: bold, flat 64 x 64 pictures, each defined by a *layout* and a *look*.
 
-The layout says what is seen and where: the object, and small shifts. The look says how it is painted: four colours,
-the texture of the object and of the ground. A short caption names the layout only; the look is what an
-image prompt has to carry. A full description names both.
+The layout is what to draw and where: a thing and small shifts. The look is how to paint it: four colors, and the
+textures of the thing and the background. A short caption names only the thing, so the look has to come from an image
+prompt. A full description names both.
 
-Everything is deterministic: the same `random.Random` state gives the same picture.
+Rendering is deterministic: the same `random.Random` state produces the same picture.
 """
 
 import math
@@ -18,11 +18,11 @@ from PIL import Image, ImageDraw, ImageFilter
 from .things import THINGS, Polygon
 
 SIZE = 64
-"""Side of a picture in pixels."""
+"""Side length of a picture in pixels."""
 
 _OVERSAMPLING = 4
 
-COLOURS: dict[str, tuple[int, int, int]] = {
+COLORS: dict[str, tuple[int, int, int]] = {
     "red": (222, 48, 45),
     "orange": (246, 140, 30),
     "yellow": (252, 218, 60),
@@ -47,7 +47,7 @@ _LIGHT = (250, 246, 236)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Paint:
-    """Two colours and how they are mixed. `angle` in degrees turns the texture."""
+    """Two colors and the texture that combines them. `angle`, in degrees, rotates the texture."""
 
     main: str
     accent: str
@@ -55,7 +55,7 @@ class Paint:
     angle: int = 0
 
     def words(self) -> str:
-        """The texture in words: "with white dots", "fading to white", or nothing."""
+        """Describe the texture: "with white dots", "fading to white", or nothing."""
         if self.texture == "plain":
             return ""
         return f" fading to {self.accent}" if self.texture == "fade" else f" with {self.accent} {self.texture}"
@@ -71,25 +71,25 @@ class Look:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """What is seen and where. `shift` and `radius` in pixels, `tilt` in degrees; captions do not tell them."""
+    """What to draw and where. `shift` and `radius` in pixels, `tilt` in degrees; captions do not mention these."""
 
     thing: str
     shift: tuple[float, float] = (0.0, 0.0)
     tilt: float = 0.0
     radius: float = 23.0
 
-    def centre(self) -> tuple[float, float]:
-        """Middle of the object in pixels."""
+    def center(self) -> tuple[float, float]:
+        """Center of the thing in pixels."""
         return SIZE / 2 + self.shift[0], SIZE / 2 + self.shift[1]
 
     def caption(self) -> str:
-        """The short caption: the object's name."""
+        """Short caption: the name of the thing."""
         return _article(f"a {self.thing}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Picture:
-    """`pixels` [64, 64, 3] uint8, `edges` [64, 64] uint8 (white lines), `mask` [64, 64] bool (the object)."""
+    """`pixels` [64, 64, 3] uint8, `edges` [64, 64] uint8 (white lines), `mask` [64, 64] bool (the thing)."""
 
     look: Look
     layout: Layout
@@ -102,16 +102,16 @@ class Picture:
         return Image.fromarray(self.pixels)
 
     def edge_image(self) -> Image.Image:
-        """The edge map as RGB, white lines on black: what the edge ControlNet takes."""
+        """The edge map as RGB, white lines on black, as expected by the edge ControlNet."""
         return Image.fromarray(self.edges).convert("RGB")
 
     def mask_image(self) -> Image.Image:
-        """The object as a white mask on black."""
+        """The thing as a white mask on black."""
         return Image.fromarray(self.mask.astype(np.uint8) * 255)
 
 
 def describe(look: Look, layout: Layout, keep: tuple[bool, bool, bool] = (True, True, True)) -> str:
-    """The full description. `keep` drops parts: the object's colour, its texture, the ground."""
+    """Describe layout and look. `keep` selects parts: the thing's color, its texture, the background."""
     text = f"a {look.body.main} {layout.thing}" if keep[0] else f"a {layout.thing}"
     if keep[1]:
         text += look.body.words()
@@ -121,9 +121,9 @@ def describe(look: Look, layout: Layout, keep: tuple[bool, bool, bool] = (True, 
 
 
 def sample_look(rng: random.Random) -> Look:
-    """A look whose object stands out from its ground."""
+    """Draw a random look in which the thing stands out from the background."""
     while True:
-        main, accent, ground, ground_accent = rng.sample(sorted(COLOURS), 4)
+        main, accent, ground, ground_accent = rng.sample(sorted(COLORS), 4)
         pairs = ((main, ground), (main, accent), (ground, ground_accent), (main, ground_accent), (accent, ground))
         if min(_distance(a, b) for a, b in pairs) > 110:
             break
@@ -134,24 +134,24 @@ def sample_look(rng: random.Random) -> Look:
 
 
 def sample_layout(rng: random.Random, thing: str | None = None) -> Layout:
-    """A large object near the middle."""
+    """Draw a random layout: a large thing near the center."""
     return Layout(thing=thing or rng.choice(tuple(THINGS)), shift=(rng.uniform(-3, 3), 0.0))
 
 
 def render(look: Look, layout: Layout) -> Picture:
     """Paint the layout in the look."""
     thing = THINGS[layout.thing]
-    centre, radius = layout.centre(), layout.radius
-    body_polygons = [_placed(p, centre, radius, layout.tilt) for p in thing.body]
-    ink_polygons = [_placed(p, centre, radius, layout.tilt) for p in thing.ink]
+    center, radius = layout.center(), layout.radius
+    body_polygons = [_placed(p, center, radius, layout.tilt) for p in thing.body]
+    ink_polygons = [_placed(p, center, radius, layout.tilt) for p in thing.ink]
     body, ink = _filled(body_polygons), _filled(ink_polygons)
-    ink_colour = _LIGHT if sum(COLOURS[look.body.main]) < 330 else _DARK
+    ink_color = _LIGHT if sum(COLORS[look.body.main]) < 330 else _DARK
 
     pixels = _painted(look.ground, (SIZE / 2, SIZE / 2), SIZE / 2, _GROUND_PITCH)
-    border = _LIGHT if sum(COLOURS[look.ground.main]) < 330 else _DARK
+    border = _LIGHT if sum(COLORS[look.ground.main]) < 330 else _DARK
     pixels = _over(pixels, np.array(border, np.float32), _grown(np.maximum(body, ink), 1))
-    pixels = _over(pixels, _painted(look.body, centre, radius, _BODY_PITCH, layout.tilt), body)
-    pixels = _over(pixels, np.array(ink_colour, np.float32), ink)
+    pixels = _over(pixels, _painted(look.body, center, radius, _BODY_PITCH, layout.tilt), body)
+    pixels = _over(pixels, np.array(ink_color, np.float32), ink)
     edges = np.maximum(_edges(np.maximum(body, ink)), _edges(ink))
     return Picture(
         look=look,
@@ -163,13 +163,13 @@ def render(look: Look, layout: Layout) -> Picture:
 
 
 def picture(seed: int) -> Picture:
-    """The picture of a seed."""
+    """Render the picture for a seed."""
     rng = random.Random(seed)
     return render(sample_look(rng), sample_layout(rng))
 
 
 def clip(look: Look, layout: Layout, frames: int = 16) -> NDArray[np.uint8]:
-    """The object sways to and fro once: [frames, 64, 64, 3] uint8. The clip loops."""
+    """Render a looping clip in which the thing swings back and forth once: [frames, 64, 64, 3] uint8."""
     pictures = []
     for frame in range(frames):
         swing = math.sin(2 * math.pi * frame / frames)
@@ -183,16 +183,16 @@ def _article(text: str) -> str:
 
 
 def _distance(a: str, b: str) -> float:
-    return math.dist(COLOURS[a], COLOURS[b])
+    return math.dist(COLORS[a], COLORS[b])
 
 
-def _placed(polygon: Polygon, centre: tuple[float, float], radius: float, tilt: float) -> Polygon:
+def _placed(polygon: Polygon, center: tuple[float, float], radius: float, tilt: float) -> Polygon:
     cos, sin = math.cos(math.radians(tilt)) * radius, math.sin(math.radians(tilt)) * radius
-    return [(centre[0] + x * cos - y * sin, centre[1] + x * sin + y * cos) for x, y in polygon]
+    return [(center[0] + x * cos - y * sin, center[1] + x * sin + y * cos) for x, y in polygon]
 
 
 def _filled(polygons: list[Polygon]) -> NDArray[np.float32]:
-    """Coverage [64, 64] from 0 to 1."""
+    """Rasterize polygons to coverage [64, 64] from 0 to 1."""
     canvas = Image.new("L", (SIZE * _OVERSAMPLING,) * 2)
     draw = ImageDraw.Draw(canvas)
     for polygon in polygons:
@@ -201,23 +201,23 @@ def _filled(polygons: list[Polygon]) -> NDArray[np.float32]:
 
 
 def _grown(coverage: NDArray[np.float32], pixels: int) -> NDArray[np.float32]:
-    """The same shape with a rim of that many pixels added."""
+    """Grow a shape by this many pixels."""
     image = Image.fromarray((coverage * 255).astype(np.uint8))
     return np.asarray(image.filter(ImageFilter.MaxFilter(2 * pixels + 1)), np.float32) / 255
 
 
 def _edges(coverage: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Lines about two pixels wide where the coverage changes."""
+    """Draw lines about two pixels wide where the coverage changes."""
     return _grown(coverage, 1) - (1 - _grown(1 - coverage, 1)) if coverage.any() else coverage
 
 
 def _painted(
-    paint: Paint, centre: tuple[float, float], extent: float, pitch: float, tilt: float = 0.0
+    paint: Paint, center: tuple[float, float], extent: float, pitch: float, tilt: float = 0.0
 ) -> NDArray[np.float32]:
-    """The texture over the whole canvas, [64, 64, 3], anchored at `centre`; `extent` is the half length of a fade."""
-    main, accent = np.array(COLOURS[paint.main], np.float32), np.array(COLOURS[paint.accent], np.float32)
+    """Paint a texture on the whole canvas, [64, 64, 3], anchored at `center`; `extent` is half the length of a fade."""
+    main, accent = np.array(COLORS[paint.main], np.float32), np.array(COLORS[paint.accent], np.float32)
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + 0.5
-    x, y = x - centre[0], y - centre[1]
+    x, y = x - center[0], y - center[1]
     angle = math.radians(paint.angle + tilt)
     u, v = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
     weight = np.clip(_accent(paint.texture, u, v, extent, pitch), 0, 1)[..., None]
@@ -227,7 +227,7 @@ def _painted(
 def _accent(
     texture: str, u: NDArray[np.float32], v: NDArray[np.float32], extent: float, pitch: float
 ) -> NDArray[np.float32]:
-    """How much of the accent colour shows at texture coordinates u, v (pixels); values beyond 0..1 are clipped."""
+    """Weight of the accent color at texture coordinates u, v (pixels); the caller clips it to 0..1."""
     if texture == "stripes":
         return _wave(u, pitch) + 0.5
     if texture == "checks":

@@ -1,8 +1,8 @@
-"""The parameters of a request: one row each, from which everything else about them is made.
+"""The request parameters, one row each: the single source of everything derived from them.
 
-The reader takes types, defaults and ranges from here; `wire` the input tensors (and so `config.pbtxt`);
-`protocol_table` the tables of `docs/protocol.md`; `signatures` the methods of the Python client and the options of
-`imprompt generate`.
+The request parser takes types, defaults and ranges from this table; `wire` derives the input tensors (and so
+`config.pbtxt`), `protocol_table` the tables of `docs/protocol.md`, and `signatures` the methods of the Python client
+and the options of `imprompt generate`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from imprompt_serving.specs import Bundle
 from imprompt_serving.weight_types import WEIGHT_TYPES
 
 MAX_SCALE = 1e4
-"""Largest guidance or conditioning scale, and largest value of an image embedding: half precision ends at 65504."""
+"""Upper limit for guidance and conditioning scales and for values of image embeddings; float16 overflows at 65504."""
 _MAX_STEPS = 1000
 PICTURE_FORMATS, VIDEO_FORMATS = ("png", "jpeg", "webp"), ("gif", "webp")
 
 
 class Type(StrEnum):
-    """What a parameter holds. The plural ones take several values, which a Python caller gives as a list or alone."""
+    """The type of a parameter. Plural types hold several values; Python callers pass a list or a single value."""
 
     TEXT = auto()
     TEXTS = auto()
@@ -39,11 +39,11 @@ class Type(StrEnum):
     NUMBERS = auto()
     FLAG = auto()
     OBJECT = auto()
-    """JSON; in Python a dict."""
+    """JSON on the wire, a dict in Python."""
     PICTURES = auto()
     """Encoded pictures."""
     EMBEDS = auto()
-    """Image embeddings: a tensor for each adapter (`tensor_names.request_embeds`)."""
+    """Image embeddings: one tensor per adapter (`tensor_names.request_embeds`)."""
 
 
 _WIRE: dict[Type, tuple[str, tuple[int, ...]]] = {
@@ -60,7 +60,7 @@ _WIRE: dict[Type, tuple[str, tuple[int, ...]]] = {
     Type.OBJECT: ("STRING", (1,)),
     Type.PICTURES: ("STRING", (-1,)),
 }
-"""Triton data type and shape (-1: any) of each type but `EMBEDS`."""
+"""Triton data type and shape (-1: any size) of every type except `EMBEDS`."""
 
 
 class Group(Enum):
@@ -94,8 +94,8 @@ class Group(Enum):
 class Parameter:
     """One parameter of a request.
 
-    A `default` of None is explained by `doc`: it depends on the bundle or the task, or there is none. A missing bound
-    depends on the bundle. `low`, `high` and `choices` hold for each of several values.
+    Where `default` is None, `doc` says what applies: the default depends on the bundle or the task, or there is none.
+    A bound that is missing here depends on the bundle. `low`, `high` and `choices` apply to every value of a list.
     """
 
     name: str
@@ -107,31 +107,31 @@ class Parameter:
     high: float = math.inf
     choices: tuple[str, ...] = ()
     sdk: bool = True
-    """Whether it is a keyword argument of the Python client; the client fills in the others itself."""
+    """Whether it is a keyword argument of the Python client; the client sets the others itself."""
     python: str | None = None
-    """Type of the keyword argument, where `type` does not imply it."""
+    """Type annotation of the keyword argument, where `type` does not imply it."""
     literal: str | None = None
-    """Name of the type that the Python client makes of `choices`."""
+    """Name of the Python client's `Literal` type for `choices`."""
     python_doc: str | None = None
     """Documentation of the keyword argument, where it differs from `doc`."""
     option: bool = False
-    """Whether it is an option of `imprompt generate` that needs no code of its own."""
+    """Whether `imprompt generate` gets a generated option for it."""
     option_names: tuple[str, ...] = ()
-    """Names of the option, where there is more than the parameter's own."""
+    """Option names, where there is more than one."""
 
     @property
     def dtype(self) -> str:
-        """Triton data type, without its prefix."""
+        """Triton data type, without the `TYPE_` prefix."""
         return _WIRE[self.type][0]
 
     @property
     def dims(self) -> tuple[int, ...]:
-        """Shape of the input tensor; -1: any."""
+        """Shape of the input tensor; -1 means any size."""
         return _WIRE[self.type][1]
 
     @property
     def range_and_default(self) -> str:
-        """Both in words, in parentheses; empty if the row has neither."""
+        """Range and default as text in parentheses; empty if the row has neither."""
         parts = []
         if math.isfinite(self.low) and math.isfinite(self.high):
             parts.append(f"{self.low:g} to {self.high:g}")
@@ -152,8 +152,8 @@ def _shown(default: Any) -> str:
             return f"{default:g}"
 
 
-_ONE_EACH_ADAPTER = "one for all adapters, or one each"
-_ONE_EACH_NET = "one for all nets, or one each"
+_ONE_EACH_ADAPTER = "one value for all, or one per adapter"
+_ONE_EACH_NET = "one value for all, or one per ControlNet"
 _OF_ADAPTERS = "PerAdapterImages"
 _ANNOTATORS = ("none", "canny")
 
@@ -166,13 +166,13 @@ ROWS: tuple[Parameter, ...] = (
     Parameter(
         name="prompt",
         type=Type.TEXTS,
-        doc="one or several prompts; each makes `num_images_per_prompt` pictures",
+        doc="one or more prompts; each produces `num_images_per_prompt` pictures",
         sdk=False,
     ),
     Parameter(
         name="negative_prompt",
         type=Type.TEXTS,
-        doc="what to avoid: one for all prompts, or one each",
+        doc="what to avoid: one text for all prompts, or one per prompt",
         option=True,
     ),
     Parameter(
@@ -192,34 +192,37 @@ ROWS: tuple[Parameter, ...] = (
         type=Type.PICTURES,
         doc="image prompts as encoded bytes (PNG, JPEG, WebP)",
         python=_OF_ADAPTERS,
-        python_doc="image prompts: a picture, a list with an entry for each adapter of the bundle (a picture, a list "
-        "of pictures or None), or a dict by adapter name; the only adapter of a bundle takes a flat list",
+        python_doc="image prompts: a picture, a list with one entry per adapter of the bundle (a picture, a list of "
+        "pictures, or None), or a dict keyed by adapter name; for a bundle with a single adapter, a flat list of "
+        "pictures works too",
     ),
     Parameter(
         name="ip_adapter_image_adapter",
         type=Type.TEXTS,
-        doc="name of the adapter of each `ip_adapter_image`",
+        doc="for each `ip_adapter_image`, the name of its adapter",
         sdk=False,
     ),
     Parameter(
         name="negative_ip_adapter_image",
         type=Type.PICTURES,
-        doc="image prompts of the unconditional branch (default: none or an empty picture, as the adapter was trained)",
+        doc="image prompts for the unconditional branch (default: no image or a blank one, whichever the adapter was "
+        "trained with)",
         python=_OF_ADAPTERS,
     ),
     Parameter(
         name="negative_ip_adapter_image_adapter",
         type=Type.TEXTS,
-        doc="name of the adapter of each `negative_ip_adapter_image`",
+        doc="for each `negative_ip_adapter_image`, the name of its adapter",
         sdk=False,
     ),
     Parameter(
         name="ip_adapter_image_embeds",
         type=Type.EMBEDS,
-        doc="embeddings in place of image prompts: [2 (negative, positive) or 1 (positive), pictures, ...]",
+        doc="precomputed embeddings in place of image prompts: [2 (negative, positive) or 1 (positive), pictures, ...]",
         python="Embeds | Sequence[Embeds | None] | Mapping[str, Embeds]",
-        python_doc="embeddings in place of pictures, as `encode_image` and diffusers give them: [2 (negative, "
-        "positive) or 1 (positive), pictures, ...]; a list with one for each adapter, or a dict by adapter name",
+        python_doc="precomputed embeddings in place of pictures, as returned by `encode_image` and by diffusers: [2 "
+        "(negative, positive) or 1 (positive), pictures, ...]; a list with one array per adapter, or a dict keyed by "
+        "adapter name",
     ),
     Parameter(
         name="ip_adapter_scale",
@@ -229,35 +232,35 @@ ROWS: tuple[Parameter, ...] = (
         low=-MAX_SCALE,
         high=MAX_SCALE,
         python="Scale | Sequence[Scale] | Mapping[str, Scale | Sequence[float]]",
-        python_doc="strength of the image prompt: a number, or a dict by block "
-        "(`{'up': {'block_0': [0.0, 1.0, 0.0]}}`); a list with one of those for each adapter, or a dict by adapter "
-        "name; with masks an adapter's entry may be a list with a number for each of its pictures",
+        python_doc="strength of the image prompt: a number, or a dict of scales by block "
+        "(`{'up': {'block_0': [0.0, 1.0, 0.0]}}`); for several adapters, a list of these or a dict keyed by adapter "
+        "name; with masks, an adapter's entry may be a list with one number per picture",
     ),
     Parameter(
         name="ip_adapter_scale_config",
         type=Type.OBJECT,
-        doc="JSON in place of `ip_adapter_scale`: for each adapter a number, an object of scales by block (as "
-        "diffusers' `set_ip_adapter_scale`), or a list with a number for each masked image",
+        doc="JSON in place of `ip_adapter_scale`: for each adapter a number, an object of scales by block (as in "
+        "diffusers' `set_ip_adapter_scale`), or a list with one number per masked image",
         sdk=False,
     ),
     Parameter(
         name="ip_adapter_masks",
         type=Type.PICTURES,
-        doc="a mask for each image prompt, which acts where its mask is white",
+        doc="one mask per image prompt, which takes effect where its mask is white",
         python="PerAdapterImages | Sequence[Any]",
-        python_doc="regions: one mask for each picture, shaped like `ip_adapter_image`, or diffusers' tensors "
-        "[1, pictures, H, W]; an image prompt acts where its mask is white",
+        python_doc="regional masks: one per picture, nested like `ip_adapter_image`, or diffusers' tensors "
+        "[1, pictures, H, W]; an image prompt takes effect where its mask is white",
     ),
     Parameter(
         name="ip_adapter_masks_adapter",
         type=Type.TEXTS,
-        doc="name of the adapter of each mask",
+        doc="for each mask, the name of its adapter",
         sdk=False,
     ),
     Parameter(
         name="ip_adapter_start",
         type=Type.NUMBERS,
-        doc=f"share of the steps at which an adapter starts to act: {_ONE_EACH_ADAPTER}",
+        doc=f"fraction of the steps after which an adapter takes effect: {_ONE_EACH_ADAPTER}",
         default=0.0,
         low=0,
         high=1,
@@ -265,7 +268,7 @@ ROWS: tuple[Parameter, ...] = (
     Parameter(
         name="ip_adapter_end",
         type=Type.NUMBERS,
-        doc=f"share of the steps at which an adapter stops acting: {_ONE_EACH_ADAPTER}",
+        doc=f"fraction of the steps after which an adapter no longer takes effect: {_ONE_EACH_ADAPTER}",
         default=1.0,
         low=0,
         high=1,
@@ -273,7 +276,7 @@ ROWS: tuple[Parameter, ...] = (
     Parameter(
         name="ip_adapter_weight_type",
         type=Type.CHOICES,
-        doc=f"how the scale is spread over the layers, {_listed(WEIGHT_TYPES)}: {_ONE_EACH_ADAPTER}",
+        doc=f"how the scale is distributed over the layers ({_listed(WEIGHT_TYPES)}): {_ONE_EACH_ADAPTER}",
         default="linear",
         choices=WEIGHT_TYPES,
         literal="WeightType",
@@ -281,19 +284,19 @@ ROWS: tuple[Parameter, ...] = (
     Parameter(
         name="image",
         type=Type.PICTURES,
-        doc="pictures to start from: image-to-image, or inpainting with `mask_image`",
+        doc="pictures to start from, for image-to-image or (with `mask_image`) inpainting",
         option=True,
     ),
     Parameter(
         name="mask_image",
         type=Type.PICTURES,
-        doc="what to repaint (white): one, or one for each `image`",
+        doc="masks for inpainting, white where to repaint: one for all, or one per `image`",
         option=True,
     ),
     Parameter(
         name="strength",
         type=Type.NUMBER,
-        doc="how much of `image` or `video` is replaced; above 0, default as diffusers",
+        doc="how strongly to change `image` or `video`, above 0; default as in diffusers",
         low=0,
         high=1,
         option=True,
@@ -301,7 +304,7 @@ ROWS: tuple[Parameter, ...] = (
     Parameter(
         name="padding_mask_crop",
         type=Type.INTEGER,
-        doc="inpaint a crop around the mask with this margin in pixels",
+        doc="inpaint only a crop around the mask, with this margin in pixels",
         low=0,
         high=4096,
     ),
@@ -309,17 +312,17 @@ ROWS: tuple[Parameter, ...] = (
         name="control_image",
         type=Type.PICTURES,
         group=Group.CONTROL,
-        doc="control images: one for each net, or one for each prompt (frame) of each net in turn",
+        doc="control images, grouped by ControlNet: one each, or one per prompt (for clips, one per frame)",
         python="Images | Sequence[Sequence[ImageInput]]",
-        python_doc="a control image for each net in `controlnet`; lists in a list as in diffusers: for clips the "
-        "frames of each net, for several prompts the images of each prompt",
+        python_doc="one control image per ControlNet in `controlnet`; or a list of lists as in diffusers: for clips "
+        "the frames of each ControlNet, for several prompts the images of each prompt",
         option=True,
     ),
     Parameter(
         name="control_image_annotator",
         type=Type.CHOICES,
         group=Group.CONTROL,
-        doc=f"what makes the control image from a photo, {_listed(_ANNOTATORS)}: {_ONE_EACH_NET}",
+        doc=f"annotator that turns a photo into the control image ({_listed(_ANNOTATORS)}): {_ONE_EACH_NET}",
         default="none",
         choices=_ANNOTATORS,
         literal="Annotator",
@@ -328,14 +331,14 @@ ROWS: tuple[Parameter, ...] = (
         name="controlnet",
         type=Type.TEXTS,
         group=Group.CONTROL,
-        doc="names of the ControlNets to use, in this order (default: all of the bundle)",
+        doc="names of the ControlNets to use, in this order (default: all in the bundle)",
         option=True,
     ),
     Parameter(
         name="controlnet_conditioning_scale",
         type=Type.NUMBERS,
         group=Group.CONTROL,
-        doc=f"strength of the ControlNets: {_ONE_EACH_NET}; default as diffusers",
+        doc=f"strength of the ControlNets: {_ONE_EACH_NET}; default as in diffusers",
         low=-MAX_SCALE,
         high=MAX_SCALE,
         option=True,
@@ -344,7 +347,7 @@ ROWS: tuple[Parameter, ...] = (
         name="control_guidance_start",
         type=Type.NUMBERS,
         group=Group.CONTROL,
-        doc=f"share of the steps at which a net starts to act: {_ONE_EACH_NET}",
+        doc=f"fraction of the steps after which a ControlNet takes effect: {_ONE_EACH_NET}",
         default=0.0,
         low=0,
         high=1,
@@ -354,7 +357,7 @@ ROWS: tuple[Parameter, ...] = (
         name="control_guidance_end",
         type=Type.NUMBERS,
         group=Group.CONTROL,
-        doc=f"share of the steps at which a net stops acting: {_ONE_EACH_NET}",
+        doc=f"fraction of the steps after which a ControlNet no longer takes effect: {_ONE_EACH_NET}",
         default=1.0,
         low=0,
         high=1,
@@ -364,7 +367,7 @@ ROWS: tuple[Parameter, ...] = (
         name="guess_mode",
         type=Type.FLAG,
         group=Group.CONTROL,
-        doc="let the nets act on the conditional branch only, and less on the finer residuals",
+        doc="apply the ControlNets to the conditional branch only, and more weakly to the finer residuals",
         default=False,
         option=True,
     ),
@@ -372,14 +375,14 @@ ROWS: tuple[Parameter, ...] = (
         name="num_frames",
         type=Type.INTEGER,
         group=Group.VIDEO,
-        doc="frames of a clip; without it (and `video`) the answer is pictures",
+        doc="number of frames of a clip; without it and `video`, the result is pictures",
         option=True,
     ),
     Parameter(
         name="video",
         type=Type.PICTURES,
         group=Group.VIDEO,
-        doc="frames to start from: video-to-video with `strength`",
+        doc="frames to start from, for video-to-video; see `strength`",
         python="Sequence[ImageInput] | np.ndarray[Any, Any]",
         option=True,
     ),
@@ -387,14 +390,14 @@ ROWS: tuple[Parameter, ...] = (
         name="context_length",
         type=Type.INTEGER,
         group=Group.VIDEO,
-        doc="frames that the motion modules see at once; longer clips run in overlapping windows",
+        doc="number of frames the motion modules see at once; longer clips run in overlapping windows",
         low=2,
     ),
     Parameter(
         name="context_stride",
         type=Type.INTEGER,
         group=Group.VIDEO,
-        doc="number of window widths: each twice the last, by skipping frames",
+        doc="number of frame strides to run the windows at (1, 2, 4, ...); larger strides skip frames to cover more",
         default=1,
         low=1,
         high=8,
@@ -403,35 +406,35 @@ ROWS: tuple[Parameter, ...] = (
         name="context_overlap",
         type=Type.INTEGER,
         group=Group.VIDEO,
-        doc="frames that neighboring windows share, fewer than a window has",
+        doc="number of frames shared by neighboring windows; must be less than a window's length",
         default=4,
         low=0,
     ),
     Parameter(
         name="height",
         type=Type.INTEGER,
-        doc="pixels, a multiple of 8 (default: the bundle's, or that of the picture to start from)",
+        doc="height in pixels, a multiple of 8 (default: that of the picture to start from, or else the bundle's)",
         option=True,
     ),
     Parameter(
         name="width",
         type=Type.INTEGER,
-        doc="pixels, a multiple of 8 (default: the bundle's, or that of the picture to start from)",
+        doc="width in pixels, a multiple of 8 (default: that of the picture to start from, or else the bundle's)",
         option=True,
     ),
     *(
         Parameter(name=f"{prefix}{name}", type=Type.PAIR, group=Group.SDXL, doc=f"{doc}{whose}", default=default)
         for prefix, whose in (("", ""), ("negative_", ", for the unconditional branch"))
         for name, doc, default in (
-            ("original_size", "height and width of the picture that the model imagines", None),
-            ("crops_coords_top_left", "top and left of the crop that the model imagines", (0, 0)),
-            ("target_size", "height and width that the picture is meant for", None),
+            ("original_size", "SDXL conditioning: height and width of the picture before cropping", None),
+            ("crops_coords_top_left", "SDXL conditioning: top and left of the crop", (0, 0)),
+            ("target_size", "SDXL conditioning: target height and width", None),
         )
     ),
     Parameter(
         name="num_inference_steps",
         type=Type.INTEGER,
-        doc="denoising steps",
+        doc="number of denoising steps",
         default=50,
         low=1,
         high=_MAX_STEPS,
@@ -441,7 +444,7 @@ ROWS: tuple[Parameter, ...] = (
     Parameter(
         name="guidance_scale",
         type=Type.NUMBER,
-        doc="classifier-free guidance; at most 1 switches it off, default as diffusers",
+        doc="strength of classifier-free guidance; values up to 1 disable it; default as in diffusers",
         low=-MAX_SCALE,
         high=MAX_SCALE,
         option=True,
@@ -449,7 +452,7 @@ ROWS: tuple[Parameter, ...] = (
     Parameter(
         name="guidance_rescale",
         type=Type.NUMBER,
-        doc="rescaling of the guided noise as in arXiv 2305.08891",
+        doc="how much to rescale the guided noise, as in arXiv 2305.08891",
         default=0.0,
         low=0,
         high=1,
@@ -458,7 +461,7 @@ ROWS: tuple[Parameter, ...] = (
     Parameter(
         name="guidance_end",
         type=Type.NUMBER,
-        doc="share of the steps after which guidance stops; a step without it is half the work",
+        doc="fraction of the steps after which guidance stops; a step without guidance is half the work",
         default=1.0,
         low=0,
         high=1,
@@ -467,7 +470,7 @@ ROWS: tuple[Parameter, ...] = (
     Parameter(
         name="eta",
         type=Type.NUMBER,
-        doc="share of noise in each step of DDIM and TCD",
+        doc="how much noise each step of DDIM and TCD adds",
         default=0.0,
         low=0,
         high=1,
@@ -476,7 +479,7 @@ ROWS: tuple[Parameter, ...] = (
     Parameter(
         name="clip_skip",
         type=Type.INTEGER,
-        doc="layers of the text encoder to leave out",
+        doc="number of final text encoder layers to skip",
         default=0,
         low=0,
         option=True,
@@ -484,7 +487,7 @@ ROWS: tuple[Parameter, ...] = (
     Parameter(
         name="num_images_per_prompt",
         type=Type.INTEGER,
-        doc="pictures (or clips) for each prompt",
+        doc="number of pictures (or clips) per prompt",
         default=1,
         low=1,
         high=64,
@@ -493,9 +496,9 @@ ROWS: tuple[Parameter, ...] = (
     Parameter(
         name="seed",
         type=Type.SEEDS,
-        doc="one for all pictures together, or one each; random when absent",
-        python_doc="what `torch.Generator('cpu').manual_seed` takes: one for all pictures together, or one each; "
-        "random if not given, and the result has it",
+        doc="one seed for all pictures together, or one per picture (default: random)",
+        python_doc="any seed that `torch.Generator('cpu').manual_seed` accepts: one for all pictures together, or one "
+        "per picture (default: random; `Result.seeds` reports it)",
         option=True,
     ),
     Parameter(
@@ -509,16 +512,16 @@ ROWS: tuple[Parameter, ...] = (
     Parameter(
         name="scheduler_config",
         type=Type.OBJECT,
-        doc="JSON object: values that replace the scheduler's configuration",
+        doc="JSON object with values that override the scheduler's configuration",
         default={},
-        python_doc="values that replace those of the scheduler's configuration, or diffusers' whole "
-        "`dict(pipe.scheduler.config)`",
+        python_doc="values that override the scheduler's configuration, or a whole configuration "
+        "(`dict(pipe.scheduler.config)` in diffusers)",
         option=True,
     ),
     Parameter(
         name="output_type",
         type=Type.CHOICE,
-        doc="pictures (`np`) or latents",
+        doc="whether to return pictures (`np`) or latents (`latent`)",
         default="np",
         choices=("np", "latent"),
         python="OutputType",
@@ -527,23 +530,24 @@ ROWS: tuple[Parameter, ...] = (
     Parameter(
         name="output_format",
         type=Type.CHOICE,
-        doc=f"answer with files: {_listed(PICTURE_FORMATS)}; clips: {_listed(VIDEO_FORMATS)}",
+        doc=f"return encoded files instead of raw pixels: {_listed(PICTURE_FORMATS)} for pictures, "
+        f"{_listed(VIDEO_FORMATS)} for clips",
         choices=tuple(dict.fromkeys((*PICTURE_FORMATS, *VIDEO_FORMATS))),
         literal="OutputFormat",
-        python_doc="receive pictures (or clips) as encoded files instead of raw pixels",
+        python_doc="transfer pictures (or clips) as encoded files instead of raw pixels",
     ),
     Parameter(
         name="timeout",
         type=Type.NUMBER,
-        doc="seconds after which the work on this request stops",
-        python_doc="seconds after which the caller stops waiting and the work stops",
+        doc="seconds after which the server stops working on this request",
+        python_doc="seconds after which the client stops waiting and the server stops working",
         low=1e-3,
         option=True,
     ),
     Parameter(
         name="priority",
         type=Type.INTEGER,
-        doc="requests with a lower number go first",
+        doc="requests with a lower number run first",
         default=5,
         low=1,
         high=9,
@@ -551,14 +555,14 @@ ROWS: tuple[Parameter, ...] = (
     Parameter(
         name="encode_image",
         type=Type.TEXT,
-        doc="adapter name: answer with the embeddings of `ip_adapter_image` only",
+        doc="name of an adapter: return its embeddings of `ip_adapter_image` and nothing else",
         sdk=False,
     ),
     Parameter(
         name="progress_every",
         type=Type.INTEGER,
         group=Group.STREAM,
-        doc="steps between two progress answers",
+        doc="number of steps between progress messages",
         default=1,
         low=1,
         high=_MAX_STEPS,
@@ -567,7 +571,7 @@ ROWS: tuple[Parameter, ...] = (
         name="preview",
         type=Type.FLAG,
         group=Group.STREAM,
-        doc="whether progress answers carry small pictures",
+        doc="whether progress messages carry small preview pictures",
         default=False,
     ),
 )
@@ -576,9 +580,9 @@ PARAMETERS: dict[str, Parameter] = {row.name: row for row in ROWS}
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """The parameters of a request that are single values, checked, with defaults filled in.
+    """The single-valued parameters of a request, validated and with defaults filled in.
 
-    The pipeline hands them to the denoiser as they are. Each has the name of its row.
+    The pipeline passes them to the denoiser unchanged. Every field is named after its row.
     """
 
     height: int
@@ -608,10 +612,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def with_defaults(cls, **values: Any) -> Settings:
-        """Settings with `values`, and the defaults of the table for the others.
+        """Build settings from `values`, with the table's defaults for the rest.
 
         Raises:
-            msgspec.ValidationError: a value that has no default is missing, or one has another type.
+            msgspec.ValidationError: a value without a default is missing, or a value has the wrong type.
         """
         defaults = {name: PARAMETERS[name].default for name in cls.__struct_fields__}
         return msgspec.convert(defaults | values, cls)

@@ -1,7 +1,7 @@
-"""The tables of `docs/protocol.md`: `python -m imprompt_serving.protocol_table docs/protocol.md`.
+"""Generate the tables of `docs/protocol.md`: `python -m imprompt_serving.protocol_table docs/protocol.md`.
 
-A table stands between `<!-- tensors: NAME -->` and `<!-- end -->`, where NAME is a group of `parameters`, or a tuple of
-`wire`.
+Each table is placed between `<!-- tensors: NAME -->` and `<!-- end -->`, where NAME is a group of `parameters` or a
+tuple of `wire`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _PLACE = re.compile(r"(<!-- tensors: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.
 
 
 def tables() -> dict[str, tuple[Tensor, ...]]:
-    """What callers see, by name."""
+    """Return the documented tensors by table name."""
     requests = {group.value: wire.parameter_tensors(group) for group in Group}
     return requests | {
         "RESPONSE": wire.RESPONSE,
@@ -28,8 +28,8 @@ def tables() -> dict[str, tuple[Tensor, ...]]:
 
 
 def markdown(tensors: tuple[Tensor, ...]) -> str:
-    """Rows in the terms of the KServe protocol, in which a STRING is BYTES."""
-    rows = ["| tensor | type | shape | what |", "|---|---|---|---|"]
+    """Format a table in KServe terms, where Triton's STRING is BYTES."""
+    rows = ["| tensor | type | shape | description |", "|---|---|---|---|"]
     for tensor in tensors:
         dtype = "BYTES" if tensor.dtype == "STRING" else tensor.dtype
         shape = ", ".join("n" if size == -1 else str(size) for size in tensor.dims)
@@ -38,7 +38,7 @@ def markdown(tensors: tuple[Tensor, ...]) -> str:
 
 
 def filled(page: str) -> str:
-    """`page` with each of its tables made anew."""
+    """Return `page` with all generated tables up to date."""
     known = tables()
     return _PLACE.sub(lambda place: place[1] + markdown(known[place["name"]]) + place[3], page)
 

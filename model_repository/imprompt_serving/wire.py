@@ -1,4 +1,4 @@
-"""The tensors of the models inside Triton, which make `config.pbtxt`; those of a request come from `parameters`."""
+"""Inputs and outputs of the Triton models, as written to `config.pbtxt`; request inputs come from `parameters`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from imprompt_serving.specs import Bundle
 
 
 class Tensor(NamedTuple):
-    """A tensor of a model: Triton data type without its prefix, shape (-1: any), and what it is."""
+    """A tensor of a model: Triton data type without the `TYPE_` prefix, shape (-1: any size), and a description."""
 
     name: str
     dtype: str
@@ -23,40 +23,45 @@ ONE = (1,)
 
 RESPONSE: tuple[Tensor, ...] = (
     Tensor("images", "UINT8", (-1, -1, -1, 3), "pictures [N, height, width, RGB]"),
-    Tensor("encoded", "STRING", MANY, "pictures (or clips) as files when `output_format` asks for them"),
+    Tensor("encoded", "STRING", MANY, "pictures (or clips) as encoded files, when `output_format` is set"),
     Tensor("latents", "FP32", (-1, -1, -1, -1), "latents [N, channels, h, w] when `output_type` is `latent`"),
     Tensor(
         "seeds",
         "INT64",
         MANY,
-        "the seed that repeats each picture; empty when several pictures share the generator of one seed",
+        "for each picture, the seed that reproduces it; empty when several pictures share one seed's generator",
     ),
-    Tensor("nsfw_content_detected", "BOOL", MANY, "pictures that the safety checker blacked, when the base has one"),
-    Tensor("timings", "STRING", ONE, "JSON object: seconds by stage"),
-    Tensor("warnings", "STRING", MANY, "what the caller should know, such as a prompt that was cut; absent if nothing"),
+    Tensor(
+        "nsfw_content_detected",
+        "BOOL",
+        MANY,
+        "for each picture, whether the safety checker blacked it out; absent if the base has no safety checker",
+    ),
+    Tensor("timings", "STRING", ONE, "JSON object: seconds per stage"),
+    Tensor("warnings", "STRING", MANY, "notes for the caller, such as a truncated prompt; absent if there are none"),
 )
 
 VIDEO_RESPONSE: tuple[Tensor, ...] = (
     Tensor("frames", "UINT8", (-1, -1, -1, -1, 3), "clips [N, frames, height, width, RGB], in place of `images`"),
 )
-"""Only bundles with a motion adapter have these."""
+"""Only for bundles with a motion adapter."""
 
 STREAM_RESPONSE: tuple[Tensor, ...] = (
-    Tensor("step", "INT32", ONE, "steps done"),
-    Tensor("steps", "INT32", ONE, "steps in all"),
-    Tensor("preview", "STRING", MANY, "JPEG of each picture as it looks so far, when `preview` asks for it"),
-    Tensor("error", "STRING", (2,), "the last answer of a request that failed: gRPC status and message"),
+    Tensor("step", "INT32", ONE, "number of steps done"),
+    Tensor("steps", "INT32", ONE, "total number of steps"),
+    Tensor("preview", "STRING", MANY, "JPEG preview of each picture, when `preview` is set"),
+    Tensor("error", "STRING", (2,), "gRPC status and message: the last message of a failed request"),
 )
 
 
 def parameter_tensors(group: Group) -> tuple[Tensor, ...]:
-    """Inputs for the parameters of `group`, without those that depend on the bundle."""
+    """List the inputs for the parameters of `group`, except those that depend on the bundle."""
     rows = (row for row in ROWS if row.group is group and row.type is not Type.EMBEDS)
     return tuple(Tensor(row.name, row.dtype, row.dims, row.doc + row.range_and_default) for row in rows)
 
 
 def request_tensors(bundle: Bundle, *, stream: bool) -> tuple[Tensor, ...]:
-    """Inputs of the pipeline of `bundle`: those of its parameters, and embeddings for each of its adapters."""
+    """List the inputs of the bundle's pipeline: its parameters, and image embeddings for each of its adapters."""
     groups = (group for group in Group if group.applies_to(bundle, stream=stream))
     embeds = tuple(
         Tensor(tensor_names.request_embeds(adapter.name), "FP32", (-1, -1, *adapter.embed_shape), row.doc)
@@ -68,7 +73,7 @@ def request_tensors(bundle: Bundle, *, stream: bool) -> tuple[Tensor, ...]:
 
 
 def response_tensors(bundle: Bundle, *, stream: bool) -> tuple[Tensor, ...]:
-    """Outputs of the pipeline of ``bundle``."""
+    """List the outputs of the bundle's pipeline."""
     embeds = tuple(
         Tensor(
             tensor_names.image_embeds(adapter.name), "FP32", (-1, -1, *adapter.embed_shape), "answer to `encode_image`"

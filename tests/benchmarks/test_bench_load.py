@@ -1,4 +1,4 @@
-"""Callers wait for their answers, arrivals do not; server counters are read as they are written."""
+"""Load generation, server metrics, and the requests of a benchmark, without a real server."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from imprompt import ConnectionFailed
-from imprompt_bench import cli, load, subject
+from imprompt_bench import cli, load, target
 from imprompt_bench.load import closed_loop, open_loop
 from imprompt_bench.observe import Observer, count
 from imprompt_bench.plots import spans
 from imprompt_bench.results import BenchError, Run, Sample
-from imprompt_bench.subject import Subject
+from imprompt_bench.target import Target
 from imprompt_bench.workload import POOL, Workload
 
 SLOW_S = 0.05
@@ -27,16 +27,16 @@ WORKLOAD = Workload(model="m", adapter="plain", size=64, steps=4, smallest=32)
 
 
 class Server:
-    """Takes one request at a time, each for `SLOW_S`."""
+    """Handles one request at a time, each in `SLOW_S`."""
 
     def __init__(self) -> None:
-        self.busy, self.waiting, self.most = asyncio.Lock(), 0, 0
+        self.busy, self.waiting, self.most_waiting = asyncio.Lock(), 0, 0
         self.began = time.perf_counter()
 
     async def ask(self, index: int, intended: float | None) -> Sample:
         sent = time.perf_counter() - self.began
         self.waiting += 1
-        self.most = max(self.most, self.waiting)
+        self.most_waiting = max(self.most_waiting, self.waiting)
         async with self.busy:
             await asyncio.sleep(SLOW_S)
         self.waiting -= 1
@@ -44,31 +44,31 @@ class Server:
         return Sample(index=index, intended=sent if intended is None else intended, sent=sent, ended=ended)
 
 
-def test_callers_wait_for_their_answers() -> None:
+def test_closed_loop_callers_wait_for_results() -> None:
     async def measure() -> tuple[Server, list[Sample]]:
         server = Server()
         return server, await closed_loop(server.ask, 12, 3)
 
     server, samples = asyncio.run(measure())
     assert sorted(sample.index for sample in samples) == list(range(12))
-    assert server.most == 3
+    assert server.most_waiting == 3
 
 
-def test_arrivals_come_whatever_the_server_does() -> None:
-    """All are due at once; the last of eight waits for the seven before it, and its latency says so."""
+def test_open_loop_arrivals_do_not_wait_for_the_server() -> None:
+    """All eight are due at once; the latency of the last includes waiting for the seven before it."""
 
     async def measure() -> tuple[Server, list[Sample]]:
         server = Server()
         return server, await open_loop(server.ask, [0.01] * 8)
 
     server, samples = asyncio.run(measure())
-    assert server.most == 8
+    assert server.most_waiting == 8
     latencies = sorted(sample.latency for sample in samples)
     assert latencies[-1] >= 8 * SLOW_S
     assert latencies[0] < 4 * SLOW_S
 
 
-def test_counters_of_one_bundle() -> None:
+def test_counters_include_only_models_of_the_bundle() -> None:
     page = "\n".join(
         [
             "# HELP imprompt_tick_rows Rows",
@@ -85,14 +85,14 @@ def test_counters_of_one_bundle() -> None:
     assert counted == {"unet_calls": 3, "rows": 12, "cache_hits": 7, "cache_misses": 0, "refused": 1}
 
 
-def test_a_server_without_metrics_is_named() -> None:
+def test_error_for_missing_metrics_names_the_address() -> None:
     with pytest.raises(BenchError, match=r"no metrics at 127\.0\.0\.1:1: .*--metrics"):
         Observer(bundle="sd15", metrics_address="127.0.0.1:1").snapshot()
 
 
 @contextmanager
 def page(text: str, status: int = 200) -> Iterator[str]:
-    """The address of a server with `text` on every page."""
+    """Run a server that returns `text` for every page, and yield its address."""
 
     class Page(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -112,20 +112,20 @@ def page(text: str, status: int = 200) -> Iterator[str]:
         server.server_close()
 
 
-def test_metrics_of_another_server_are_not_taken() -> None:
+def test_metrics_of_another_server_are_rejected() -> None:
     with page('nv_inference_count{model="sd15",version="1"} 0') as address:
         Observer(bundle="sd15", metrics_address=address).check()
-        with pytest.raises(BenchError, match="are not those of sdxl"):
+        with pytest.raises(BenchError, match="do not belong to sdxl"):
             Observer(bundle="sdxl", metrics_address=address).check()
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1", "a b", "", "127.0.0.1:x", "\n"])
-def test_an_address_without_metrics_is_one_error(address: str) -> None:
-    with pytest.raises(BenchError, match="--metrics says where"):
+def test_address_without_metrics_raises_bench_error(address: str) -> None:
+    with pytest.raises(BenchError, match="set --metrics"):
         Observer(bundle="sd15", metrics_address=address).check()
 
 
-def test_metrics_that_go_away_cost_only_the_counters() -> None:
+def test_losing_the_metrics_loses_only_the_counters() -> None:
     with page("") as address, Observer(bundle="sd15", metrics_address=address).watch() as use:
         assert use() is not None
     with Observer(bundle="sd15", metrics_address=address).watch() as use:
@@ -134,7 +134,7 @@ def test_metrics_that_go_away_cost_only_the_counters() -> None:
         assert use() is None
 
 
-def test_what_was_measured_before_an_error_is_kept(
+def test_measurements_before_an_error_are_saved(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(url: str, plan: object, traffic: object) -> list[Sample]:
@@ -146,32 +146,32 @@ def test_what_was_measured_before_an_error_is_kept(
     limits = {"height": [32, 256]}
     capabilities: Any = {"limits": limits, "defaults": {"height": 64}, "backend": "b", "precision": "fp32"}
     observer = Observer(bundle="sd15", metrics_address=None)
-    served = Subject(url="h:1", model="sd15", capabilities=capabilities | {"ip_adapters": []}, observer=observer)
-    monkeypatch.setattr(subject, "running", lambda *_: served)
+    served = Target(url="h:1", model="sd15", capabilities=capabilities | {"ip_adapters": []}, observer=observer)
+    monkeypatch.setattr(target, "connect", lambda *_: served)
     monkeypatch.setattr(load, "run", run)
     output = tmp_path / "new" / "run.json"
     arguments = ["--url", "h:1", "--model", "sd15", "--scenario", "closed", "--callers", "2", "-o", str(output)]
     assert cli.main(arguments) == 1
     assert [point.value for point in Run.load(output).of("closed")] == [1]
-    said = capsys.readouterr()
-    assert said.out == f"{output}\n"
-    assert "no metrics of sd15 on port 8002: the server's own counters are left out" in said.err
-    assert "error: h:1: gone" in said.err
+    captured = capsys.readouterr()
+    assert captured.out == f"{output}\n"
+    assert "no metrics of sd15 on port 8002: leaving out server counters" in captured.err
+    assert "error: h:1: gone" in captured.err
 
 
-def test_a_file_that_cannot_be_written_is_named_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unwritable_output_fails_before_measuring(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--url", "127.0.0.1:1", "--model", "sd15", "-o", str(tmp_path)]) == 1
-    assert "cannot be written" in capsys.readouterr().err
+    assert "cannot write to" in capsys.readouterr().err
 
 
-def test_requests_have_prompts_and_pictures_of_their_own() -> None:
+def test_requests_have_unique_prompts_and_pictures() -> None:
     first, second = (WORKLOAD.request(index) for index in (1, 2))
     assert first["prompt"] != second["prompt"]
     assert first["ip_adapter_image"]["plain"][0].tobytes() != second["ip_adapter_image"]["plain"][0].tobytes()
     assert WORKLOAD.request(1) == first
 
 
-def test_mixed_traffic_is_mixed() -> None:
+def test_mixed_traffic_varies_its_requests() -> None:
     planned = [WORKLOAD.mixed(index, 1.0) for index in range(100)]
     assert {plan.arguments["height"] for plan in planned} == {32, 64}
     assert {plan.arguments["num_inference_steps"] for plan in planned} == {2, 4, 8}
@@ -183,7 +183,7 @@ def test_mixed_traffic_is_mixed() -> None:
     assert all(0 < seconds < 1 for seconds in leaving)
 
 
-def test_spans_of_a_request_overlap_where_the_stages_do() -> None:
+def test_spans_overlap_for_concurrent_stages() -> None:
     timings = {"admission": 1, "text_encoder": 4, "preprocess": 1, "image_encoder": 2, "queue": 0.5, "denoise": 9}
     placed = {stage: (begin, length) for stage, begin, length in spans(timings)}
     assert placed["text_encoder"] == (1, 4)

@@ -1,4 +1,4 @@
-"""`imprompt bench` for real, in short: every scenario against a served bundle, the baselines, and the page."""
+"""A short run of `imprompt bench`: every scenario against a served bundle, the baselines, and the report."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from imprompt_bench.checkpoints import check_memory, parameters, write
 from imprompt_bench.presets import PRESETS
 from imprompt_bench.results import BenchError, Run
 from imprompt_bench.session import SCENARIOS
-from imprompt_bench.subject import engine_sizes
-from imprompt_bench.systems import Answer, check_same, served
+from imprompt_bench.systems import Answer, check_same_picture, served_system
+from imprompt_bench.target import engine_sizes
 from imprompt_bench.workload import Workload
 from imprompt_export.bundle import BundleFile
 from served import Served
@@ -28,7 +28,7 @@ WORKLOAD = Workload(model="sd15", adapter="plain", size=64, steps=2, smallest=32
 
 @pytest.fixture(scope="module")
 def measured(served: object, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The JSON of a run of every scenario, with few samples."""
+    """Run every scenario with few samples, and return the JSON file."""
     server = served("sd15").server  # type: ignore[operator]
     output = tmp_path_factory.mktemp("bench") / "run.json"
     address = ["--url", server.grpc_address, "--metrics", server.metrics_address, "--model", "sd15"]
@@ -47,31 +47,31 @@ def test_every_scenario_is_measured(measured: Path) -> None:
     assert {measurement.label for measurement in run.of("growth")} == {"steps", "size", "image prompts", "pictures"}
 
 
-def test_server_counters_belong_to_their_measurement(measured: Path) -> None:
+def test_server_counters_cover_only_their_measurement(measured: Path) -> None:
     alone = Run.load(measured).of("closed")[0]
     assert alone.server is not None
-    assert alone.server.unet_calls == 12  # four requests of two steps, for which PNDM makes three calls
+    assert alone.server.unet_calls == 12  # four requests of two steps, which PNDM runs in three calls
     assert alone.server.rows_per_call == 2
     assert alone.server.cache_hits == 0
-    assert alone.server.cache_misses == 12  # two prompts and a picture each
+    assert alone.server.cache_misses == 12  # two prompts and one picture per request
     stages = alone.samples[0].timings
     assert 0 < stages["denoise"] < stages["total"] <= alone.samples[0].latency
 
 
-def test_the_result_as_a_page(measured: Path, tmp_path: Path) -> None:
+def test_report_updates_the_page_and_plots(measured: Path, tmp_path: Path) -> None:
     page = tmp_path / "benchmarks.md"
     page.write_text("before\n<!-- results -->\nold\n<!-- end -->\nafter\n")
     assert cli.main(["report", "--results", str(measured.parent), "--page", str(page)]) == 0
     text = page.read_text()
     assert "old" not in text
-    for title in ("One request at a time", "Throughput against callers", "Arrivals at random", "Overload", "Mixed"):
+    for title in ("One request at a time", "Throughput by number of callers", "Random arrivals", "Overload", "Mixed"):
         assert f"### {title}" in text
     for plot in ("load", "request"):
         assert f"images/bench-run-{plot}.svg" in text
         assert (tmp_path / f"images/bench-run-{plot}.svg").read_text().startswith("<?xml")
 
 
-def test_the_summary_has_a_line_for_each_run_with_baselines(measured: Path) -> None:
+def test_summary_has_a_line_for_each_run_with_baselines(measured: Path) -> None:
     run = Run.load(measured)
     (own,) = run.of("latency")
     slower = [msgspec.structs.replace(sample, ended=sample.sent + 2 * sample.latency) for sample in own.samples]
@@ -80,26 +80,26 @@ def test_the_summary_has_a_line_for_each_run_with_baselines(measured: Path) -> N
     assert report.summary({"alone": run}) == ""
     line = report.summary({"alone": run, "both": beside}).splitlines()[-2]
     assert line.startswith("| [both](benchmarks.md#both) | sd15, onnxruntime, fp32 | 64 x 64 | 2 |")
-    assert re.search(r"\|  \| \d\.\d\d \([^|]*\| 0\.50 \([^|]*\|  \|  \|$", line), line
+    assert re.search(r"\|  \| \d\.\d\d \([^|]*\| 2\.00 \([^|]*\|  \|  \|$", line), line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_pages_are_those_of_the_results(page: Path) -> None:
+def test_pages_are_up_to_date(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert report.filled(text, RESULTS, page.parent / "images") == text, "run: imprompt bench report"
 
 
-def test_the_engines_alone_make_the_picture_of_the_server(sd15: Served) -> None:
+def test_bare_engines_produce_the_same_picture_as_the_server(sd15: Served) -> None:
     bare = BareLoop(sd15.bundle.repository, "sd15")
-    expected, other = (served(sd15.client)(WORKLOAD.request(index)) for index in (1, 2))
-    largest, mean = check_same("bare", bare(WORKLOAD.request(1)), expected, exact=True)
+    expected, other = (served_system(sd15.client)(WORKLOAD.request(index)) for index in (1, 2))
+    largest, mean = check_same_picture("bare", bare(WORKLOAD.request(1)), expected, exact=True)
     assert largest <= 2
     assert mean <= 0.1
-    with pytest.raises(BenchError, match="another picture"):
-        check_same("bare", other, expected, exact=True)
+    with pytest.raises(BenchError, match="a different picture"):
+        check_same_picture("bare", other, expected, exact=True)
 
 
-def test_a_preset_is_a_bundle_whose_picture_follows_its_image_prompt(tmp_path: Path) -> None:
+def test_pictures_of_a_preset_depend_on_the_image_prompt(tmp_path: Path) -> None:
     made = write(tmp_path, "tiny", PRESETS["tiny"], backend="onnxruntime", precision="fp32")
     assert BundleFile.load(made.bundle).motion_adapter is not None
     pipeline = Diffusers(tmp_path)
@@ -110,11 +110,11 @@ def test_a_preset_is_a_bundle_whose_picture_follows_its_image_prompt(tmp_path: P
     assert first.picture.shape == (64, 64, 3)
     assert np.ptp(first.picture) > 100
     with pytest.raises(BenchError):
-        check_same("eager", other, Answer(first.picture, {}), exact=True)
+        check_same_picture("eager", other, Answer(first.picture, {}), exact=True)
 
 
-def test_full_size_is_full_size() -> None:
-    """The numbers of weights of the public checkpoints, in millions."""
+def test_presets_have_the_size_of_the_public_checkpoints() -> None:
+    """Compare the numbers of weights, in millions."""
     assert {name: round(count / 1e6) for name, count in parameters(PRESETS["sd15"]).items()} == {
         "unet": 860,
         "vae": 84,
@@ -124,7 +124,7 @@ def test_full_size_is_full_size() -> None:
     assert round(parameters(PRESETS["sdxl"])["unet"] / 1e6) == 2567
 
 
-def test_sizes_of_engines_hold_their_weights(tmp_path: Path) -> None:
+def test_engine_sizes_include_external_weights(tmp_path: Path) -> None:
     files = ("m_denoiser/1/unet.onnx", "m_denoiser/1/unet.onnx.data", "m_vae_decoder/1/model.onnx", "m/1/bundle.json")
     for file in files:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
@@ -132,18 +132,18 @@ def test_sizes_of_engines_hold_their_weights(tmp_path: Path) -> None:
     assert engine_sizes(tmp_path) == {"m_denoiser/unet": 1.0, "m_vae_decoder": 0.5}
 
 
-def test_what_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_if_a_preset_does_not_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = type("Memory", (), {"available": 2**30})
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
-    with pytest.raises(BenchError, match=r"takes about 10 GiB of memory; 1 GiB"):
+    with pytest.raises(BenchError, match=r"needs about 10 GiB of memory; 1 GiB"):
         check_memory(PRESETS["sd15"])
     check_memory(PRESETS["tiny"])
     baselines.check_memory("eager", parameters(PRESETS["tiny"]), 64)
-    for name, gib in (("eager", 8), ("compiled", 15)):  # 1.7 thousand million weights, 2 GiB of attention
-        with pytest.raises(BenchError, match=rf"baseline {name} takes about {gib} GiB of memory; 1 GiB"):
+    for name, gib in (("eager", 8), ("compiled", 15)):  # 1.7 billion weights, and 2 GiB of attention
+        with pytest.raises(BenchError, match=rf"baseline {name} needs about {gib} GiB of memory; 1 GiB"):
             baselines.check_memory(name, parameters(PRESETS["sd15"]), 512)
 
 
-def test_a_server_and_a_preset_at_once_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_url_and_preset_are_mutually_exclusive(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--url", "localhost:1", "--preset", "tiny"]) == 2
     assert "--preset" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Percentiles, intervals, stability and arrivals, against values known otherwise."""
+"""Percentiles, confidence intervals, stability and arrival times, compared with known values."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from imprompt_bench.scenarios import recovery
 from imprompt_bench.stats import PERCENTILES, percentile, poisson_arrivals, ratio, spread
 
 
-def test_percentiles_are_those_of_the_samples() -> None:
+def test_percentiles() -> None:
     samples = [float(value) for value in range(101)]
     assert [percentile(samples, q).value for q in PERCENTILES] == [50, 90, 99]
 
 
-def test_an_interval_is_as_wide_as_theory_says() -> None:
+def test_interval_has_the_theoretical_width() -> None:
     """The median of n normal samples has a standard deviation of sqrt(pi / 2n)."""
     samples = np.random.default_rng(1).normal(10, 1, 400)
     estimate = percentile(list(samples), 50)
@@ -26,13 +26,13 @@ def test_an_interval_is_as_wide_as_theory_says() -> None:
     assert deviation == pytest.approx(math.sqrt(math.pi / 800), rel=0.35)
 
 
-def test_intervals_hold_the_true_value_as_often_as_they_claim() -> None:
+def test_intervals_contain_the_true_value_as_often_as_claimed() -> None:
     generator = np.random.default_rng(2)
-    held = 0
+    contained = 0
     for _ in range(100):
         estimate = percentile(list(generator.exponential(1.0, 60)), 50)
-        held += estimate.low <= math.log(2) <= estimate.high
-    assert 88 <= held <= 100
+        contained += estimate.low <= math.log(2) <= estimate.high
+    assert 88 <= contained <= 100
 
 
 def test_more_samples_narrow_the_interval() -> None:
@@ -41,7 +41,7 @@ def test_more_samples_narrow_the_interval() -> None:
     assert many.high - many.low < (few.high - few.low) / 3
 
 
-def test_a_single_sample_is_its_own_interval() -> None:
+def test_interval_of_a_single_sample() -> None:
     assert percentile([2.0], 99) == (2.0, 2.0, 2.0)
 
 
@@ -57,7 +57,7 @@ def test_ratio_of_medians() -> None:
     [
         ([1.0, 1.0, 1.0], 0.0),
         ([1.0, 1.1, 1.21], 0.21),
-        ([9.0, 1.0, 1.0, 1.2, 1.2, 1.0, 1.0], 0.2),  # what does not fill a window is left out at the beginning
+        ([9.0, 1.0, 1.0, 1.2, 1.2, 1.0, 1.0], 0.2),  # the first sample does not fit into equal windows
         ([1.0, 1.0], None),
     ],
 )
@@ -79,11 +79,11 @@ def sample(intended: float, latency: float, status: str = "ok") -> Sample:
     return Sample(index=0, intended=intended, sent=intended + 0.5, ended=intended + latency, status=status)
 
 
-def test_latency_counts_from_the_time_that_was_meant() -> None:
+def test_latency_counts_from_the_intended_time() -> None:
     assert sample(1.0, 2.0).latency == 2.0
 
 
-def test_recovery_is_the_first_answer_that_is_as_fast_as_before() -> None:
+def test_recovery_is_the_first_result_that_is_fast_again() -> None:
     samples = [sample(10, 5), sample(11, 0.1, "refused"), sample(13, 1.0), sample(14, 4)]
     assert recovery(samples, since=9, latency=1.5) == 4
     assert recovery(samples, since=9, latency=0.5) is None

@@ -1,4 +1,4 @@
-"""A small Triton on a real port: serves model configurations, keeps what it is asked, answers as a test tells it to."""
+"""A fake Triton server on a real port: serves model configurations, records requests, and responds as a test wants."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ EMBED_SIZE = 8
 
 
 class Refusal(Exception):
-    """Raised by an answer: the call ends with this status, a stream with an answer that carries it."""
+    """Raised by an answer: a unary call ends with this status, a stream with a message that carries it."""
 
     def __init__(self, status: grpc.StatusCode, message: str) -> None:
         super().__init__(message)
@@ -67,16 +67,16 @@ class Refusal(Exception):
 
 
 class Aborted(Refusal):
-    """The same from a proxy: also the call of a stream ends with the status."""
+    """Raised by an answer: the call itself ends with this status, even for a stream, as when a proxy aborts it."""
 
 
-class TritonsOwn(Exception):
-    """Raised by an answer to a stream: an error of Triton itself, which leaves out the status."""
+class TritonError(Exception):
+    """Raised by an answer to a stream: an error from Triton itself, which has no status."""
 
 
 @dataclass
 class Call:
-    """A request as it came in."""
+    """A request as received."""
 
     model: str
     id: str
@@ -90,12 +90,19 @@ class Call:
     def texts(self, name: str) -> list[str]:
         return [value.decode() for value in self.inputs[name]]
 
+    def pictures(self, name: str) -> list[Image.Image]:
+        return [Image.open(io.BytesIO(data)) for data in self.inputs[name]]
+
+    def colors(self, name: str) -> list[Any]:
+        """The top left pixel of each picture."""
+        return [image.getpixel((0, 0)) for image in self.pictures(name)]
+
 
 Answers = Callable[[Call], Iterator[dict[str, np.ndarray]]]
 
 
 def picture_answer(call: Call) -> Iterator[dict[str, np.ndarray]]:
-    """What a server gives: progress if asked for a stream, then a picture."""
+    """Yield what a server sends: for a stream, progress; then a picture."""
     if call.model.endswith("_stream"):
         for step in (1, 2):
             yield {"step": np.array([step], np.int32), "steps": np.array([2], np.int32)}
@@ -125,7 +132,7 @@ def clips(count: int = 1, frames: int = 3) -> dict[str, np.ndarray]:
 
 
 def opened(path: Path) -> Any:
-    """A picture file, read."""
+    """Open a picture file without keeping a file handle."""
     return Image.open(io.BytesIO(path.read_bytes()))
 
 
@@ -142,7 +149,7 @@ def refuse(status: grpc.StatusCode, message: str) -> Answers:
 
 
 def in_turn(*answers: Answers) -> Answers:
-    """Another answer for each call; the last one for all that follow."""
+    """Use the next answer for each call, and the last one for all further calls."""
     rest = list(answers)
 
     def answer(call: Call) -> Iterator[dict[str, np.ndarray]]:
@@ -152,11 +159,11 @@ def in_turn(*answers: Answers) -> Answers:
 
 
 def until_cancelled(call: Call) -> Iterator[dict[str, np.ndarray]]:
-    """One step of progress, then work that ends only when the caller leaves."""
+    """Report one step of progress, then work until the caller cancels."""
     if call.model.endswith("_stream"):
         yield {"step": np.array([1], np.int32), "steps": np.array([100], np.int32)}
     call.cancelled.wait(10)
-    raise Refusal(grpc.StatusCode.CANCELLED, "cancelled by its caller")
+    raise Refusal(grpc.StatusCode.CANCELLED, "cancelled by the caller")
 
 
 def config(name: str, adapters: tuple[str, ...], *, stream: bool = False) -> Any:
@@ -181,7 +188,7 @@ def config(name: str, adapters: tuple[str, ...], *, stream: bool = False) -> Any
 
 
 class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """Bundles `one` (adapter `plain`), `two` (`plus`, `face`) and `none`, and a part of a bundle, `one_unet`."""
+    """Serves the bundles `one` (adapter `plain`), `two` (`plus`, `face`) and `none`; `one_unet` is part of a bundle."""
 
     def __init__(self) -> None:
         self.answer: Answers = picture_answer
@@ -228,10 +235,10 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         except Aborted as aborted:
             context.abort(aborted.status, aborted.message)
         except Refusal as refusal:
-            error = _to_response({"error": texts(refusal.status.name, refusal.message)})
-            yield service_pb2.ModelStreamInferResponse(infer_response=error)
-        except TritonsOwn as own:
-            yield service_pb2.ModelStreamInferResponse(error_message=str(own))
+            response = _to_response({"error": texts(refusal.status.name, refusal.message)})
+            yield service_pb2.ModelStreamInferResponse(infer_response=response)
+        except TritonError as error:
+            yield service_pb2.ModelStreamInferResponse(error_message=str(error))
 
     def _answers(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         call = Call(
@@ -271,7 +278,7 @@ def _to_response(outputs: dict[str, np.ndarray]) -> Any:
 
 @contextmanager
 def running(servicer: FakeTriton) -> Iterator[str]:
-    """The address of `servicer`, while it listens."""
+    """Run `servicer` on a free port and yield its address."""
     server = grpc.server(ThreadPoolExecutor(8))
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")

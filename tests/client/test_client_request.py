@@ -1,8 +1,7 @@
-"""Every kind of parameter, as the server gets it."""
+"""Request parameters as the server receives them."""
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from pathlib import Path
@@ -12,39 +11,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
-from fake_triton import EMBED_SIZE, Call, FakeTriton
+from fake_triton import FakeTriton
 from PIL import Image
 
-from imprompt import Client, InvalidRequest
-from imprompt._model import Input
-from imprompt._request import Request
+from imprompt import InvalidRequest
 
 RED = Image.new("RGB", (4, 2), "red")
 BLUE = Image.new("RGB", (4, 2), "blue")
 GREY = Image.new("L", (4, 2), 100)
-
-
-@pytest.fixture
-def sent(client: Client, triton: FakeTriton) -> Any:
-    """Sends a request, gives it as the server got it."""
-
-    def send(model: str = "two", prompt: Any = "a", **parameters: Any) -> Call:
-        client.generate(model=model, prompt=prompt, **parameters)
-        return triton.calls[-1]
-
-    return send
-
-
-def pictures(call: Call, name: str) -> list[Image.Image]:
-    return [Image.open(io.BytesIO(data)) for data in call.inputs[name]]
-
-
-def colors(call: Call, name: str) -> list[Any]:
-    return [image.getpixel((0, 0)) for image in pictures(call, name)]
-
-
-def embeds(value: float, pictures: int = 1) -> np.ndarray:
-    return np.full((2, pictures, EMBED_SIZE), value, np.float32)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +34,7 @@ def embeds(value: float, pictures: int = 1) -> np.ndarray:
         ("original_size", (64, 128), "INT32", [64, 128]),
         ("guidance_scale", 7, "FP64", [7.0]),
         ("guidance_scale", np.float32(0.5), "FP64", [0.5]),
-        ("guidance_scale", float("inf"), "FP64", [float("inf")]),  # the server says what is wrong with it
+        ("guidance_scale", float("inf"), "FP64", [float("inf")]),  # left to the server to reject
         ("controlnet_conditioning_scale", [0.5, 1], "FP64", [0.5, 1.0]),
         ("guess_mode", True, "BOOL", [True]),
         ("seed", 3, "INT64", [3]),
@@ -70,7 +44,7 @@ def embeds(value: float, pictures: int = 1) -> np.ndarray:
         ("ip_adapter_weight_type", ["style", "linear"], "BYTES", [b"style", b"linear"]),
     ],
 )
-def test_values_get_the_type_that_the_model_names(
+def test_values_are_sent_in_the_data_type_of_the_input(
     sent: Any, parameter: str, value: Any, dtype: str, expected: list[Any]
 ) -> None:
     call = sent(**{parameter: value})
@@ -78,12 +52,12 @@ def test_values_get_the_type_that_the_model_names(
     assert call.inputs[parameter].tolist() == expected
 
 
-def test_dicts_become_json(sent: Any) -> None:
+def test_dicts_are_sent_as_json(sent: Any) -> None:
     call = sent(scheduler_config={"use_karras_sigmas": True, "steps_offset": np.int64(1)})
     assert json.loads(call.inputs["scheduler_config"][0]) == {"use_karras_sigmas": True, "steps_offset": 1}
 
 
-def test_a_configuration_of_diffusers_goes_as_it_is(sent: Any) -> None:
+def test_scheduler_configs_of_diffusers_are_sent_unchanged(sent: Any) -> None:
     config = dict(DPMSolverMultistepScheduler(trained_betas=np.linspace(1e-4, 0.02, 10)).config)
     assert config["lambda_min_clipped"] == -math.inf
     given = {**config, "a": (np.float32(0.5), None), "b": np.float64("inf")}
@@ -94,62 +68,62 @@ def test_a_configuration_of_diffusers_goes_as_it_is(sent: Any) -> None:
     assert received == json.loads(json.dumps(config))
 
 
-def test_none_is_not_given(sent: Any) -> None:
+def test_none_is_not_sent(sent: Any) -> None:
     assert sent(height=None, ip_adapter_image=None, timeout=None).inputs.keys() == {"prompt"}
 
 
 @pytest.mark.parametrize(("output_type", "wire"), [("pil", None), ("np", None), ("latent", b"latent")])
-def test_output_type_is_the_clients_own_but_for_latents(sent: Any, output_type: str, wire: bytes | None) -> None:
+def test_output_type_is_sent_only_for_latents(sent: Any, output_type: str, wire: bytes | None) -> None:
     assert sent(output_type=output_type).inputs.get("output_type", [None])[0] == wire
 
 
-# Wrong values
+# Invalid values
 
 
 @pytest.mark.parametrize(
     ("parameter", "value", "message"),
     [
-        ("height", "64", "height: takes whole numbers, got '64'"),
-        ("height", 64.0, "height: takes whole numbers, got 64.0"),
-        ("height", True, "height: takes whole numbers, got True"),
-        ("height", [64, 64], "height: takes one value, got 2"),
-        ("height", 2**40, "height: takes -2147483648 to 2147483647"),
-        ("original_size", [64], "original_size: takes the shape [2], got [1]"),
-        ("guidance_scale", "strong", "guidance_scale: takes numbers, got 'strong'"),
-        ("guidance_scale", {"a": 1}, "guidance_scale: takes numbers"),
-        ("controlnet_conditioning_scale", [[1.0], [1.0, 2.0]], "controlnet_conditioning_scale: takes numbers"),
-        ("guess_mode", 1, "guess_mode: takes true or false, got 1"),
-        ("seed", 2**64, "seed: takes -2**63 to 2**64 - 1"),
-        ("seed", 0.5, "seed: takes whole numbers"),
-        ("prompt", 3, "prompt: takes text (or a list), got int"),
-        ("scheduler", ["A", "B"], "scheduler: takes one value, got 2"),
-        ("scheduler_config", {"a": float("nan")}, "scheduler_config: must be plain JSON values"),
-        ("scheduler_config", {"a": object()}, "scheduler_config: must be plain JSON values"),
-        ("output_type", "pt", "output_type: one of pil, np, latent; got 'pt'"),
-        ("timeout", 0, "timeout: seconds, more than 0; got 0"),
-        ("timeout", "1", "timeout: seconds, more than 0; got '1'"),
-        ("timeout", float("nan"), "timeout: seconds, more than 0"),
-        ("image", 3, "image: a picture is a PIL image, a path"),
+        ("height", "64", "height: must be an integer, got '64'"),
+        ("height", 64.0, "height: must be an integer, got 64.0"),
+        ("height", True, "height: must be an integer, got True"),
+        ("height", [64, 64], "height: must be a single value, got 2"),
+        ("height", 2**40, "height: must be -2147483648 to 2147483647"),
+        ("original_size", [64], "original_size: must have shape [2], got [1]"),
+        ("guidance_scale", "strong", "guidance_scale: must be a number, got 'strong'"),
+        ("guidance_scale", {"a": 1}, "guidance_scale: must be a number"),
+        ("controlnet_conditioning_scale", [[1.0], [1.0, 2.0]], "controlnet_conditioning_scale: must be numbers"),
+        ("guess_mode", 1, "guess_mode: must be True or False, got 1"),
+        ("seed", 2**64, "seed: must be -2**63 to 2**64 - 1"),
+        ("seed", 0.5, "seed: must be integers"),
+        ("prompt", 3, "prompt: must be a string or a list of strings, got int"),
+        ("scheduler", ["A", "B"], "scheduler: must be a single value, got 2"),
+        ("scheduler_config", {"a": float("nan")}, "scheduler_config: must contain only JSON values"),
+        ("scheduler_config", {"a": object()}, "scheduler_config: must contain only JSON values"),
+        ("output_type", "pt", "output_type: must be one of pil, np, latent; got 'pt'"),
+        ("timeout", 0, "timeout: must be a number of seconds above 0; got 0"),
+        ("timeout", "1", "timeout: must be a number of seconds above 0; got '1'"),
+        ("timeout", float("nan"), "timeout: must be a number of seconds above 0"),
+        ("image", 3, "image: must be a PIL image, a path"),
         ("image", "nowhere.png", "image: no such file: nowhere.png"),
-        ("image", "https://example.com/a.png", "image: https://example.com/a.png is a web address"),
-        ("image", "/", "image: / cannot be read"),
-        ("image", np.zeros((4, 4, 3)), "image: an array is uint8"),
-        ("image", np.zeros((3, 5, 5), np.uint8), "image: an array is uint8"),
-        ("image", np.zeros((0, 4, 3), np.uint8), "image: an array is uint8"),
-        ("mask_image", np.full((4, 4), 2.0), "mask_image: a mask of floats is 0 to 1"),
-        ("ip_adapter_image", [RED], "ip_adapter_image: an entry for each of plus, face, or a dict"),
+        ("image", "https://example.com/a.png", "image: https://example.com/a.png is a URL"),
+        ("image", "/", "image: cannot read /"),
+        ("image", np.zeros((4, 4, 3)), "image: an array must be uint8"),
+        ("image", np.zeros((3, 5, 5), np.uint8), "image: an array must be uint8"),
+        ("image", np.zeros((0, 4, 3), np.uint8), "image: an array must be uint8"),
+        ("mask_image", np.full((4, 4), 2.0), "mask_image: values of a float mask must be 0 to 1"),
+        ("ip_adapter_image", [RED], "ip_adapter_image: expected one entry for each adapter (plus, face), or a dict"),
         ("ip_adapter_image", {"pluss": RED}, "ip_adapter_image: no adapter 'pluss'; the bundle has plus, face"),
-        ("ip_adapter_image_embeds", {"plus": np.zeros((2, 1, 5), np.float32)}, "plus: takes the shape [any, any, 8]"),
-        ("ip_adapter_image_embeds", {"plus": ["a"]}, "ip_adapter_image_embeds: plus: takes numbers"),
-        ("ip_adapter_scale", "strong", "ip_adapter_scale: numbers, dicts by block and lists of them; got 'strong'"),
-        ("ip_adapter_scale", {"up": "a"}, "ip_adapter_scale: numbers, dicts by block"),
-        ("ip_adapter_scale", [{}, {}, {}], "ip_adapter_scale: one, or one for each of the 2 adapters in use; got 3"),
-        ("ip_adapter_scale", {"up": float("nan")}, "ip_adapter_scale: must be plain JSON values"),
-        ("ip_adapter_start", {"plus": 0.5}, "ip_adapter_start: none given for face"),
+        ("ip_adapter_image_embeds", {"plus": np.zeros((2, 1, 5), np.float32)}, "plus: must have shape [any, any, 8]"),
+        ("ip_adapter_image_embeds", {"plus": ["a"]}, "ip_adapter_image_embeds: plus: must be numbers"),
+        ("ip_adapter_scale", "strong", "ip_adapter_scale: must be a number, a dict of scales by block, or a list"),
+        ("ip_adapter_scale", {"up": "a"}, "a list of these; got 'a'"),
+        ("ip_adapter_scale", [{}, {}, {}], "expected one value, or one for each of the 2 adapters in use; got 3"),
+        ("ip_adapter_scale", {"up": float("nan")}, "ip_adapter_scale: must contain only JSON values"),
+        ("ip_adapter_start", {"plus": 0.5}, "ip_adapter_start: missing a value for face"),
         ("ip_adapter_start", {"up": 0.5}, "ip_adapter_start: no adapter 'up'"),
     ],
 )
-def test_a_wrong_value_is_refused_before_anything_is_sent(
+def test_invalid_value_is_rejected_before_sending(
     sent: Any, triton: FakeTriton, parameter: str, value: Any, message: str
 ) -> None:
     with pytest.raises(InvalidRequest) as caught:
@@ -175,7 +149,7 @@ def test_a_wrong_value_is_refused_before_anything_is_sent(
         ("frame", "did you mean num_frames?"),
         ("prompts", "did you mean prompt"),
         ("size", "did you mean height or width"),
-        ("ip_adapter_image_embedding", "ip_adapter_image_embeds"),
+        ("ip_adapter_image_embedding", "did you mean ip_adapter_image_embeds"),
         ("generator", "`seed`"),
         ("cross_attention_kwargs", "`ip_adapter_masks`"),
         ("zzz", "two has no such parameter; `help(imprompt.Client)` and docs/protocol.md list them all"),
@@ -184,7 +158,9 @@ def test_a_wrong_value_is_refused_before_anything_is_sent(
         ("encode_image", "has no such parameter"),
     ],
 )
-def test_an_unknown_parameter_is_named(sent: Any, triton: FakeTriton, parameter: str, hint: str) -> None:
+def test_error_for_an_unknown_parameter_suggests_known_ones(
+    sent: Any, triton: FakeTriton, parameter: str, hint: str
+) -> None:
     with pytest.raises(InvalidRequest) as caught:
         sent(**{parameter: 1})
     assert caught.value.parameter == parameter
@@ -192,21 +168,21 @@ def test_an_unknown_parameter_is_named(sent: Any, triton: FakeTriton, parameter:
     assert not triton.calls
 
 
-def test_a_model_that_knows_less_decides_what_is_known(triton: FakeTriton, sent: Any) -> None:
+def test_parameters_missing_from_the_model_are_rejected(triton: FakeTriton, sent: Any) -> None:
     for name in ("ip_adapter_scale_config", "output_type"):
         known = [tensor for tensor in triton.configs["one"].input if tensor.name != name]
         del triton.configs["one"].input[:]
         triton.configs["one"].input.extend(known)
-    with pytest.raises(InvalidRequest, match="ip_adapter_scale: one takes numbers only"):
+    with pytest.raises(InvalidRequest, match="ip_adapter_scale: one accepts numbers only"):
         sent("one", ip_adapter_scale={"up": 1.0})
-    with pytest.raises(InvalidRequest, match="output_type: one gives no latents"):
+    with pytest.raises(InvalidRequest, match="output_type: one cannot return latents"):
         sent("one", output_type="latent")
 
 
 # Pictures
 
 
-def test_files_and_bytes_are_sent_as_they_are(sent: Any, tmp_path: Path) -> None:
+def test_files_and_bytes_are_sent_unchanged(sent: Any, tmp_path: Path) -> None:
     path = tmp_path / "red.jpg"
     RED.save(path)
     call = sent(image=[path, str(path), path.read_bytes()])
@@ -215,12 +191,12 @@ def test_files_and_bytes_are_sent_as_they_are(sent: Any, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1"])
 def test_pil_images_keep_their_mode(sent: Any, mode: str) -> None:
-    (image,) = pictures(sent(image=RED.convert(mode)), "image")
+    (image,) = sent(image=RED.convert(mode)).pictures("image")
     assert (image.format, image.mode, image.size) == ("PNG", mode, RED.size)
 
 
-def test_other_modes_become_rgb(sent: Any) -> None:
-    (image,) = pictures(sent(image=RED.convert("CMYK")), "image")
+def test_other_pil_modes_become_rgb(sent: Any) -> None:
+    (image,) = sent(image=RED.convert("CMYK")).pictures("image")
     assert image.mode == "RGB"
 
 
@@ -235,176 +211,33 @@ def test_other_modes_become_rgb(sent: Any) -> None:
     ],
 )
 def test_arrays_are_height_width_channels(sent: Any, array: Any, mode: str) -> None:
-    (image,) = pictures(sent(image=array), "image")
+    (image,) = sent(image=array).pictures("image")
     assert (image.mode, image.size) == (mode, (4, 2))
     assert np.array_equal(np.asarray(image), np.asarray(array).reshape(np.asarray(image).shape))
 
 
-def test_lists_and_stacked_arrays_are_several_pictures(sent: Any) -> None:
+def test_lists_and_stacked_arrays_hold_several_pictures(sent: Any) -> None:
     frames = np.stack([np.asarray(RED), np.asarray(BLUE)])
-    assert colors(sent(video=frames), "video") == colors(sent(video=[RED, BLUE]), "video") == [(255, 0, 0), (0, 0, 255)]
+    assert sent(video=frames).colors("video") == sent(video=[RED, BLUE]).colors("video") == [(255, 0, 0), (0, 0, 255)]
 
 
-def test_control_images_in_lists_of_lists(sent: Any) -> None:
-    """For clips an inner list is a net's frames, for pictures a prompt's images, as in diffusers; the wire has nets."""
+def test_nested_control_images_are_flattened(sent: Any) -> None:
+    """As in diffusers, inner lists hold a ControlNet's frames for clips, and a prompt's images for pictures."""
     frames = sent(control_image=[[RED, RED, BLUE], [BLUE, BLUE, RED]], num_frames=3)
     prompts = sent(control_image=[[RED, BLUE], [RED, BLUE], [BLUE, RED]])
     red, blue = (255, 0, 0), (0, 0, 255)
-    assert colors(frames, "control_image") == colors(prompts, "control_image") == [red, red, blue, blue, blue, red]
-    with pytest.raises(InvalidRequest, match=r"control_image: an image for each net in every list; got \[2, 1\]"):
+    assert frames.colors("control_image") == prompts.colors("control_image") == [red, red, blue, blue, blue, red]
+    with pytest.raises(InvalidRequest, match=r"control_image: every inner list must .* got lengths \[2, 1\]"):
         sent(control_image=[[RED, BLUE], [RED]])
 
 
 def test_masks_keep_their_mode(sent: Any) -> None:
     for mode in ("1", "L", "P", "RGB"):
-        (image,) = pictures(sent(mask_image=Image.new("L", (4, 2), 255).convert(mode)), "mask_image")
+        (image,) = sent(mask_image=Image.new("L", (4, 2), 255).convert(mode)).pictures("mask_image")
         assert image.mode == mode
 
 
-def test_masks_of_numbers_are_grey(sent: Any) -> None:
+def test_array_masks_become_grayscale(sent: Any) -> None:
     for mask in (np.full((2, 4), 255, np.uint8), np.ones((2, 4), np.float32), np.ones((2, 4), bool)):
-        (image,) = pictures(sent(mask_image=mask), "mask_image")
+        (image,) = sent(mask_image=mask).pictures("mask_image")
         assert (image.mode, image.getpixel((0, 0))) == ("L", 255)
-
-
-# Image prompts
-
-
-@pytest.mark.parametrize(
-    ("model", "value", "expected"),
-    [
-        ("one", RED, [("plain", "red")]),
-        ("one", [RED, BLUE], [("plain", "red"), ("plain", "blue")]),
-        ("one", [[RED, BLUE]], [("plain", "red"), ("plain", "blue")]),
-        ("one", {"plain": [RED]}, [("plain", "red")]),
-        ("two", [RED, BLUE], [("plus", "red"), ("face", "blue")]),
-        ("two", [[RED, BLUE], RED], [("plus", "red"), ("plus", "blue"), ("face", "red")]),
-        ("two", [None, [RED]], [("face", "red")]),
-        ("two", {"face": RED, "plus": [BLUE]}, [("plus", "blue"), ("face", "red")]),
-        ("two", {"face": RED}, [("face", "red")]),
-    ],
-)
-@pytest.mark.parametrize("parameter", ["ip_adapter_image", "negative_ip_adapter_image"])
-def test_pictures_find_their_adapter(
-    sent: Any, parameter: str, model: str, value: Any, expected: list[tuple[str, str]]
-) -> None:
-    call = sent(model, **{parameter: value})
-    names = {(255, 0, 0): "red", (0, 0, 255): "blue"}
-    found = [names[color] for color in colors(call, parameter)]
-    assert list(zip(call.texts(f"{parameter}_adapter"), found, strict=True)) == expected
-
-
-def test_a_bundle_without_adapters_says_so(sent: Any) -> None:
-    with pytest.raises(InvalidRequest, match="ip_adapter_image: none has no IP-Adapter"):
-        sent("none", ip_adapter_image=RED)
-
-
-@pytest.mark.parametrize(
-    ("model", "value", "expected"),
-    [
-        ("one", embeds(1), {"plain": 1}),
-        ("one", torch.full((2, 1, EMBED_SIZE), 1.0, dtype=torch.bfloat16, requires_grad=True), {"plain": 1}),
-        ("one", [embeds(1)], {"plain": 1}),
-        ("one", embeds(1).astype(np.float64)[:1], {"plain": 1}),
-        ("two", [embeds(1), embeds(2, pictures=3)], {"plus": 1, "face": 2}),
-        ("two", [None, embeds(2)], {"face": 2}),
-        ("two", {"face": embeds(2), "plus": embeds(1)}, {"plus": 1, "face": 2}),
-    ],
-)
-def test_embeddings_find_their_adapter(sent: Any, model: str, value: Any, expected: dict[str, float]) -> None:
-    call = sent(model, ip_adapter_image_embeds=value)
-    found = {name: array for name, array in call.inputs.items() if name.startswith("ip_adapter_image_embeds")}
-    assert {name.rpartition("_")[2]: array.max() for name, array in found.items()} == expected
-    assert all(array.dtype == np.float32 and array.shape[-1] == EMBED_SIZE for array in found.values())
-
-
-BLOCKS = {"up": {"block_0": [0.0, 1.0, 0.0]}}
-
-
-@pytest.mark.parametrize(
-    ("model", "used", "value", "expected"),
-    [
-        ("one", ["plain"], 0.5, [0.5]),
-        ("one", ["plain"], [0.5], [0.5]),
-        ("two", ["plus", "face"], 0.5, [0.5]),
-        ("two", ["plus", "face"], [0.5, 0.6], [0.5, 0.6]),
-        ("two", ["plus", "face"], np.array([0.5, 0.6]), [0.5, 0.6]),
-        ("two", ["plus", "face"], {"face": 0.6, "plus": 0.5}, [0.5, 0.6]),
-        ("two", ["plus", "face"], {"face": 0.6}, [1.0, 0.6]),
-        ("two", ["face"], {"face": 0.6, "plus": 0.5}, [0.6]),
-        ("two", ["face"], [0.5, 0.6], [0.6]),
-        ("two", [], {"face": 0.6, "plus": 0.5}, [0.5, 0.6]),
-        ("two", ["face"], [0.1, 0.2, 0.3], [0.1, 0.2, 0.3]),  # the server says what is wrong with it
-        ("one", ["plain"], BLOCKS, json.dumps([BLOCKS])),
-        ("two", ["plus", "face"], BLOCKS, json.dumps([BLOCKS, BLOCKS])),
-        ("two", ["plus", "face"], [0.5, BLOCKS], json.dumps([0.5, BLOCKS])),
-        ("two", ["plus", "face"], {"face": BLOCKS, "plus": 1}, json.dumps([1.0, BLOCKS])),
-        ("two", ["face"], {"face": BLOCKS}, json.dumps([BLOCKS])),
-        ("one", ["plain"], [[0.7, 0.3]], json.dumps([[0.7, 0.3]])),
-        ("two", ["plus", "face"], {"plus": (np.float32(0.5), 1), "face": 1}, json.dumps([[0.5, 1.0], 1.0])),
-    ],
-)
-def test_scales_are_put_in_the_order_of_the_adapters(
-    sent: Any, model: str, used: list[str], value: Any, expected: Any
-) -> None:
-    call = sent(model, ip_adapter_image=dict.fromkeys(used, RED), ip_adapter_scale=value)
-    if isinstance(expected, str):
-        assert call.texts("ip_adapter_scale_config") == [expected]
-        assert "ip_adapter_scale" not in call.inputs
-    else:
-        assert call.inputs["ip_adapter_scale"].tolist() == expected
-        assert "ip_adapter_scale_config" not in call.inputs
-
-
-def test_values_by_adapter_name_are_put_in_order(sent: Any) -> None:
-    call = sent(
-        ip_adapter_image=[RED, RED],
-        ip_adapter_start={"face": 0.5, "plus": 0.0},
-        ip_adapter_weight_type={"face": "style", "plus": "linear"},
-    )
-    assert call.inputs["ip_adapter_start"].tolist() == [0.0, 0.5]
-    assert call.texts("ip_adapter_weight_type") == ["linear", "style"]
-
-
-LEFT, RIGHT = np.zeros((2, 2, 4), np.float32)
-LEFT[:, :2], RIGHT[:, 2:] = 1, 1
-
-
-@pytest.mark.parametrize(
-    ("model", "value", "adapters"),
-    [
-        ("one", [Image.fromarray((LEFT * 255).astype(np.uint8)), RIGHT], ["plain", "plain"]),
-        ("one", [torch.tensor(np.stack([LEFT, RIGHT]))[None]], ["plain", "plain"]),
-        ("one", np.stack([LEFT, RIGHT])[:, None], ["plain", "plain"]),
-        ("one", [np.stack([LEFT, RIGHT])], ["plain", "plain"]),
-        ("two", [[LEFT], [RIGHT]], ["plus", "face"]),
-        ("two", [np.stack([LEFT, RIGHT])[None], None], ["plus", "plus"]),
-        ("two", {"face": [LEFT, RIGHT]}, ["face", "face"]),
-    ],
-)
-def test_masks_find_their_adapter(sent: Any, model: str, value: Any, adapters: list[str]) -> None:
-    call = sent(model, ip_adapter_masks=value)
-    assert call.texts("ip_adapter_masks_adapter") == adapters
-    masks = pictures(call, "ip_adapter_masks")
-    assert [mask.mode for mask in masks] == ["L", "L"]
-    assert all(
-        np.array_equal(np.asarray(mask), wanted * 255) for mask, wanted in zip(masks, (LEFT, RIGHT), strict=True)
-    )
-
-
-def test_encode_image_asks_for_one_adapters_embeddings(client: Client, triton: FakeTriton) -> None:
-    triton.answer = lambda call: iter([{"image_embeds_face": embeds(0.5, pictures=2)}])
-    found = client.encode_image("two", "face", [RED, GREY])
-    call = triton.calls[-1]
-    assert (call.texts("encode_image"), call.texts("prompt")) == (["face"], [""])
-    assert call.texts("ip_adapter_image_adapter") == ["face", "face"]
-    assert found.shape == (2, 2, EMBED_SIZE)
-    found += 1  # the caller's own
-    with pytest.raises(InvalidRequest, match="adapter: no adapter 'fase'; the bundle has plus, face; did you mean"):
-        client.encode_image("two", "fase", RED)
-
-
-def test_what_is_left_of_a_short_timeout_is_never_less_than_a_server_takes() -> None:
-    timeout = Input(name="timeout", dtype="FP64", dims=(1,))
-    request = Request(model="x", bundle="x", id="1", tensors=(), output_type="pil", clip=False, timeout_input=timeout)
-    assert np.frombuffer(request.message(1e-7).raw_input_contents[0]) == [1e-3]

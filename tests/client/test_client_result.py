@@ -1,4 +1,4 @@
-"""What callers get from answers, and what lands in files."""
+"""Results as decoded from responses, and the files they are saved to."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from imprompt import Client, InvalidRequest, Overloaded, Progress, Result
 
 @pytest.fixture
 def answered(client: Client, triton: FakeTriton) -> Any:
-    """The result of a request that is answered by these tensors."""
+    """Return the result of a request for which the server returns these tensors."""
 
     def ask(outputs: dict[str, np.ndarray], **parameters: Any) -> Result:
         triton.answer = lambda call: iter([outputs])
@@ -32,7 +32,7 @@ def test_pictures_as_pil_and_as_arrays(answered: Any) -> None:
     assert [image.size for image in as_pil.images] == [(16, 8), (16, 8)]
     assert all(isinstance(image, Image.Image) for image in as_pil.images)
     assert np.array_equal(np.stack(as_np.images), picture(2)["images"])
-    as_np.images[0][:] = 0  # the caller's own
+    as_np.images[0][:] = 0  # the array is writable
     assert as_pil.frames is None
     assert as_pil.latents is None
     assert as_pil.nsfw_content_detected is None
@@ -47,7 +47,7 @@ def test_latents(answered: Any) -> None:
         result.save("out.png")
 
 
-def test_seeds_come_back_as_they_were_given(answered: Any) -> None:
+def test_seeds_are_returned_as_given(answered: Any) -> None:
     given = [2**64 - 1, 2**63, 5, -1 - 2**40]
     wire = np.array([-1, -(2**63), 5, -1 - 2**40])
     for seeds in (given, tuple(given[:3]), np.array(given[:3], np.uint64)):
@@ -61,7 +61,7 @@ def test_warnings(answered: Any) -> None:
     assert answered({**picture(), "warnings": texts("cut: ä", "b")}).warnings == ["cut: ä", "b"]
 
 
-def test_flagged_pictures(answered: Any) -> None:
+def test_nsfw_content_detected(answered: Any) -> None:
     result = answered({**picture(2), "nsfw_content_detected": np.array([False, True])})
     assert result.nsfw_content_detected == [False, True]
 
@@ -83,9 +83,9 @@ def test_encoded_pictures(answered: Any) -> None:
 
 
 def test_encoded_clips(answered: Any) -> None:
-    for colours in ({"red": (255, 0, 0), "blue": (0, 0, 255)}, {"red": (255, 0, 0)}):
-        result = answered({"encoded": texts(encoded("GIF", *colours))}, num_frames=len(colours))
-        assert [frame.getpixel((0, 0)) for frame in result.frames[0]] == list(colours.values())
+    for colors in ({"red": (255, 0, 0), "blue": (0, 0, 255)}, {"red": (255, 0, 0)}):
+        result = answered({"encoded": texts(encoded("GIF", *colors))}, num_frames=len(colors))
+        assert [frame.getpixel((0, 0)) for frame in result.frames[0]] == list(colors.values())
         assert result.images == []
 
 
@@ -106,13 +106,13 @@ def test_previews(client: Client, triton: FakeTriton) -> None:
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
-def test_a_picture_is_saved_by_its_ending(answered: Any, tmp_path: Path, ending: str) -> None:
+def test_file_extension_selects_the_picture_format(answered: Any, tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"out.{ending}"
     assert answered(picture()).save(path) == [path]
     assert opened(path).size == (16, 8)
 
 
-def test_several_pictures_get_a_number(answered: Any, tmp_path: Path) -> None:
+def test_several_pictures_are_numbered(answered: Any, tmp_path: Path) -> None:
     paths = answered(picture(2), output_type="np").save(str(tmp_path / "out.png"))
     assert [path.name for path in paths] == ["out-0.png", "out-1.png"]
     assert np.array_equal(np.asarray(opened(paths[1])), picture(2)["images"][1])
@@ -120,7 +120,7 @@ def test_several_pictures_get_a_number(answered: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", ["gif", "webp"])
 @pytest.mark.parametrize("output_type", ["pil", "np"])
-def test_a_clip_is_saved_as_an_animation(answered: Any, tmp_path: Path, ending: str, output_type: str) -> None:
+def test_clip_is_saved_as_an_animation(answered: Any, tmp_path: Path, ending: str, output_type: str) -> None:
     (path,) = answered(clips(), output_type=output_type).save(tmp_path / f"out.{ending}", fps=4)
     saved = opened(path)
     assert saved.n_frames == 3
@@ -128,7 +128,7 @@ def test_a_clip_is_saved_as_an_animation(answered: Any, tmp_path: Path, ending: 
     assert saved.info["duration"] == 250
 
 
-def test_a_clip_is_saved_as_video(answered: Any, tmp_path: Path) -> None:
+def test_clip_is_saved_as_mp4(answered: Any, tmp_path: Path) -> None:
     imageio = pytest.importorskip("imageio.v3")
     pytest.importorskip("av")
     (path,) = answered(clips()).save(tmp_path / "out.mp4")
@@ -137,7 +137,7 @@ def test_a_clip_is_saved_as_video(answered: Any, tmp_path: Path) -> None:
     assert abs(int(frames[2].mean()) - 200) < 20
 
 
-def test_video_without_imageio_says_what_to_install(
+def test_saving_mp4_without_imageio_says_what_to_install(
     answered: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = builtins.__import__
@@ -155,44 +155,46 @@ def test_video_without_imageio_says_what_to_install(
 @pytest.mark.parametrize(
     ("outputs", "ending", "message"),
     [
-        (clips(), "png", "out.png: clips are saved as .gif, .webp or .mp4"),
-        (clips(), "txt", "out.txt: clips are saved as .gif, .webp or .mp4"),
-        (picture(), "mp4", "out.mp4: pictures are saved as .png, .jpg or .webp"),
-        (picture(), "txt", "out.txt: pictures are saved as"),
-        (picture(), "psd", "out.psd: pictures are saved as"),  # pillow only reads it
-        (picture(), "xbm", "out.xbm: pictures are saved as"),  # pillow has no colors there
+        (clips(), "png", "out.png: clips must be saved as .gif, .webp or .mp4"),
+        (clips(), "txt", "out.txt: clips must be saved as .gif, .webp or .mp4"),
+        (picture(), "mp4", "out.mp4: pictures must be saved as .png, .jpg or .webp"),
+        (picture(), "txt", "out.txt: pictures must be saved as"),
+        (picture(), "psd", "out.psd: pictures must be saved as"),  # pillow only reads this format
+        (picture(), "xbm", "out.xbm: pictures must be saved as"),  # this format has no colors
     ],
 )
-def test_an_ending_that_does_not_fit(answered: Any, tmp_path: Path, outputs: Any, ending: str, message: str) -> None:
+def test_file_extension_must_fit_the_result(
+    answered: Any, tmp_path: Path, outputs: Any, ending: str, message: str
+) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         answered(outputs).save(tmp_path / f"out.{ending}")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), 10**400, "8", None, True])
-def test_a_rate_at_which_nothing_runs(answered: Any, tmp_path: Path, fps: Any) -> None:
-    with pytest.raises(InvalidRequest, match="fps: frames per second, above 0 to 1000"):
+def test_invalid_fps(answered: Any, tmp_path: Path, fps: Any) -> None:
+    with pytest.raises(InvalidRequest, match="fps: must be a number above 0, at most 1000"):
         answered(clips()).save(tmp_path / "out.gif", fps=fps)
 
 
-def test_a_path_that_is_none(answered: Any) -> None:
-    with pytest.raises(InvalidRequest, match="path: the path of a file, got 3"):
+def test_invalid_path(answered: Any) -> None:
+    with pytest.raises(InvalidRequest, match="path: must be a file path, got 3"):
         answered(picture()).save(3)
 
 
 @pytest.mark.parametrize("data", [encoded("JPEG", "red"), encoded("GIF", "red", "blue"), b"....ftypisom..."])
-def test_encoded_answers_are_written_as_they_are(answered: Any, tmp_path: Path, data: bytes) -> None:
+def test_encoded_results_are_written_unchanged(answered: Any, tmp_path: Path, data: bytes) -> None:
     ending = "mp4" if b"ftyp" in data else "gif" if data.startswith(b"GIF") else "jpg"
     (path,) = answered({"encoded": texts(data)}).save(tmp_path / f"out.{ending}")
     assert path.read_bytes() == data
 
 
-def test_encoded_answers_are_converted_when_another_format_is_wanted(answered: Any, tmp_path: Path) -> None:
+def test_encoded_results_are_converted_to_another_format(answered: Any, tmp_path: Path) -> None:
     (path,) = answered({"encoded": texts(encoded("JPEG", "red"))}).save(tmp_path / "out.png")
     assert opened(path).format == "PNG"
 
 
-def test_errors_can_cross_processes() -> None:
+def test_exceptions_can_be_pickled() -> None:
     for error in (InvalidRequest("a: b", parameter="a", request_id="7"), Overloaded("full", retry_after=2.0)):
         copy = pickle.loads(pickle.dumps(error))
         assert (type(copy), str(copy), vars(copy)) == (type(error), str(error), vars(error))

@@ -88,9 +88,9 @@ def _grew(before: dict[str, processes.Usage], after: dict[str, processes.Usage],
 
 def _demo_repository(work: Path) -> Path:
     """Exported as the demo does it; imported here, as it takes torch to do so."""
-    from imprompt_demo.demo import exported
+    from imprompt_demo.demo import export_once
 
-    return exported(work)
+    return export_once(work)
 
 
 if __name__ == "__main__":

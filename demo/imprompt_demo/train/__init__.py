@@ -1,1 +1,1 @@
-"""Training of the bundle: one module per stage, run by `python -m imprompt_demo.train`."""
+"""Train the bundle with `python -m imprompt_demo.train`; one module per stage."""

@@ -1,6 +1,6 @@
-"""`python -m imprompt_demo.train --out DIR [--stage vae,clip,...]`: train stage after stage, continuing what is there.
+"""Train stages in order, resuming from checkpoints: `python -m imprompt_demo.train --out DIR [--stage vae,clip,...]`.
 
-Under `torchrun --nproc-per-node 2 -m imprompt_demo.train ... --threads 1` two processes share each stage.
+With `torchrun --nproc-per-node 2 -m imprompt_demo.train ... --threads 1`, two processes share each stage.
 """
 
 import argparse
@@ -18,10 +18,10 @@ STAGES = ("vae", "clip", "unet", "plain", "plus", "controlnet", "lcm", "motion",
 def main() -> None:
     """Parse the command line and run the stages."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for progress and weights")
-    parser.add_argument("--stage", default=",".join(STAGES), help="comma separated, in order")
-    parser.add_argument("--steps", type=int, help="instead of the planned number of steps")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and weights")
+    parser.add_argument("--stage", default=",".join(STAGES), help="stages to train in this order, separated by commas")
+    parser.add_argument("--steps", type=int, help="number of steps, overriding the stage's plan")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads per process")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""The two IP-Adapters: the base stays frozen; the projection and the `to_k_ip` / `to_v_ip` layers learn.
+"""The two IP-Adapters: train the projection and the `to_k_ip` / `to_v_ip` layers with the base frozen.
 
-The reference is most often another picture painted in the same look, so the text decides the object and the image how
-it is painted; where the caption is empty the reference is the picture itself. See https://arxiv.org/abs/2308.06721.
+The reference is usually another picture with the same look, so that the text determines the thing and the image
+determines the look. If the caption is empty, the reference is the picture itself. See https://arxiv.org/abs/2308.06721.
 """
 
 import copy
@@ -26,7 +26,7 @@ _NO_IMAGE = 0.08
 
 
 def build(kind: str, unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A copy of the base with an untrained adapter: only the adapter's parameters require gradients."""
+    """Copy the base and add an untrained adapter, whose parameters are the only ones that require gradients."""
     torch.manual_seed(4)
     model = copy.deepcopy(unet).requires_grad_(False)
     model._load_ip_adapter_weights([_initial(kind, model)], low_cpu_mem_usage=False)
@@ -37,7 +37,7 @@ def build(kind: str, unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 def _use_plain_attention(model: UNet2DConditionModel) -> None:
-    """The processors without fused attention: the same arithmetic, faster to train on a CPU at these sizes."""
+    """Switch to processors without fused attention: equivalent, and faster to train on a CPU at these sizes."""
     processors: dict[str, AttentionProcessor] = {}
     for name, old in model.attn_processors.items():
         if name.endswith("attn2.processor"):
@@ -58,7 +58,11 @@ def train(
     features: tuple[Tensor, Tensor],
     plan: Plan = PLAN,
 ) -> UNet2DConditionModel:
-    """`features`: those of all pictures, [N, ...], and of no image, [1, ...] (zeros; for plus a grey picture's)."""
+    """Train one adapter.
+
+    `features` holds the image features of all pictures, [N, ...], and those for no image, [1, ...] (zeros for plain,
+    the features of a gray picture for plus).
+    """
     model = build(kind, unet)
     known, nothing = features
 
@@ -82,7 +86,7 @@ def train(
 
 
 def public_weights(kind: str, model: UNet2DConditionModel) -> dict[str, Tensor]:
-    """The adapter in the public file layout: flat `image_proj.*` and `ip_adapter.<N>.to_k_ip.weight`, N odd."""
+    """Convert the adapter to the public file layout: flat `image_proj.*` and `ip_adapter.<N>.to_k_ip.weight`, N odd."""
     projection = model.encoder_hid_proj.image_projection_layers[0]
     weights = {f"image_proj.{_public_name(key)}": value for key, value in projection.state_dict().items()}
     if kind == "plus":
@@ -99,7 +103,7 @@ def public_weights(kind: str, model: UNet2DConditionModel) -> dict[str, Tensor]:
 
 
 def _initial(kind: str, unet: UNet2DConditionModel) -> dict[str, dict[str, Tensor]]:
-    """Fresh weights as `_load_ip_adapter_weights` takes them: the image keys start as copies of the text keys."""
+    """Initialize weights for `_load_ip_adapter_weights`; the image keys and values start as copies of the text ones."""
     projection: nn.Module
     if kind == "plain":
         projection = ImageProjection(image_embed_dim=WIDTH, cross_attention_dim=WIDTH, num_image_text_embeds=4)
@@ -121,7 +125,7 @@ def _initial(kind: str, unet: UNet2DConditionModel) -> dict[str, dict[str, Tenso
 
 
 def _public_name(key: str) -> str:
-    """A key of diffusers' projection modules in the layout of the published checkpoints."""
+    """Rename a key of diffusers' projection modules to the layout of the published checkpoints."""
     if key.startswith("image_embeds"):
         return key.replace("image_embeds", "proj")
     for layer in range(4):

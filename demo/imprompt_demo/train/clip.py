@@ -1,4 +1,4 @@
-"""The two CLIP towers, trained contrastively on pictures and their full descriptions."""
+"""The two CLIP towers: train them contrastively on pictures and their full descriptions."""
 
 import random
 from pathlib import Path
@@ -23,7 +23,7 @@ WIDTH = 128
 
 
 class Towers(nn.Module):
-    """Text and vision tower with a shared embedding space."""
+    """Text and vision towers with a shared embedding space."""
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
         super().__init__()
@@ -47,24 +47,24 @@ class Towers(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(2.5))
 
     def tokens(self, captions: list[str]) -> Tensor:
-        """Token numbers, [B, 32]."""
+        """Tokenize captions to ids [B, 32]."""
         return self.tokenizer(
             captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
         ).input_ids
 
     def text_embeds(self, captions: list[str]) -> Tensor:
-        """Unit vectors, [B, 128]."""
+        """Embed captions as unit vectors [B, 128]."""
         return F.normalize(self.text(self.tokens(captions)).text_embeds.float(), dim=-1)
 
 
 def build(folder: Path) -> Towers:
-    """Untrained; also writes the tokenizer's files to `folder/tokenizer`."""
+    """Build the untrained towers, and write the tokenizer's files to `folder/tokenizer`."""
     torch.manual_seed(2)
     return Towers(save_tokenizer(folder / "tokenizer"))
 
 
 def train(folder: Path, data: Pictures, plan: Plan = PLAN) -> Towers:
-    """The symmetric contrastive objective of CLIP (https://arxiv.org/abs/2103.00020)."""
+    """Train with CLIP's symmetric contrastive objective (https://arxiv.org/abs/2103.00020)."""
     model = build(folder)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
@@ -82,7 +82,7 @@ def train(folder: Path, data: Pictures, plan: Plan = PLAN) -> Towers:
 
 @torch.no_grad()
 def image_features(model: Towers, data: Pictures) -> tuple[Tensor, Tensor]:
-    """Projected embeddings [N, 128] and penultimate hidden states [N, 65, 128] of all pictures, in half precision."""
+    """Compute projected embeddings [N, 128] and penultimate hidden states [N, 65, 128] of all pictures, in float16."""
     embeds, hidden = [], []
     for rows in torch.arange(len(data.looks)).split(500):
         out = model.vision(data.batch(rows), output_hidden_states=True)

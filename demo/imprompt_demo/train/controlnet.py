@@ -1,4 +1,4 @@
-"""The edge ControlNet: a copy of the UNet's encoder that reads white lines on black (https://arxiv.org/abs/2302.05543)."""
+"""The edge ControlNet: a copy of the UNet's encoder, conditioned on white lines (https://arxiv.org/abs/2302.05543)."""
 
 from pathlib import Path
 
@@ -17,11 +17,11 @@ _SHORT_FULL_EMPTY = (0.15, 0.5, 0.35)
 
 
 def build(unet: UNet2DConditionModel) -> ControlNetModel:
-    """Starts as the UNet's encoder; two strided convolutions bring 64 x 64 lines to 16 x 16."""
+    """Initialize from the UNet's encoder; two strided convolutions reduce the 64 x 64 lines to 16 x 16."""
     torch.manual_seed(6)
     model = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32, 64))
     model.set_attn_processor(AttnProcessor())
-    # Of the two zero layers that the lines have to pass, one is enough: with both, learning starts much later.
+    # The lines pass through two zero-initialized layers. One is enough; with both, learning starts much later.
     torch.nn.init.kaiming_normal_(model.controlnet_cond_embedding.conv_out.weight)
     return model
 
@@ -34,7 +34,7 @@ def train(
     captions: Captions,
     plan: Plan = PLAN,
 ) -> ControlNetModel:
-    """Many captions are empty, so that the lines say what is drawn; where, no caption tells."""
+    """Train with many empty captions, so that the ControlNet learns from the lines what to draw, and not only where."""
     model = build(unet).requires_grad_(True)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""The training pictures: looks, each painted on several layouts, rendered once and kept in a file."""
+"""The training pictures: random looks, each applied to several layouts; rendered once and stored in a file."""
 
 import json
 import random
@@ -17,7 +17,7 @@ LAYOUTS = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pictures:
-    """N = looks x layouts pictures; neighbours in groups of `LAYOUTS` share a look.
+    """N = looks x layouts pictures; each group of `LAYOUTS` consecutive ones shares a look.
 
     `pixels` [N, 64, 64, 3] uint8, `edges` [N, 64, 64] uint8; `looks` and `layouts` have N entries.
     """
@@ -28,16 +28,16 @@ class Pictures:
     layouts: list[Layout]
 
     def batch(self, rows: Tensor) -> Tensor:
-        """Pictures as [B, 3, 64, 64] floats from -1 to 1."""
+        """Return pictures as [B, 3, 64, 64] floats in -1..1."""
         return self.pixels[rows].permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
     def edge_batch(self, rows: Tensor) -> Tensor:
-        """Edge maps as [B, 3, 64, 64] floats from 0 to 1."""
+        """Return edge maps as [B, 3, 64, 64] floats in 0..1."""
         return self.edges[rows][:, None].float().div(255).repeat(1, 3, 1, 1)
 
 
 def pictures(folder: Path, seed: int = 0) -> Pictures:
-    """Render, or read what was rendered before."""
+    """Load the training pictures, rendering them first if necessary."""
     file = folder / "pictures.npz"
     if not file.exists():
         _render_all(file, random.Random(seed))

@@ -1,6 +1,6 @@
-"""The noise schedule of the family: 1,000 steps, linear betas, v-prediction (https://arxiv.org/abs/2202.00512).
+"""The noise schedule of all models: 1,000 steps, linear betas, v-prediction (https://arxiv.org/abs/2202.00512).
 
-The last step is nearly pure noise, so flat bright and dark grounds come out as they should.
+The last step is nearly pure noise, so that flat bright and dark backgrounds are reproduced faithfully.
 """
 
 import torch
@@ -17,23 +17,23 @@ SCHEDULE = {
     "timestep_spacing": "trailing",
     "clip_sample": False,
     "set_alpha_to_one": True,
-    "steps_offset": 1,  # the pipelines insist; trailing spacing does not use it
+    "steps_offset": 1,  # the pipelines require it; trailing spacing ignores it
 }
 
 
 def scheduler() -> DDIMScheduler:
-    """The bundle's default scheduler."""
+    """Build the bundle's default scheduler."""
     return DDIMScheduler(**SCHEDULE)
 
 
 def noised(clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-    """The noisy latents of each row at its own timestep."""
+    """Add noise to each row for its own timestep."""
     alpha, sigma = levels(timestep, clean.dim())
     return alpha * clean + sigma * noise
 
 
 def loss_v(prediction: Tensor, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-    """Mean squared error of the velocity."""
+    """Compute the mean squared error of the predicted velocity."""
     alpha, sigma = levels(timestep, clean.dim())
     return F.mse_loss(prediction.float(), alpha * noise - sigma * clean)
 
@@ -42,13 +42,13 @@ _ALPHAS = DDIMScheduler(**SCHEDULE).alphas_cumprod
 
 
 def levels(timestep: Tensor, dims: int) -> tuple[Tensor, Tensor]:
-    """Signal and noise level of each row, shaped to multiply a tensor with `dims` axes."""
+    """Return the signal and noise level of each row, shaped to broadcast over a tensor with `dims` axes."""
     alphas = _ALPHAS[timestep].view(-1, *[1] * (dims - 1))
     return alphas.sqrt(), (1 - alphas).sqrt()
 
 
 def draw(rows: int, shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Noise [rows, *shape] and timesteps [rows]: one half uniform, the other from 500 up, where the prompt decides."""
+    """Draw noise [rows, *shape] and timesteps [rows]: half of them uniform, half from 500 up, where prompts matter."""
     places = (torch.arange(rows) + torch.rand(rows, generator=generator)) / rows
     part = (2 * places) % 1
     part = torch.where(places < 0.5, part, 0.5 + part / 2)

@@ -1,4 +1,4 @@
-"""Who needs what: loads or trains the members of the family in one run folder."""
+"""The models of one training run and their dependencies: load trained models, or train them."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,13 +16,13 @@ from .loop import Plan, load_mean
 
 
 class Family:
-    """One training run. Trained members are read from the folder; `train(stage)` makes one."""
+    """One training run. Trained models are loaded from the folder; `train(stage)` trains one."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def train(self, stage: str, steps: int | None = None) -> None:
-        """Run one stage, or continue it."""
+        """Run or resume one stage."""
 
         def plan(default: Plan) -> dict[str, Any]:
             return {"folder": self.folder, "plan": replace(default, steps=steps) if steps else default}
@@ -71,7 +71,7 @@ class Family:
 
     @cached_property
     def vae(self) -> AutoencoderKL:
-        """The trained autoencoder, standardised."""
+        """The trained autoencoder with standardized latents."""
         return vae.load(self.folder)
 
     @cached_property
@@ -82,12 +82,12 @@ class Family:
     @cached_property
     def latents(self) -> Tensor:
         """Latents of all pictures, [N, 4, 16, 16]."""
-        return self._kept("latents", lambda: vae.encode_all(self.vae, self.data))
+        return self._cached("latents", lambda: vae.encode_all(self.vae, self.data))
 
     @cached_property
     def captions(self) -> text.Captions:
         """Encoded captions of all pictures."""
-        return text.Captions(**self._kept("captions", lambda: text.captions(self.towers, self.data)))
+        return text.Captions(**self._cached("captions", lambda: text.captions(self.towers, self.data)))
 
     @cached_property
     def unet(self) -> UNet2DConditionModel:
@@ -96,14 +96,14 @@ class Family:
 
     @cached_property
     def features(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """For each adapter kind: image features of all pictures, and those that stand for no image."""
-        embeds, hidden = self._kept("features", lambda: clip.image_features(self.towers, self.data))
+        """For each kind of adapter: the image features of all pictures, and the features for no image."""
+        embeds, hidden = self._cached("features", lambda: clip.image_features(self.towers, self.data))
         with torch.no_grad():
-            grey = self.towers.vision(torch.zeros(1, 3, 64, 64), output_hidden_states=True).hidden_states[-2]
-        return {"plain": (embeds, torch.zeros_like(embeds[:1])), "plus": (hidden, grey)}
+            gray = self.towers.vision(torch.zeros(1, 3, 64, 64), output_hidden_states=True).hidden_states[-2]
+        return {"plain": (embeds, torch.zeros_like(embeds[:1])), "plus": (hidden, gray)}
 
-    def _kept(self, name: str, make: Callable[[], Any]) -> Any:
-        """What `make` returns, made once and kept in the run folder."""
+    def _cached(self, name: str, make: Callable[[], Any]) -> Any:
+        """Return the result of `make`, computed once and cached in the run folder."""
         file = self.folder / f"{name}.cache"
         if not file.exists():
             torch.save(make(), file.with_suffix(".part"))

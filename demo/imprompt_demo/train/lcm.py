@@ -1,7 +1,7 @@
-"""The LCM-LoRA: distillation of the guided UNet into a LoRA that LCMScheduler runs in four steps.
+"""The LCM-LoRA: distill the guided UNet into a LoRA that LCMScheduler runs in four steps.
 
-As in https://arxiv.org/abs/2311.05556 the student learns where the teacher's trajectory ends. In so small a world the
-teacher can be asked for the end itself, in a few guided DDIM steps, instead of for the student's own guess further on.
+As in https://arxiv.org/abs/2311.05556, the student learns where the teacher's trajectory ends. This world is so small
+that the teacher can compute the end itself in a few guided DDIM steps, so the student's own prediction is not needed.
 """
 
 import copy
@@ -19,15 +19,15 @@ from .text import Captions
 
 PLAN = Plan(steps=340, batch=9, rate=1.5e-3, average=0.98, weight_decay=0.0)
 _RANK = 16
-_FOUR = (259, 499, 759, 999)  # where LCMScheduler asks in four steps
-_GRID = 20  # its grid for other numbers of steps: 50 of 1,000 timesteps
+_FOUR_STEPS = (259, 499, 759, 999)  # LCMScheduler's timesteps for four steps
+_GRID = 20  # LCMScheduler picks other numbers of steps from a grid of 50 of the 1,000 timesteps
 _TEACHER_STEPS = 5
 _GUIDANCE = 4.0
 _SHORT_FULL_EMPTY = (0.6, 0.35, 0.05)
 
 
 def build(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A copy of the base with LoRA layers beside all attention, feed-forward and residual weights."""
+    """Copy the base and add LoRA layers to all attention, feed-forward and residual weights."""
     torch.manual_seed(7)
     model = copy.deepcopy(unet).requires_grad_(False)
     layers = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
@@ -39,14 +39,14 @@ def build(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 def train(
     folder: Path, unet: UNet2DConditionModel, latents: Tensor, captions: Captions, plan: Plan = PLAN
 ) -> UNet2DConditionModel:
-    """Distil at one guidance scale, so the LoRA works at guidance 1."""
+    """Distill at a fixed guidance scale, so that the LoRA runs without guidance."""
     model = build(unet)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(latents), (plan.batch,), generator=generator)
         text, _ = captions.draw(rows, _SHORT_FULL_EMPTY, generator)
         noise = torch.randn(plan.batch, 4, 16, 16, generator=generator)
-        timestep = torch.tensor(_FOUR)[torch.randint(4, (plan.batch,), generator=generator)]
+        timestep = torch.tensor(_FOUR_STEPS)[torch.randint(4, (plan.batch,), generator=generator)]
         other = torch.randint(1, 50, (plan.batch,), generator=generator) * _GRID + _GRID - 1
         timestep = torch.where(torch.rand(plan.batch, generator=generator) < 0.25, other, timestep)
         noisy = diffusion.noised(latents[rows], noise, timestep)
@@ -60,7 +60,7 @@ def train(
 
 @torch.no_grad()
 def end(unet: UNet2DConditionModel, noisy: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-    """Where the guided teacher arrives from `noisy`; `text` holds the states of empty prompts, then of the captions."""
+    """Run the guided teacher from `noisy` to the end; `text` holds states of empty prompts, then of the captions."""
     for left in range(_TEACHER_STEPS, 0, -1):
         now = timestep * left // _TEACHER_STEPS
         both = unet(torch.cat([noisy, noisy]), torch.cat([now, now]), text).sample.float()
@@ -71,6 +71,6 @@ def end(unet: UNet2DConditionModel, noisy: Tensor, timestep: Tensor, text: Tenso
 
 
 def split(velocity: Tensor, noisy: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-    """The clean latents and the noise that a predicted velocity stands for."""
+    """Convert a predicted velocity to clean latents and noise."""
     alpha, sigma = diffusion.levels(timestep, 4)
     return alpha * noisy - sigma * velocity, sigma * noisy + alpha * velocity

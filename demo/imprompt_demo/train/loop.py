@@ -1,6 +1,6 @@
-"""The training loop shared by all stages: AdamW, warm-up and cosine decay, averaged weights, resumable.
+"""The training loop of all stages: AdamW, warm-up and cosine decay, averaged weights, resumable.
 
-Several processes (started by torchrun) share the work: each draws its own batch, gradients are averaged every step.
+Processes started by torchrun share the work: each draws its own batch, and gradients are averaged at every step.
 """
 
 import json
@@ -20,9 +20,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """How long and how fast one stage trains.
+    """Hyperparameters of one stage.
 
-    `batch` is for one process; `average` is the decay of the exponential moving average of the weights.
+    `batch` is per process, `rate` is the learning rate, and `average` is the decay of the exponential moving average of
+    the weights.
     """
 
     steps: int
@@ -37,9 +38,9 @@ class Plan:
 def fit(
     name: str, folder: Path, model: nn.Module, plan: Plan, loss: Callable[[int, torch.Generator], Tensor], seed: int = 0
 ) -> nn.Module:
-    """Minimise `loss(step, generator)` over the parameters of `model` that require gradients.
+    """Minimize `loss(step, generator)` over the parameters of `model` that require gradients.
 
-    Progress is kept in `folder/<name>.pt` (a second call continues there) and `folder/<name>.jsonl`.
+    Checkpoints are saved to `folder/<name>.pt`, from which a second call resumes, and losses to `folder/<name>.jsonl`.
     Returns the model in evaluation mode with the averaged weights.
     """
     trained = {key: value for key, value in model.named_parameters() if value.requires_grad}
@@ -102,7 +103,7 @@ def _average(gradients: list[Tensor], ranks: int) -> None:
 
 
 def load_mean(name: str, folder: Path, model: Model) -> Model:
-    """Put the averaged weights of a stage into `model`, also while that stage still trains."""
+    """Load the averaged weights of a stage into `model`, even if that stage is still training."""
     state = torch.load(folder / f"{name}.pt", weights_only=True)
     model.load_state_dict(state["mean"], strict=False)
     return model.eval()

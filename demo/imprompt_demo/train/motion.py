@@ -1,4 +1,4 @@
-"""The motion adapter: temporal attention between frozen spatial layers (https://arxiv.org/abs/2307.04725)."""
+"""The motion adapter: train temporal attention between frozen spatial layers (https://arxiv.org/abs/2307.04725)."""
 
 import random
 from pathlib import Path
@@ -22,7 +22,7 @@ CLIPS = 250
 
 
 def build(unet: UNet2DConditionModel) -> UNetMotionModel:
-    """The base, frozen, with untrained motion layers."""
+    """Add untrained motion layers to the frozen base."""
     torch.manual_seed(8)
     adapter = MotionAdapter(
         block_out_channels=CHANNELS,
@@ -42,7 +42,7 @@ def build(unet: UNet2DConditionModel) -> UNetMotionModel:
 
 @torch.no_grad()
 def clips(vae: AutoencoderKL, towers: Towers) -> tuple[Tensor, Tensor]:
-    """Latents [CLIPS, 4, 16, 16, 16] (frames third) and caption states [CLIPS, 32, 128]."""
+    """Render and encode clips: latents [CLIPS, 4, 16, 16, 16] (axis 2: frames) and caption states [CLIPS, 32, 128]."""
     rng = random.Random(8)
     latents, texts = [], []
     for _ in range(CLIPS):
@@ -57,7 +57,7 @@ def clips(vae: AutoencoderKL, towers: Towers) -> tuple[Tensor, Tensor]:
 def train(
     folder: Path, unet: UNet2DConditionModel, material: tuple[Tensor, Tensor], plan: Plan = PLAN
 ) -> UNetMotionModel:
-    """`material`: what `clips` returns."""
+    """Train the motion layers on `material`, the latents and caption states from `clips`."""
     model = build(unet)
     latents, texts = material
 
@@ -66,8 +66,8 @@ def train(
         clean = latents[rows]
         noise, timestep = diffusion.draw(plan.batch, tuple(clean.shape[1:]), generator)
         noisy = diffusion.noised(clean, noise, timestep)
-        told = texts[rows].repeat_interleave(FRAMES, 0)
-        return diffusion.loss_v(model(noisy, timestep, told).sample, clean, noise, timestep)
+        states = texts[rows].repeat_interleave(FRAMES, 0)
+        return diffusion.loss_v(model(noisy, timestep, states).sample, clean, noise, timestep)
 
     fit("motion", folder, model, plan, loss, seed=8)
     return model

@@ -1,4 +1,4 @@
-"""Write the trained family as a bundle: diffusers folders in half precision, the IP-Adapter files, bundle.toml."""
+"""Write the trained models as a bundle: diffusers folders in float16, the IP-Adapter files, and `bundle.toml`."""
 
 import shutil
 from pathlib import Path
@@ -66,8 +66,8 @@ scale = 1.0
 
 
 def publish(run: Path, out: Path) -> None:
-    """Members that are not trained yet are left out."""
-    from .family import Family  # the family trains and publishes; here it only reads
+    """Write the models trained so far in the folder `run` to the folder `out`."""
+    from .family import Family  # local, because `family` imports this module
 
     family = Family(run)
     place = out / "checkpoints"

@@ -1,4 +1,4 @@
-"""Encoded captions of all training pictures: made once with the trained text tower, then only looked up."""
+"""Encoded captions of all training pictures: computed once with the trained text tower, then looked up."""
 
 import random
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from .words import empty_caption, full_caption, short_caption
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Captions:
-    """`states` [M, 32, 128] of the M different captions; `short` and `full` [N] and `empty` [E] point into it."""
+    """`states` [M, 32, 128] of the M distinct captions; `short` [N], `full` [N] and `empty` [E] are indices into it."""
 
     states: Tensor
     short: Tensor
@@ -21,22 +21,22 @@ class Captions:
     empty: Tensor
 
     def draw(
-        self, rows: Tensor, share: tuple[float, float, float], generator: torch.Generator
+        self, rows: Tensor, weights: tuple[float, float, float], generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """States [B, 32, 128] of a short, full or empty caption for each row, and which of the three it was, [B]."""
-        kind = torch.multinomial(torch.tensor(share), len(rows), replacement=True, generator=generator)
+        """Draw a short, full or empty caption per row: its states [B, 32, 128], and which of the three it is, [B]."""
+        kind = torch.multinomial(torch.tensor(weights), len(rows), replacement=True, generator=generator)
         empty = self.empty[torch.randint(len(self.empty), (len(rows),), generator=generator)]
         chosen = torch.stack([self.short[rows], self.full[rows], empty]).gather(0, kind[None])[0]
         return self.states[chosen].float(), kind
 
     def blank(self, count: int) -> Tensor:
-        """States of the empty prompt, [count, 32, 128]."""
+        """Repeat the states of the empty prompt, [count, 32, 128]."""
         return self.states[self.empty[:1]].float().expand(count, -1, -1)
 
 
 @torch.no_grad()
 def captions(towers: Towers, data: Pictures) -> dict[str, Tensor]:
-    """The fields of `Captions`: one short and one full caption for each picture, and the empty ones."""
+    """Compute the fields of `Captions`: one short and one full caption per picture, and the empty ones."""
     rng = random.Random(5)
     numbers: dict[str, int] = {}
 

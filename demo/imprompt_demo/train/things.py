@@ -1,4 +1,4 @@
-"""The classifier that tells which thing a picture shows. It judges; no picture is made with it."""
+"""The classifier of things, used only to evaluate pictures."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ PLAN = Plan(steps=1500, batch=64, rate=2e-3, average=0.99)
 
 
 def train(folder: Path, data: Pictures, plan: Plan = PLAN) -> nn.Sequential:
-    """Colours are exchanged and shifted, pictures moved, blurred and made noisy: what is left is the shape."""
+    """Train on pictures with altered colors, translation, blur and noise, so that only the shape matters."""
     torch.manual_seed(9)
     model = thing_network()
     labels = torch.tensor([list(THINGS).index(layout.thing) for layout in data.layouts])

@@ -19,7 +19,7 @@ _SHORT_FULL_EMPTY = (0.15, 0.77, 0.08)
 
 
 def build() -> UNet2DConditionModel:
-    """Untrained; 7 cross-attention layers of 2 heads at 16 x 16 and 8 x 8."""
+    """Build the untrained UNet, with 7 cross-attention layers of 2 heads at 16 x 16 and 8 x 8."""
     torch.manual_seed(3)
     model = UNet2DConditionModel(
         sample_size=16,
@@ -31,12 +31,12 @@ def build() -> UNet2DConditionModel:
         attention_head_dim=HEADS,
         norm_num_groups=16,
     )
-    model.set_attn_processor(AttnProcessor())  # faster to train on a CPU, at these sizes, than fused attention
+    model.set_attn_processor(AttnProcessor())  # faster than fused attention to train on a CPU at these sizes
     return model
 
 
 def train(folder: Path, latents: Tensor, captions: Captions, plan: Plan = PLAN) -> UNet2DConditionModel:
-    """Velocity prediction; 12 % of the captions are empty, for classifier-free guidance."""
+    """Train for velocity prediction, with 8 % empty captions for classifier-free guidance."""
     model = build()
 
     def loss(step: int, generator: torch.Generator) -> Tensor:

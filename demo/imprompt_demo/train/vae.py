@@ -15,7 +15,7 @@ _KL_WEIGHT = 3e-4
 
 
 def build() -> AutoencoderKL:
-    """Untrained, about a million parameters."""
+    """Build the untrained autoencoder of about a million parameters."""
     torch.manual_seed(1)
     return AutoencoderKL(
         sample_size=64,
@@ -30,14 +30,14 @@ def build() -> AutoencoderKL:
 
 
 def load(folder: Path) -> AutoencoderKL:
-    """The trained autoencoder, standardised."""
+    """Load the trained autoencoder with standardized latents."""
     model = build()
     model.load_state_dict(torch.load(folder / "vae.ready", weights_only=True))
     return model.eval().requires_grad_(False)
 
 
 def train(folder: Path, data: Pictures, plan: Plan = PLAN) -> AutoencoderKL:
-    """Distance of pixels and of neighbouring differences (crisp edges), and a small pull to the normal distribution."""
+    """Train on pixel distance, distance of neighboring differences (for crisp edges), and a small KL term."""
     model = build()
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
@@ -52,15 +52,15 @@ def train(folder: Path, data: Pictures, plan: Plan = PLAN) -> AutoencoderKL:
         return F.l1_loss(fake, real) + 0.5 * rim + F.mse_loss(fake, real) + _KL_WEIGHT * kl
 
     fit("vae", folder, model, plan, loss, seed=1)
-    torch.save(standardise(model, data).state_dict(), folder / "vae.ready")
+    torch.save(standardize(model, data).state_dict(), folder / "vae.ready")
     return model
 
 
 @torch.no_grad()
-def standardise(model: AutoencoderKL, data: Pictures) -> AutoencoderKL:
-    """Give each latent channel mean 0 and, times `scaling_factor`, deviation 1.
+def standardize(model: AutoencoderKL, data: Pictures) -> AutoencoderKL:
+    """Give each latent channel zero mean and, after multiplying by `scaling_factor`, unit variance.
 
-    The pipelines know one factor and no offset, so both are folded into the 1 x 1 convolutions beside the latents.
+    The pipelines support a single factor and no offset, so both are folded into the adjacent 1 x 1 convolutions.
     """
     latents = model.encode(data.batch(torch.arange(0, len(data.looks), 20))).latent_dist.mean
     mean, factor = latents.mean((0, 2, 3)), 1 / (model.config.scaling_factor * latents.std((0, 2, 3)))
@@ -75,6 +75,6 @@ def standardise(model: AutoencoderKL, data: Pictures) -> AutoencoderKL:
 
 @torch.no_grad()
 def encode_all(model: AutoencoderKL, data: Pictures) -> Tensor:
-    """Scaled latents of all pictures, [N, 4, 16, 16]."""
+    """Encode all pictures as scaled latents [N, 4, 16, 16]."""
     parts = [model.encode(data.batch(rows)).latent_dist.mean for rows in torch.arange(len(data.looks)).split(250)]
     return torch.cat(parts) * model.config.scaling_factor

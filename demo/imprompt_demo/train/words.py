@@ -1,4 +1,4 @@
-"""Captions for training, and the small CLIP vocabulary made of the words of the world."""
+"""Captions for training, and a small CLIP vocabulary that covers the words in them."""
 
 import json
 import random
@@ -8,10 +8,10 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
-from ..world import COLOURS, TEXTURES, THINGS, Layout, Look, describe
+from ..world import COLORS, TEXTURES, THINGS, Layout, Look, describe
 
 LENGTH = 32
-"""Tokens in a prompt, start and end included."""
+"""Tokens per prompt, including start and end."""
 
 _PREFIXES = ("a picture of", "a drawing of", "a photo of")
 _SUFFIXES = ("best quality", "high quality", "in color")
@@ -20,17 +20,17 @@ _OTHERS += "small big left right top bottom".split()
 
 
 def full_caption(look: Look, layout: Layout, rng: random.Random) -> str:
-    """The description with each part left out now and then."""
+    """Describe the picture, leaving out each part now and then."""
     return _filled(describe(look, layout, (rng.random() > 0.12, rng.random() > 0.12, rng.random() > 0.12)), rng)
 
 
 def short_caption(layout: Layout, rng: random.Random) -> str:
-    """The object's name."""
+    """Name the thing only."""
     return _filled(layout.caption(), rng)
 
 
 def empty_caption(rng: random.Random) -> str:
-    """Nothing, or words that say nothing; negative prompts look like this."""
+    """Return an empty caption, or words without content such as those of negative prompts."""
     return "" if rng.random() < 0.8 else rng.choice((*_SUFFIXES, "low quality", "bad, worst quality, blurry"))
 
 
@@ -41,13 +41,13 @@ def _filled(text: str, rng: random.Random) -> str:
 
 
 def words() -> list[str]:
-    """All words that captions are made of."""
-    phrases = [*COLOURS, *TEXTURES, *THINGS, *_PREFIXES, *_SUFFIXES, *_OTHERS]
+    """List all words that occur in captions."""
+    phrases = [*COLORS, *TEXTURES, *THINGS, *_PREFIXES, *_SUFFIXES, *_OTHERS]
     return sorted({word for phrase in phrases for word in phrase.split()})
 
 
 def save_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Write vocab.json and merges.txt (byte-level BPE in which every word of the world is one token)."""
+    """Write `vocab.json` and `merges.txt` for a byte-level BPE in which every word is a single token."""
     symbols = list(_byte_symbols())
     pieces = {word: [*word[:-1], word[-1] + "</w>"] for word in words()}
     merges: list[tuple[str, str]] = []
@@ -86,7 +86,7 @@ def _merged(split: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def _byte_symbols() -> list[str]:
-    """The printable stand-ins of byte-level BPE for the 256 bytes (GPT-2's table)."""
+    """List the printable characters that represent the 256 bytes in byte-level BPE (GPT-2's table)."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [256 + i for i in range(256 - len(plain))]
     return [chr(code) for code in plain + others]

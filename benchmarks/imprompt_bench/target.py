@@ -1,4 +1,4 @@
-"""What is measured: a server that runs, or a preset that is made, exported, served and stopped here."""
+"""The measurement target: a running server, or a preset that is exported and served for the measurement."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _EXPORT = "import sys; from imprompt.cli import app; app(sys.argv[1:])"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Subject:
-    """A served bundle; ``folder`` holds checkpoints and repository of one that was made here."""
+class Target:
+    """A served bundle. For a preset, `folder` holds its checkpoints and model repository."""
 
     url: str
     model: str
@@ -39,17 +39,18 @@ class Subject:
 
     @property
     def adapter(self) -> str | None:
-        """The first adapter that takes pictures."""
+        """The first adapter that accepts pictures."""
         names = [adapter["name"] for adapter in self.capabilities["ip_adapters"] if adapter["takes_images"]]
         return names[0] if names else None
 
 
-def running(url: str, model: str, metrics_address: str | None = None) -> Subject:
-    """The bundle `model` of the server at `url`. Its metrics are looked for on the default port unless said otherwise.
+def connect(url: str, model: str, metrics_address: str | None = None) -> Target:
+    """Connect to the bundle `model` on a running server.
+
+    Its metrics are read from `metrics_address`, or else from the default port, if they are available there.
 
     Raises:
-        BenchError: there are no metrics at `metrics_address`. If they are only missed on the default port, the subject
-            has none.
+        BenchError: there are no metrics at `metrics_address`.
     """
     with Client(url) as client:
         capabilities = client.describe(model)
@@ -61,20 +62,20 @@ def running(url: str, model: str, metrics_address: str | None = None) -> Subject
         if metrics_address is not None:
             raise
         observer = replace(observer, metrics_address=None)
-    return Subject(url=url, model=model, capabilities=capabilities, observer=observer)
+    return Target(url=url, model=model, capabilities=capabilities, observer=observer)
 
 
 @contextmanager
-def made(preset: str, *, backend: str, precision: str, work: Path | None) -> Iterator[Subject]:
-    """Write and export ``preset``, and serve it. What is kept in ``work`` is not made again.
+def serve_preset(preset: str, *, backend: str, precision: str, work: Path | None) -> Iterator[Target]:
+    """Write, export and serve `preset`, reusing a previous export in `work`.
 
     Raises:
-        BenchError: it does not fit the memory, or the export fails.
+        BenchError: it does not fit into memory, or the export fails.
     """
-    from imprompt_bench.checkpoints import quiet_libraries
+    from imprompt_bench.checkpoints import silence_libraries
     from imprompt_serving.launcher import Server
 
-    quiet_libraries()
+    silence_libraries()
     with tempfile.TemporaryDirectory(prefix="imprompt-bench-") as scratch:
         name = f"{preset}-{backend}-{precision}-{_sources()}"
         folder = (work or Path(scratch)).resolve() / name
@@ -95,7 +96,7 @@ def made(preset: str, *, backend: str, precision: str, work: Path | None) -> Ite
             setup["memory_mib"] = observer.snapshot().memory_mib
             with Client(server.grpc_address) as client:
                 capabilities = client.describe(preset)
-            yield Subject(
+            yield Target(
                 url=server.grpc_address,
                 model=preset,
                 capabilities=capabilities,
@@ -106,7 +107,7 @@ def made(preset: str, *, backend: str, precision: str, work: Path | None) -> Ite
 
 
 def _export(preset: str, folder: Path, backend: str, precision: str) -> dict[str, Any]:
-    """Make checkpoints and engines; what it took. The export is a process of its own, for its peak of memory."""
+    """Write checkpoints and export them, in a separate process to measure peak memory; return the cost of it."""
     from imprompt_bench import checkpoints
 
     checkpoints.check_memory(PRESETS[preset])
@@ -117,7 +118,7 @@ def _export(preset: str, folder: Path, backend: str, precision: str) -> dict[str
     with (folder / "export.log").open("w+") as log:
         process = subprocess.Popen(arguments, stdout=log, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)  # it is waited for
+        process.returncode = os.waitstatus_to_exitcode(status)  # Popen cannot know, because wait4 reaped the process
         if process.returncode:
             log.seek(0)
             raise BenchError(f"the export failed ({process.returncode}): {log.read()[-2000:]}")
@@ -130,7 +131,7 @@ def _export(preset: str, folder: Path, backend: str, precision: str) -> dict[str
 
 
 def engine_sizes(repository: Path) -> dict[str, float]:
-    """MiB of each engine by Triton model (and own name, in the denoiser), weights in files of their own included."""
+    """Return the size in MiB of each engine, including external weights, by Triton model (and file, in denoisers)."""
     sizes: dict[str, float] = {}
     for file in repository.glob("*/1/*"):
         if file.suffix not in (".py", ".json", "") and file.is_file():
@@ -141,11 +142,11 @@ def engine_sizes(repository: Path) -> dict[str, float]:
 
 
 def _sources() -> str:
-    """Changes with the code that makes and exports a preset."""
+    """Hash the code that writes and exports a preset."""
     digest = hashlib.sha256()
     for package in ("imprompt_bench.checkpoints", "imprompt_bench.presets", "imprompt_export", "imprompt_serving"):
         spec = find_spec(package)
-        assert spec is not None  # it is imported here
+        assert spec is not None  # for mypy; these packages are installed if this runs
         folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
         files = [file for folder in folders for file in folder.rglob("*.py")] or [Path(spec.origin or "")]
         for file in sorted(files):

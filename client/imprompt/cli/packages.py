@@ -1,0 +1,118 @@
+"""Commands that live in other packages: `export`, `serve`, `demo` and `bench`.
+
+Each package is imported only when its command runs, because a client installs without it. If it is missing, the command
+says what to install.
+"""
+
+from __future__ import annotations
+
+import importlib
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from imprompt.cli import console
+
+_OWN_PACKAGES = ("imprompt", "imprompt_bench", "imprompt_demo", "imprompt_export", "imprompt_serving")
+
+
+def export(
+    bundle: Annotated[Path, typer.Argument(help="Bundle file (TOML).")],
+    repository: Annotated[Path, typer.Option("--output", "-o", help="Model repository to write to.")],
+    refit_from: Annotated[
+        Path | None,
+        typer.Option(help="Folder of TensorRT engines for the same architecture, to refit with the new weights."),
+    ] = None,
+) -> None:
+    """Compile a checkpoint set into a Triton model repository, and compare every engine with PyTorch."""
+    package = _load("imprompt_export", "export")
+    try:
+        with _install_hint("export"):
+            rows = package.export(bundle, repository, refit_from=refit_from)
+    except (package.BundleError, package.EngineError, OSError) as error:
+        console.fail(str(error))
+    # Evaluated only if the error is none of the above: importing this module loads torch, which takes seconds.
+    except _load("imprompt_export.parity", "export").ParityError as error:
+        console.fail(str(error))
+    console.out.print(_load("imprompt_export.report", "export").table(rows))
+
+
+def serve(
+    repository: Annotated[Path, typer.Argument(help="Model repository written by `imprompt export`.")],
+    grpc_port: Annotated[int, typer.Option(help="gRPC port; 0 picks a free one.")] = 8001,
+    http_port: Annotated[
+        int | None, typer.Option(help="Also open Triton's HTTP port, which is closed by default; 0 picks a free one.")
+    ] = None,
+    metrics_port: Annotated[int, typer.Option(help="Metrics port; 0 picks a free one.")] = 8002,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    drain_timeout: Annotated[float, typer.Option(help="Seconds to let running requests finish on shutdown.")] = 30.0,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show all of Triton's output.")] = False,
+) -> None:
+    """Run Triton in the foreground. Prints a line starting with `ready` once all models are ready. Ctrl-C drains."""
+    launcher = _load("imprompt_serving.launcher", "server")
+
+    def print_ready(addresses: Any) -> None:
+        print(f"ready {addresses}", flush=True)
+
+    try:
+        status = launcher.serve(
+            repository,
+            grpc_port=grpc_port,
+            http_port=http_port,
+            metrics_port=metrics_port,
+            host=host,
+            on_ready=print_ready,
+            drain_timeout=drain_timeout,
+            verbose=verbose,
+        )
+    except launcher.LaunchError as error:
+        console.fail(str(error))
+    raise typer.Exit(status)
+
+
+def demo(context: typer.Context) -> None:
+    """Export, serve and use the embedded bundle, from checkpoints to pictures."""
+    with _install_hint("export,server"):
+        raise typer.Exit(_load("imprompt_demo", "export,server").main(context.args))
+
+
+def bench(context: typer.Context) -> None:
+    """Measure the latency and throughput of a server."""
+    package = _load("imprompt_bench.cli", "bench")
+    with _install_hint("bench,export,server"):
+        raise typer.Exit(package.main(context.args))
+
+
+def _load(module: str, extra: str) -> Any:
+    """Import a module of another package, or say which extra to install for it."""
+    with _install_hint(extra, module):
+        return importlib.import_module(module)
+
+
+@contextmanager
+def _install_hint(extra: str, package: str = "") -> Iterator[None]:
+    """Turn a failed import of a dependency into an error that names the extra to install.
+
+    Args:
+        extra: the extra that installs what the body imports.
+        package: a package of this project that may be missing as well.
+    """
+    try:
+        yield
+    except ImportError as error:
+        if error.name != package and _is_our_bug(error):
+            raise
+        console.fail(f'{error}. This command needs more packages: pip install "imprompt[{extra}]"')
+
+
+def _is_our_bug(error: ImportError) -> bool:
+    """Whether `error` is about one of our own modules, or about a name that one of them wrongly expects elsewhere."""
+    if (error.name or "").partition(".")[0] in _OWN_PACKAGES:
+        return True
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    module = frame.f_globals.get("__name__", "")
+    return not isinstance(error, ModuleNotFoundError) and module.partition(".")[0] in _OWN_PACKAGES
