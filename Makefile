@@ -7,7 +7,7 @@ PYTHONS := $(or $(PYTHON),python3.11 python3.12 python3 python)
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable
 PACKAGING := pyproject.toml demo/pyproject.toml constraints.txt
 
-.PHONY: demo test check bench fuzz clean
+.PHONY: demo test check docs bench fuzz clean
 
 demo: $(VENV)/.installed  ## export a small bundle, serve it, and make imprompt-demo.png
 	$(BIN)/imprompt demo
@@ -20,14 +20,17 @@ check: $(VENV)/.installed-dev  ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed-docs  ## the documentation as a site with search; fails on broken links
+	$(BIN)/zensical build --clean --strict
+
 bench: $(VENV)/.installed-dev  ## latency and throughput; options in BENCH="..."
 	$(BIN)/imprompt bench $(BENCH)
 
 fuzz: $(VENV)/.installed-dev  ## 10,000 hostile requests, 3,000 refusals and 1,000 cancels; options in FUZZ="--seed 1"
 	PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ)
 
-clean:  ## remove the virtual environment and what the demo made
-	rm -rf $(VENV) .demo
+clean:  ## remove the virtual environment, and what the demo and `make docs` made
+	rm -rf $(VENV) .demo .cache site
 
 $(VENV)/pyvenv.cfg: | tools/suitable_python.py
 	@for python in $(PYTHONS); do \
@@ -46,3 +49,7 @@ $(VENV)/.installed: $(PACKAGING) | $(VENV)/pyvenv.cfg
 $(VENV)/.installed-dev: $(PACKAGING) | $(VENV)/pyvenv.cfg
 	$(INSTALL) ".[cpu,export,server,openvino,int8,face,rtx,bench,dev]" --editable ./demo
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: $(PACKAGING) | $(VENV)/pyvenv.cfg
+	$(INSTALL) ".[docs]"
+	@touch $@

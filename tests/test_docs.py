@@ -1,9 +1,10 @@
-"""The pages say what the code does: snippets run, tables are those of the code, links lead somewhere."""
+"""The pages say what the code does: snippets run, tables match the code, and links and anchors exist."""
 
 from __future__ import annotations
 
 import json
 import re
+import tomllib
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -22,8 +23,15 @@ from tiny import images
 from tiny.faces import people
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "demo").rglob("*.md")])
+GUIDE = ("guide", "image-prompts", "faces", "control", "client")
+"""The pages for callers in Python, in reading order."""
 SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"^( *)```.*?^\1```$", re.DOTALL | re.MULTILINE)
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+MODULE_FOLDERS = {"Pipeline": "pipeline", "Denoiser": "denoiser", "Backends": "backends"}
+"""Sections of the page on architecture that list modules of `imprompt_serving`."""
 
 PICTURES = (
     *("statue", "flowers", "vermeer", "river", "girl", "gummy", "einstein", "woman", "painting", "noise"),
@@ -92,7 +100,7 @@ def test_the_guide_runs(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(imprompt, "Client", lambda url: EveryServer(served))
     monkeypatch.setattr(imprompt, "AsyncClient", lambda url: connect(served("sd15").server.grpc_address))
     names: dict[str, Any] = {}
-    assert run("docs/guide.md", names) >= 20
+    assert sum(run(f"docs/{page}.md", names) for page in GUIDE) >= 20
     assert Path("bear.png").is_file()
     assert Path("garden-1.png").is_file()
     assert len(names["winter"].images) == 1
@@ -191,8 +199,59 @@ def _keys(struct: Any, prefix: str = "") -> list[str]:
     return keys
 
 
+def without_code(page: Path) -> str:
+    """Return the text of a page without its code blocks."""
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that code hosts and the site make of the headings of a page."""
+    titles = (re.sub(r"\[(.*?)\]\(.*?\)", r"\1", title) for title in HEADING.findall(without_code(page)))
+    return {re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-") for title in titles}
+
+
+def broken_links(page: Path) -> list[str]:
+    """Return the targets of a page that are not there: files, images and anchors, of this page and of others."""
+    broken = []
+    for target in LINK.findall(without_code(page)):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            broken.append(target)
+    return broken
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_between_pages(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
-        if not target.startswith(("http://", "https://", "#")):
-            assert (page.parent / target.partition("#")[0]).exists(), f"{page.name}: {target}"
+    assert not broken_links(page)
+
+
+def test_a_broken_link_would_be_noticed(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A page\n\n## Faults of `x` 2.51\n\n[a](#faults-of-x-251) [b](page.md#a-page) [c](#nope) ![d](nope.png)\n"
+        "```\n# not a heading\n[e](nope.md)\n```\n[f](page.md#not-a-heading) [g](https://example.com/nope)\n"
+    )
+    assert broken_links(page) == ["#nope", "nope.png", "page.md#not-a-heading"]
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]["nav"]
+    listed = [page for section in navigation for pages in section.values() for page in _as_list(pages)]
+    assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+
+
+def _as_list(pages: str | list[str]) -> list[str]:
+    return [pages] if isinstance(pages, str) else pages
+
+
+@pytest.mark.parametrize("section", MODULE_FOLDERS)
+def test_architecture_lists_every_module(section: str) -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    table = re.search(rf"^### {section}\n(.*?)^##", page, re.DOTALL | re.MULTILINE)
+    assert table is not None
+    listed = re.findall(r"^\| `(\w+\.py)` \|", table[1], re.MULTILINE)
+    folder = ROOT / "model_repository/imprompt_serving" / MODULE_FOLDERS[section]
+    assert set(listed) - {"__init__.py"} == {file.name for file in folder.glob("*.py")} - {"__init__.py"}

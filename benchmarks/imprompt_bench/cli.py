@@ -22,6 +22,7 @@ from imprompt_bench.session import SCENARIOS, Session
 from imprompt_bench.workload import Workload
 
 RESULTS = Path("benchmarks/results")
+PAGES = (Path("docs/performance.md"), Path("docs/benchmarks.md"))
 CALLERS = (1, 2, 4, 8)
 
 # Choices of the options. Type checkers cannot see the members of enums built from tables.
@@ -134,9 +135,12 @@ def overhead(
 @app.command()
 def report(
     results: Annotated[Path, typer.Option(help="Folder with the JSON files.")] = RESULTS,
-    page: Annotated[Path, typer.Option(help="Markdown page to update.")] = Path("docs/performance.md"),
+    page: Annotated[
+        list[Path] | None,
+        typer.Option(help=f"Markdown page to update; may be repeated (default: {PAGES[0]}, {PAGES[1]})."),
+    ] = None,
 ) -> None:
     """Update the tables and plots in the documentation from the results."""
     from imprompt_bench.report import write
 
-    write(results, page)
+    write(results, page or PAGES)

@@ -1,7 +1,8 @@
-"""Format results as the tables of `docs/performance.md`: `imprompt bench report`.
+"""Format results as the tables of `docs/performance.md` and `docs/benchmarks.md`: `imprompt bench report`.
 
-Replaces everything between `<!-- results -->` and `<!-- end -->`: a summary of all runs against the baselines, a
-section for the JSON file of each run, and the overhead of the denoiser's loop.
+Replaces everything between `<!-- summary -->` and `<!-- end -->` by the comparison of all runs with the baselines, and
+everything between `<!-- results -->` and `<!-- end -->` by a section for the JSON file of each run and the overhead of
+the denoiser's loop.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from imprompt_bench.results import Measurement, Run
 from imprompt_bench.stats import Estimate, percentile, ratio
 
 OVERHEAD = "overhead.json"
-_PLACE = re.compile(r"(<!-- results -->\n).*?(<!-- end -->)", re.DOTALL)
+RESULTS_PAGE = "benchmarks.md"
+_PLACE = re.compile(r"(<!-- (summary|results) -->\n).*?(<!-- end -->)", re.DOTALL)
 _SYSTEMS = {
     "imprompt": "imprompt (served)",
     "eager": "diffusers (eager)",
@@ -27,13 +29,15 @@ _SYSTEMS = {
 _STAGES = ("total", "admission", "text_encoder", "preprocess", "image_encoder", "queue", "denoise", "vae_decoder")
 
 
-def write(results: Path, page: Path) -> None:
-    """Update `page` from the files in `results`, and draw their plots into the folder `images` next to it."""
+def write(results: Path, pages: Sequence[Path]) -> None:
+    """Update `pages` from the files in `results`, and draw their plots into the folder `images` next to the first."""
     from imprompt_bench.plots import draw
 
+    images = pages[0].parent / "images"
     for name, run in runs(results).items():
-        draw(run, name, page.parent / "images")
-    page.write_text(filled(page.read_text(encoding="utf-8"), results, page.parent / "images"), encoding="utf-8")
+        draw(run, name, images)
+    for page in pages:
+        page.write_text(filled(page.read_text(encoding="utf-8"), results, images), encoding="utf-8")
 
 
 def runs(results: Path) -> dict[str, Run]:
@@ -44,10 +48,11 @@ def runs(results: Path) -> dict[str, Run]:
 def filled(page: str, results: Path, images: Path) -> str:
     """Return `page` with its results replaced."""
     measured = runs(results)
-    parts = [summary(measured), *(section(name, run, images) for name, run in measured.items())]
+    parts = [section(name, run, images) for name, run in measured.items()]
     if (results / OVERHEAD).exists():
         parts.append(overhead(json.loads((results / OVERHEAD).read_text())))
-    return _PLACE.sub(lambda place: f"{place[1]}{''.join(parts)}{place[2]}", page)
+    tables = {"summary": summary(measured), "results": "".join(parts)}
+    return _PLACE.sub(lambda place: f"{place[1]}{tables[place[2]]}{place[3]}", page)
 
 
 def summary(measured: Mapping[str, Run]) -> str:
@@ -60,7 +65,7 @@ def summary(measured: Mapping[str, Run]) -> str:
             speedups = [_interval(ratio(systems[other], own), 2) if other in systems else "" for other in others]
             latency = _interval(percentile(own, 50), 2)
             rate = f"{run.arithmetic['gemm_flops'] / 1e9:.0f}" if run.arithmetic else ""
-            rows.append([f"[{name}](#{name})", _title(run), *_requests(run), rate, latency, *speedups])
+            rows.append([f"[{name}]({RESULTS_PAGE}#{name})", _title(run), *_requests(run), rate, latency, *speedups])
     if not rows:
         return ""
     columns = ["run", "bundle", "pixels", "steps", "machine, GFLOP/s", "p50 latency, s"]

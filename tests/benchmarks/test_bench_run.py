@@ -22,7 +22,7 @@ from imprompt_export.bundle import BundleFile
 from served import Served
 
 ROOT = Path(__file__).parents[2]
-PAGE, RESULTS = ROOT / "docs/performance.md", ROOT / "benchmarks/results"
+PAGES, RESULTS = (ROOT / "docs/performance.md", ROOT / "docs/benchmarks.md"), ROOT / "benchmarks/results"
 WORKLOAD = Workload(model="sd15", adapter="plain", size=64, steps=2, smallest=32)
 
 
@@ -59,7 +59,7 @@ def test_server_counters_cover_only_their_measurement(measured: Path) -> None:
 
 
 def test_report_updates_the_page_and_plots(measured: Path, tmp_path: Path) -> None:
-    page = tmp_path / "performance.md"
+    page = tmp_path / "benchmarks.md"
     page.write_text("before\n<!-- results -->\nold\n<!-- end -->\nafter\n")
     assert cli.main(["report", "--results", str(measured.parent), "--page", str(page)]) == 0
     text = page.read_text()
@@ -79,13 +79,14 @@ def test_summary_has_a_line_for_each_run_with_baselines(measured: Path) -> None:
     beside = msgspec.structs.replace(run, measurements=[own, eager])
     assert report.summary({"alone": run}) == ""
     line = report.summary({"alone": run, "both": beside}).splitlines()[-2]
-    assert line.startswith("| [both](#both) | sd15, onnxruntime, fp32 | 64 x 64 | 2 |")
+    assert line.startswith("| [both](benchmarks.md#both) | sd15, onnxruntime, fp32 | 64 x 64 | 2 |")
     assert re.search(r"\|  \| \d\.\d\d \([^|]*\| 2\.00 \([^|]*\|  \|  \|$", line), line
 
 
-def test_performance_page_is_up_to_date() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    assert report.filled(page, RESULTS, PAGE.parent / "images") == page, "run: imprompt bench report"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_pages_are_up_to_date(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert report.filled(text, RESULTS, page.parent / "images") == text, "run: imprompt bench report"
 
 
 def test_bare_engines_produce_the_same_picture_as_the_server(sd15: Served) -> None:
