@@ -170,6 +170,16 @@ def _openvino(folder: Path) -> list[str]:
     return ['\n[engine]\nbackend = "openvino"\n', depth, _plain(folder, levels=2)]
 
 
+def _inductor(folder: Path) -> list[str]:
+    """Packages of AOTInductor: the plain and the plus adapter, on a UNet of two resolutions."""
+    base.make_sd15(folder / "base", levels=2)
+    root = folder / "ip"
+    adapters.make_image_encoder(root / "models/image_encoder")
+    made = {kind: adapters.make_adapter(root, kind, levels=2) for kind in ("plain", "plus")}
+    sections = [adapter(kind, file, root, "models/image_encoder") for kind, file in made.items()]
+    return ['\n[engine]\nbackend = "inductor"\n', *sections]
+
+
 def controlnet(name: str, folder: Path) -> str:
     """A ``[[controlnet]]`` section."""
     return f"""
@@ -201,6 +211,7 @@ MAKERS: dict[str, Callable[[Path], list[str]]] = {
     "control": _control,
     "sdxl_control": _sdxl_control,
     "openvino": _openvino,
+    "inductor": _inductor,
 }
 
 

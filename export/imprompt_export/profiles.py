@@ -6,13 +6,15 @@ import itertools
 from collections.abc import Iterator, Mapping
 
 from imprompt_export.graphs import Axes, Graph, level_axes
-from imprompt_serving.specs import Bundle, Range, level_size
+from imprompt_serving.specs import Bundle, Range, Shapes, level_size
 
 Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 """Smallest, usual and largest shape of each input."""
 
 PICTURES_TOGETHER = 2
 """Largest batch of the VAE: a request has so many pictures decoded at a time, and each takes gigabytes."""
+ROW_BUCKETS = (1, 2, 4, 8, 16)
+"""Rows of a call for which the networks of a step are built one by one."""
 _LARGER = (64, 128)
 """Pixels of height and width by which a comparison is above the smallest size; not a square."""
 
@@ -44,6 +46,28 @@ def check_axes(graph: Graph, bundle: Bundle) -> tuple[Axes, ...]:
     return tuple({axis: size for axis, size in point.items() if axis in drawn} for point in points)
 
 
+def picture_sizes(shapes: Shapes) -> tuple[tuple[int, int], ...]:
+    """Height and width of the pictures that `[shapes]` lists: the smallest, the usual and the largest ones."""
+    return tuple(dict.fromkeys(zip(shapes.height, shapes.width, strict=True)))
+
+
+def exact_axes(graph: Graph, bundle: Bundle) -> list[Axes]:
+    """Sizes of the axes that engines without ranges have built in: of the picture, and the rows of a step.
+
+    Axes that are not there touch small products alone (prompts), or belong to networks that run once a request.
+    """
+    axes = _axes(graph)
+    most = bundle.shapes.rows.max
+    rows = sorted({min(count, most) for count in ROW_BUCKETS}) if _is_step(graph) and "frames" not in axes else [0]
+    found: list[Axes] = [
+        {axis: size for axis, size in _areas(bundle, *size).items() if axis in axes}
+        | ({"batch": count} if count else {})
+        for size in picture_sizes(bundle.shapes)
+        for count in rows
+    ]
+    return [each for index, each in enumerate(found) if each not in found[:index]]
+
+
 def _boxes(graph: Graph, bundle: Bundle) -> list[dict[str, Range]]:
     """The range of each axis in each profile."""
     axes = _axes(graph)
@@ -62,9 +86,14 @@ def batch(graph: Graph, bundle: Bundle) -> Range:
     _, opt, high = bundle.shapes.rows
     if graph.name.startswith("vae_"):
         high = min(high, PICTURES_TOGETHER)
-    if not graph.name.startswith(("unet", "controlnet_", "motion_unet")) or graph.name.startswith("controlnet_emb"):
+    if not _is_step(graph):
         opt = 1  # encoders are called for one picture or prompt
     return Range(1, min(opt, high), high)
+
+
+def _is_step(graph: Graph) -> bool:
+    """Whether it runs at each step of a request."""
+    return graph.name.startswith(("unet", "controlnet_", "motion_unet")) and not graph.name.startswith("controlnet_emb")
 
 
 def _sizes(bundle: Bundle) -> dict[str, Range]:
