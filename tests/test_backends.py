@@ -51,7 +51,14 @@ def test_an_engine_without_its_package(monkeypatch: pytest.MonkeyPatch, name: st
 def test_triton_hosts_what_it_has_a_platform_for() -> None:
     hosts = {name: get_backend(name).hosts for name in MODULES}
     both = ("python", "native")
-    assert hosts == {"onnxruntime": both, "openvino": ("python",), "tensorrt": both, "tensorrt_rtx": ("python",)}
+    alone = ("python",)
+    assert hosts == {
+        "inductor": alone,
+        "onnxruntime": both,
+        "openvino": alone,
+        "tensorrt": both,
+        "tensorrt_rtx": alone,
+    }
 
 
 @pytest.mark.parametrize("room", ["imprompt_serving", "imprompt_export"])
