@@ -35,7 +35,7 @@ def export_bundle(bundle: BundleFile, work: Path, console: Console | None, refit
     if runner is None:
         console.print(f"{engine.precision} cannot be run here: the engines will not be compared with PyTorch")
     columns = (SpinnerColumn(), *Progress.get_default_columns()[:2], TimeElapsedColumn())
-    with backend.compiler(engine, refit_from) as make, Progress(*columns, console=console) as progress:
+    with backend.maker(engine, refit_from) as make, Progress(*columns, console=console) as progress:
         task = progress.add_task("loading checkpoints", total=None)
         checkpoints = load(bundle)
         for note in checkpoints.notes:

@@ -13,8 +13,6 @@ Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 
 PICTURES_TOGETHER = 2
 """Largest batch of the VAE: a request has so many pictures decoded at a time, and each takes gigabytes."""
-ROW_BUCKETS = (1, 2, 4, 8, 16)
-"""Rows of a call for which the networks of a step are built one by one."""
 _LARGER = (64, 128)
 """Pixels of height and width by which a comparison is above the smallest size; not a square."""
 
@@ -57,15 +55,18 @@ def exact_axes(graph: Graph, bundle: Bundle) -> list[Axes]:
     Axes that are not there touch small products alone (prompts), or belong to networks that run once a request.
     """
     axes = _axes(graph)
-    most = bundle.shapes.rows.max
-    rows = sorted({min(count, most) for count in ROW_BUCKETS}) if _is_step(graph) and "frames" not in axes else [0]
-    found: list[Axes] = [
-        {axis: size for axis, size in _areas(bundle, *size).items() if axis in axes}
-        | ({"batch": count} if count else {})
-        for size in picture_sizes(bundle.shapes)
-        for count in rows
-    ]
+    rows = _row_buckets(bundle.shapes.rows.max) if _is_step(graph) and "frames" not in axes else [0]
+    found: list[Axes] = []
+    for size, count in itertools.product(picture_sizes(bundle.shapes), rows):
+        found.append({axis: length for axis, length in _areas(bundle, *size).items() if axis in axes})
+        if count:
+            found[-1]["batch"] = count
     return [each for index, each in enumerate(found) if each not in found[:index]]
+
+
+def _row_buckets(most: int) -> list[int]:
+    """1, 2, 4, ... and `most`."""
+    return [*(1 << power for power in range((most - 1).bit_length())), most]
 
 
 def _boxes(graph: Graph, bundle: Bundle) -> list[dict[str, Range]]:

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 Tell = Callable[[str], None]
 """Takes a line about what is being done."""
-Convert = Callable[["Graph", Path, Bundle, Tell], Path]
-"""Makes the engine of a graph from its ONNX file, in a folder that has nothing else in it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,12 +37,22 @@ class Made:
     """Packages of machine code that were built, and those that an earlier export had built."""
 
 
-class Compile(Protocol):
+class Make(Protocol):
     def __call__(self, graph: Graph, folder: Path, bundle: Bundle, tell: Tell) -> Callable[[], Made]:
         """Begin to make the engine of `graph` in the new `folder`; what is returned waits until it is made.
 
         Raises:
             EngineError: the graph is refused; now or by what is returned.
+        """
+        ...
+
+
+class Compile(Protocol):
+    def __call__(self, graph: Graph, source: Path, bundle: Bundle, tell: Tell) -> Path:
+        """Make the engine of `graph` from its ONNX file; returns the engine, whose folder has nothing else in it.
+
+        Raises:
+            EngineError: the graph is refused.
         """
         ...
 
@@ -79,8 +87,8 @@ class ExportBackend:
         """
 
     @contextmanager
-    def compiler(self, engine: EngineSection, refit_from: Path | None) -> Iterator[Compile]:
-        """What makes the engines of one export. As it is here: exports ONNX files, and gives each to `convert`.
+    def maker(self, engine: EngineSection, refit_from: Path | None) -> Iterator[Make]:
+        """What makes the engines of one export. As it is here: exports ONNX files, and gives each to `compiler`.
 
         Raises:
             EngineError: engines cannot be made here, or there is nothing to refit in `refit_from`.
@@ -88,21 +96,25 @@ class ExportBackend:
         from imprompt_export.onnx_graph import export_onnx
         from imprompt_export.precision import dtype_of
 
-        convert = self.converter(engine, refit_from)
+        compile_onnx = self.compiler(engine, refit_from)
 
         def make(graph: Graph, folder: Path, bundle: Bundle, tell: Tell) -> Callable[[], Made]:
             def wait() -> Made:
                 start, source = time.perf_counter(), folder / f"{graph.name}.onnx"
                 export_onnx(graph, source, dtype_of(graph, engine.precision))
-                file = convert(graph, source, bundle, tell)
+                file = compile_onnx(graph, source, bundle, tell)
                 return Made(file=file, source=source, seconds=time.perf_counter() - start)
 
             return wait
 
         yield make
 
-    def converter(self, engine: EngineSection, refit_from: Path | None) -> Convert:
-        """What makes an engine from the ONNX file of its graph."""
+    def compiler(self, engine: EngineSection, refit_from: Path | None) -> Compile:
+        """What makes engines from ONNX files.
+
+        Raises:
+            EngineError: engines cannot be made here, or there is nothing to refit in `refit_from`.
+        """
         return lambda graph, source, bundle, tell: source
 
     def runner(self, engine: EngineSection) -> str | None:

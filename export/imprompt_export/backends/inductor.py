@@ -20,7 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imprompt_export.backends import Compile, ExportBackend, Made, Tell
+from imprompt_export.backends import ExportBackend, Made, Make, Tell
 from imprompt_export.errors import BundleError, one_line
 from imprompt_serving.backends import EngineError
 from imprompt_serving.backends.inductor import WEIGHTS, EngineInfo, Package, target
@@ -60,7 +60,7 @@ class Inductor(ExportBackend):
             )
 
     @contextmanager
-    def compiler(self, engine: EngineSection, refit_from: Path | None) -> Iterator[Compile]:
+    def maker(self, engine: EngineSection, refit_from: Path | None) -> Iterator[Make]:
         packager = Packager(engine.precision, exact=_on_gpu())
         try:
             yield packager.start
@@ -111,6 +111,7 @@ class Packager:
         self._target = target(self._kind)
         self._cache = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "imprompt", "engines")
         self._workers = ProcessPoolExecutor(_worker_count(), get_context("spawn"), initializer=_begin)
+        self._building: dict[Path, Future[float]] = {}
 
     def close(self) -> None:
         """End the workers; what they have not begun stays undone."""
@@ -126,7 +127,7 @@ class Packager:
         folder.mkdir(parents=True)
         file, dtype = folder / f"{graph.name}.json", dtype_of(graph, self._precision)
         variants = exact_axes(graph, bundle) if self._exact else [{}]
-        on_gpu, building = self._kind == "cuda", []
+        on_gpu, packaged, before = self._kind == "cuda", [], len(self._building)
         with cast(graph.module, dtype, self._kind, channels_last=on_gpu):
             for number, axes in enumerate(variants, 1):
                 tell(f"tracing {number} of {len(variants)}")
@@ -134,14 +135,14 @@ class Packager:
                 program = trace(graph, dtype, axes=sizes, exact=axes, device=self._kind)
                 if number == 1:
                     _save_weights(program, file.with_suffix(WEIGHTS))
-                building.append(self._package(f"{graph.name}.{number}", program, folder))
-        traced = time.perf_counter() - begun
+                packaged.append(self._package(f"{graph.name}.{number}", program, folder))
+        traced, built = time.perf_counter() - begun, len(self._building) - before
 
         def wait() -> Made:
             seconds, packages = traced, []
-            for number, ((kept, future), axes) in enumerate(zip(building, variants, strict=True), 1):
-                tell(f"package {number} of {len(building)}")
-                seconds += future.result() if future is not None else 0.0
+            for number, (kept, axes) in enumerate(zip(packaged, variants, strict=True), 1):
+                tell(f"package {number} of {len(variants)}")
+                seconds += self._building[kept].result() if kept in self._building else 0.0
                 packages.append(Package(suffix=f".{number}.pt2", axes={axis: int(size) for axis, size in axes.items()}))
                 shutil.copyfile(kept, folder / f"{graph.name}.{number}.pt2")
             EngineInfo(
@@ -152,27 +153,25 @@ class Packager:
                 packages=tuple(packages),
                 channels_last=on_gpu,
             ).save(file)
-            built = sum(future is not None for _, future in building)
-            return Made(file=file, source=file, seconds=seconds, built=built, kept=len(building) - built)
+            return Made(file=file, source=file, seconds=seconds, built=built, kept=len(variants) - built)
 
         return wait
 
-    def _package(
-        self, name: str, program: torch.export.ExportedProgram, work: Path
-    ) -> tuple[Path, Future[float] | None]:
-        """The package of `program` in the cache, and the seconds that building it takes; None if it is there."""
+    def _package(self, name: str, program: torch.export.ExportedProgram, work: Path) -> Path:
+        """Where the package of `program` is kept, or will be: networks of one architecture share theirs."""
         import torch
 
         kept = self._cache / f"{self._key(program)}.pt2"
-        if kept.exists():
-            return kept, None
+        if kept in self._building or kept.exists():
+            return kept
         self._cache.mkdir(parents=True, exist_ok=True)
         source = work.parent / f"{name}.pt2"
         # The worker needs to know how weights lie in memory, not what they are.
         for key, weight in program.state_dict.items():
             program.state_dict[key] = _empty_like(weight, "meta")
         torch.export.save(program, source)
-        return kept, self._workers.submit(_build, source, kept, self._kind)
+        self._building[kept] = self._workers.submit(_build, source, kept, self._kind)
+        return kept
 
     def _key(self, program: torch.export.ExportedProgram) -> str:
         """A hash of all that a package depends on: not of the weights, but for constants of the graph itself."""

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from imprompt_export.backends import Convert, ExportBackend, Tell
+from imprompt_export.backends import Compile, ExportBackend, Tell
 from imprompt_export.errors import BundleError
 from imprompt_serving.specs import Bundle
 
@@ -27,7 +27,7 @@ class OpenVino(ExportBackend):
             install = f'pip install "imprompt[export,{",".join(extras[package] for package in missing)}]"'
             raise BundleError(f"engine: {', '.join(missing)} is not installed: {install}")
 
-    def converter(self, engine: EngineSection, refit_from: Path | None) -> Convert:
+    def compiler(self, engine: EngineSection, refit_from: Path | None) -> Compile:
         return lambda graph, source, bundle, tell: convert(source)
 
     def finish(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from imprompt_export.backends import Convert, ExportBackend, Tell
+from imprompt_export.backends import Compile, ExportBackend, Tell
 from imprompt_export.errors import one_line
 from imprompt_serving.backends import EngineError
 from imprompt_serving.backends import tensorrt as serving
@@ -41,7 +41,7 @@ class TensorRT(ExportBackend):
     def check_installed(self, engine: EngineSection) -> None:
         serving.BACKENDS[self.name].package()
 
-    def converter(self, engine: EngineSection, refit_from: Path | None) -> Convert:
+    def compiler(self, engine: EngineSection, refit_from: Path | None) -> Compile:
         from imprompt_export.profiles import profiles
 
         builder = Builder(self.name, targets=engine.targets, refit=engine.refit, refit_from=refit_from)
