@@ -47,6 +47,8 @@ _OPTIONS: dict[str, Any] = {
 }
 _WORKER_BYTES = 3 << 30
 """Memory for building one package: 1 GiB for a small UNet was measured, and g++ takes about as much beside it."""
+_WORKER_GPU_BYTES = 8 << 30
+"""Memory of the GPU for the same: SDXL's UNet has 5 GB of weights in half precision, which a worker makes room for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +112,7 @@ class Packager:
         self._kind = "cuda" if _on_gpu() else "cpu"
         self._target = target(self._kind)
         self._cache = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "imprompt", "engines")
-        self._workers = ProcessPoolExecutor(_worker_count(), get_context("spawn"), initializer=_begin)
+        self._workers = ProcessPoolExecutor(_worker_count(on_gpu=_on_gpu()), get_context("spawn"), initializer=_begin)
         self._building: dict[Path, Future[float]] = {}
 
     def close(self) -> None:
@@ -198,10 +200,15 @@ def _save_weights(program: torch.export.ExportedProgram, file: Path) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
 
 
-def _worker_count() -> int:
+def _worker_count(*, on_gpu: bool) -> int:
     """As many processes as there are cores and memory for."""
+    import torch
+
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(len(os.sched_getaffinity(0)), memory // _WORKER_BYTES))
+    limits = [len(os.sched_getaffinity(0)), memory // _WORKER_BYTES]
+    if on_gpu:
+        limits.append(torch.cuda.mem_get_info()[0] // _WORKER_GPU_BYTES)
+    return max(1, min(limits))
 
 
 def _begin() -> None:

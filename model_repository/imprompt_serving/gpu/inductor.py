@@ -17,12 +17,9 @@ from torch import Tensor
 from imprompt_serving.backends.inductor import WEIGHTS, EngineInfo, load_packages
 from imprompt_serving.gpu import key_of
 from imprompt_serving.gpu.lru_cache import LRUCache
-from imprompt_serving.gpu.tensorrt import GRAPHS, capturing
+from imprompt_serving.gpu.tensorrt import GRAPHS, PREPARING, capturing
 
 logger = logging.getLogger(__name__)
-
-_PREPARING = threading.Lock()
-"""Threads run engines side by side, but a process captures one CUDA graph at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +76,7 @@ class InductorDeviceEngine:
         """Buffers for inputs of these shapes; a first run, which loads kernels and must not be captured."""
         axes = self._info.axes_of({name: tuple(tensor.shape) for name, tensor in given.items()})
         package: Any = self._packages[self._info.package_for(axes)]
-        with _PREPARING:
+        with PREPARING:
             inputs = {name: torch.empty(t.shape, dtype=t.dtype, device=self._device) for name, t in given.items()}
             for name, tensor in given.items():
                 inputs[name].copy_(tensor)
