@@ -193,11 +193,14 @@ class Packager:
 
 
 def _save_weights(program: torch.export.ExportedProgram, file: Path) -> None:
-    """Write the weights that `program` refers to, by their names in it."""
+    """Write the weights that `program` uses, by their names in it: of a whole VAE, those of one half."""
     from safetensors.torch import save_file
 
-    tensors = program.state_dict | program.constants
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
+    tensors, signature = program.state_dict | program.constants, program.graph_signature
+    names = signature.inputs_to_parameters | signature.inputs_to_buffers | signature.inputs_to_lifted_tensor_constants
+    used = [names[node.name] for node in program.graph.nodes if node.users and node.name in names]
+    save_file({name: tensors[name].detach().cpu().contiguous() for name in used}, file)
+    file.chmod(0o644)  # safetensors would leave it to its owner, who may not be the server
 
 
 def _worker_count(*, on_gpu: bool) -> int:
