@@ -17,7 +17,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from rich.console import Console
 
-from imprompt_export import export, exporter, graphs
+from imprompt_export import export, graphs, onnx_graph
 from imprompt_export.onnx_graph import export_onnx
 from tiny import adapters, base, control, faces, oracle
 
@@ -177,6 +177,16 @@ def _with_depth(folder: Path) -> list[str]:
     return [depth, _plain(folder, levels=2)]
 
 
+def _inductor(folder: Path) -> list[str]:
+    """Packages of AOTInductor: the plain and the plus adapter, on a UNet of two resolutions."""
+    base.make_sd15(folder / "base", levels=2)
+    root = folder / "ip"
+    adapters.make_image_encoder(root / "models/image_encoder")
+    made = {kind: adapters.make_adapter(root, kind, levels=2) for kind in ("plain", "plus")}
+    sections = [adapter(kind, file, root, "models/image_encoder") for kind, file in made.items()]
+    return ['\n[engine]\nbackend = "inductor"\n', *sections]
+
+
 def controlnet(name: str, folder: Path) -> str:
     """A ``[[controlnet]]`` section."""
     return f"""
@@ -209,6 +219,7 @@ MAKERS: dict[str, Callable[[Path], list[str]]] = {
     "sdxl_control": _sdxl_control,
     "openvino": _openvino,
     "int8": _int8,
+    "inductor": _inductor,
 }
 
 
@@ -221,7 +232,7 @@ def make(name: str, cache: Path) -> Made:
         folder.mkdir(parents=True)
         sections = "".join(MAKERS[name](folder))
         (folder / "bundle.toml").write_text(f'name = "{name}"\nbase = "base"\n{sections}{SHAPES}')
-        with mock.patch.object(exporter, "export_onnx", partial(_export_once, cache / f"graphs-{_sources()}")):
+        with mock.patch.object(onnx_graph, "export_onnx", partial(_export_once, cache / f"graphs-{_sources()}")):
             export(folder / "bundle.toml", folder / "repository", Console(file=open(os.devnull, "w")))  # noqa: SIM115
         done.touch()
     repository, loaded = folder / "repository", tuple(_read_adapters(folder))

@@ -73,7 +73,14 @@ def test_two_onnxruntimes_are_refused_before_anything_starts(
 def test_triton_hosts_what_it_has_a_platform_for() -> None:
     hosts = {name: get_backend(name).hosts for name in MODULES}
     both = ("python", "native")
-    assert hosts == {"onnxruntime": both, "openvino": ("python",), "tensorrt": both, "tensorrt_rtx": ("python",)}
+    alone = ("python",)
+    assert hosts == {
+        "inductor": alone,
+        "onnxruntime": both,
+        "openvino": alone,
+        "tensorrt": both,
+        "tensorrt_rtx": alone,
+    }
 
 
 def test_rows_are_bucketed_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,7 @@ from imprompt_export.bundle import BundleFile
 from imprompt_export.checkpoints import Checkpoints, LoadedAdapter, load
 from imprompt_export.fp16_vae import fit_fp16_range
 from imprompt_export.graphs import Graph
-from imprompt_export.onnx_graph import export_onnx
 from imprompt_export.parity import check, compare
-from imprompt_export.precision import dtype_of
 from imprompt_export.preview import fit_preview
 from imprompt_export.repository import write_models
 from imprompt_serving import specs
@@ -35,11 +32,11 @@ def export_bundle(bundle: BundleFile, work: Path, console: Console | None, refit
     """
     console = console or Console(stderr=True)
     engine, backend = bundle.engine, export_backend(bundle.engine.backend)
-    make_engine, runner = backend.compiler(engine, refit_from), backend.runner(engine)
+    runner = backend.runner(engine)
     if runner is None:
         console.print(f"{engine.precision} cannot be run here: the engines will not be compared with PyTorch")
     columns = (SpinnerColumn(), *Progress.get_default_columns()[:2], TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with backend.maker(engine, refit_from) as make, Progress(*columns, console=console) as progress:
         task = progress.add_task("loading checkpoints", total=None)
         checkpoints = load(bundle)
         for note in checkpoints.notes:
@@ -49,21 +46,22 @@ def export_bundle(bundle: BundleFile, work: Path, console: Console | None, refit
         progress.update(task, total=len(todo))
         made = report.Report()
         engines: dict[str, Path] = {}
-        for graph in todo:
+        built = kept = 0
+        pending = [make(g, Path(work, g.name), spec, partial(_tell, progress, task, g.name)) for g in todo]
+        for graph, wait in zip(todo, pending, strict=True):
             progress.update(task, description=f"exporting {graph.name}")
-            start = time.perf_counter()
-            source = Path(work, graph.name, f"{graph.name}.onnx")
-            export_onnx(graph, source, dtype_of(graph, engine.precision))
-            file = make_engine(graph, source, spec, partial(_tell, progress, task, graph.name))
-            engines[graph.name] = file
-            seconds = time.perf_counter() - start
+            result = wait()
+            engines[graph.name] = result.file
+            built, kept = built + result.built, kept + result.kept
             if runner is not None:
-                ran = file if runner == backend.name else source
+                ran = result.file if runner == backend.name else result.source
                 at = export_backend(runner).check_axes(graph, spec)
                 compared = compare(graph, ran, runner, engine.precision, at)
-                made.engines += [report.Row.of(row, export_seconds=seconds) for row in compared]
+                made.engines += [report.Row.of(row, export_seconds=result.seconds) for row in compared]
                 check(compared)
             progress.advance(task)
+        if built or kept:
+            console.print(f"{built} packages were built, {kept} taken from earlier exports")
         files, made.int8 = backend.finish(
             engine, spec, checkpoints, engines, lambda line: progress.update(task, description=line, total=None)
         )
@@ -170,6 +168,7 @@ def describe(bundle: BundleFile, checkpoints: Checkpoints) -> specs.Bundle:
         features=_features(checkpoints),
         motion=_motion(checkpoints),
         shapes=bundle.shapes,
+        sizes=export_backend(bundle.engine.backend).sizes(bundle.shapes),
         limits=bundle.limits,
         backend=bundle.engine.backend,
         precision=bundle.engine.precision,

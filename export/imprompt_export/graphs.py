@@ -172,14 +172,18 @@ def vae_decoder(vae: Model, precisions: Precisions = AS_ENGINE) -> Graph:
     ``finite`` [B, 1] tells pictures that overflowed or held NaN, which uint8 would hide.
     """
     config = vae.config
-    # Some VAEs' latents have a mean and a deviation of their own.
-    mean, std = (
-        torch.tensor(value).view(1, -1, 1, 1) if value is not None else default
-        for value, default in ((config.get("latents_mean"), 0.0), (config.get("latents_std"), 1.0))
-    )
+    # Some VAEs' latents have a mean and a deviation of their own; buffers are where weights are.
+    of_channels = {name: config[name] for name in ("latents_mean", "latents_std") if config.get(name) is not None}
+    for name, values in of_channels.items():
+        vae.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
 
     def run(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        latents = tensors["latents"] * std / config.scaling_factor + mean
+        latents = tensors["latents"]
+        if "latents_std" in of_channels:
+            latents = latents * vae.latents_std
+        latents = latents / config.scaling_factor
+        if "latents_mean" in of_channels:
+            latents = latents + vae.latents_mean
         picture = vae.decode(latents.to(vae.dtype)).sample.float()
         levels = ((picture * 0.5 + 0.5).clamp(0, 1) * 255).round()
         finite = torch.isfinite(picture).flatten(1).all(dim=1, keepdim=True)

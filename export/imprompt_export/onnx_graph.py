@@ -1,4 +1,4 @@
-"""Graph -> ONNX file, through torch.export."""
+"""Graph -> ONNX file, through its `torch.export` program."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_at
 from onnxscript.rewriter.rules.common import slice_split_rule
 from torch.onnx._internal.exporter import _fx_passes, _registration
 
-from imprompt_export.graphs import Axes, Graph
-from imprompt_export.precision import Positional, cast
+from imprompt_export.graphs import Graph
+from imprompt_export.precision import cast
+from imprompt_export.programs import trace
 
 OPSET = 18
 _EXTERNAL_DATA_FROM = 1 << 30
@@ -41,11 +42,6 @@ _promote = _fx_passes.insert_type_promotion_nodes
 _translations = functools.cache(_registration.ONNXRegistry.from_torchlib)
 
 
-def trace_axes(graph: Graph) -> Axes:
-    """Example sizes for tracing: the last check, which has no axis of size 1 (``torch.export`` would freeze it)."""
-    return graph.checks[-1]
-
-
 def export_onnx(graph: Graph, path: Path, dtype: torch.dtype = torch.float32) -> None:
     """Trace ``graph``, computed in ``dtype``, and write it to ``path`` with its names for tensors and axes."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,18 +51,9 @@ def export_onnx(graph: Graph, path: Path, dtype: torch.dtype = torch.float32) ->
 
 
 def _trace(graph: Graph, dtype: torch.dtype) -> torch.onnx.ONNXProgram:
-    example = graph.example(trace_axes(graph))
-    dynamic = tuple(
-        {axis: torch.export.Dim.AUTO for axis, size in enumerate(tensor.shape) if isinstance(size, str)}
-        for tensor in graph.inputs
-    )
-    module = Positional(graph, dtype).eval()
     with torch.no_grad(), _quiet(), _quickly():
-        program = torch.export.export(
-            module, tuple(example.values()), dynamic_shapes={"tensors": dynamic}, strict=False
-        )
         onnx_program = torch.onnx.export(
-            program,
+            trace(graph, dtype),
             dynamo=True,
             opset_version=OPSET,
             input_names=[tensor.name for tensor in graph.inputs],

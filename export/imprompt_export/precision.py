@@ -43,12 +43,18 @@ class Positional(nn.Module):
 
 
 @contextlib.contextmanager
-def cast(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """The weights of ``module`` in ``dtype``, for the time being."""
-    tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
+def cast(module: nn.Module, dtype: torch.dtype, device: str = "cpu", *, channels_last: bool = False) -> Iterator[None]:
+    """The weights of `module` in `dtype` on `device`, for the time being.
+
+    Args:
+        channels_last: whether those of convolutions lie in this order.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
     originals = [tensor.data for tensor in tensors]
     for tensor in tensors:
-        tensor.data = tensor.data.to(dtype)
+        order = torch.channels_last if channels_last and tensor.ndim == 4 else torch.preserve_format
+        as_type = dtype if tensor.is_floating_point() else tensor.dtype
+        tensor.data = tensor.data.to(device, as_type, memory_format=order)
     try:
         yield
     finally:

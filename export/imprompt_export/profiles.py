@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 
 from imprompt_export.graphs import Axes, Graph, level_axes
-from imprompt_serving.specs import Bundle, CallRows, Range, level_size
+from imprompt_serving.specs import Bundle, CallRows, Range, Shapes, level_size
 
 Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 """Smallest, usual and largest shape of each input."""
@@ -43,6 +43,30 @@ def check_axes(graph: Graph, bundle: Bundle) -> tuple[Axes, ...]:
         )
     drawn = {"scale", *_axes(graph)}
     return tuple({axis: size for axis, size in point.items() if axis in drawn} for point in points)
+
+
+def picture_sizes(shapes: Shapes) -> tuple[tuple[int, int], ...]:
+    """Height and width of the pictures that `[shapes]` lists: the smallest, the usual and the largest ones."""
+    return tuple(dict.fromkeys(zip(shapes.height, shapes.width, strict=True)))
+
+
+def exact_axes(graph: Graph, bundle: Bundle) -> list[Axes]:
+    """Sizes of the axes that engines without ranges have built in: of the picture, and the rows of a step.
+
+    Axes that are not there touch small products alone (prompts), or belong to networks that run once a request.
+    """
+    axes = _axes(graph)
+    rows = (
+        CallRows(bundle.shapes.rows.max, bucketed=True).buckets
+        if _runs_each_step(graph) and "frames" not in axes
+        else (0,)
+    )
+    found: list[Axes] = []
+    for size, count in itertools.product(picture_sizes(bundle.shapes), rows):
+        found.append({axis: length for axis, length in _areas(bundle, *size).items() if axis in axes})
+        if count:
+            found[-1]["batch"] = count
+    return [each for index, each in enumerate(found) if each not in found[:index]]
 
 
 def _boxes(graph: Graph, bundle: Bundle) -> list[dict[str, Range]]:

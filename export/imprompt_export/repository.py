@@ -113,7 +113,7 @@ def _dims(shape: tuple[int | str, ...]) -> tuple[int, ...]:
 def _move(file: Path, folder: Path, stem: str) -> None:
     """Move an engine and what lies beside it; the name of external data is written into an ONNX file and so stays."""
     for part in [part for part in file.parent.iterdir() if part.is_file()]:
-        part.rename(folder / (part.name if part.suffix == ".data" else f"{stem}{part.suffix}"))
+        part.rename(folder / (part.name if part.suffix == ".data" else f"{stem}{part.name.removeprefix(file.stem)}"))
 
 
 def _link(folder: Path, other: Path) -> None:

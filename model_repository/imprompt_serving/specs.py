@@ -247,6 +247,8 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     """What T2I-Adapters add within the blocks."""
     motion: Motion | None = None
     shapes: Shapes = Shapes()
+    sizes: tuple[tuple[int, int], ...] = ()
+    """Height and width of the pictures that engines are built for, one by one; none: all within `shapes`."""
     limits: Limits = Limits()
     backend: str = "onnxruntime"
     precision: str = "fp32"

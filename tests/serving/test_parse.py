@@ -329,6 +329,15 @@ def test_a_picture_outside_the_range_of_sizes(name: str) -> None:
     assert "set height and width, or resize the picture" in str(error)
 
 
+def test_sizes_that_engines_were_built_for_one_by_one() -> None:
+    """As on a GPU with AOTInductor: the pairs alone, however their sides are given."""
+    bundle = msgspec.structs.replace(BUNDLE, sizes=((64, 64), (64, 128)))
+    assert parsed(bundle, width=128).settings.width == 128
+    for values in ({"height": 128}, {"height": 128, "width": 128}, {"image": picture(101, 75)}):
+        with pytest.raises(InvalidRequest, match=r"height.*64x64, 64x128 \(height x width\) are served, not "):
+            parsed(bundle, **values)
+
+
 def test_unusual_prompts_are_taken() -> None:
     assert parsed(prompt=["", "\x00", "👩🏽‍🎨"]).prompts == (("", "\x00", "👩🏽‍🎨"),)
 

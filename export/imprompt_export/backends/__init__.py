@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from imprompt_export.errors import BundleError, one_of
 from imprompt_serving.backends import MODULES, get_backend
-from imprompt_serving.specs import Bundle
+from imprompt_serving.specs import Bundle, Shapes
 
 if TYPE_CHECKING:
     from imprompt_export.bundle import EngineSection
@@ -20,6 +22,29 @@ if TYPE_CHECKING:
 
 Tell = Callable[[str], None]
 """Takes a line about what is being done."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Made:
+    """An engine: a file, with others beside it whose names begin alike, in a folder that holds nothing else."""
+
+    file: Path
+    source: Path
+    """What a backend other than its own runs in its place for the comparison: an ONNX file."""
+    seconds: float
+    built: int = 0
+    kept: int = 0
+    """Packages of machine code that were built, and those that an earlier export had built."""
+
+
+class Make(Protocol):
+    def __call__(self, graph: Graph, folder: Path, bundle: Bundle, tell: Tell) -> Callable[[], Made]:
+        """Begin to make the engine of `graph` in the new `folder`; what is returned waits until it is made.
+
+        Raises:
+            EngineError: the graph is refused; now or by what is returned.
+        """
+        ...
 
 
 class Compile(Protocol):
@@ -61,8 +86,31 @@ class ExportBackend:
             BundleError, EngineError: says what to install.
         """
 
+    @contextmanager
+    def maker(self, engine: EngineSection, refit_from: Path | None) -> Iterator[Make]:
+        """What makes the engines of one export. As it is here: exports ONNX files, and gives each to `compiler`.
+
+        Raises:
+            EngineError: engines cannot be made here, or there is nothing to refit in `refit_from`.
+        """
+        from imprompt_export.onnx_graph import export_onnx
+        from imprompt_export.precision import dtype_of
+
+        compile_onnx = self.compiler(engine, refit_from)
+
+        def make(graph: Graph, folder: Path, bundle: Bundle, tell: Tell) -> Callable[[], Made]:
+            def wait() -> Made:
+                start, source = time.perf_counter(), folder / f"{graph.name}.onnx"
+                export_onnx(graph, source, dtype_of(graph, engine.precision))
+                file = compile_onnx(graph, source, bundle, tell)
+                return Made(file=file, source=source, seconds=time.perf_counter() - start)
+
+            return wait
+
+        yield make
+
     def compiler(self, engine: EngineSection, refit_from: Path | None) -> Compile:
-        """What makes the engines of one export.
+        """What makes engines from ONNX files.
 
         Raises:
             EngineError: engines cannot be made here, or there is nothing to refit in `refit_from`.
@@ -72,13 +120,17 @@ class ExportBackend:
     def runner(self, engine: EngineSection) -> str | None:
         """The backend that can run these engines here, for the comparison; None if there is none.
 
-        A backend other than this one gets the ONNX files from which the engines were made.
+        A backend other than this one gets `Made.source`.
         """
         return self.name
 
     def check_axes(self, graph: Graph, bundle: Bundle) -> tuple[Axes, ...]:
         """Sizes at which an engine is compared with PyTorch."""
         return graph.checks
+
+    def sizes(self, shapes: Shapes) -> tuple[tuple[int, int], ...]:
+        """Heights and widths of pictures that the engines are built for one by one; none: all within `shapes`."""
+        return ()
 
     def max_batch_size(self, graph: Graph, bundle: Bundle) -> int:
         """The most rows that Triton may put into one call of an engine."""

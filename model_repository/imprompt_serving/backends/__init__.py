@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 MODULES = {
+    "inductor": "inductor",
     "onnxruntime": "onnxruntime",
     "openvino": "openvino",
     "tensorrt": "tensorrt",

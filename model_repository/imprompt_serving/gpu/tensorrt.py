@@ -26,7 +26,7 @@ GRAPHS = 16
 """Shapes whose buffers and CUDA graphs are kept: sizes that are served, times rows of a call."""
 Limits = Mapping[str, tuple[Sequence[int], Sequence[int]]]
 """Smallest and largest shape of each input in one profile."""
-_PREPARING = threading.Lock()
+PREPARING = threading.Lock()
 """Threads run engines side by side, but a process captures one CUDA graph at a time."""
 
 
@@ -154,7 +154,7 @@ class TensorRTEngine:
 
     def _prepare(self, key: Shapes, given: Mapping[str, Tensor]) -> _Call:
         """Buffers and a context for inputs of shapes `key`; a first run, which allocates what it needs."""
-        with _PREPARING:
+        with PREPARING:
             context = self._context(key)
             inputs = {n: torch.empty(t.shape, dtype=self._inputs[n], device=self._device) for n, t in given.items()}
             for name, tensor in given.items():

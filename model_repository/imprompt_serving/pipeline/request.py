@@ -298,4 +298,8 @@ def _size(
                 problem = f"a picture of {width}x{height} makes {name} {value}, and {low} to {high} are served"
                 raise InvalidRequest(source, f"{problem}; set height and width, or resize the picture")
         sizes.append(value or default)
-    return sizes[0], sizes[1]
+    size = sizes[0], sizes[1]
+    if bundle.sizes and size not in bundle.sizes:
+        served = ", ".join(f"{height}x{width}" for height, width in bundle.sizes)
+        raise InvalidRequest("height", f"with width: {served} (height x width) are served, not {size[0]}x{size[1]}")
+    return size

@@ -1,0 +1,256 @@
+"""`torch.export` program -> packages of AOTInductor: machine code alone, with the weights once beside them.
+
+https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from imprompt_export.backends import ExportBackend, Made, Make, Tell
+from imprompt_export.errors import BundleError, one_line
+from imprompt_serving.backends import EngineError
+from imprompt_serving.backends.inductor import WEIGHTS, EngineInfo, Package, target
+from imprompt_serving.specs import Bundle, Shapes
+
+if TYPE_CHECKING:
+    import torch
+
+    from imprompt_export.bundle import EngineSection
+    from imprompt_export.graphs import Axes, Graph
+
+_RECIPE = 1
+"""How packages are made: another number where it changes, so that those that were kept are not taken any more."""
+_OPTIONS: dict[str, Any] = {
+    "aot_inductor.package_constants_in_so": False,
+    # Or small constants would become literals in the code, and others be folded into it.
+    "always_keep_tensor_constants": True,
+    # The file that calls the kernels is large, and g++ takes minutes to optimize it for nothing.
+    "aot_inductor.compile_wrapper_opt_level": "O1",
+    "aot_inductor.enable_line_tables": False,
+    # Code for the instructions that `target` names, whatever else this CPU has; and for any number of threads.
+    "cpp.march": "",
+    "cpp.dynamic_threads": True,
+}
+_WORKER_BYTES = 3 << 30
+"""Memory for building one package: 1 GiB for a small UNet was measured, and g++ takes about as much beside it."""
+_WORKER_GPU_BYTES = 8 << 30
+"""Memory of the GPU for the same: SDXL's UNet has 5 GB of weights in half precision, which a worker makes room for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inductor(ExportBackend):
+    def check_installed(self, engine: EngineSection) -> None:
+        compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler) is None:
+            raise BundleError(
+                f'engine.backend = "{self.name}" compiles C++ where it exports, and there is no {compiler} here: '
+                "install g++, or name another compiler by the variable CXX"
+            )
+
+    @contextmanager
+    def maker(self, engine: EngineSection, refit_from: Path | None) -> Iterator[Make]:
+        packager = Packager(engine.precision, exact=_on_gpu())
+        try:
+            yield packager.start
+        finally:
+            packager.close()
+
+    def sizes(self, shapes: Shapes) -> tuple[tuple[int, int], ...]:
+        from imprompt_export.profiles import picture_sizes
+
+        return picture_sizes(shapes) if _on_gpu() else ()
+
+    def check_axes(self, graph: Graph, bundle: Bundle) -> tuple[Axes, ...]:
+        """Those of the graph, and one row, which packages are not traced with; on a GPU the sizes of its packages."""
+        if not _on_gpu():
+            return (*graph.checks, graph.checks[0] | ({"batch": 1} if "batch" in graph.checks[0] else {}))
+        from imprompt_export.profiles import exact_axes
+
+        return tuple(graph.checks[-1] | axes for axes in exact_axes(graph, bundle))
+
+
+def _on_gpu() -> bool:
+    """Whether packages are built for a GPU: the one of this machine."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+class Packager:
+    """Builds packages in worker processes, and keeps what they built.
+
+    Args:
+        precision: `engine.precision`.
+        exact: whether there is a package for each size of pictures and number of rows (`profiles.exact_axes`), or one
+            for all sizes.
+        cache: where packages are kept between exports.
+    """
+
+    def __init__(self, precision: str, *, exact: bool = False, cache: Path | None = None) -> None:
+        import torch
+
+        self._precision, self._exact, self._version = precision, exact, str(torch.__version__)
+        self._kind = "cuda" if _on_gpu() else "cpu"
+        self._target = target(self._kind)
+        self._cache = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "imprompt", "engines")
+        self._workers = ProcessPoolExecutor(_worker_count(on_gpu=_on_gpu()), get_context("spawn"), initializer=_begin)
+        self._building: dict[Path, Future[float]] = {}
+
+    def close(self) -> None:
+        """End the workers; what they have not begun stays undone."""
+        self._workers.shutdown(cancel_futures=True)
+
+    def start(self, graph: Graph, folder: Path, bundle: Bundle, tell: Tell = lambda _: None) -> Callable[[], Made]:
+        """Trace `graph`, write its weights, and have its packages built; what is returned waits for them."""
+        from imprompt_export.precision import cast, dtype_of
+        from imprompt_export.profiles import exact_axes
+        from imprompt_export.programs import trace, trace_axes
+
+        begun = time.perf_counter()
+        folder.mkdir(parents=True)
+        file, dtype = folder / f"{graph.name}.json", dtype_of(graph, self._precision)
+        variants = exact_axes(graph, bundle) if self._exact else [{}]
+        on_gpu, packaged, before = self._kind == "cuda", [], len(self._building)
+        with cast(graph.module, dtype, self._kind, channels_last=on_gpu):
+            for number, axes in enumerate(variants, 1):
+                tell(f"tracing {number} of {len(variants)}")
+                sizes = trace_axes(graph) | axes
+                program = trace(graph, dtype, axes=sizes, exact=axes, device=self._kind)
+                if number == 1:
+                    _save_weights(program, file.with_suffix(WEIGHTS))
+                packaged.append(self._package(f"{graph.name}.{number}", program, folder))
+        traced, built = time.perf_counter() - begun, len(self._building) - before
+
+        def wait() -> Made:
+            seconds, packages = traced, []
+            for number, (kept, axes) in enumerate(zip(packaged, variants, strict=True), 1):
+                tell(f"package {number} of {len(variants)}")
+                seconds += self._building[kept].result() if kept in self._building else 0.0
+                packages.append(Package(suffix=f".{number}.pt2", axes={axis: int(size) for axis, size in axes.items()}))
+                shutil.copyfile(kept, folder / f"{graph.name}.{number}.pt2")
+            EngineInfo(
+                version=self._version,
+                target=self._target,
+                inputs={tensor.name: tensor.shape for tensor in graph.inputs},
+                outputs=tuple(graph.outputs),
+                packages=tuple(packages),
+                channels_last=on_gpu,
+            ).save(file)
+            return Made(file=file, source=file, seconds=seconds, built=built, kept=len(variants) - built)
+
+        return wait
+
+    def _package(self, name: str, program: torch.export.ExportedProgram, work: Path) -> Path:
+        """Where the package of `program` is kept, or will be: networks of one architecture share theirs."""
+        import torch
+
+        kept = self._cache / f"{self._key(program)}.pt2"
+        if kept in self._building or kept.exists():
+            return kept
+        self._cache.mkdir(parents=True, exist_ok=True)
+        source = work.parent / f"{name}.pt2"
+        # The worker needs to know how weights lie in memory, not what they are.
+        for key, weight in program.state_dict.items():
+            program.state_dict[key] = _empty_like(weight, "meta")
+        torch.export.save(program, source)
+        self._building[kept] = self._workers.submit(_build, source, kept, self._kind)
+        return kept
+
+    def _key(self, program: torch.export.ExportedProgram) -> str:
+        """A hash of all that a package depends on: not of the weights, but for constants of the graph itself."""
+        import torch
+
+        lines = [line for line in str(program).splitlines() if not line.lstrip().startswith("#")]
+        weights = {
+            name: [str(weight.dtype), tuple(weight.shape), weight.stride()]
+            for name, weight in program.state_dict.items()
+        }
+        described = [_RECIPE, self._version, self._target, _OPTIONS, re.sub(r"\s+#.*", "", "\n".join(lines)), weights]
+        digest = hashlib.sha256(json.dumps(described).encode())
+        for name, constant in sorted(program.constants.items()):
+            digest.update(f"{name} {constant.dtype} {tuple(constant.shape)}".encode())
+            digest.update(constant.cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+
+def _save_weights(program: torch.export.ExportedProgram, file: Path) -> None:
+    """Write the weights that `program` uses, by their names in it: of a whole VAE, those of one half."""
+    from safetensors.torch import save_file
+
+    tensors, signature = program.state_dict | program.constants, program.graph_signature
+    names = signature.inputs_to_parameters | signature.inputs_to_buffers | signature.inputs_to_lifted_tensor_constants
+    used = [names[node.name] for node in program.graph.nodes if node.users and node.name in names]
+    save_file({name: tensors[name].detach().cpu().contiguous() for name in used}, file)
+    file.chmod(0o644)  # safetensors would leave it to its owner, who may not be the server
+
+
+def _worker_count(*, on_gpu: bool) -> int:
+    """As many processes as there are cores and memory for."""
+    import torch
+
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limits = [len(os.sched_getaffinity(0)), memory // _WORKER_BYTES]
+    if on_gpu:
+        limits.append(torch.cuda.mem_get_info()[0] // _WORKER_GPU_BYTES)
+    return max(1, min(limits))
+
+
+def _begin() -> None:
+    """Prepare a worker: it has one core, and nothing to say."""
+    import logging
+    import warnings
+
+    import torch
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.getLogger("torch").setLevel(logging.ERROR)
+
+
+def _build(source: Path, kept: Path, device: str) -> float:
+    """Compile the program in `source` into the package `kept`, which appears whole; returns the seconds it took.
+
+    Raises:
+        EngineError: the compiler refuses the program.
+    """
+    import torch
+
+    start = time.perf_counter()
+    program = torch.export.load(source)
+    for name, weight in program.state_dict.items():
+        program.state_dict[name] = _empty_like(weight, device)
+    draft = kept.with_name(f".{kept.stem}.{uuid.uuid4().hex}.pt2")
+    try:
+        with torch.no_grad():
+            torch._inductor.aoti_compile_and_package(program, package_path=str(draft), inductor_configs=_OPTIONS)
+        draft.replace(kept)
+    except Exception as error:  # the compiler has many of its own, some of which no other process can read
+        raise EngineError(f"AOTInductor cannot build {source.stem}: {one_line(str(error), 600)}") from None
+    finally:
+        draft.unlink(missing_ok=True)
+    return time.perf_counter() - start
+
+
+def _empty_like(weight: torch.Tensor, device: str) -> torch.Tensor:
+    """Memory of the same kind, which nothing is written to and which therefore costs nothing."""
+    import torch
+
+    empty = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=device)
+    return torch.nn.Parameter(empty, requires_grad=False) if isinstance(weight, torch.nn.Parameter) else empty
+
+
+BACKENDS = {"inductor": Inductor(name="inductor", distributions=("torch",))}
