@@ -56,9 +56,9 @@ backend = "{backend}"
 precision = "{precision}"
 
 [shapes]
-height = [32, {size}, {largest}]
-width = [32, {size}, {largest}]
-rows = [1, 2, 16]
+height = {sizes}
+width = {sizes}
+rows = [1, 2, {rows}]
 
 [limits]
 waiting_rows = 16
@@ -117,8 +117,22 @@ def silence_libraries() -> None:
 
 
 @torch.no_grad()
-def write(folder: Path, name: str, preset: Preset, *, backend: str, precision: str) -> Checkpoints:
-    """Write the checkpoints and the bundle file of `preset` to `folder`; the weights are reproducible."""
+def write(
+    folder: Path,
+    name: str,
+    preset: Preset,
+    *,
+    backend: str,
+    precision: str,
+    sizes: tuple[int, int, int] | None = None,
+    rows: int = 16,
+) -> Checkpoints:
+    """Write the checkpoints and the bundle file of `preset` to `folder`; the weights are reproducible.
+
+    Args:
+        sizes: `shapes.height` and `shapes.width`; by default up to twice the size that the UNet is made for.
+        rows: the most rows of a UNet call.
+    """
     made = Checkpoints(folder=folder)
     torch.manual_seed(0)
     networks = {part: _randomize(model) for part, model in _networks(preset)}
@@ -139,10 +153,18 @@ def write(folder: Path, name: str, preset: Preset, *, backend: str, precision: s
         nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         pipeline = StableDiffusionPipeline(**networks, **tokenizers, **nothing, scheduler=scheduler)
     pipeline.save_pretrained(made.base)
-    size = 8 * preset.unet["sample_size"]
-    values = {"name": name, "adapter": ADAPTER, "weight_name": made.weight_name, "motion": MOTION * preset.motion}
-    values |= {"backend": backend, "precision": precision, "size": size, "largest": 2 * size}
-    made.bundle.write_text(BUNDLE.format(**values))
+    usual = 8 * preset.unet["sample_size"]
+    bundle = BUNDLE.format(
+        name=name,
+        adapter=ADAPTER,
+        weight_name=made.weight_name,
+        motion=MOTION * preset.motion,
+        backend=backend,
+        precision=precision,
+        sizes=list(sizes or (32, usual, 2 * usual)),
+        rows=rows,
+    )
+    made.bundle.write_text(bundle)
     return made
 
 

@@ -5,14 +5,30 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from imprompt_serving.backends.files import write_whole
+
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8")
-VERSIONS = ("imprompt", "torch", "diffusers", "onnxruntime", "openvino", "numpy", "nvidia-pytriton")
+VERSIONS = (
+    *(
+        "imprompt",
+        "torch",
+        "triton",
+        "diffusers",
+        "transformers",
+        "onnxruntime",
+        "onnxruntime-gpu",
+        "openvino",
+        "numpy",
+    ),
+    "nvidia-pytriton",
+)
 
 
 class BenchError(RuntimeError):
@@ -92,18 +108,21 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     parity: dict[str, list[float]]
     """Largest and mean difference between each baseline's picture and the server's, in levels of 255."""
     measurements: list[Measurement]
+    skipped: dict[str, str] = {}
+    """What was not measured, and why."""
 
     def of(self, scenario: str) -> list[Measurement]:
         return [measurement for measurement in self.measurements if measurement.scenario == scenario]
 
     def save(self, path: Path) -> None:
-        """Write JSON with one line per measurement."""
+        """Write JSON with one line per measurement; a reader sees the whole file or the one before."""
         path.parent.mkdir(parents=True, exist_ok=True)
         fields = msgspec.structs.asdict(self)
         measurements = fields.pop("measurements")
         head = [f"{_text(key)}: {_text(value)}" for key, value in fields.items()]
         rows = ",\n  ".join(map(_text, measurements))
-        path.write_text("{\n" + ",\n".join([*head, f'"measurements": [\n  {rows}\n]']) + "\n}\n")
+        text = "{\n" + ",\n".join([*head, f'"measurements": [\n  {rows}\n]']) + "\n}\n"
+        write_whole(path, text.encode())
 
     @classmethod
     def load(cls, path: Path) -> Run:
@@ -131,9 +150,21 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "load_average": [round(value, 1) for value in os.getloadavg()],
+        **_gpu(),
         "python": platform.python_version(),
         "versions": {name: version for name in VERSIONS if (version := _version(name))},
     }
+
+
+def _gpu() -> dict[str, str]:
+    """Return the model and driver of the first NVIDIA GPU; empty if there is none."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+        name, driver = answer.splitlines()[0].split(", ")
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        return {}
+    return {"gpu": name, "driver": driver}
 
 
 def _version(package: str) -> str | None:

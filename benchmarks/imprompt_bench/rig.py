@@ -1,8 +1,9 @@
-"""Run the denoiser without a server: a bundle with SD 1.5's shapes, random embeddings, and any engine as its UNet."""
+"""Run the denoiser without a server: any bundle (such as `sd15`), random embeddings, and any engine as its UNet."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,13 @@ from imprompt_serving import tensor_names
 from imprompt_serving.backends import Engine
 from imprompt_serving.denoiser.answers import Outcome
 from imprompt_serving.denoiser.batch import Batcher
-from imprompt_serving.denoiser.conditioning import Conditioner
+from imprompt_serving.denoiser.conditioning import CPU, Conditioner
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.loop import Denoiser
 from imprompt_serving.denoiser.meter import Meter
 from imprompt_serving.denoiser.networks import StepNetworks
+from imprompt_serving.families import get_family
+from imprompt_serving.gpu import beside, mark
 from imprompt_serving.job import AdapterUse, JobRequest
 from imprompt_serving.parameters import Settings
 from imprompt_serving.specs import Adapter, Bundle, CrossAttention, Range, Shapes, TextEncoder
@@ -58,19 +61,34 @@ def sd15(*, rows: int, adapters: tuple[str, ...] = ()) -> Bundle:
 class _Projection:
     """Stands in for an adapter's projection; returns the same tokens for every picture."""
 
+    def __init__(self, tokens: int, width: int) -> None:
+        self._shape = tokens, width
+
     def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {"tokens": np.zeros((len(tensors["image_embeds"]), TOKENS, WIDTH), np.float32)}
+        return {"tokens": np.zeros((len(tensors["image_embeds"]), *self._shape), np.float32)}
 
 
 class Rig:
-    """A denoiser that runs jobs as the server's does."""
+    """A denoiser that runs jobs on `device` as the server's does."""
 
-    def __init__(self, bundle: Bundle, unet: Engine, meter: Meter | None = None, *, bucketed: bool = False) -> None:
-        self.bundle = bundle
-        self._conditioner = Conditioner(bundle, {adapter.name: _Projection() for adapter in bundle.adapters})
+    def __init__(
+        self,
+        bundle: Bundle,
+        unet: Engine,
+        meter: Meter | None = None,
+        *,
+        bucketed: bool = False,
+        device: torch.device = CPU,
+    ) -> None:
+        self.bundle, self._device = bundle, device
+        self._embeds = get_family(bundle.family).text_shapes(bundle)
+        width = self._embeds["prompt_embeds"][-1]
+        projections = {adapter.name: _Projection(adapter.num_tokens, width) for adapter in bundle.adapters}
+        self._conditioner = Conditioner(bundle, projections, device=device)
         call_rows = bundle.shapes.call_rows(bucketed=bucketed)
         networks = StepNetworks(bundle, {"unet": unet}, {}, call_rows)
-        self.denoiser = Denoiser(networks, Batcher(bundle, call_rows), call_rows, bundle.limits, meter)
+        batcher = Batcher(bundle, call_rows)
+        self.denoiser = Denoiser(networks, batcher, call_rows, bundle.limits, meter, partial(mark, device))
 
     def job(self, name: str, *, steps: int, size: int, seed: int = 0, **settings: Any) -> Job:
         """Build a job for a guided picture of `size` x `size` pixels, with optional further `settings`."""
@@ -88,19 +106,19 @@ class Rig:
             adapters=tuple(AdapterUse(name=adapter.name) for adapter in self.bundle.adapters),
         )
         tensors = self.embeddings(seed)
-        with torch.no_grad():
-            return Job(request, self.bundle, self._conditioner(request, tensors), tensors)
+        with torch.no_grad(), beside(self._device):
+            return Job(request, self.bundle, self._conditioner(request, tensors), tensors, self._device)
 
     def embeddings(self, seed: int) -> dict[str, Tensor]:
         """Draw random text and image embeddings for both guidance branches."""
         generator = torch.Generator().manual_seed(seed)
         tensors = {}
         for prefix in (tensor_names.NEGATIVE, ""):
-            tensors[f"{prefix}prompt_embeds"] = torch.randn(1, 77, WIDTH, generator=generator)
+            for name, shape in self._embeds.items():
+                tensors[prefix + name] = torch.randn(1, *shape, generator=generator)
             for adapter in self.bundle.adapters:
-                tensors[prefix + tensor_names.image_embeds(adapter.name)] = torch.randn(
-                    1, CLIP_WIDTH, generator=generator
-                )
+                embeds = torch.randn(1, *adapter.embed_shape, generator=generator)
+                tensors[prefix + tensor_names.image_embeds(adapter.name)] = embeds
         return tensors
 
     def submit(self, job: Job) -> Callable[[], Tensor]:

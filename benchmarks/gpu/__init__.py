@@ -1,0 +1,1 @@
+"""Measure engines, denoiser and server on one GPU at full size, next to diffusers: `python benchmarks/gpu`."""
