@@ -21,13 +21,14 @@ def parity(system: System, options: Options) -> Iterator[Measurement]:
     assert system.expected is not None  # engines have it
     rows = min(system.inputs)
     answer = system.unet(system.inputs[rows]).float()
-    yield measurement("parity", f"UNet, {system.label}", (), value=rows, **difference(answer, system.expected))
+    notes = difference(answer, system.expected)
+    yield measurement("parity", f"UNet, {system.label}", value=rows, notes=notes)
     for precision, decode in system.decoders.items():
         assert system.expected_pictures is not None
         latents = torch.randn(*_latents(system), generator=torch.Generator().manual_seed(0)).to(options.device)
         levels = (decode({"latents": latents}).float() - system.expected_pictures.float()).abs()
         notes = {"levels_max": float(levels.max()), "levels_mean": float(levels.mean())}
-        yield measurement("parity", f"VAE, {precision}", (), **notes)
+        yield measurement("parity", f"VAE, {precision}", notes=notes)
 
 
 def difference(answer: Tensor, expected: Tensor) -> dict[str, float]:
@@ -48,9 +49,11 @@ def unet(system: System, options: Options) -> Iterator[Measurement]:
             system.label,
             seconds,
             value=rows,
-            tflop=system.flop[rows] / 1e12,
-            tflop_per_s=rate / 1e12,
-            share_of_roof=rate / limit,
+            notes={
+                "tflop": system.flop[rows] / 1e12,
+                "tflop_per_s": rate / 1e12,
+                "share_of_roof": rate / limit,
+            },
         )
 
 

@@ -118,11 +118,9 @@ class Loop:
 
 def denoiser(system: System, options: Options) -> Iterator[Measurement]:
     """Pictures by callers, then a job that is canceled, one that joins, and ticks beside the VAE."""
-    assert system.bundle is not None
-    most = system.bundle.shapes.rows.max // 2
     loop = Loop(system, options)
     try:
-        for callers in [count for count in CALLERS if count <= most]:
+        for callers in [count for count in CALLERS if 2 * count in system.inputs]:
             yield _throughput(loop, system, options, callers)
         loop.run(2)  # the rows of two callers are new, too
         yield _cancel(loop, options)
@@ -134,8 +132,7 @@ def denoiser(system: System, options: Options) -> Iterator[Measurement]:
 
 def _throughput(loop: Loop, system: System, options: Options, callers: int) -> Measurement:
     rows = 2 * callers
-    tensors = system.inputs.get(rows) or system.networks.inputs(rows)
-    bare = median(device_seconds(partial(system.unet, tensors), options.device, options.repeats))
+    bare = median(device_seconds(partial(system.unet, system.inputs[rows]), options.device, options.repeats))
     loop.run(callers)  # the first time, each number of rows is prepared
     loop.ticks.most_in_flight, ticks = 0, loop.ticks.complete
     seconds = [loop.run(callers) for _ in range(fewer(options.repeats))]
@@ -147,12 +144,14 @@ def _throughput(loop: Loop, system: System, options: Options, callers: int) -> M
         seconds,
         value=callers,
         pictures=callers,
-        pictures_per_s=callers / median(seconds),
-        step_ms=1000 * step,
-        bare_call_ms=1000 * bare,
-        step_over_bare=step / bare,
-        calls_per_step=calls / options.steps,
-        most_ticks_in_flight=loop.ticks.most_in_flight,
+        notes={
+            "pictures_per_s": callers / median(seconds),
+            "step_ms": 1000 * step,
+            "bare_call_ms": 1000 * bare,
+            "step_over_bare": step / bare,
+            "calls_per_step": calls / options.steps,
+            "most_ticks_in_flight": loop.ticks.most_in_flight,
+        },
     )
 
 
@@ -172,7 +171,7 @@ def _cancel(loop: Loop, options: Options) -> Measurement:
         loop.ticks.wait_for(loop.ticks.begun)
         ticks.append(loop.ticks.begun - complete)
     notes = {"device_idle_ms": 1000 * median(idle), "most_ticks_after": max(ticks)}
-    return measurement("denoiser", "cancel until answered", answered, **notes)
+    return measurement("denoiser", "cancel until answered", answered, notes=notes)
 
 
 def _join(loop: Loop, options: Options) -> Measurement:
@@ -193,7 +192,7 @@ def _join(loop: Loop, options: Options) -> Measurement:
         _wait(outcome.ended)
         _raise(joined)
     notes = {"until_started_ms": 1000 * median(started), "most_ticks": max(ticks)}
-    return measurement("denoiser", "join until the first step is told", seconds, **notes)
+    return measurement("denoiser", "join until the first step is told", seconds, notes=notes)
 
 
 def _beside_the_vae(loop: Loop, system: System, options: Options) -> Iterator[Measurement]:
@@ -209,6 +208,7 @@ def _beside_the_vae(loop: Loop, system: System, options: Options) -> Iterator[Me
 
 
 def _tick_seconds(loop: Loop, runs: int) -> list[float]:
+    loop.ticks.wait_for(loop.ticks.begun)  # of canceled jobs
     first = len(loop.ticks.seconds)
     for _ in range(runs):
         loop.run(1)
@@ -217,7 +217,7 @@ def _tick_seconds(loop: Loop, runs: int) -> list[float]:
 
 def _tick_percentiles(label: str, seconds: Sequence[float], **notes: float) -> Measurement:
     percentiles = {f"p{q}_ms": float(1000 * np.percentile(seconds, q)) for q in (50, 99)}
-    return measurement("denoiser", label, seconds, value=1, **percentiles, **notes)
+    return measurement("denoiser", label, seconds, value=1, notes=percentiles | notes)
 
 
 class _Decoding:

@@ -21,7 +21,7 @@ GUIDANCE = 7.5
 
 
 def picture(system: System, options: Options) -> Iterator[Measurement]:
-    """Seconds on the wall of one guided picture, decoded; of imprompt in its own denoiser, of others in a plain loop."""
+    """Wall seconds of one guided picture, decoded: of imprompt in its own denoiser, of others in a plain loop."""
     device, repeats = options.device, fewer(options.repeats)
     latents = torch.randn(1, 4, *(system.networks.size // 8,) * 2, generator=torch.Generator().manual_seed(0))
     there = {"latents": latents.to(device)}

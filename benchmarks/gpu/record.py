@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,9 +17,21 @@ from imprompt_bench.stats import STABLE_WITHIN, spread
 
 
 def measurement(
-    stage: str, label: str, seconds: Sequence[float], *, value: float | None = None, pictures: int = 1, **notes: float
+    stage: str,
+    label: str,
+    seconds: Sequence[float] = (),
+    *,
+    value: float | None = None,
+    pictures: int = 1,
+    notes: Mapping[str, float] | None = None,
 ) -> Measurement:
-    """A series of `seconds`, one sample after the other."""
+    """A series of `seconds`, one sample after the other; only `notes` where nothing was timed.
+
+    Raises:
+        ValueError: a note is not a finite number, which JSON does not have.
+    """
+    if broken := [f"{name} {number}" for name, number in (notes or {}).items() if not math.isfinite(number)]:
+        raise ValueError(f"{label}: {', '.join(broken)}")
     at, samples = 0.0, []
     for index, duration in enumerate(seconds):
         samples.append(Sample(index=index, intended=at, sent=at, ended=at + duration, pictures=pictures))
@@ -31,7 +44,7 @@ def measurement(
         seconds=at,
         stable=found is not None and found <= STABLE_WITHIN,
         spread=found,
-        notes=notes,
+        notes=dict(notes or {}),
         samples=samples,
     )
 
@@ -86,7 +99,7 @@ class Record:
     def measured(self, stage: str, preset: str) -> list[Measurement]:
         return Run.load(self.file(stage, preset)).measurements
 
-    def _change(self, stage: str, preset: str, change: Any) -> None:
+    def _change(self, stage: str, preset: str, change: Callable[[Run], Run]) -> None:
         with writing(Path(self._options.work)):
             file = self.file(stage, preset)
             change(Run.load(file)).save(file)

@@ -116,10 +116,12 @@ def served(found: Exported, options: Options) -> Iterator[Measurement]:
             seconds,
             value=callers,
             pictures=callers,
-            pictures_per_s=callers / median(seconds),
-            step_ms=1000 * median(steps),
-            bare_call_ms=1000 * bare[rows],
-            step_over_bare=median(steps) / bare[rows],
+            notes={
+                "pictures_per_s": callers / median(seconds),
+                "step_ms": 1000 * median(steps),
+                "bare_call_ms": 1000 * bare[rows],
+                "step_over_bare": median(steps) / bare[rows],
+            },
         )
 
 

@@ -151,7 +151,7 @@ def eager(task: Task, options: Options) -> System:
 
 
 def compiled(task: Task, options: Options) -> System:
-    """diffusers with its UNet compiled for one number of rows; the VAE is as it comes, for it is mostly convolutions."""
+    """diffusers with its UNet compiled for one number of rows; its VAE, mostly convolutions, is as it comes."""
 
     def compile_unet(unet: Any) -> Any:
         return torch.compile(unet, mode="reduce-overhead", dynamic=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 
@@ -23,7 +24,7 @@ def device_seconds(call: Callable[[], object], device: str, repeats: int) -> lis
         call()
         mark.record()
     torch.cuda.synchronize()
-    return [begin.elapsed_time(end) / 1000 for begin, end in zip(marks[:-1], marks[1:], strict=True)]
+    return [begin.elapsed_time(end) / 1000 for begin, end in itertools.pairwise(marks)]
 
 
 def wall_seconds(call: Callable[[], object], device: str, repeats: int, *, warm_up: int = 1) -> list[float]:

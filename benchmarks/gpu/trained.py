@@ -167,7 +167,7 @@ def parity(found: Trained, options: Options) -> Iterator[Measurement]:
             "levels_max": float(levels.max()),
             "levels_mean": float(levels.mean()),
         }
-        yield measurement("parity", f"{found.label}, {scheduler}", (), **notes)
+        yield measurement("parity", f"{found.label}, {scheduler}", notes=notes)
 
 
 def _denoise(found: Trained, side: Side, scheduler: str) -> Tensor:
