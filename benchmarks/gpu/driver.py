@@ -17,7 +17,7 @@ from gpu.plan import COMPILE_SHARE, Options, Task, tasks
 from gpu.record import Record, machine
 
 POLL_S = 0.2
-GRACE_S = 150.0
+GRACE_S = 60.0
 """How long after the budget a stage that has begun may go on."""
 _REASON_CHARACTERS = 600
 

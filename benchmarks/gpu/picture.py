@@ -55,7 +55,7 @@ def _own_loop(rig: Rig, decode: Run, options: Options) -> Tensor:
 def plain_loop(unet: Run, decode: Run, tensors: Mapping[str, Tensor], steps: int) -> Tensor:
     """Guided Euler steps as in diffusers' pipelines, without their checks and progress bar."""
     scheduler = EulerDiscreteScheduler(**SCHEDULER)
-    scheduler.set_timesteps(steps)
+    scheduler.set_timesteps(steps, device=tensors["sample"].device)
     latents = tensors["sample"][: len(tensors["sample"]) // 2] * float(scheduler.init_noise_sigma)
     for timestep in scheduler.timesteps:
         sample = scheduler.scale_model_input(torch.cat([latents] * 2), timestep)

@@ -115,12 +115,12 @@ def inductor(task: Task, options: Options) -> System:
         for name, each in made.items()
     }
     _free()
-    backend = get_backend("inductor")
-    found.engine = backend.load(made["unet"].file, device=device if device == "cuda" else "")
+    backend, loaded_on = get_backend("inductor"), "cuda:0" if device == "cuda" else ""
+    found.engine = backend.load(made["unet"].file, device=loaded_on)
     found.unet = lambda tensors: found.engine.run_tensors(tensors)["noise_pred"]
     for name, each in made.items():
         if name != "unet":
-            vae: Any = backend.load(each.file, device=device if device == "cuda" else "")
+            vae: Any = backend.load(each.file, device=loaded_on)
             decoders[name.removeprefix("vae-")] = _decoder(vae)
     for rows in task.rows:
         found.unet(inputs[rows])  # the first call captures a CUDA graph
