@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 from gpu.plan import Options, Task
 from gpu.record import measurement
 from gpu.timing import torch_device
-from imprompt_bench.results import Measurement
+from imprompt_bench.results import BenchError, Measurement
 from imprompt_bench.workload import reference
 from imprompt_demo import bundle_path
 from imprompt_export import graphs
@@ -119,25 +119,31 @@ def prepare(task: Task, options: Options) -> Trained:
     pipeline = checkpoints.pipeline
     fit_fp16_range(pipeline.vae)
     decoder, unet = graphs.vae_decoder(pipeline.vae, graphs.FP16_FOR_BF16), graphs.unet(pipeline.unet, [ADAPTER])
-    # Quantized bundles have their VAE in half precision.
-    precisions = {"unet": task.precision, "vae": task.precision if task.precision != "fp8" else "fp16"}
-    made = {}
-    for name, graph in (("vae", decoder), ("unet", unet)):
-        with closing(Packager(precisions[name], exact=options.device == "cuda")) as packager:
-            made[name] = packager.start(graph, work / name, bundle)()
-    backend, device = get_backend("inductor"), torch_device(options.device)
-    engines = {
-        name: backend.load(each.file, device="" if device == CPU else str(device)) for name, each in made.items()
-    }
+    device = _engines(task, options, bundle, unet, decoder)
     return Trained(
         label=task.precision,
         bundle=bundle,
         projection=projection,
         tensors=tensors,
         cpu=Side(unet=GraphEngine(unet), decoder=GraphEngine(decoder), device=CPU),
-        device=Side(unet=engines["unet"], decoder=engines["vae"], device=device),
+        device=device,
         steps=options.steps,
     )
+
+
+def _engines(task: Task, options: Options, bundle: Bundle, unet: Graph, decoder: Graph) -> Side:
+    """AOTInductor's packages for the device."""
+    # Quantized bundles have their VAE in half precision.
+    precisions = {"unet": task.precision, "vae": task.precision if task.precision != "fp8" else "fp16"}
+    work, device = Path(options.work, task.name), torch_device(options.device)
+    with ExitStack() as stack:
+        waits = {}
+        for name, graph in (("unet", unet), ("vae", decoder)):
+            packager = stack.enter_context(closing(Packager(precisions[name], exact=options.device == "cuda")))
+            waits[name] = packager.start(graph, work / name / graph.name, bundle)
+        files = {name: wait().file for name, wait in waits.items()}
+    load_engine = partial(get_backend("inductor").load, device="" if device == CPU else str(device))
+    return Side(unet=load_engine(files["unet"]), decoder=load_engine(files["vae"]), device=device)
 
 
 def _embeddings(bundle: Bundle, checkpoints: Checkpoints) -> dict[str, Tensor]:
@@ -155,19 +161,32 @@ def _embeddings(bundle: Bundle, checkpoints: Checkpoints) -> dict[str, Tensor]:
 
 
 def parity(found: Trained, options: Options) -> Iterator[Measurement]:
-    """The largest difference of the latents by scheduler, and of the pictures in levels of 255."""
+    """The largest difference of the latents by scheduler, and of the pictures in levels of 255.
+
+    Raises:
+        BenchError: names the schedulers that failed, after the others.
+    """
+    failed = []
     for scheduler in SCHEDULERS:
-        latents = {side: _denoise(found, side, scheduler) for side in (found.cpu, found.device)}
-        expected, answer = latents.values()
-        pictures = [_decode(side, of) for side, of in latents.items()]
-        levels = (pictures[1].float() - pictures[0].float()).abs()
-        notes = {
-            "latents_max": float((answer - expected).abs().max()),
-            "latents_largest": float(expected.abs().max()),
-            "levels_max": float(levels.max()),
-            "levels_mean": float(levels.mean()),
-        }
-        yield measurement("parity", f"{found.label}, {scheduler}", notes=notes)
+        try:
+            yield measurement("parity", f"{found.label}, {scheduler}", notes=_difference(found, scheduler))
+        except Exception as error:
+            failed.append(f"{scheduler}: {error}")
+    if failed:
+        raise BenchError("; ".join(failed))
+
+
+def _difference(found: Trained, scheduler: str) -> dict[str, float]:
+    latents = [_denoise(found, side, scheduler) for side in (found.cpu, found.device)]
+    expected, answer = latents
+    pictures = [_decode(side, of) for side, of in zip((found.cpu, found.device), latents, strict=True)]
+    levels = (pictures[1].float() - pictures[0].float()).abs()
+    return {
+        "latents_max": float((answer - expected).abs().max()),
+        "latents_largest": float(expected.abs().max()),
+        "levels_max": float(levels.max()),
+        "levels_mean": float(levels.mean()),
+    }
 
 
 def _denoise(found: Trained, side: Side, scheduler: str) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import torch
 
-from gpu import calls, denoiser, driver, picture, systems, worker
+from gpu import calls, denoiser, driver, picture, systems, trained, worker
 from gpu.locks import alone, compiling
 from gpu.networks import Networks, run_diffusers, unet_flop
 from gpu.plan import Options, Task, tasks
@@ -20,7 +20,7 @@ from gpu.record import Record, measurement
 from gpu.systems import System
 from gpu.trained import GraphEngine
 from imprompt_bench.presets import PRESETS
-from imprompt_bench.results import Measurement, Run
+from imprompt_bench.results import BenchError, Measurement, Run
 from imprompt_export import graphs
 from imprompt_serving import tensor_names
 
@@ -134,6 +134,31 @@ def test_the_denoiser_is_measured(own: System, options: Options) -> None:
     assert found["join until the first step is told", None].notes["most_ticks"] >= 1
     assert found["ticks while VAE fp32 decodes", 1].notes["pictures_decoded"] >= 1
     assert len(found["ticks alone", 1].samples) >= 2 * options.steps
+
+
+def test_the_embedded_bundle_is_compared_by_scheduler(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With PyTorch on both sides; a device that is off by a thousandth shows. PNDM cannot do two steps."""
+    task = Task(name="trained-fp32", system="trained", preset="trained", stages=("parity",), precision="fp32")
+
+    class Off(GraphEngine):
+        def run_tensors(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {name: 1.001 * tensor for name, tensor in super().run_tensors(tensors).items()}
+
+    def engines(*given: Any) -> trained.Side:
+        *_, unet, decoder = given
+        return trained.Side(unet=Off(unet), decoder=GraphEngine(decoder), device=torch.device("cpu"))
+
+    monkeypatch.setattr(trained, "_engines", engines)
+    monkeypatch.setattr(trained, "SCHEDULERS", ("DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler"))
+    made = trained.prepare(task, options)
+    found: list[Measurement] = []
+    with pytest.raises(BenchError, match="^PNDMScheduler: "):
+        for each in trained.parity(made, options):
+            found.append(each)
+    assert [each.label for each in found] == ["fp32, DDIMScheduler", "fp32, EulerDiscreteScheduler"]
+    for each in found:
+        assert 1e-6 < each.notes["latents_max"] < 0.1 * each.notes["latents_largest"]
+        assert each.notes["levels_mean"] < 5
 
 
 def test_tasks(options: Options) -> None:
