@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from gpu.plan import COMPILE_SHARE, Options, Task, tasks
 from gpu.record import Record, machine
 
 POLL_S = 0.2
+PROGRAM = (sys.executable, str(Path(__file__).parent))
 GRACE_S = 60.0
 """How long after the budget a stage that has begun may go on."""
 _REASON_CHARACTERS = 600
@@ -42,7 +44,7 @@ class Child:
             environment["CUDA_VISIBLE_DEVICES"] = ""
             # Threads of several processes that wait for each other on few cores take a hundred times as long.
             environment.setdefault("OMP_NUM_THREADS", "1")
-        command = [sys.executable, str(Path(__file__).parent), "--task", self.task.name, "--work", self.options.work]
+        command = [*PROGRAM, "--task", self.task.name, "--work", self.options.work]
         with self.log.open("ab") as log:
             # A session of its own: ending it ends the compilers that it started.
             self.process = subprocess.Popen(command, stderr=log, env=environment, start_new_session=True)
@@ -98,6 +100,10 @@ def run(options: Options) -> int:
     for stage, preset in files:
         record.start(stage, preset, described)
     children = [Child(task=task, options=options) for task in found]
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(
+            signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+        )  # through `finally`, which ends children
     try:
         with compiling(work):
             for child in children:
