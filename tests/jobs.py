@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from imprompt_serving.job import JobRequest
+from imprompt_serving.job_request import JobRequest
 from imprompt_serving.parameters import Settings
 
 SMALL: dict[str, Any] = {

@@ -19,7 +19,7 @@ from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.loop import Denoiser
 from imprompt_serving.denoiser.meter import Meter
 from imprompt_serving.denoiser.networks import StepNetworks
-from imprompt_serving.job import AdapterUse, JobRequest
+from imprompt_serving.job_request import AdapterOptions, JobRequest
 from imprompt_serving.parameters import Settings
 from imprompt_serving.specs import Adapter, Bundle, CrossAttention, Range, Shapes, TextEncoder
 
@@ -85,7 +85,7 @@ class Rig:
                 **settings,
             ),
             seeds=(seed,),
-            adapters=tuple(AdapterUse(name=adapter.name) for adapter in self.bundle.adapters),
+            adapters=tuple(AdapterOptions(name=adapter.name) for adapter in self.bundle.adapters),
         )
         tensors = self.embeddings(seed)
         with torch.no_grad():

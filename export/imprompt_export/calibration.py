@@ -23,7 +23,7 @@ from imprompt_serving.backends import Engine
 from imprompt_serving.denoiser.assembly import assemble
 from imprompt_serving.denoiser.batch import Batcher, RowSlice
 from imprompt_serving.denoiser.job import Job
-from imprompt_serving.job import AdapterUse, ControlUse, JobRequest
+from imprompt_serving.job_request import AdapterOptions, ControlOptions, JobRequest
 from imprompt_serving.parameters import Settings
 from imprompt_serving.specs import Adapter, Bundle
 
@@ -104,8 +104,8 @@ class Studio:
                 strength=1.0,
             ),
             seeds=(run.seed,),
-            adapters=tuple(AdapterUse(name=a.name, scale=run.scale) for a in bundle.adapters if run.scale),
-            controls=tuple(ControlUse(name=name) for name in bundle.net_names if run.controlled),
+            adapters=tuple(AdapterOptions(name=a.name, scale=run.scale) for a in bundle.adapters if run.scale),
+            controls=tuple(ControlOptions(name=name) for name in bundle.net_names if run.controlled),
         )
 
     def _tensors(self, run: Run, picture: np.ndarray | None) -> dict[str, Tensor]:

@@ -192,7 +192,7 @@ class TextEncoder(msgspec.Struct, frozen=True, kw_only=True):
     hidden_size: int
 
 
-class Asked(Protocol):
+class GuidanceInputs(Protocol):
     """What of a request decides how it is guided."""
 
     @property
@@ -274,18 +274,18 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
         return max(self.shapes.bucket(adapter.num_tokens) for adapter in self.adapters)
 
     @property
-    def most_images(self) -> int:
+    def max_images(self) -> int:
         """Image prompts of one adapter in a request, as far as engines are built for them."""
         fewest = min((adapter.num_tokens for adapter in self.adapters), default=1)
         return max(self.shapes.image_tokens[-1] // fewest, self.shapes.regions)
 
-    def embeds_guidance(self, request: Asked) -> bool:
+    def embeds_guidance(self, request: GuidanceInputs) -> bool:
         """Whether the guidance scale is an input of the UNet: of distilled ones, in the tasks for which diffusers'
         pipelines know them, which leaves out ControlNets with a start picture, and AnimateDiff."""
         unaware = request.frames is not None or (request.controls and request.task != "text-to-image")
         return self.time_cond_proj_dim is not None and not unaware
 
-    def guided(self, request: Asked) -> bool:
+    def guided(self, request: GuidanceInputs) -> bool:
         """Whether a request runs an unconditional branch too."""
         return request.settings.guidance_scale > 1 and not self.embeds_guidance(request)
 

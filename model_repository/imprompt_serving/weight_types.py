@@ -38,6 +38,6 @@ def layer_weights(bundle: Bundle, weight_type: str) -> list[float]:
         return [_EASINGS[weight_type](index / len(names)) for index in range(len(names))]
     if weight_type in _BLOCKS:
         return [_BLOCKS[weight_type].get(name.split("_")[0], 1.0) for name in names]
-    parts = get_family(bundle.family).parts(bundle.layers)
+    parts = get_family(bundle.family).layer_roles(bundle.layers)
     wanted = frozenset[str]().union(*(parts[part] for part in weight_type.split(" and ")))
     return [float(name in wanted) for name in names]

@@ -19,7 +19,7 @@ from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.gpu.tensorrt import Limits, profile_for
-from imprompt_serving.job import AdapterUse
+from imprompt_serving.job_request import AdapterOptions
 from imprompt_serving.pipeline.image_prompts import ImagePromptPlan, check_tokens
 from imprompt_serving.specs import Adapter, Bundle, Motion, Range, Shapes, T2IAdapter, TextEncoder
 from jobs import job_request
@@ -227,7 +227,7 @@ class Projection:
 
 def job(spec: Bundle, kinds: Mapping[str, str]) -> Job:
     """A guided picture that uses each adapter in one of ``KINDS``."""
-    uses: list[AdapterUse] = []
+    options: list[AdapterOptions] = []
     plans: list[ImagePromptPlan] = []
     tensors: dict[str, torch.Tensor] = {}
     for prefix in ("", "negative_"):
@@ -236,7 +236,7 @@ def job(spec: Bundle, kinds: Mapping[str, str]) -> Job:
         kind = kinds[adapter.name]
         if kind == "absent":
             continue
-        uses.append(AdapterUse(name=adapter.name))
+        options.append(AdapterOptions(name=adapter.name))
         count = {"one": 1, "many": SHAPES.image_tokens[-1] // adapter.num_tokens, "masked": SHAPES.regions}[kind]
         for prefix in ("", "negative_"):
             tensors[f"{prefix}image_embeds_{adapter.name}"] = torch.zeros(count, *adapter.embed_shape)
@@ -245,10 +245,12 @@ def job(spec: Bundle, kinds: Mapping[str, str]) -> Job:
         pictures = (b"",) * count
         masks = pictures if kind == "masked" else ()
         plans.append(
-            ImagePromptPlan(adapter=adapter, files=pictures, negatives=(), embeds=None, masks=masks, use=uses[-1])
+            ImagePromptPlan(
+                adapter=adapter, files=pictures, negatives=(), embeds=None, masks=masks, options=options[-1]
+            )
         )
     check_tokens(tuple(plans), spec)
-    request = job_request(id="-".join(kinds.values()), num_inference_steps=1, adapters=tuple(uses))
+    request = job_request(id="-".join(kinds.values()), num_inference_steps=1, adapters=tuple(options))
     conditioner = Conditioner(spec, {adapter.name: Projection(adapter) for adapter in spec.adapters})
     return Job(request, spec, conditioner(request, tensors), tensors)
 

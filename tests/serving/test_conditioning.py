@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 from imprompt_bench import rig
 from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.features import prepare_features
-from imprompt_serving.job import AdapterUse, ControlUse, JobRequest
+from imprompt_serving.job_request import AdapterOptions, ControlOptions, JobRequest
 from imprompt_serving.specs import Residual, Shapes, T2IAdapter
 from jobs import job_request
 
@@ -32,8 +32,8 @@ class Projection:
         return {"tokens": np.zeros((self.calls[-1], rig.TOKENS, rig.WIDTH), np.float32)}
 
 
-def request(prompts: int = 1, controls: tuple[ControlUse, ...] = ()) -> JobRequest:
-    return job_request(seeds=(0,) * prompts, adapters=(AdapterUse(name="plain"),), controls=controls)
+def request(prompts: int = 1, controls: tuple[ControlOptions, ...] = ()) -> JobRequest:
+    return job_request(seeds=(0,) * prompts, adapters=(AdapterOptions(name="plain"),), controls=controls)
 
 
 def tensors(pictures: int, *, masked: bool) -> dict[str, torch.Tensor]:
@@ -68,7 +68,7 @@ def test_control_images_of_many_prompts_take_several_calls() -> None:
         features=(Residual(1, 0),),
     )
     images = torch.arange(5.0)[:, None, None, None].expand(5, 1, 64, 64).contiguous()
-    asked = request(prompts=5, controls=(ControlUse(name="sketch", scale=2.0),))
+    asked = request(prompts=5, controls=(ControlOptions(name="sketch", scale=2.0),))
     (found,) = prepare_features(
         bundle, {"sketch": Sketch()}, asked, {"control_image_sketch": images}, pictures=5, branches=2
     )
@@ -118,7 +118,7 @@ class Ones:
 
 @pytest.mark.parametrize(("start", "end"), [(0.25, 1.0), (0.0, 0.75), (0.25, 0.75), (0.0, 1.0)])
 def test_an_adapter_is_silent_outside_of_its_steps(start: float, end: float) -> None:
-    use = AdapterUse(name="plain", scale=0.5, start=start, end=end)
+    use = AdapterOptions(name="plain", scale=0.5, start=start, end=end)
     made = Conditioner(BUNDLE, {"plain": Ones()})(job_request(adapters=(use,)), tensors(1, masked=False))
     scales = [float(made.at(index, 4)["ip_scale_plain"].unique()) for index in range(4)]
     assert scales == [0.5 if start <= index / 4 and (index + 1) / 4 <= end else 0.0 for index in range(4)]

@@ -17,7 +17,7 @@ from imprompt_serving.denoiser.conditioning import CPU, Conditioner, Conditionin
 from imprompt_serving.denoiser.features import T2IFeatures
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.schedulers import make_scheduler, noise_level, set_timesteps, without_waiting
-from imprompt_serving.job import AdapterUse, ContextWindow
+from imprompt_serving.job_request import AdapterOptions, ContextWindow
 from imprompt_serving.specs import Bundle, Motion, Residual, T2IAdapter
 from jobs import job_request
 from traffic import Traffic
@@ -110,7 +110,7 @@ def test_clips_in_windows_do_not_wait() -> None:
 
 def test_adapters_that_start_and_end_do_not_wait() -> None:
     bundle = sd15(rows=4, adapters=("plain",))
-    found = waits(job(bundle=bundle, adapters=(AdapterUse(name="plain", start=0.3, end=0.7),)), bundle)
+    found = waits(job(bundle=bundle, adapters=(AdapterOptions(name="plain", start=0.3, end=0.7),)), bundle)
     assert not any(found), found
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from imprompt import Progress
 from imprompt_serving.errors import Overloaded, RequestError
-from imprompt_serving.job import Admission
+from imprompt_serving.job_request import Admission
 from imprompt_serving.pipeline.dispatch import Dispatcher
 from imprompt_serving.pipeline.models import Tensors, strings
 from imprompt_serving.specs import Bundle

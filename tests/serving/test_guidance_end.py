@@ -15,7 +15,7 @@ from diffusers.callbacks import PipelineCallback, SDCFGCutoffCallback, SDXLCFGCu
 
 from imprompt_bench.rig import Rig, sd15
 from imprompt_serving.denoiser.job import Job
-from imprompt_serving.job import AdapterUse, ContextWindow
+from imprompt_serving.job_request import AdapterOptions, ContextWindow
 from imprompt_serving.specs import Motion
 from jobs import job_request
 from parity import assert_different, assert_same
@@ -149,7 +149,7 @@ def test_windows_of_clips_have_the_same_rows() -> None:
         guidance_end=0.0,
         frames=20,
         context=ContextWindow(length=16),
-        adapters=tuple(AdapterUse(name=adapter.name) for adapter in bundle.adapters),
+        adapters=tuple(AdapterOptions(name=adapter.name) for adapter in bundle.adapters),
     )
     job = Job(request, bundle, rig._conditioner(request, tensors), tensors)
     assert len(job.windows) > 1

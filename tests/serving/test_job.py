@@ -12,7 +12,7 @@ import torch
 from imprompt_bench.rig import Rig, sd15
 from imprompt_serving.denoiser.job import suspect
 from imprompt_serving.errors import InvalidRequest, RequestError
-from imprompt_serving.job import AdapterUse, ControlUse
+from imprompt_serving.job_request import AdapterOptions, ControlOptions
 from jobs import job_request
 
 
@@ -50,10 +50,10 @@ def test_a_job_that_overflows_names_the_cause_and_spares_the_others() -> None:
         ("scheduler", {"scheduler": "DDPMScheduler"}, 1.0),
         ("scheduler_config", {"scheduler_config": {"variance_type": "fixed_large_log"}, "guidance_scale": 1e4}, 1.0),
         ("guidance_scale", {"guidance_scale": -1e4, "scheduler": "DDPMScheduler"}, 1.0),
-        ("ip_adapter_scale", {"adapters": (AdapterUse(name="plain", scale=1e4),)}, 1.0),
-        ("ip_adapter_scale", {"adapters": (AdapterUse(name="plain", scale={"up": {"block_0": [0, -1e4]}}),)}, 1.0),
-        ("controlnet_conditioning_scale", {"controls": (ControlUse(name="depth", scale=-1e4),)}, 1.0),
-        ("ip_adapter_image_embeds", {"adapters": (AdapterUse(name="plain"),)}, 9e3),
+        ("ip_adapter_scale", {"adapters": (AdapterOptions(name="plain", scale=1e4),)}, 1.0),
+        ("ip_adapter_scale", {"adapters": (AdapterOptions(name="plain", scale={"up": {"block_0": [0, -1e4]}}),)}, 1.0),
+        ("controlnet_conditioning_scale", {"controls": (ControlOptions(name="depth", scale=-1e4),)}, 1.0),
+        ("ip_adapter_image_embeds", {"adapters": (AdapterOptions(name="plain"),)}, 9e3),
     ],
 )
 def test_what_is_suspected(parameter: str | None, changes: dict[str, Any], embedding: float) -> None:

@@ -19,7 +19,7 @@ from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.loop import Denoiser
 from imprompt_serving.denoiser.networks import StepNetworks
-from imprompt_serving.job import AdapterUse, ControlUse
+from imprompt_serving.job_request import AdapterOptions, ControlOptions
 from imprompt_serving.specs import Bundle
 from jobs import job_request
 
@@ -63,9 +63,9 @@ class Bucketed:
     def jobs(self) -> list[Job]:
         """A guided picture with image prompt and ControlNet, three that are not guided, and one alone."""
         conditioner, _ = self.parts
-        controls = (ControlUse(name="depth"), ControlUse(name="sketch"))
+        controls = (ControlOptions(name="depth"), ControlOptions(name="sketch"))
         cases: list[dict[str, Any]] = [
-            {"adapters": (AdapterUse(name="plain"),), "controls": controls},
+            {"adapters": (AdapterOptions(name="plain"),), "controls": controls},
             {"num_images_per_prompt": 3, "guidance_scale": 1.0, "seeds": (1, 2, 3)},
             {"guidance_scale": 1.0, "controls": controls[:1]},
         ]

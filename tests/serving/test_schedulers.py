@@ -28,7 +28,7 @@ from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.schedulers import make_scheduler, set_timesteps
 from imprompt_serving.errors import InvalidRequest
-from imprompt_serving.job import ControlUse, JobRequest
+from imprompt_serving.job_request import ControlOptions, JobRequest
 from imprompt_serving.pipeline.request import parse
 from imprompt_serving.specs import Bundle
 from jobs import job_request
@@ -43,7 +43,7 @@ PIPELINES: dict[str, tuple[Any, dict[str, Any]]] = {
     "text-to-image": (StableDiffusionPipeline, {}),
     "image-to-image": (StableDiffusionImg2ImgPipeline, {}),
     "inpainting": (StableDiffusionInpaintPipeline, {}),
-    "control": (StableDiffusionControlNetPipeline, {"controls": (ControlUse(name="depth"),)}),
+    "control": (StableDiffusionControlNetPipeline, {"controls": (ControlOptions(name="depth"),)}),
 }
 
 

@@ -20,7 +20,7 @@ from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.schedulers import make_scheduler
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.families import get_family, sd15
-from imprompt_serving.job import JobRequest, Task
+from imprompt_serving.job_request import JobRequest, Task
 from imprompt_serving.parameters import ROWS, Group
 from imprompt_serving.pipeline.request import parse
 from imprompt_serving.specs import Bundle, CrossAttention
@@ -80,7 +80,7 @@ ALL = layers(
     ],
 )
 def test_layers_of_style_and_composition(family: str, style: tuple[str, ...]) -> None:
-    parts = get_family(family).parts(ALL)
+    parts = get_family(family).layer_roles(ALL)
     assert parts["composition"] == {layer.name for layer in ALL if layer.name.startswith("down_blocks.2.")}
     assert parts["style"] == {layer.name for layer in ALL if layer.name.startswith(style)}
 
@@ -136,7 +136,7 @@ class Toy(sd15.SD15):
     def scheduler_corrections(self, config: Any, request: Any) -> dict[str, Any]:
         return {"steps_offset": 3}
 
-    def parts(self, layers: Sequence[CrossAttention]) -> dict[str, frozenset[str]]:
+    def layer_roles(self, layers: Sequence[CrossAttention]) -> dict[str, frozenset[str]]:
         return dict.fromkeys(("style", "composition"), frozenset(layer.name for layer in layers))
 
 

@@ -18,7 +18,7 @@ from imprompt_serving.denoiser.conditioning import Conditioning
 from imprompt_serving.denoiser.control import PreparedControlNet
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.networks import StepNetworks
-from imprompt_serving.job import ContextWindow
+from imprompt_serving.job_request import ContextWindow
 from imprompt_serving.specs import Bundle, ControlNet, Motion, Residual, level_size
 from jobs import job_request
 from traffic import Traffic

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from imprompt_serving.denoiser.windows import frames_of, merge, pyramid, windows
-from imprompt_serving.job import ContextWindow
+from imprompt_serving.job_request import ContextWindow
 
 
 @pytest.mark.parametrize("frames", [1, 7, 16])

@@ -25,7 +25,7 @@ def assemble(
 
     conditioner = Conditioner(
         bundle,
-        {adapter.name: padded(f"image_projection_{adapter.name}", bundle.most_images) for adapter in bundle.adapters},
+        {adapter.name: padded(f"image_projection_{adapter.name}", bundle.max_images) for adapter in bundle.adapters},
         {net.name: padded(f"controlnet_embedding_{net.name}") for net in controlnets},
         {adapter.name: padded(f"t2i_adapter_{adapter.name}") for adapter in t2i_adapters},
         device,

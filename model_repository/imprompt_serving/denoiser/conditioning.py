@@ -15,7 +15,7 @@ from imprompt_serving.denoiser.features import T2IFeatures, prepare_features, to
 from imprompt_serving.denoiser.image_prompts import absent_inputs, adapter_inputs, group_scales, has_regions
 from imprompt_serving.families import get_family
 from imprompt_serving.gpu import upload
-from imprompt_serving.job import JobRequest
+from imprompt_serving.job_request import JobRequest
 from imprompt_serving.specs import Adapter, Bundle
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from torch import Tensor
 from imprompt_serving import tensor_names
 from imprompt_serving.backends import Engine
 from imprompt_serving.gpu import upload
-from imprompt_serving.job import ControlUse, JobRequest
+from imprompt_serving.job_request import ControlOptions, JobRequest
 from imprompt_serving.specs import Bundle
 
 
@@ -85,7 +85,7 @@ def _embed(engine: Engine, images: Tensor, request: JobRequest, bundle: Bundle, 
     return features.repeat_interleave(request.settings.num_images_per_prompt, dim=0)[:, None]
 
 
-def _scales(bundle: Bundle, use: ControlUse, guess: bool) -> Tensor:
+def _scales(bundle: Bundle, use: ControlOptions, guess: bool) -> Tensor:
     """The scale of each residual [R]; in guess mode it grows from a tenth (``ControlNetModel.forward``)."""
     count = len(bundle.residuals)
     if guess and not bundle.controlnet(use.name).global_pool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from imprompt_serving import tensor_names
 from imprompt_serving.backends import Engine
 from imprompt_serving.gpu import upload
-from imprompt_serving.job import JobRequest
+from imprompt_serving.job_request import JobRequest
 from imprompt_serving.specs import Bundle, level_size
 
 

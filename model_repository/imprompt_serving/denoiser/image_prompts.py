@@ -13,7 +13,7 @@ from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales_for_on
 from torch import Tensor
 
 from imprompt_serving import tensor_names
-from imprompt_serving.job import AdapterUse
+from imprompt_serving.job_request import AdapterOptions
 from imprompt_serving.specs import Bundle, level_size
 from imprompt_serving.weight_types import layer_weights
 
@@ -21,7 +21,7 @@ PADDING = -1e4
 """Bias of a padding token: its share of the softmax is exactly zero, in half precision too."""
 
 
-def group_scales(bundle: Bundle, use: AdapterUse, groups: int) -> Tensor:
+def group_scales(bundle: Bundle, use: AdapterOptions, groups: int) -> Tensor:
     """The scale of one adapter for each group of image tokens and each cross-attention layer [G, L].
 
     Scales by block are expanded by diffusers' own function; a list is one number for each group.
@@ -30,7 +30,7 @@ def group_scales(bundle: Bundle, use: AdapterUse, groups: int) -> Tensor:
     return torch.tensor(columns, dtype=torch.float32).T * torch.tensor(layer_weights(bundle, use.weight_type))
 
 
-def _expanded(bundle: Bundle, use: AdapterUse) -> list[Any]:
+def _expanded(bundle: Bundle, use: AdapterOptions) -> list[Any]:
     """The scale of each layer: a number, or one for each group."""
     if not isinstance(use.scale, dict):
         return [use.scale for _ in bundle.layers]

@@ -27,7 +27,7 @@ from imprompt_serving.denoiser.start import generators, start
 from imprompt_serving.denoiser.windows import Window, frames_of, merge, windows
 from imprompt_serving.errors import InvalidRequest, RequestError
 from imprompt_serving.gpu import download, upload
-from imprompt_serving.job import JobRequest, batch_key
+from imprompt_serving.job_request import JobRequest, batch_key
 from imprompt_serving.specs import Bundle
 from imprompt_serving.tensor_names import NEGATIVE, image_embeds
 

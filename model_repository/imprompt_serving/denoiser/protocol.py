@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from imprompt_serving.denoiser.admission import Load
     from imprompt_serving.denoiser.control import PreparedControlNet
     from imprompt_serving.denoiser.windows import Window
-    from imprompt_serving.job import JobRequest
+    from imprompt_serving.job_request import JobRequest
 
 
 class RowBlock(NamedTuple):

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from imprompt_serving.errors import InvalidRequest, RequestError
 from imprompt_serving.families import get_family
 from imprompt_serving.gpu import upload
-from imprompt_serving.job import JobRequest
+from imprompt_serving.job_request import JobRequest
 from imprompt_serving.specs import Bundle
 
 _INFINITIES = {text: float(text) for sign in ("", "-") for text in (f"{sign}inf", f"{sign}Infinity")}

@@ -17,7 +17,7 @@ from imprompt_serving.denoiser.schedulers import blame_caller
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.families import get_family
 from imprompt_serving.gpu import upload
-from imprompt_serving.job import JobRequest
+from imprompt_serving.job_request import JobRequest
 from imprompt_serving.specs import Bundle
 
 Generators = torch.Generator | list[torch.Generator]

@@ -18,7 +18,7 @@ from imprompt_serving.denoiser.networks import StepNetworks
 from imprompt_serving.denoiser.preview import previews
 from imprompt_serving.errors import RequestError
 from imprompt_serving.families import get_family
-from imprompt_serving.job import AdapterUse, ContextWindow, ControlUse, JobRequest
+from imprompt_serving.job_request import AdapterOptions, ContextWindow, ControlOptions, JobRequest
 from imprompt_serving.parameters import Settings
 from imprompt_serving.specs import Bundle, CallRows
 
@@ -103,8 +103,8 @@ def _request(made: Round, bundle: Bundle) -> JobRequest:
             preview=True,
         ),
         seeds=(0,),
-        adapters=tuple(AdapterUse(name=adapter.name) for adapter in bundle.adapters if made.adapters),
-        controls=tuple(ControlUse(name=name) for name in nets if made.controls),
+        adapters=tuple(AdapterOptions(name=adapter.name) for adapter in bundle.adapters if made.adapters),
+        controls=tuple(ControlOptions(name=name) for name in nets if made.controls),
         frames=made.frames,
         context=None if made.frames is None else ContextWindow(length=made.frames),
         reports_progress=True,

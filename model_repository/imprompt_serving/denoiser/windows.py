@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from imprompt_serving.gpu import upload
-from imprompt_serving.job import ContextWindow
+from imprompt_serving.job_request import ContextWindow
 
 Window = range
 """The frames of a window, in equal distances: slicing them out of a clip needs no index on the device."""

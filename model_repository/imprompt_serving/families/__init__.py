@@ -16,8 +16,8 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from imprompt_serving.job import Task
-    from imprompt_serving.specs import Asked, Bundle, CrossAttention
+    from imprompt_serving.job_request import Task
+    from imprompt_serving.specs import Bundle, CrossAttention, GuidanceInputs
 
 NAMES = ("sd15", "sdxl")
 """The values of `family` in `bundle.json`, and the module of each: of this package, and of `imprompt_export.families`.
@@ -56,7 +56,7 @@ class Family(ABC):
 
     @abstractmethod
     def text_inputs(
-        self, request: Asked, embeds: Callable[[str], Tensor], *, pictures: int, guided: bool
+        self, request: GuidanceInputs, embeds: Callable[[str], Tensor], *, pictures: int, guided: bool
     ) -> dict[str, Tensor]:
         """Text as inputs of the denoising network, a row for each row of the job.
 
@@ -70,11 +70,11 @@ class Family(ABC):
         """Latents of the VAE as the denoising network knows them."""
 
     @abstractmethod
-    def scheduler_corrections(self, config: Mapping[str, Any], request: Asked) -> dict[str, Any]:
+    def scheduler_corrections(self, config: Mapping[str, Any], request: GuidanceInputs) -> dict[str, Any]:
         """What diffusers' pipeline for `request` changes in an outdated scheduler configuration."""
 
     @abstractmethod
-    def parts(self, layers: Sequence[CrossAttention]) -> dict[str, frozenset[str]]:
+    def layer_roles(self, layers: Sequence[CrossAttention]) -> dict[str, frozenset[str]]:
         """Names of the cross-attention layers that carry `style` and `composition` (InstantStyle)."""
 
 

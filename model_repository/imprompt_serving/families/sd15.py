@@ -10,12 +10,12 @@ import numpy as np
 
 from imprompt_serving.families import Family
 from imprompt_serving.families._unet import first_up_block, last_down_block
-from imprompt_serving.specs import Asked, Bundle, CrossAttention
+from imprompt_serving.specs import Bundle, CrossAttention, GuidanceInputs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from imprompt_serving.job import Task
+    from imprompt_serving.job_request import Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,14 +37,14 @@ class SD15(Family):
         return {"prompt_embeds": answers[0]["hidden_states"]}
 
     def text_inputs(
-        self, request: Asked, embeds: Callable[[str], Tensor], *, pictures: int, guided: bool
+        self, request: GuidanceInputs, embeds: Callable[[str], Tensor], *, pictures: int, guided: bool
     ) -> dict[str, Tensor]:
         return {"encoder_hidden_states": embeds("prompt_embeds")}
 
     def scale_latents(self, latents: Tensor, bundle: Bundle) -> Tensor:
         return latents * bundle.vae_scaling_factor
 
-    def scheduler_corrections(self, config: Mapping[str, Any], request: Asked) -> dict[str, Any]:
+    def scheduler_corrections(self, config: Mapping[str, Any], request: GuidanceInputs) -> dict[str, Any]:
         """The pipelines of ControlNets and clips change nothing."""
         if request.controls or request.frames is not None:
             return {}
@@ -52,7 +52,7 @@ class SD15(Family):
         wrong |= {"skip_prk_steps": True} if request.task == "inpainting" else {"clip_sample": False}
         return {name: value for name, value in wrong.items() if config.get(name, value) != value}
 
-    def parts(self, layers: Sequence[CrossAttention]) -> dict[str, frozenset[str]]:
+    def layer_roles(self, layers: Sequence[CrossAttention]) -> dict[str, frozenset[str]]:
         """The layers that the community settled on (https://github.com/cubiq/ComfyUI_IPAdapter_plus)."""
         composition, names = last_down_block(layers), frozenset(layer.name for layer in layers)
         return {"composition": composition, "style": names - composition - first_up_block(layers)}

@@ -10,12 +10,12 @@ import numpy as np
 
 from imprompt_serving.families import Family
 from imprompt_serving.families._unet import first_up_block, last_down_block
-from imprompt_serving.specs import Asked, Bundle, CrossAttention
+from imprompt_serving.specs import Bundle, CrossAttention, GuidanceInputs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from imprompt_serving.job import Task
+    from imprompt_serving.job_request import Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +47,7 @@ class SDXL(Family):
         }
 
     def text_inputs(
-        self, request: Asked, embeds: Callable[[str], Tensor], *, pictures: int, guided: bool
+        self, request: GuidanceInputs, embeds: Callable[[str], Tensor], *, pictures: int, guided: bool
     ) -> dict[str, Tensor]:
         import torch
 
@@ -65,16 +65,16 @@ class SDXL(Family):
         mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (bundle.vae_latents_mean, bundle.vae_latents_std))
         return (latents - mean) * bundle.vae_scaling_factor / std
 
-    def scheduler_corrections(self, config: Mapping[str, Any], request: Asked) -> dict[str, Any]:
+    def scheduler_corrections(self, config: Mapping[str, Any], request: GuidanceInputs) -> dict[str, Any]:
         return {}
 
-    def parts(self, layers: Sequence[CrossAttention]) -> dict[str, frozenset[str]]:
+    def layer_roles(self, layers: Sequence[CrossAttention]) -> dict[str, frozenset[str]]:
         """InstantStyle's own layers (https://arxiv.org/abs/2404.02733)."""
         style = frozenset(name for name in first_up_block(layers) if name.split(".")[2:4] == ["attentions", "1"])
         return {"composition": last_down_block(layers), "style": style}
 
 
-def _time_ids(request: Asked, pictures: int, *, guided: bool) -> list[tuple[int, ...]]:
+def _time_ids(request: GuidanceInputs, pictures: int, *, guided: bool) -> list[tuple[int, ...]]:
     """Size conditions [rows, 6], as diffusers' pipeline for the task has them (`_get_add_time_ids`).
 
     From text alone the negative ones count only when both of their sizes are given, and rows of several pictures take

@@ -8,7 +8,7 @@ from PIL import Image
 
 from imprompt_serving.errors import InvalidRequest, shown
 from imprompt_serving.families import get_family
-from imprompt_serving.job import ControlUse, Task
+from imprompt_serving.job_request import ControlOptions, Task
 from imprompt_serving.pipeline.annotators import annotate
 from imprompt_serving.pipeline.images import decode_all
 from imprompt_serving.pipeline.reader import Reader
@@ -30,7 +30,7 @@ class Control:
     images: tuple[Image.Image, ...]
     mode: str
     """Pillow's name for the channels that the net takes."""
-    use: ControlUse
+    options: ControlOptions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +40,7 @@ class ControlPlan:
     files: tuple[bytes, ...]
     annotator: str
     mode: str
-    use: ControlUse
+    options: ControlOptions
 
 
 def plan_controls(
@@ -62,15 +62,15 @@ def plan_controls(
         wanted = f"one for each of {', '.join(names)}" + (f", or {several} (one a {what})" if several > 1 else "")
         raise InvalidRequest("control_image", f"{wanted}; got {len(files)}")
     annotators = read.one_or_each("control_image_annotator", len(names), "nets")
-    uses = _uses(read, names, 1.0 if frames else get_family(bundle.family).default_conditioning_scale(task))
+    nets = _options(read, names, 1.0 if frames else get_family(bundle.family).default_conditioning_scale(task))
     return tuple(
         ControlPlan(
             files=tuple(files[index * each : (index + 1) * each]),
             annotator=annotator,
-            mode=_mode(bundle, use.name),
-            use=use,
+            mode=_mode(bundle, options.name),
+            options=options,
         )
-        for index, (use, annotator) in enumerate(zip(uses, annotators, strict=True))
+        for index, (options, annotator) in enumerate(zip(nets, annotators, strict=True))
     )
 
 
@@ -79,7 +79,9 @@ def load_controls(plans: tuple[ControlPlan, ...]) -> tuple[Control, ...]:
     pictures = iter(decode_all([file for plan in plans for file in plan.files], "control_image"))
     return tuple(
         Control(
-            images=tuple(annotate(next(pictures), plan.annotator) for _ in plan.files), mode=plan.mode, use=plan.use
+            images=tuple(annotate(next(pictures), plan.annotator) for _ in plan.files),
+            mode=plan.mode,
+            options=plan.options,
         )
         for plan in plans
     )
@@ -100,7 +102,7 @@ def _mode(bundle: Bundle, name: str) -> str:
     return "L" if adapter is not None and adapter.channels == 1 else "RGB"
 
 
-def _uses(read: Reader, names: tuple[str, ...], default: float) -> list[ControlUse]:
+def _options(read: Reader, names: tuple[str, ...], default: float) -> list[ControlOptions]:
     count, what = len(names), "ControlNets"
     scales = read.one_or_each("controlnet_conditioning_scale", count, what, default=default)
     starts = read.one_or_each("control_guidance_start", count, what)
@@ -109,4 +111,4 @@ def _uses(read: Reader, names: tuple[str, ...], default: float) -> list[ControlU
         if start >= end:
             raise InvalidRequest("control_guidance_start", f"{start:g} is not before control_guidance_end {end:g}")
     together = zip(names, scales, starts, ends, strict=True)
-    return [ControlUse(name=name, scale=scale, start=start, end=end) for name, scale, start, end in together]
+    return [ControlOptions(name=name, scale=scale, start=start, end=end) for name, scale, start, end in together]

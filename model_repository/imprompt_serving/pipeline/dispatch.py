@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import msgspec
 
 from imprompt_serving.errors import Overloaded
-from imprompt_serving.job import Admission
+from imprompt_serving.job_request import Admission
 from imprompt_serving.pipeline.models import Models, raise_for_error, strings
 from imprompt_serving.specs import Bundle
 

@@ -232,5 +232,5 @@ def _control_tensors(request: Request) -> Tensors:
         images = list(control.images)
         if box is not None:
             images = [fit_filled(image.crop(box), width, height) for image in images]
-        tensors[tensor_names.control_image(control.use.name)] = control_pixels(images, height, width, control.mode)
+        tensors[tensor_names.control_image(control.options.name)] = control_pixels(images, height, width, control.mode)
     return tensors

@@ -14,11 +14,11 @@ import numpy as np
 
 from imprompt_serving import tensor_names
 from imprompt_serving.errors import RequestError
-from imprompt_serving.job import Admission, JobRequest, batch_key
+from imprompt_serving.job_request import Admission, JobRequest, batch_key
 from imprompt_serving.pipeline.dispatch import Dispatcher
 from imprompt_serving.pipeline.encode import ImagePromptEncoder, TextPromptEncoder, control_tensors, encode_start
-from imprompt_serving.pipeline.finish import Finisher
 from imprompt_serving.pipeline.models import Models, Tensors, raise_for_error, strings
+from imprompt_serving.pipeline.postprocess import Postprocessor
 from imprompt_serving.pipeline.request import Request
 from imprompt_serving.pipeline.stages import Stages
 from imprompt_serving.specs import Bundle
@@ -31,7 +31,7 @@ class Pipeline:
         self._bundle, self._models = bundle, models
         self._text = TextPromptEncoder(bundle, folder, models)
         self._images = ImagePromptEncoder(bundle, models)
-        self._finish = Finisher(bundle, models)
+        self._postprocess = Postprocessor(bundle, models)
         self._dispatcher = Dispatcher(bundle, models)
 
     async def generate(
@@ -61,7 +61,7 @@ class Pipeline:
             tensors = {name: tensor for part in parts for name, tensor in part.items()}
             job = self._job(request, admission.id, time.perf_counter() - began, reports_progress=progress is not None)
             latents = await self._denoise(denoiser, job, tensors, progress, stages)
-        answer = await self._finish(request, latents, stages)
+        answer = await self._postprocess(request, latents, stages)
         # The seed of several pictures together repeats them together, and none alone.
         repeatable = len(request.seeds) == request.pictures
         answer["seeds"] = np.array(request.seeds if repeatable else (), np.int64)
@@ -100,8 +100,8 @@ class Pipeline:
             task=request.task,
             settings=request.settings,
             seeds=request.seeds,
-            adapters=tuple(prompt.use for prompt in request.image_prompts),
-            controls=tuple(control.use for control in request.controls),
+            adapters=tuple(prompt.options for prompt in request.image_prompts),
+            controls=tuple(control.options for control in request.controls),
             frames=request.frames,
             context=request.context,
             timeout=max(request.timeout - seconds, 0.0),

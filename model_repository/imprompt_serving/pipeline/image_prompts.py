@@ -12,7 +12,7 @@ from PIL import Image
 from imprompt_serving import tensor_names
 from imprompt_serving.backends import get_backend
 from imprompt_serving.errors import InvalidRequest, shown
-from imprompt_serving.job import AdapterUse
+from imprompt_serving.job_request import AdapterOptions
 from imprompt_serving.parameters import MAX_SCALE, PARAMETERS
 from imprompt_serving.pipeline.images import decode_all
 from imprompt_serving.pipeline.reader import Reader, one_or_each
@@ -32,7 +32,7 @@ class ImagePrompt:
     negative_images: tuple[Image.Image, ...]
     embeds: np.ndarray | None
     masks: tuple[Image.Image, ...]
-    use: AdapterUse
+    options: AdapterOptions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +44,7 @@ class ImagePromptPlan:
     negatives: tuple[bytes, ...]
     embeds: np.ndarray | None
     masks: tuple[bytes, ...]
-    use: AdapterUse
+    options: AdapterOptions
 
     @property
     def count(self) -> int:
@@ -81,9 +81,9 @@ def plan_image_prompts(read: Reader, bundle: Bundle, encode_image: str | None) -
             negatives=tuple(negatives[n]),
             embeds=embeds.get(n),
             masks=tuple(masks[n]),
-            use=use,
+            options=options,
         )
-        for adapter, use in zip(used, _uses(read, bundle, used), strict=True)
+        for adapter, options in zip(used, _options(read, bundle, used), strict=True)
         for n in [adapter.name]
     )
     for plan in plans:
@@ -104,7 +104,7 @@ def load_image_prompt(plan: ImagePromptPlan) -> ImagePrompt:
         negative_images=negatives * plan.count if len(negatives) == 1 else negatives,
         embeds=plan.embeds,
         masks=decode_all(plan.masks, "ip_adapter_masks"),
-        use=plan.use,
+        options=plan.options,
     )
 
 
@@ -134,7 +134,7 @@ def _check_plan(plan: ImagePromptPlan, bundle: Bundle) -> None:
             "negative_ip_adapter_image", f"{name}: {len(plan.negatives)} pictures for {count} image prompts"
         )
     groups = len(plan.masks) or 1
-    if any(isinstance(value, list) and len(value) != groups for value in _leaves(plan.use.scale)):
+    if any(isinstance(value, list) and len(value) != groups for value in _leaves(plan.options.scale)):
         raise InvalidRequest("ip_adapter_scale", f"{name}: a list needs masks, and a number for each masked image")
 
 
@@ -212,7 +212,7 @@ def _check_layers(part: str, blocks: Any, bundle: Bundle) -> None:
             raise InvalidRequest("ip_adapter_scale", f"{block} takes {wanted}; got {len(values)}")
 
 
-def _uses(read: Reader, bundle: Bundle, used: list[Adapter]) -> list[AdapterUse]:
+def _options(read: Reader, bundle: Bundle, used: list[Adapter]) -> list[AdapterOptions]:
     count, what = len(used), "adapters in use"
     starts = read.one_or_each("ip_adapter_start", count, what)
     ends = read.one_or_each("ip_adapter_end", count, what)
@@ -221,7 +221,7 @@ def _uses(read: Reader, bundle: Bundle, used: list[Adapter]) -> list[AdapterUse]
             raise InvalidRequest("ip_adapter_start", f"{start:g} lies after ip_adapter_end {end:g}")
     types = read.one_or_each("ip_adapter_weight_type", count, what)
     return [
-        AdapterUse(name=adapter.name, scale=scale, start=start, end=end, weight_type=weight_type)
+        AdapterOptions(name=adapter.name, scale=scale, start=start, end=end, weight_type=weight_type)
         for adapter, scale, start, end, weight_type in zip(
             used, _scales(read, bundle, used), starts, ends, types, strict=True
         )

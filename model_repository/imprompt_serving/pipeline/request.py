@@ -14,14 +14,14 @@ from PIL import Image
 from imprompt_serving import tensor_names
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.families import Family, get_family
-from imprompt_serving.job import ContextWindow, Task
+from imprompt_serving.job_request import ContextWindow, Task
 from imprompt_serving.parameters import PARAMETERS, PICTURE_FORMATS, ROWS, VIDEO_FORMATS, Settings, Type
-from imprompt_serving.pipeline.clips import Clip, parse_clip
 from imprompt_serving.pipeline.controls import Control, ControlPlan, load_controls, plan_controls
 from imprompt_serving.pipeline.image_prompts import ImagePrompt, adapter_name, load_image_prompt, plan_image_prompts
 from imprompt_serving.pipeline.images import check_headers, decode_all
 from imprompt_serving.pipeline.reader import Reader
 from imprompt_serving.pipeline.scheduler import parse_scheduler
+from imprompt_serving.pipeline.video import VideoOptions, parse_video
 from imprompt_serving.specs import Bundle, Limits
 from imprompt_serving.wire import request_tensors
 
@@ -48,7 +48,7 @@ class Request:
     """Likewise; None when none was given."""
     image_prompts: tuple[ImagePrompt, ...]
     start: StartImages
-    clip: Clip | None
+    video: VideoOptions | None
     controls: tuple[Control, ...]
     seeds: tuple[int, ...]
     """One for all results together, or one each."""
@@ -70,12 +70,12 @@ class Request:
     @property
     def context(self) -> ContextWindow | None:
         """The window of a clip."""
-        return None if self.clip is None else self.clip.context
+        return None if self.video is None else self.video.context
 
     @property
     def frames(self) -> int | None:
         """Frames of each clip; None for pictures."""
-        return None if self.clip is None else self.clip.frames
+        return None if self.video is None else self.video.frames
 
 
 def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
@@ -97,8 +97,8 @@ def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
         raise InvalidRequest(
             "num_images_per_prompt", f"{pictures} pictures asked for; at most {_MAX_PICTURES} a request"
         )
-    clip = parse_clip(read, bundle, pictures)
-    frames = None if clip is None else clip.frames
+    video = parse_video(read, bundle, pictures)
+    frames = None if video is None else video.frames
     task = _task(read, bundle, pictures)
     controls = plan_controls(read, bundle, task, len(prompts[0]), frames)
     step = _size_step(bundle, controls)
@@ -111,16 +111,16 @@ def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
         raise InvalidRequest("seed", f"one for all or one for each of {pictures} pictures, got {len(seeds)}")
     negative_prompts = _negative_prompts(read, family, len(prompts[0]))
     timeout = min(read.number("timeout", default=limits.timeout_seconds), limits.timeout_seconds)
-    settings = _settings(read, bundle, family, task, controls, clip)
+    settings = _settings(read, bundle, family, task, controls, video)
     start, loaded = _load_start(read), load_controls(controls)
-    height, width = _size(bundle, task, start, loaded, clip, sides, step)
+    height, width = _size(bundle, task, start, loaded, video, sides, step)
     request = Request(
         task=task,
         prompts=prompts,
         negative_prompts=negative_prompts,
         image_prompts=tuple(map(load_image_prompt, image_prompts)),
         start=start,
-        clip=clip,
+        video=video,
         controls=loaded,
         seeds=seeds or tuple(secrets.randbelow(2**32) for _ in range(pictures)),
         encode_image=encode_image,
@@ -150,7 +150,12 @@ def _check_steps(read: Reader, limits: Limits, frames: int) -> None:
 
 
 def _settings(
-    read: Reader, bundle: Bundle, family: Family, task: Task, controls: Sequence[ControlPlan], clip: Clip | None
+    read: Reader,
+    bundle: Bundle,
+    family: Family,
+    task: Task,
+    controls: Sequence[ControlPlan],
+    video: VideoOptions | None,
 ) -> dict[str, Any]:
     """Values of `Settings` but height and width: as the table has them, if nothing else decides."""
     scheduler, scheduler_config = parse_scheduler(read, bundle.limits)
@@ -161,7 +166,7 @@ def _settings(
         "clip_skip": read.integer("clip_skip", high=bundle.max_clip_skip),
         "scheduler": scheduler,
         "scheduler_config": scheduler_config,
-        "output_format": _output_format(read, PICTURE_FORMATS if clip is None else VIDEO_FORMATS),
+        "output_format": _output_format(read, PICTURE_FORMATS if video is None else VIDEO_FORMATS),
     }
     others = {*Settings.__struct_fields__} - {*settings, "height", "width"}
     return settings | {name: read.setting(name) for name in others}
@@ -254,7 +259,7 @@ def _strength(read: Reader, task: Task, *, default: float) -> float:
 
 def _size_step(bundle: Bundle, controls: Sequence[ControlPlan]) -> int:
     """What height and width are multiples of: the factors of the VAE, and of the T2I-Adapters in use."""
-    used = [bundle.t2i_adapter(control.use.name) for control in controls]
+    used = [bundle.t2i_adapter(control.options.name) for control in controls]
     return math.lcm(bundle.vae_scale_factor, *(adapter.downscale_factor for adapter in used if adapter is not None))
 
 
@@ -274,7 +279,7 @@ def _size(
     task: Task,
     start: StartImages,
     controls: tuple[Control, ...],
-    clip: Clip | None,
+    video: VideoOptions | None,
     given: Mapping[str, int | None],
     step: int,
 ) -> tuple[int, int]:
@@ -285,9 +290,9 @@ def _size(
     """
     source: str | None = None
     width, height = bundle.default_width, bundle.default_height
-    if clip is None and (task == "image-to-image" or (controls and start.images)):
+    if video is None and (task == "image-to-image" or (controls and start.images)):
         source, (width, height) = "image", start.images[0].size
-    elif clip is None and controls:
+    elif video is None and controls:
         source, (width, height) = "control_image", controls[0].images[0].size
     sizes = []
     for name, default in (("height", height), ("width", width)):

@@ -31,7 +31,7 @@ from imprompt_serving.denoiser.protocol import LoopJob
 from imprompt_serving.denoiser.warm_up import warm_up
 from imprompt_serving.errors import RequestError, unexpected
 from imprompt_serving.gpu import beside, mark
-from imprompt_serving.job import Admission, JobRequest
+from imprompt_serving.job_request import Admission, JobRequest
 from imprompt_serving.specs import Bundle
 from imprompt_serving.triton.internal import warn_if_open, without_secret
 from imprompt_serving.triton.metrics import DenoiserMeter, Metrics

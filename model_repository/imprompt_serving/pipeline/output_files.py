@@ -20,7 +20,7 @@ def picture_file(picture: np.ndarray, kind: str) -> bytes:
     return file.getvalue()
 
 
-def clip_file(frames: np.ndarray, kind: str) -> bytes:
+def video_file(frames: np.ndarray, kind: str) -> bytes:
     """A clip [F, height, width, 3] as a file of one of `parameters.VIDEO_FORMATS`, which repeats."""
     first, *rest = [Image.fromarray(frame) for frame in frames]
     file = io.BytesIO()

@@ -14,7 +14,7 @@ Scale = float | dict[str, Any] | list[float]
 Task = Literal["text-to-image", "image-to-image", "inpainting"]
 
 
-class AdapterUse(msgspec.Struct, frozen=True, kw_only=True):
+class AdapterOptions(msgspec.Struct, frozen=True, kw_only=True):
     """An adapter in one request; its embeddings and masks travel as tensors.
 
     ``scale`` is a number, diffusers' scales by block, or a number for each masked image; it is multiplied by the
@@ -28,7 +28,7 @@ class AdapterUse(msgspec.Struct, frozen=True, kw_only=True):
     weight_type: str = PARAMETERS["ip_adapter_weight_type"].default
 
 
-class ControlUse(msgspec.Struct, frozen=True, kw_only=True):
+class ControlOptions(msgspec.Struct, frozen=True, kw_only=True):
     """A ControlNet in one request, active from ``start`` to ``end`` of the steps; its images travel as a tensor."""
 
     name: str
@@ -52,8 +52,8 @@ class JobRequest(msgspec.Struct, frozen=True, kw_only=True):
     task: Task = "text-to-image"
     settings: Settings
     seeds: tuple[int, ...]
-    adapters: tuple[AdapterUse, ...] = ()
-    controls: tuple[ControlUse, ...] = ()
+    adapters: tuple[AdapterOptions, ...] = ()
+    controls: tuple[ControlOptions, ...] = ()
     frames: int | None = None
     """Frames of each clip; None for pictures."""
     context: ContextWindow | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from imprompt_serving.errors import InvalidRequest
-from imprompt_serving.job import ContextWindow
+from imprompt_serving.job_request import ContextWindow
 from imprompt_serving.parameters import PARAMETERS
 from imprompt_serving.pipeline.reader import Reader
 from imprompt_serving.specs import Bundle
@@ -18,14 +18,14 @@ _PARAMETERS = ("context_length", "context_stride", "context_overlap")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Clip:
+class VideoOptions:
     """Frames of each clip, and the windows they are computed in."""
 
     frames: int
     context: ContextWindow
 
 
-def parse_clip(read: Reader, bundle: Bundle, clips: int) -> Clip | None:
+def parse_video(read: Reader, bundle: Bundle, clips: int) -> VideoOptions | None:
     """What a request says of its clips; None when it asks for pictures."""
     video = read.data("video")
     if not video and "num_frames" not in read:
@@ -49,7 +49,7 @@ def parse_clip(read: Reader, bundle: Bundle, clips: int) -> Clip | None:
             "num_images_per_prompt",
             f"{clips} clips of {frames} frames asked for; at most {MAX_FRAMES} frames in all",
         )
-    return Clip(
+    return VideoOptions(
         frames=frames,
         context=_context(read, frames, bundle.motion.window),
     )

@@ -8,10 +8,10 @@ import numpy as np
 from PIL import Image
 
 from imprompt_serving.errors import RequestError
-from imprompt_serving.pipeline.encoded import clip_file, picture_file
 from imprompt_serving.pipeline.images import clip_pixels
 from imprompt_serving.pipeline.mask_crop import crop_region, overlay
 from imprompt_serving.pipeline.models import Models, Tensors, strings
+from imprompt_serving.pipeline.output_files import picture_file, video_file
 from imprompt_serving.pipeline.request import Request
 from imprompt_serving.pipeline.stages import Stages
 from imprompt_serving.specs import Bundle
@@ -20,7 +20,7 @@ _DECODED_TOGETHER = 2
 """Pictures of one request that are decoded at the same time."""
 
 
-class Finisher:
+class Postprocessor:
     """Latents -> the answer's tensors."""
 
     def __init__(self, bundle: Bundle, models: Models) -> None:
@@ -29,7 +29,9 @@ class Finisher:
     async def __call__(self, request: Request, latents: np.ndarray, stages: Stages) -> Tensors:
         if request.settings.output_type == "latent":
             return {"latents": latents}
-        answer = await (self._clips(latents, stages) if latents.ndim == 5 else self._pictures(request, latents, stages))
+        answer = await (
+            self._videos(latents, stages) if latents.ndim == 5 else self._pictures(request, latents, stages)
+        )
         if request.settings.output_format is None:
             return answer
         with stages.measure("postprocess"):
@@ -49,7 +51,7 @@ class Finisher:
                 pictures = await asyncio.to_thread(_put_back, request, pictures)
         return answer | {"images": pictures}
 
-    async def _clips(self, latents: np.ndarray, stages: Stages) -> Tensors:
+    async def _videos(self, latents: np.ndarray, stages: Stages) -> Tensors:
         """Latents [N, C, F, h, w] as frames; a clip with an unsafe frame is blacked as a whole."""
         clips, _, frames = latents.shape[:3]
         with stages.measure("vae_decoder"):
@@ -89,7 +91,7 @@ class Finisher:
 
 def _files(answer: Tensors, kind: str) -> Tensors:
     """The answer with its pictures or clips as files."""
-    encode, items = (clip_file, answer.pop("frames")) if "frames" in answer else (picture_file, answer.pop("images"))
+    encode, items = (video_file, answer.pop("frames")) if "frames" in answer else (picture_file, answer.pop("images"))
     return answer | {"encoded": strings(*(encode(item, kind) for item in items))}
 
 
