@@ -167,5 +167,5 @@ def test_a_further_family_conditions_its_jobs(toy: Bundle) -> None:
 
 
 def test_a_family_that_is_not_there_is_refused(toy: Bundle) -> None:
-    with pytest.raises(ValueError, match="no family 'other'; there are sd15, sdxl, toy"):
+    with pytest.raises(ValueError, match="unknown family 'other'; known families are sd15, sdxl, toy"):
         msgspec.structs.replace(toy, family="other")
