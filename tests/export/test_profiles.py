@@ -261,7 +261,7 @@ def jobs(spec: Bundle) -> Iterator[tuple[tuple[str, ...], Job | None]]:
         try:
             yield kinds, job(spec, dict(zip((adapter.name for adapter in spec.adapters), kinds, strict=True)))
         except InvalidRequest as error:
-            if "beside several masks of another adapter" not in str(error):
+            if "next to several masks of another adapter" not in str(error):
                 raise
             yield kinds, None
 

@@ -174,7 +174,7 @@ def test_bad_pictures_are_refused_by_name(face: Served, parameter: str, said: st
 
 @needs_insightface
 def test_no_face_to_encode(face: Served) -> None:
-    with pytest.raises(InvalidRequest, match="portrait: no face was found in picture 1 of 1"):
+    with pytest.raises(InvalidRequest, match="portrait: no face found in picture 1 of 1"):
         face.client.encode_image("sd15_face", "portrait", [NOBODY])
 
 
@@ -193,7 +193,7 @@ def test_without_a_face_encoder_embeddings_are_asked_for(bundle: Any) -> None:
         "ip_adapter_image": strings(picture.getvalue()),
         "ip_adapter_image_adapter": strings("portrait"),
     }
-    with pytest.raises(errors.InvalidRequest, match="no face_encoder is served") as caught:
+    with pytest.raises(errors.InvalidRequest, match="the bundle has no face_encoder") as caught:
         parse(request, msgspec.structs.replace(described, face_encoder=None))
     assert caught.value.parameter == "ip_adapter_image_embeds"
 
