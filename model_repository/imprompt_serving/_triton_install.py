@@ -54,7 +54,8 @@ class TritonInstall:
         The stub locates the packages (also those of a virtual environment) through `python3` on PATH. It ignores
         `PYTHONPATH` and all other `PYTHON*` variables, so the models import only installed packages.
         """
-        environment = dict(os.environ)
+        # Processes share the cores: an idle OpenMP thread that spins takes its core from the one it waits for.
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
         libraries = [str(_libpython_folder()), *([str(self.libraries)] if self.libraries else [])]
         _prepend(environment, "LD_LIBRARY_PATH", libraries)
         _prepend(environment, "PATH", [str(Path(sys.executable).parent)])
