@@ -108,9 +108,9 @@ class Server:
         log: TextIO | None = None,
     ) -> None:
         self._repository = _checked_repository(Path(repository))
-        self._wanted_ports = {"grpc": grpc_port, "metrics": metrics_port}
+        self._requested_ports = {"grpc": grpc_port, "metrics": metrics_port}
         if http_port is not None:
-            self._wanted_ports["http"] = http_port
+            self._requested_ports["http"] = http_port
         self._host = host
         self._start_timeout = start_timeout
         self._verbose = verbose
@@ -230,7 +230,7 @@ class Server:
 
     def _spawn(self) -> None:
         triton = find_triton()
-        listen, ports = _free_ports(self._host, self._wanted_ports)
+        listen, ports = _free_ports(self._host, self._requested_ports)
         connect_to = "127.0.0.1" if listen == "0.0.0.0" else listen
         self.addresses = Addresses(**{name: f"{connect_to}:{port}" for name, port in ports.items()})
         scratch = Path(self._clean_up.enter_context(tempfile.TemporaryDirectory(prefix="imprompt-")))
@@ -400,11 +400,11 @@ def _checked_repository(repository: Path) -> Path:
     return repository.resolve()
 
 
-def _free_ports(host: str, wanted: dict[str, int]) -> tuple[str, dict[str, int]]:
+def _free_ports(host: str, requested: dict[str, int]) -> tuple[str, dict[str, int]]:
     """Return the numeric address (Triton accepts no host names), and the ports, with free ones in place of 0."""
     ports: dict[str, int] = {}
     with ExitStack() as probes:  # keep all open until the end, so that no port is assigned twice
-        for name, port in wanted.items():
+        for name, port in requested.items():
             probe = probes.enter_context(socket.socket())
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

@@ -85,7 +85,7 @@ def response_tensors(bundle: Bundle, *, stream: bool) -> tuple[Tensor, ...]:
     """List the outputs of the bundle's pipeline."""
     embeds = tuple(
         Tensor(
-            tensor_names.image_embeds(adapter.name), "FP32", (-1, -1, *adapter.embed_shape), "answer to `encode_image`"
+            tensor_names.image_embeds(adapter.name), "FP32", (-1, -1, *adapter.embed_shape), "result of `encode_image`"
         )
         for adapter in bundle.adapters
     )

@@ -63,5 +63,5 @@ class Dispatcher:
 
     async def _send(self, model: str, **message: str | bytes) -> None:
         tensors = {name: strings(value) for name, value in message.items()}
-        async for answer in self._models.stream(model, tensors):
-            raise_for_error(answer)
+        async for response in self._models.stream(model, tensors):
+            raise_for_error(response)

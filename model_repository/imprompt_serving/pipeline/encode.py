@@ -82,8 +82,8 @@ class TextPromptEncoder:
             return await self._models.call(self._bundle.model(encoder.engine), tensors)
 
         distinct = list(dict.fromkeys(prompts))
-        found = dict(zip(distinct, await asyncio.gather(*map(encode, distinct)), strict=True))
-        return {name: np.concatenate([found[prompt][name] for prompt in prompts]) for name in found[prompts[0]]}
+        outputs = dict(zip(distinct, await asyncio.gather(*map(encode, distinct)), strict=True))
+        return {name: np.concatenate([outputs[prompt][name] for prompt in prompts]) for name in outputs[prompts[0]]}
 
 
 def _quoted(text: str) -> str:
@@ -139,20 +139,20 @@ class ImagePromptEncoder:
         if not prompt.photos:
             return prompt
         with stages.measure("face_encoder"):
-            found = await asyncio.gather(*(self._face(prompt, index) for index in range(len(prompt.photos))))
-        embeds = np.stack([face["embeddings"] for face in found])
-        crops = tuple(Image.fromarray(face["crops"][0]) for face in found) if prompt.adapter.clip_shape else ()
+            faces = await asyncio.gather(*(self._face(prompt, index) for index in range(len(prompt.photos))))
+        embeds = np.stack([face["embeddings"] for face in faces])
+        crops = tuple(Image.fromarray(face["crops"][0]) for face in faces) if prompt.adapter.clip_shape else ()
         return replace(prompt, embeds=np.stack([np.zeros_like(embeds), embeds]), images=crops)
 
     async def _face(self, prompt: ImagePrompt, index: int) -> Tensors:
         """Find the largest face of a photo."""
         model = self._bundle.model("face_encoder")
-        found = await self._models.call(model, {"picture": strings(prompt.photos[index])})
-        raise_for_error(found)
-        if not len(found["embeddings"]):
+        face = await self._models.call(model, {"picture": strings(prompt.photos[index])})
+        raise_for_error(face)
+        if not len(face["embeddings"]):
             which = f"picture {index + 1} of {len(prompt.photos)}"
             raise InvalidRequest("ip_adapter_image", f"{prompt.adapter.name}: no face found in {which}")
-        return found
+        return face
 
     async def features(self, prompt: ImagePrompt, guided: bool, stages: Stages) -> tuple[np.ndarray | None, np.ndarray]:
         """Return the features of a prompt's pictures: negative (if `guided`) and positive, each [pictures, ...]."""

@@ -118,13 +118,13 @@ class Pipeline:
         stages: Stages,
     ) -> np.ndarray:
         tensors = {"job": strings(msgspec.json.encode(job)), **tensors}
-        async for answer in self._models.stream(denoiser, tensors):
-            raise_for_error(answer)
+        async for response in self._models.stream(denoiser, tensors):
+            raise_for_error(response)
             if progress:
-                progress({name: answer[name] for name in ("step", "steps", "preview") if name in answer})
-            if "latents" in answer:
-                stages.seconds.update(json.loads(answer["timings"][0]))
-                return answer["latents"]
+                progress({name: response[name] for name in ("step", "steps", "preview") if name in response})
+            if "latents" in response:
+                stages.seconds.update(json.loads(response["timings"][0]))
+                return response["latents"]
         raise RequestError("the denoiser returned no latents")
 
 

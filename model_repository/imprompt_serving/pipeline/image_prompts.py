@@ -68,8 +68,10 @@ def plan_image_prompts(read: Reader, bundle: Bundle, encode_image: str | None) -
     )
     embeds = {a.name: _embeds(read, a) for a in bundle.adapters if tensor_names.request_embeds(a.name) in read}
     used = [adapter for adapter in bundle.adapters if files[adapter.name] or adapter.name in embeds]
-    for parameter, given in (("ip_adapter_masks", masks), ("negative_ip_adapter_image", negatives)):
-        idle = [name for name, items in given.items() if items and name not in {adapter.name for adapter in used}]
+    for parameter, items_by_adapter in (("ip_adapter_masks", masks), ("negative_ip_adapter_image", negatives)):
+        idle = [
+            name for name, items in items_by_adapter.items() if items and name not in {adapter.name for adapter in used}
+        ]
         if idle:
             raise InvalidRequest(parameter, f"{', '.join(idle)} has no ip_adapter_image")
     if encode_image is not None and not files[encode_image]:
@@ -184,8 +186,8 @@ def _check_scale(parameter: str, scale: Any, bundle: Bundle) -> None:
     for leaf in _leaves(scale):
         for value in leaf if isinstance(leaf, list) else [leaf]:
             if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_SCALE:
-                wanted = f"must be numbers from {-MAX_SCALE:g} to {MAX_SCALE:g}"
-                raise InvalidRequest(parameter, f"{wanted}, by block or per masked image; got {shown(value)}")
+                expected = f"must be numbers from {-MAX_SCALE:g} to {MAX_SCALE:g}"
+                raise InvalidRequest(parameter, f"{expected}, by block or per masked image; got {shown(value)}")
     known = [f"block_{index}" for index in range(max(bundle.levels) + 1)]
     for part, blocks in scale.items() if isinstance(scale, dict) else ():
         unknown = [f"{part}.{block}" for block in (blocks if isinstance(blocks, dict) else ()) if block not in known]
@@ -210,8 +212,8 @@ def _check_layers(part: str, blocks: Any, bundle: Bundle) -> None:
         values_by_block = {f"{part}.{block}": values for block, values in by_block.items() if block in attention_blocks}
     for block, values in values_by_block.items():
         if isinstance(values, list) and len(values) not in (1, layers):
-            wanted = "one number" if layers == 1 else f"{layers} numbers (one per layer), or one for all"
-            raise InvalidRequest("ip_adapter_scale", f"{block} takes {wanted}; got {len(values)}")
+            expected = "one number" if layers == 1 else f"{layers} numbers (one per layer), or one for all"
+            raise InvalidRequest("ip_adapter_scale", f"{block} takes {expected}; got {len(values)}")
 
 
 def _options(read: Reader, bundle: Bundle, used: list[Adapter]) -> list[AdapterOptions]:
@@ -236,8 +238,8 @@ def _scales(read: Reader, bundle: Bundle, used: list[Adapter]) -> tuple[Any, ...
     if (config := f"{name}_config") in read:
         if name in read:
             raise InvalidRequest(name, f"cannot be combined with {config}")
-        given = read.json(config)
-        scales = tuple(given) if isinstance(given, list) else (given,)
+        value = read.json(config)
+        scales = tuple(value) if isinstance(value, list) else (value,)
         for scale in scales:
             _check_scale(config, scale, bundle)
     else:
@@ -260,9 +262,9 @@ def _by_adapter(read: Reader, name: str, bundle: Bundle) -> dict[str, list[bytes
     """Assign the encoded pictures of `name` to adapters by `<name>_adapter`, or else to the adapters in order."""
     data, names = read.data(name), read.texts(f"{name}_adapter")
     known = [adapter.name for adapter in bundle.adapters]
-    found: dict[str, list[bytes]] = {adapter: [] for adapter in known}
+    by_adapter: dict[str, list[bytes]] = {adapter: [] for adapter in known}
     if not data:
-        return found
+        return by_adapter
     if not known:
         raise InvalidRequest(name, f"{bundle.name} has no IP-Adapter")
     if not names:
@@ -274,16 +276,16 @@ def _by_adapter(read: Reader, name: str, bundle: Bundle) -> dict[str, list[bytes
         raise InvalidRequest(f"{name}_adapter", f"{len(names)} names for {len(data)} pictures")
     for adapter, picture in zip(names, data, strict=True):
         adapter_name(adapter, bundle, name)
-        found[adapter].append(picture)
-    return found
+        by_adapter[adapter].append(picture)
+    return by_adapter
 
 
 def _embeds(read: Reader, adapter: Adapter) -> np.ndarray:
     parameter = "ip_adapter_image_embeds"
     embeds = read.floats(tensor_names.request_embeds(adapter.name))
     if embeds.ndim != 2 + len(adapter.embed_shape) or embeds.shape[2:] != adapter.embed_shape:
-        wanted = ", ".join(map(str, adapter.embed_shape))
-        raise InvalidRequest(parameter, f"{adapter.name} takes [2, pictures, {wanted}], got {list(embeds.shape)}")
+        expected = ", ".join(map(str, adapter.embed_shape))
+        raise InvalidRequest(parameter, f"{adapter.name} takes [2, pictures, {expected}], got {list(embeds.shape)}")
     if embeds.shape[0] not in (1, 2) or not embeds.shape[1]:
         message = (
             f"{adapter.name}: the first axis must be 2 (negative, positive) or 1 (positive); got {list(embeds.shape)}"

@@ -48,8 +48,8 @@ def check_headers(pictures: Mapping[str, Sequence[bytes]], limits: Limits) -> No
                 raise InvalidRequest(parameter, f"{which}{width}x{height} is too elongated; {ratio}")
             pixels += width * height
             if pixels > limits.image_megapixels * MEGAPIXEL:
-                most = f"a request takes at most {limits.image_megapixels:g} megapixels in total"
-                raise InvalidRequest(parameter, f"{which}{width}x{height} is too large; {most}")
+                limit = f"a request takes at most {limits.image_megapixels:g} megapixels in total"
+                raise InvalidRequest(parameter, f"{which}{width}x{height} is too large; {limit}")
 
 
 def decode(data: bytes, parameter: str, index: int = 0, count: int = 1) -> Image.Image:

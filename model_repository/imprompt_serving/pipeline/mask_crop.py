@@ -49,16 +49,16 @@ def _widen(low: int, high: int, by: int, limit: int) -> tuple[int, int]:
 
 def fit_filled(image: Image.Image, width: int, height: int) -> Image.Image:
     """Fit the whole picture into `width` x `height`, and fill the rest with its edges (`resize_mode="fill"`)."""
-    ratio, own = width / height, image.width / image.height
-    w = width if ratio < own else max(image.width * height // image.height, 1)
-    h = height if ratio >= own else max(image.height * width // image.width, 1)
+    ratio, image_ratio = width / height, image.width / image.height
+    w = width if ratio < image_ratio else max(image.width * height // image.height, 1)
+    h = height if ratio >= image_ratio else max(image.height * width // image.width, 1)
     resized = image.resize((w, h), _LANCZOS)
     result = Image.new("RGB", (width, height))
     result.paste(resized, box=(width // 2 - w // 2, height // 2 - h // 2))
-    if ratio < own and (fill := height // 2 - h // 2) > 0:
+    if ratio < image_ratio and (fill := height // 2 - h // 2) > 0:
         result.paste(resized.resize((width, fill), box=(0, 0, width, 0)), box=(0, 0))
         result.paste(resized.resize((width, fill), box=(0, h, width, h)), box=(0, fill + h))
-    elif ratio > own and (fill := width // 2 - w // 2) > 0:
+    elif ratio > image_ratio and (fill := width // 2 - w // 2) > 0:
         result.paste(resized.resize((fill, height), box=(0, 0, 0, height)), box=(0, 0))
         result.paste(resized.resize((fill, height), box=(w, 0, w, height)), box=(fill + w, 0))
     return result
@@ -77,9 +77,9 @@ def overlay(mask: Image.Image, original: Image.Image, result: Image.Image, box: 
 
 def _fit_cropped(image: Image.Image, width: int, height: int) -> Image.Image:
     """Cover `width` x `height` with the picture, and cut off the rest (`resize_mode="crop"`)."""
-    ratio, own = width / height, image.width / image.height
-    w = width if ratio > own else image.width * height // image.height
-    h = height if ratio <= own else image.height * width // image.width
+    ratio, image_ratio = width / height, image.width / image.height
+    w = width if ratio > image_ratio else image.width * height // image.height
+    h = height if ratio <= image_ratio else image.height * width // image.width
     # The part of the picture inside the result, and its position there.
     x, y = width // 2 - w // 2, height // 2 - h // 2
     part = (max(-x, 0), max(-y, 0), min(width - x, w), min(height - y, h))

@@ -24,10 +24,10 @@ class Models(Protocol):
         ...
 
 
-def raise_for_error(answer: Tensors) -> None:
+def raise_for_error(response: Tensors) -> None:
     """Raise the error in a response. It is a tensor because Triton turns every error between models into INTERNAL."""
-    if "error" in answer:
-        status, message = (part.decode() for part in answer["error"])
+    if "error" in response:
+        status, message = (part.decode() for part in response["error"])
         raise from_status(status, message)
 
 

@@ -73,10 +73,10 @@ class Postprocessor:
 
         async def decode(sample: np.ndarray) -> np.ndarray:
             async with semaphore:
-                answer = await self._models.call(model, {"latents": sample[None]})
-            if not answer["finite"].all():
+                response = await self._models.call(model, {"latents": sample[None]})
+            if not response["finite"].all():
                 raise RequestError("the VAE decoder produced pixels that are not finite")
-            return answer["images"]
+            return response["images"]
 
         return np.concatenate(await asyncio.gather(*map(decode, latents)))
 

@@ -284,7 +284,7 @@ def _size(
     start: StartImages,
     controls: tuple[Control, ...],
     video: VideoOptions | None,
-    given: Mapping[str, int | None],
+    sides: Mapping[str, int | None],
     step: int,
 ) -> tuple[int, int]:
     """Return height and width. The defaults are those of the bundle, or of the picture that diffusers' pipelines use.
@@ -300,7 +300,7 @@ def _size(
         source, (width, height) = "control_image", controls[0].images[0].size
     sizes = []
     for name, default in (("height", height), ("width", width)):
-        value, (low, _, high) = given[name], getattr(bundle.shapes, name)
+        value, (low, _, high) = sides[name], getattr(bundle.shapes, name)
         if value is None and source is not None:
             value = default - default % step
             if not low <= value <= high:
