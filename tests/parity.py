@@ -1,4 +1,4 @@
-"""Assert that pictures match diffusers, and that a wrong input would be noticed."""
+"""The same picture as diffusers: how tests say it, and how they make sure that they could tell a difference."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import numpy as np
 from tiny.oracle import picture_distance
 
 MAX_LEVELS, MEAN_LEVELS = 2, 0.1
-"""Allowed maximum and mean difference of uint8 pictures, in levels of 255."""
+"""Largest and mean difference of uint8 pictures, in levels of 255."""
 TELLABLE = 3.0
-"""Smallest mean difference, in levels, at which pictures count as different."""
+"""Mean difference from which a wrong ingredient counts as noticed, in levels."""
 
 
 def assert_same(result: Any, expected: np.ndarray) -> None:
-    """Assert that a result of the server equals the pictures of the oracle."""
+    """``result`` of the server shows the pictures of the oracle."""
     largest, mean = picture_distance(np.stack([np.asarray(image) for image in result.images]), expected)
     assert largest <= MAX_LEVELS, f"pictures differ by {largest} levels (mean {mean:.3f})"
     assert mean <= MEAN_LEVELS, f"pictures differ by {mean:.3f} levels on average"
 
 
 def assert_different(result: Any, other: Any) -> None:
-    """Assert that two results of the server, or a result and pictures of the oracle, clearly differ."""
+    """Two results of the server, or one and the oracle's, are far apart."""
     pictures = [np.stack([np.asarray(image) for image in getattr(r, "images", r)]) for r in (result, other)]
     mean = picture_distance(*pictures)[1]
-    assert mean >= TELLABLE, f"pictures differ by only {mean:.3f} levels: the input has no effect"
+    assert mean >= TELLABLE, f"pictures differ by {mean:.3f} levels only: the ingredient has no effect"

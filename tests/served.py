@@ -28,7 +28,7 @@ class Served:
         return self.client.generate(model=self.bundle.name, **arguments)
 
     def metrics(self) -> dict[str, float]:
-        """Return the current metrics of the server, by name and labels as Triton formats them."""
+        """What the server's metrics are now, by name and labels as they are written there."""
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(f"http://{self.server.metrics_address}/metrics") as answer:
             lines = [line for line in answer.read().decode().splitlines() if line and not line.startswith("#")]
