@@ -173,8 +173,8 @@ def _largest_jump(clip: Any) -> float:
     return max(float(np.abs(a.astype(float) - b).mean()) for a, b in pairwise(clip))
 
 
-def test_windows_use_the_control_images_and_video_of_their_frames(control: Served) -> None:
-    """A window gets the control images of its own frames: with windows of one look, all is as in a single window."""
+def test_windows_use_the_control_images_of_their_frames(control: Served) -> None:
+    """One image equals that image for every frame; other images in the second half change mainly the last frames."""
     still = [RELIEFS[0]] * 20
     common: dict[str, Any] = {"controlnet": "depth", "num_frames": 20, "seed": 0, "context_length": 8}
     one = generate(control, control_image=RELIEFS[0], **common)
@@ -226,9 +226,8 @@ def test_clips_as_encoded_files(control: Served, kind: str) -> None:
     assert result.encoded is not None
     assert Image.open(io.BytesIO(result.encoded[0])).format == kind.upper()
     assert frames(result).shape == frames(raw).shape
-    assert (
-        np.abs(frames(result).astype(float) - frames(raw)).mean() < 40
-    )  # both formats are lossy; GIF loses most of the colors
+    # Both formats are lossy; GIF loses most of the colors.
+    assert np.abs(frames(result).astype(float) - frames(raw)).mean() < 40
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])

@@ -62,7 +62,7 @@ def plan_controls(
         choice = f", or {expected} (one per {what})" if expected > 1 else ""
         problem = f"expected one picture for each of {', '.join(names)}{choice}"
         raise InvalidRequest("control_image", f"{problem}; got {len(files)}")
-    annotators = read.one_or_each("control_image_annotator", len(names), "nets")
+    annotators = read.one_or_each("control_image_annotator", len(names), "ControlNets")
     nets = _options(read, names, 1.0 if frames else get_family(bundle.family).default_conditioning_scale(task))
     return tuple(
         ControlPlan(

@@ -140,9 +140,8 @@ class TritonPythonModel:
         answers = [asyncio.ensure_future(self._answer(request)) for request in requests]
         for answer in answers:
             self._keep(answer)
-        if (
-            self._streaming
-        ):  # Triton does not wait for this, but leaks a coroutine that finishes before it is registered
+        # Triton does not wait for this, but it leaks a coroutine that finishes before it is registered.
+        if self._streaming:
             await asyncio.wait(answers)
 
     async def _answer(self, request: Any) -> None:
