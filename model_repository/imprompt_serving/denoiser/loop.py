@@ -187,14 +187,14 @@ class Denoiser:
 
     def _check_wanted(self, job_id: str) -> None:
         if job_id in self._cancelled:
-            raise Cancelled("cancelled by its caller")
+            raise Cancelled("canceled by the caller")
 
     def _cancel(self, job_id: str) -> None:
         self._forget_old()
         self._admitted.pop(job_id, None)
         self._cancelled[job_id] = time.monotonic()
         if job_id in self._jobs:
-            self._fail(self._jobs[job_id], Cancelled("cancelled by its caller"))
+            self._fail(self._jobs[job_id], Cancelled("canceled by the caller"))
         self._report_population()
 
     def _stop(self) -> None:
@@ -221,7 +221,7 @@ class Denoiser:
         now = time.monotonic()
         for active in list(self._jobs.values()):
             if active.job.deadline is not None and now > active.job.deadline:
-                self._fail(active, Cancelled(f"timeout: {active.job.request.timeout:g} seconds are over"))
+                self._fail(active, Cancelled(f"timeout: {active.job.request.timeout:g} seconds have passed"))
 
     def _plan(self) -> list[tuple[_Active, RowSlice]]:
         """Rows of jobs for the next tick."""
