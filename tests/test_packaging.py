@@ -25,7 +25,7 @@ SPECS = ("specs", "parameters", "tensor_names", "wire", "config", "capabilities"
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "imprompt": (),
     "imprompt_export": tuple(
-        f"imprompt_serving.{name}" for name in (*SPECS, "backends", "families", "denoiser", "job")
+        f"imprompt_serving.{name}" for name in (*SPECS, "backends", "families", "denoiser", "job_request")
     ),
     "imprompt_serving": (),
     "imprompt_bench": ("imprompt", "imprompt_export", "imprompt_serving"),
@@ -50,7 +50,7 @@ LIGHT = (
     "capabilities",
     "parameters",
     "tensor_names",
-    "job",
+    "job_request",
     "errors",
 )
 
