@@ -80,10 +80,11 @@ def test_every_metric_is_documented_with_its_kind_and_label() -> None:
 
 def test_documented_numbers_match_the_code() -> None:
     span = PRIORITY_PATIENCE * (LAST_PRIORITY - FIRST_PRIORITY)
-    assert f"go first for {START_PATIENCE} calls" in PAGE
-    assert f"by {PRIORITY_PATIENCE} calls for each level" in PAGE
-    assert f"at most {START_PATIENCE + span} calls" in PAGE
-    assert f"at most {Limits().waiting_rows} may" in PAGE
+    text = " ".join(PAGE.split())
+    assert f"go first for {START_PATIENCE} calls" in text
+    assert f"by {PRIORITY_PATIENCE} calls per level" in text
+    assert f"at most {START_PATIENCE + span} calls ({START_PATIENCE}, plus {span} at priority {LAST_PRIORITY})" in text
+    assert f"at most {Limits().waiting_rows} may" in text
 
 
 def test_metrics_count_requests_and_calls(sd15: Served) -> None:
