@@ -39,7 +39,7 @@ frames = [1, 8, 64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
+class ExportedBundle:
     """An exported bundle: its Triton repository, its checkpoints, and the oracle over the same checkpoints."""
 
     name: str
@@ -53,7 +53,7 @@ class Made:
 
 
 def adapter(name: str, file: Path, root: Path, encoder: str | None) -> str:
-    """An ``[[ip_adapter]]`` section; ``encoder`` is relative to ``root``."""
+    """An `[[ip_adapter]]` section; `encoder` is relative to `root`."""
     folder = f'"{encoder}"' if encoder else "false"
     return f"""
 [[ip_adapter]]
@@ -188,7 +188,7 @@ def _inductor(folder: Path) -> list[str]:
 
 
 def controlnet(name: str, folder: Path) -> str:
-    """A ``[[controlnet]]`` section."""
+    """A `[[controlnet]]` section."""
     return f"""
 [[controlnet]]
 name = "{name}"
@@ -197,7 +197,7 @@ path = "{folder.name}"
 
 
 def t2i_adapter(name: str, folder: Path) -> str:
-    """A ``[[t2i_adapter]]`` section."""
+    """A `[[t2i_adapter]]` section."""
     return controlnet(name, folder).replace("controlnet", "t2i_adapter")
 
 
@@ -223,8 +223,8 @@ MAKERS: dict[str, Callable[[Path], list[str]]] = {
 }
 
 
-def make(name: str, cache: Path) -> Made:
-    """Make and export bundle ``name``. Kept in ``cache`` as long as the sources that make it stay the same."""
+def make(name: str, cache: Path) -> ExportedBundle:
+    """Make and export bundle `name`. Kept in `cache` as long as the sources that make it stay the same."""
     folder = cache / f"{name}-{_sources()}"
     done = folder / "done"
     if not done.exists():
@@ -236,7 +236,7 @@ def make(name: str, cache: Path) -> Made:
             export(folder / "bundle.toml", folder / "repository", Console(file=open(os.devnull, "w")))  # noqa: SIM115
         done.touch()
     repository, loaded = folder / "repository", tuple(_read_adapters(folder))
-    return Made(name=name, repository=repository, checkpoints=folder, adapters=loaded)
+    return ExportedBundle(name=name, repository=repository, checkpoints=folder, adapters=loaded)
 
 
 def _export_once(cache: Path, graph: graphs.Graph, path: Path, dtype: torch.dtype = torch.float32) -> None:

@@ -26,7 +26,7 @@ def _one_torch_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def bundle(request: pytest.FixtureRequest) -> Iterator[Callable[[str], bundles.Made]]:
+def bundle(request: pytest.FixtureRequest) -> Iterator[Callable[[str], bundles.ExportedBundle]]:
     """Exported bundles by name. When the whole suite runs, all of them are made ahead, beside the tests."""
     cache = Path(str(request.config.cache.mkdir("bundles")))
     if request.config.args_source != pytest.Config.ArgsSource.TESTPATHS:
@@ -39,7 +39,7 @@ def bundle(request: pytest.FixtureRequest) -> Iterator[Callable[[str], bundles.M
 
 
 @pytest.fixture(scope="session")
-def served(bundle: Callable[[str], bundles.Made]) -> Iterator[Callable[[str], Served]]:
+def served(bundle: Callable[[str], bundles.ExportedBundle]) -> Iterator[Callable[[str], Served]]:
     """Served bundles by name. One that broke down fails the next test that asks for it, and is started again after."""
     running: dict[str, Served] = {}
     with ExitStack() as stack:

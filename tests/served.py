@@ -16,7 +16,7 @@ from imprompt_serving.launcher import Server
 class Served:
     """A bundle behind a running Triton, with a client and the diffusers oracle."""
 
-    bundle: bundles.Made
+    bundle: bundles.ExportedBundle
     server: Server
     client: Client
 

@@ -26,8 +26,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "demo").rglob("*.md")])
 GUIDE = ("guide", "image-prompts", "faces", "control", "client")
 """The pages for callers in Python, in reading order."""
-SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-FENCE = re.compile(r"^( *)```.*?^\1```$", re.DOTALL | re.MULTILINE)
+SNIPPET = re.compile(r"^``python\n(.*?)^``$", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"^( *)``.*?^\1``$", re.DOTALL | re.MULTILINE)
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 MODULE_FOLDERS = {"Pipeline": "pipeline", "Denoiser": "denoiser", "Backends": "backends"}
@@ -232,7 +232,7 @@ def test_a_broken_link_would_be_noticed(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
         "# A page\n\n## Faults of `x` 2.51\n\n[a](#faults-of-x-251) [b](page.md#a-page) [c](#nope) ![d](nope.png)\n"
-        "```\n# not a heading\n[e](nope.md)\n```\n[f](page.md#not-a-heading) [g](https://example.com/nope)\n"
+        "``\n# not a heading\n[e](nope.md)\n``\n[f](page.md#not-a-heading) [g](https://example.com/nope)\n"
     )
     assert broken_links(page) == ["#nope", "nope.png", "page.md#not-a-heading"]
 
