@@ -56,7 +56,7 @@ def _by_task(folder: Path) -> dict[str, list[tuple[Path, Any]]]:
     try:
         from insightface import model_zoo
     except ImportError as error:
-        raise BundleError(f"face_encoder: install imprompt[face] ({error})") from None
+        raise BundleError(f'face_encoder: pip install "imprompt[face]": {error}') from None
     if model_zoo.has_model_package_manifest(folder):
         raise BundleError(f"face_encoder: {folder} has a manifest; only folders like buffalo_l and antelopev2 work")
     found: dict[str, list[tuple[Path, Any]]] = {}

@@ -148,10 +148,10 @@ def quantize(file: Path, samples: Sequence[Arrays]) -> Path:
         model_type=nncf.ModelType.TRANSFORMER,
         ignored_scope=nncf.IgnoredScope(names=_keep_in_fp32(model)),
         advanced_parameters=nncf.AdvancedQuantizationParameters(
-            # Weights of 7 bits: CPUs without VNNI add pairs of products in 16 bits, which those of 8 bits overflow.
-            # Full range would make pictures depend on the CPU that serves.
+            # Use 7-bit weights: CPUs without VNNI add pairs of products in 16 bits, which 8-bit weights overflow.
+            # With the full range, pictures would depend on the server's CPU.
             overflow_fix=nncf.OverflowFix.ENABLE,
-            disable_bias_correction=True,  # no gain was seen, and it takes long
+            disable_bias_correction=True,  # it is slow and brought no gain
             smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=SMOOTHING, convolution=-1),
         ),
     )

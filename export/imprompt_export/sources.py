@@ -197,7 +197,7 @@ def _snapshot(what: str, repository: str) -> str:
     except (OSError, ValueError, errors.EntryNotFoundError):
         cache = constants.HF_HUB_CACHE
         raise BundleError(
-            f"{_not_beside(what, repository)} {repository} of the hub is not in {cache} (HF_HUB_OFFLINE is set)"
+            f"{_no_folder(what, repository)} the hub repository {repository} is not in {cache} (HF_HUB_OFFLINE is set)"
         ) from None
 
 
@@ -220,13 +220,13 @@ def _download(what: str, repository: str, file: str) -> Path:
         ) from None
     except errors.RepositoryNotFoundError:
         raise BundleError(
-            f"{_not_beside(what, repository)} the hub has no such repository, or it is private (run `hf auth login`)"
+            f"{_no_folder(what, repository)} the hub has no such repository, or it is private (run `hf auth login`)"
         ) from None
     except errors.RemoteEntryNotFoundError:
         raise BundleError(f"{what}: no file {file} in {repository} on the hub") from None
     except Exception as error:  # there are many types of HTTP and validation errors
         raise BundleError(
-            f"{_not_beside(what, repository)} {file} of {repository} cannot be downloaded from the hub: {error}"
+            f"{_no_folder(what, repository)} {file} of the hub repository {repository} cannot be downloaded: {error}"
         ) from None
 
 
@@ -240,12 +240,12 @@ def _hub_files(what: str, repository: str, subfolder: str) -> list[str]:
         try:
             snapshot = Path(snapshot_download(repository, local_files_only=True))
         except (OSError, ValueError, errors.EntryNotFoundError):
-            raise BundleError(f"{_not_beside(what, repository)} that of the hub cannot be listed: {error}") from None
+            raise BundleError(f"{_no_folder(what, repository)} the hub repository cannot be listed: {error}") from None
         paths = [path.relative_to(snapshot) for path in sorted(snapshot.rglob("*"))]
     return [path.name for path in paths if path.parent == Path(subfolder)]
 
 
-def _not_beside(what: str, repository: str) -> str:
+def _no_folder(what: str, repository: str) -> str:
     return f"{what}: there is no folder {repository} next to the bundle file, and"
 
 

@@ -136,7 +136,7 @@ def test_onnxruntime_for_cpus_is_named_before_anything_is_exported(
 
 
 def test_few_packages_are_needed() -> None:
-    """Without ONNX Runtime, the benchmark needs only some of the packages of an export."""
+    """The benchmark starts without the packages that only exports to ONNX need."""
     missing = ("onnx", "onnxscript", "onnxruntime", "tritonclient", "peft", "rich")
     code = (
         f"import runpy, sys; sys.modules.update(dict.fromkeys({missing!r})); "

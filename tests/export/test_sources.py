@@ -140,14 +140,17 @@ def test_everything_loads_from_the_cache(cache: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
-        ("models--runwayml--base", "base: .*runwayml/base of the hub is not in .* .HF_HUB_OFFLINE is set"),
-        ("models--h94--IP-Adapter", "ip_adapter plus: .*h94/IP-Adapter of the hub is not in .* .HF_HUB_OFFLINE is set"),
-        ("models--lllyasviel--depth", "controlnet depth: .*lllyasviel/depth of the hub is not in"),
-        ("models--TencentARC--sketch", "t2i_adapter sketch: .*TencentARC/sketch of the hub is not in"),
-        ("models--guoyww--motion", "motion_adapter: .*guoyww/motion of the hub is not in"),
+        ("models--runwayml--base", "base: .*the hub repository runwayml/base is not in .* .HF_HUB_OFFLINE is set"),
+        (
+            "models--h94--IP-Adapter",
+            "ip_adapter plus: .*the hub repository h94/IP-Adapter is not in .* .HF_HUB_OFFLINE is set",
+        ),
+        ("models--lllyasviel--depth", "controlnet depth: .*the hub repository lllyasviel/depth is not in"),
+        ("models--TencentARC--sketch", "t2i_adapter sketch: .*the hub repository TencentARC/sketch is not in"),
+        ("models--guoyww--motion", "motion_adapter: .*the hub repository guoyww/motion is not in"),
         (
             "models--latent-consistency--lora",
-            "lora latent-consistency/lora: .*latent-consistency/lora of the hub",
+            "lora latent-consistency/lora: .*the hub repository latent-consistency",
         ),
         ("models--runwayml--base/snapshots/*/unet/*.safetensors", "base: no weights in .*runwayml--base.*/unet"),
         ("models--h94--IP-Adapter/snapshots/*/models/image_encoder", "ip_adapter plus: no image encoder at .*h94--IP"),

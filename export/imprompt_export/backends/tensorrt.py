@@ -120,7 +120,7 @@ class Builder:
         if not targets or not set(targets) <= set(known):
             allowed = ", ".join(f"{name} ({serving.capability(name)})" for name in known)
             requested = ", ".join(targets) or "none"
-            raise EngineError(f"engine.targets: {requested}; {self._backend} builds for {allowed}")
+            raise EngineError(f"engine.targets: must be among {allowed} for {self._backend}, got {requested}")
         return tuple(targets)
 
     def build(
