@@ -32,8 +32,8 @@ def export_bundle(bundle: BundleFile, work: Path, console: Console | None, refit
     """
     console = console or Console(stderr=True)
     engine, backend = bundle.engine, export_backend(bundle.engine.backend)
-    runner = backend.runner(engine)
-    if runner is None:
+    comparison_backend = backend.comparison_backend(engine)
+    if comparison_backend is None:
         console.print(f"{engine.precision} cannot run on this machine: the engines will not be compared with PyTorch")
     columns = (SpinnerColumn(), *Progress.get_default_columns()[:2], TimeElapsedColumn())
     with backend.builder(engine, refit_from) as start_build, Progress(*columns, console=console) as progress:
@@ -56,10 +56,10 @@ def export_bundle(bundle: BundleFile, work: Path, console: Console | None, refit
             result = wait()
             engines[graph.name] = result.file
             built, reused = built + result.packages_built, reused + result.packages_reused
-            if runner is not None:
-                file = result.file if runner == backend.name else result.source
-                sizes = export_backend(runner).check_axes(graph, spec)
-                rows = compare(graph, file, runner, engine.precision, sizes)
+            if comparison_backend is not None:
+                file = result.file if comparison_backend == backend.name else result.source
+                sizes = export_backend(comparison_backend).check_axes(graph, spec)
+                rows = compare(graph, file, comparison_backend, engine.precision, sizes)
                 export_report.engines += [report.EngineRow.of(row, export_seconds=result.seconds) for row in rows]
                 check_parity(rows)
             progress.advance(task)
@@ -70,7 +70,7 @@ def export_bundle(bundle: BundleFile, work: Path, console: Console | None, refit
         )
         models = work / "models"
         write_models(models, spec, engine.host, {graph.name: graph for graph in graphs_to_build}, files, checkpoints)
-        report.save(export_report, models / bundle.name, spec, run_by=runner)
+        report.save(export_report, models / bundle.name, spec, run_by=comparison_backend)
     return export_report
 
 

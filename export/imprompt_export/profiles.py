@@ -77,7 +77,7 @@ def _profile_ranges(graph: Graph, bundle: Bundle) -> list[dict[str, Range]]:
     """Return the range of each axis, for each profile."""
     axes = _axes(graph)
     common = {axis: sizes for axis, sizes in _common_ranges(bundle).items() if axis in axes}
-    common |= {"batch": batch(graph, bundle)} if "batch" in axes else {}
+    common |= {"batch": batch_range(graph, bundle)} if "batch" in axes else {}
     choices = [list(_clip_ranges(bundle)) if "frames" in axes else [{}], list(_image_prompt_ranges(axes, bundle))]
     ranges = [common | clips | prompts for clips, prompts in itertools.product(*choices)]
     if not _runs_each_step(graph):
@@ -101,7 +101,7 @@ def _axes(graph: Graph) -> set[str]:
     return {size for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)}
 
 
-def batch(graph: Graph, bundle: Bundle) -> Range:
+def batch_range(graph: Graph, bundle: Bundle) -> Range:
     """Return the range of the batch of `graph`; it always starts at one row, even if `shapes.rows` does not."""
     _, opt, high = bundle.shapes.rows
     if graph.name.startswith("vae_"):

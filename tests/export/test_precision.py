@@ -97,17 +97,19 @@ def test_vae_computes_in_fp16_if_its_values_fit(tmp_path: Path, precision: str, 
     assert types["unet"] == types["text_encoder_2"] == {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
 
 
-def runner(backend: str, precision: str, targets: tuple[str, ...] = ()) -> str | None:
-    return export_backend(backend).runner(EngineSection(backend=backend, precision=precision, targets=targets))
+def comparison_backend(backend: str, precision: str, targets: tuple[str, ...] = ()) -> str | None:
+    return export_backend(backend).comparison_backend(
+        EngineSection(backend=backend, precision=precision, targets=targets)
+    )
 
 
 def test_backend_that_runs_the_comparison() -> None:
     """Without a GPU, the ONNX file of an engine is compared on the CPU, which does not support bf16."""
     if torch.cuda.is_available() or "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("there is a GPU")
-    assert runner("onnxruntime", "fp16") == runner("tensorrt_rtx", "fp16") == "onnxruntime"
-    assert runner("tensorrt", "bf16") is runner("onnxruntime", "bf16") is None
-    assert runner("openvino", "fp32") == "openvino"
+    assert comparison_backend("onnxruntime", "fp16") == comparison_backend("tensorrt_rtx", "fp16") == "onnxruntime"
+    assert comparison_backend("tensorrt", "bf16") is comparison_backend("onnxruntime", "bf16") is None
+    assert comparison_backend("openvino", "fp32") == "openvino"
 
 
 @pytest.mark.parametrize(("targets", "expected"), [(("SM89", "SM90"), "tensorrt_rtx"), (("SM89",), "onnxruntime")])
@@ -116,8 +118,8 @@ def test_engines_for_other_gpus_are_compared_by_their_onnx_file(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert runner("tensorrt_rtx", "fp16", targets) == expected
-    assert runner("tensorrt", "fp16", targets) == "tensorrt"
+    assert comparison_backend("tensorrt_rtx", "fp16", targets) == expected
+    assert comparison_backend("tensorrt", "fp16", targets) == "tensorrt"
 
 
 def test_comparison_at_other_sizes(graph: graphs.Graph, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 
 from imprompt_export import graphs, image_prompt
 from imprompt_export.control import residuals
-from imprompt_export.profiles import Profile, batch, check_axes, profiles
+from imprompt_export.profiles import Profile, batch_range, check_axes, profiles
 from imprompt_serving.denoiser.batch import Batcher, RowSlice
 from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.job import Job
@@ -147,7 +147,7 @@ def test_clips_trade_rows_for_frames() -> None:
 )
 def test_range_of_the_batch(name: str, expected: Range) -> None:
     graph = graphs.Graph(name=name, module=unet(), run=lambda _: (), inputs=(), outputs={}, checks=())
-    assert batch(graph, bundle()) == expected
+    assert batch_range(graph, bundle()) == expected
 
 
 def limits(found: list[Profile]) -> list[Limits]:

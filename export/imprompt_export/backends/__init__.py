@@ -128,7 +128,7 @@ class ExportBackend:
         """
         return lambda graph, source, bundle, show_status: source
 
-    def runner(self, engine: EngineSection) -> str | None:
+    def comparison_backend(self, engine: EngineSection) -> str | None:
         """Return the backend that runs the engines for the comparison on this machine; None if none can.
 
         A backend other than this one runs `BuiltEngine.source`.
@@ -145,9 +145,9 @@ class ExportBackend:
 
     def max_batch_size(self, graph: Graph, bundle: Bundle) -> int:
         """Return the maximum number of rows that Triton may put into one call of an engine."""
-        from imprompt_export.profiles import batch
+        from imprompt_export.profiles import batch_range
 
-        return batch(graph, bundle).max
+        return batch_range(graph, bundle).max
 
     def finish(
         self,

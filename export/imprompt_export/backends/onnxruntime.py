@@ -34,7 +34,7 @@ class OnnxRuntime(ExportBackend):
 
         return fuse
 
-    def runner(self, engine: EngineSection) -> str | None:
+    def comparison_backend(self, engine: EngineSection) -> str | None:
         """Return None for bf16 without a GPU: ONNX Runtime has no bf16 on the CPU."""
         import torch
 

@@ -64,7 +64,7 @@ class TensorRT(ExportBackend):
 
         return build
 
-    def runner(self, engine: EngineSection) -> str | None:
+    def comparison_backend(self, engine: EngineSection) -> str | None:
         """Return this backend, or ONNX Runtime if no GPU here can run the engines.
 
         ONNX Runtime then runs the ONNX files in the same types on the CPU. It has no bf16 there, hence None.
