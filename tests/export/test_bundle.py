@@ -50,7 +50,7 @@ def write(folder: Path, text: str) -> Path:
     [
         (BASE + "color = 3", "color"),
         (BASE + ADAPTER + "scale = 0.5", "scale"),
-        (BASE + '[engine]\nbackend = "abacus"', "'abacus' is not one of onnxruntime, "),
+        (BASE + '[engine]\nbackend = "abacus"', "engine.backend: 'abacus' is not one of .*onnxruntime, "),
         (
             BASE + '[engine]\nprecision = "int8"',
             r"engine.precision \(with onnxruntime\): 'int8' is not one of fp32, fp16",
