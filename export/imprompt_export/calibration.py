@@ -123,8 +123,8 @@ class CalibrationRunner:
             tensors |= self._image_prompt(adapter, run.seed, unit)
         for name in self.bundle.net_names if run.controlled else ():
             t2i = self.bundle.t2i_adapter(name)
-            grey = t2i is not None and t2i.channels == 1
-            tensors[tensor_names.control_image(name)] = unit.mean(1, keepdim=True) if grey else unit
+            gray = t2i is not None and t2i.channels == 1
+            tensors[tensor_names.control_image(name)] = unit.mean(1, keepdim=True) if gray else unit
         if self.bundle.unet_channels != self.bundle.latent_channels:
             tensors |= self._mask(unit)
         return tensors
