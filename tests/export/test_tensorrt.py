@@ -401,7 +401,7 @@ def test_unknown_operator_is_reported(tmp_path: Path) -> None:
 
 def test_unknown_target_is_refused() -> None:
     with pytest.raises(
-        EngineError, match=r"must be among SM75 \(7\.5\), .*SM89 \(8\.9\), SM120 \(12\.0\) for tensorrt_rtx, .*SM70"
+        EngineError, match=r"must be among SM75 \(7\.5\), .*SM89 \(8\.9\), SM120 \(12\.0\).* for tensorrt_rtx, .*SM70"
     ):
         Builder("tensorrt_rtx", targets=["SM89", "SM70"])
 
