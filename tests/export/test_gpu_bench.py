@@ -1,4 +1,4 @@
-"""The benchmark for GPUs runs, with small networks on the CPU."""
+"""The GPU benchmark runs, with small networks on the CPU."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_script(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def bench() -> Any:
-    """The script as a module."""
+    """Import the script as a module."""
     spec = importlib.util.spec_from_file_location("gpu_bench", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
@@ -91,7 +91,7 @@ def test_a_point_that_fails_leaves_the_others(
 
 
 def test_inputs_are_contiguous(bench: Any, case: Any) -> None:
-    """Compiled code goes by addresses: a timestep that is expanded has one number where it reads many."""
+    """Compiled code reads raw memory: an expanded timestep would hold one number where the code reads many."""
     seen: list[dict[str, torch.Tensor]] = []
 
     def unet(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -136,7 +136,7 @@ def test_onnxruntime_for_cpus_is_named_before_anything_is_exported(
 
 
 def test_few_packages_are_needed() -> None:
-    """Of those that an export needs: what makes no ONNX file does without them."""
+    """The benchmark starts without the packages that only exports to ONNX need."""
     missing = ("onnx", "onnxscript", "onnxruntime", "tritonclient", "peft", "rich")
     code = (
         f"import runpy, sys; sys.modules.update(dict.fromkeys({missing!r})); "

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bundles import Made
+from bundles import ExportedBundle
 from imprompt_serving.backends import Engine, get_backend
 from imprompt_serving.denoiser import warm_up as denoiser_warm_up
 from imprompt_serving.denoiser.answers import Outcome
@@ -44,7 +44,7 @@ class Counting:
 class Bucketed:
     """The denoiser of a bundle on the CPU, told to run few numbers of rows, or any."""
 
-    def __init__(self, made: Made, *, bucketed: bool) -> None:
+    def __init__(self, made: ExportedBundle, *, bucketed: bool) -> None:
         folder = made.repository / "control_denoiser/1"
         self.bundle = Bundle.load(folder)
         self.engines: dict[str, Counting] = {}
@@ -94,11 +94,11 @@ class Bucketed:
 
 
 @pytest.fixture(scope="module")
-def made(bundle: Callable[[str], Made]) -> Made:
+def made(bundle: Callable[[str], ExportedBundle]) -> ExportedBundle:
     return bundle("control")
 
 
-def test_pictures_are_those_without_padding(made: Made) -> None:
+def test_pictures_are_those_without_padding(made: ExportedBundle) -> None:
     """Jobs of one, two and three rows, alone and together: six rows are a call of eight, or of four and of two."""
     plain, bucketed = (Bucketed(made, bucketed=value) for value in (False, True))
     expected = [plain.run([job])[0] for job in plain.jobs()]
@@ -111,7 +111,7 @@ def test_pictures_are_those_without_padding(made: Made) -> None:
     assert all(rows <= set(bucketed.call_rows.buckets) for rows in bucketed.rows().values())
 
 
-def test_every_bucket_is_warmed_up(made: Made) -> None:
+def test_every_bucket_is_warmed_up(made: ExportedBundle) -> None:
     """At the default size, in every network; what callers then ask for has been run before."""
     room = Bucketed(made, bucketed=True)
     denoiser_warm_up.warm_up(room.bundle, *room.parts, CPU, room.call_rows)
@@ -124,7 +124,7 @@ def test_every_bucket_is_warmed_up(made: Made) -> None:
     assert {shape[0] for shape in room.engines["motion_unet"].shapes} == {1}
 
 
-def test_engines_that_take_any_number_of_rows_are_warmed_up_once(made: Made) -> None:
+def test_engines_that_take_any_number_of_rows_are_warmed_up_once(made: ExportedBundle) -> None:
     room = Bucketed(made, bucketed=False)
     denoiser_warm_up.warm_up(room.bundle, *room.parts, CPU, room.call_rows)
     assert len(room.engines["unet"].shapes) == 1

@@ -16,7 +16,7 @@ from diffusers import ControlNetModel, MotionAdapter
 from PIL import Image
 
 from imprompt import InvalidRequest, Progress, Result
-from parity import MAX_LEVELS, MEAN_LEVELS, TELLABLE, assert_different, assert_same
+from parity import MAX_LEVELS, MEAN_LEVELS, NOTICEABLE, assert_different, assert_same
 from served import Served
 from tiny import images, oracle
 
@@ -56,7 +56,7 @@ def assert_same_clip(result: Any, expected: Any) -> None:
 
 
 def assert_other_clip(result: Any, other: Any) -> None:
-    assert oracle.picture_distance(frames(result), other)[1] >= TELLABLE
+    assert oracle.picture_distance(frames(result), other)[1] >= NOTICEABLE
 
 
 def both(served: Served, cls: str, nets: tuple[str, ...] = (), **arguments: Any) -> tuple[Any, Any]:
@@ -97,7 +97,7 @@ def test_frames_depend_on_each_other(control: Served) -> None:
     one = generate(control, video=video, **arguments)
     other = generate(control, video=[*video[:3], *images.video(3, seed=5)], **arguments)
     assert_other_clip(one, frames(other))
-    assert oracle.picture_distance(frames(one)[:, :3], frames(other)[:, :3])[1] >= TELLABLE / 3
+    assert oracle.picture_distance(frames(one)[:, :3], frames(other)[:, :3])[1] >= NOTICEABLE / 3
 
 
 @pytest.mark.parametrize(
