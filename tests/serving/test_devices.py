@@ -1,4 +1,4 @@
-"""A bundle with several denoisers: one for each GPU; on a CPU all of them are there."""
+"""A bundle with one denoiser per GPU. On a machine without GPUs, all of them run on the CPU."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ def two(served: Callable[[str], Served]) -> Served:
 
 
 def count(two: Served, metric: str, labels: str = "") -> list[float]:
-    """The metric of each denoiser."""
+    """Return the metric of each denoiser."""
     metrics = two.metrics()
     return [metrics[f'{metric}{{model="{name}"{labels}}}'] for name in DENOISERS]
 
 
-def test_engines_are_on_the_disk_once(two: Served) -> None:
+def test_engines_are_stored_once(two: Served) -> None:
     files = [two.bundle.repository / name / "1" / "unet.onnx" for name in DENOISERS]
     assert files[0].samefile(files[1])
     assert not (two.bundle.repository / "inpaint_denoiser").exists()
     assert Bundle.load(files[1].parent).denoisers == {DENOISERS[0]: 0, DENOISERS[1]: 1}
 
 
-def test_callers_are_spread_over_the_denoisers(two: Served) -> None:
+def test_jobs_are_distributed_over_the_denoisers(two: Served) -> None:
     alone = [np.asarray(two.generate(**REQUEST, seed=seed).images[0]) for seed in range(6)]
     before = count(two, "imprompt_jobs_ended_total", ',outcome="finished"')
     with ThreadPoolExecutor(6) as pool:
@@ -88,8 +88,8 @@ def test_a_cancel_finds_its_job(two: Served) -> None:
     assert sum(count(two, "imprompt_jobs", ',state="running"')) == 0
 
 
-class Lines:
-    """Denoisers with a line of so many rows, and what they were told."""
+class FakeDenoisers:
+    """Denoisers with a limit of waiting rows each, and the requests that they received."""
 
     def __init__(self, room: Mapping[str, int]) -> None:
         self.room, self.told = dict(room), list[tuple[str, str]]()
@@ -110,46 +110,46 @@ class Lines:
         yield {}
 
 
-def dispatcher(two: Served, room: tuple[int, int]) -> tuple[Dispatcher, Lines]:
-    lines = Lines(dict(zip(DENOISERS, room, strict=True)))
+def dispatcher(two: Served, room: tuple[int, int]) -> tuple[Dispatcher, FakeDenoisers]:
+    lines = FakeDenoisers(dict(zip(DENOISERS, room, strict=True)))
     return Dispatcher(Bundle.load(Path(two.bundle.repository, DENOISERS[0], "1")), lines), lines
 
 
-def asked(rows: int) -> Admission:
+def admission(rows: int) -> Admission:
     return Admission(id="job", rows=rows, steps=1, batch_key="64x64")
 
 
-def test_the_denoiser_with_the_fewest_rows_is_asked(two: Served) -> None:
+def test_the_denoiser_with_the_fewest_rows_is_admission(two: Served) -> None:
     async def play() -> list[str]:
         chosen, _ = dispatcher(two, (100, 100))
-        return list(await asyncio.gather(*(chosen.admit(asked(rows)) for rows in (6, 2, 2, 2, 1))))
+        return list(await asyncio.gather(*(chosen.admit(admission(rows)) for rows in (6, 2, 2, 2, 1))))
 
     zero, one = DENOISERS
     assert asyncio.run(play()) == [zero, one, one, one, zero]
 
 
-def test_a_full_line_sends_a_job_to_the_next(two: Served) -> None:
+def test_a_full_denoiser_passes_a_job_to_the_next(two: Served) -> None:
     async def play() -> None:
         chosen, lines = dispatcher(two, (1, 2))
-        assert await chosen.admit(asked(2)) == DENOISERS[1]
-        assert await chosen.admit(asked(1)) == DENOISERS[0]
+        assert await chosen.admit(admission(2)) == DENOISERS[1]
+        assert await chosen.admit(admission(1)) == DENOISERS[0]
         with pytest.raises(Overloaded, match="full"):
-            await chosen.admit(asked(1))
+            await chosen.admit(admission(1))
         assert "cancel" not in {what for _, what in lines.told}, "a refused job is not there"
 
     asyncio.run(play())
 
 
-def test_a_job_that_is_broken_off_is_cancelled_where_it_is(two: Served) -> None:
+def test_an_interrupted_job_is_cancelled_at_its_denoiser(two: Served) -> None:
     async def play() -> None:
         chosen, lines = dispatcher(two, (9, 9))
-        first, second = asked(4), asked(1)
+        first, second = admission(4), admission(1)
         assert await chosen.admit(first) == DENOISERS[0]
         assert await chosen.admit(second) == DENOISERS[1]
         with suppress(RequestError):
             async with chosen.place(DENOISERS[0], first):
                 raise RequestError("gone")
         assert lines.told[-1] == (DENOISERS[0], "cancel")
-        assert await chosen.admit(asked(1)) == DENOISERS[0], "its rows count no more"
+        assert await chosen.admit(admission(1)) == DENOISERS[0], "its rows count no more"
 
     asyncio.run(play())

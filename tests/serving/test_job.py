@@ -1,4 +1,4 @@
-"""A job whose numbers overflow ends with an error that names the cause, and takes no other job along."""
+"""A job that overflows fails with an error that names the likely cause, and does not fail other jobs."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from imprompt_bench.rig import Rig, sd15
-from imprompt_serving.denoiser.job import suspect
+from imprompt_serving.denoiser.job import likely_cause
 from imprompt_serving.errors import InvalidRequest, RequestError
 from imprompt_serving.job import AdapterUse, ControlUse
 from jobs import job_request
 
 
 class Half:
-    """A UNet that predicts half of its input as noise; of rows with large values it makes infinite ones."""
+    """A UNet that predicts half of its input as noise, and infinity for rows with large values."""
 
     def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         noise = tensors["sample"] * np.float32(0.5)
@@ -26,13 +26,13 @@ class Half:
         return {"noise_pred": noise}
 
 
-def test_a_job_that_overflows_names_the_cause_and_spares_the_others() -> None:
+def test_a_job_that_overflows_names_the_cause_and_does_not_fail_others() -> None:
     rig = Rig(sd15(rows=4), Half())
     expected = rig.submit(rig.job("alone", steps=3, size=64, seed=5))()
     bad = rig.job("bad", steps=3, size=64, scheduler="DDPMScheduler")
     bad.latents *= 1e4
     waits = [rig.submit(job) for job in (bad, rig.job("good", steps=3, size=64, seed=5))]
-    with pytest.raises(InvalidRequest, match="scheduler: the latents became infinite"):
+    with pytest.raises(InvalidRequest, match="scheduler: the latents overflowed"):
         waits[0]()
     assert torch.allclose(waits[1](), expected, atol=1e-5)
     own = rig.job("own", steps=3, size=64)
@@ -56,6 +56,6 @@ def test_a_job_that_overflows_names_the_cause_and_spares_the_others() -> None:
         ("ip_adapter_image_embeds", {"adapters": (AdapterUse(name="plain"),)}, 9e3),
     ],
 )
-def test_what_is_suspected(parameter: str | None, changes: dict[str, Any], embedding: float) -> None:
+def test_likely_cause_of_an_overflow(parameter: str | None, changes: dict[str, Any], embedding: float) -> None:
     tensors = {"image_embeds_plain": torch.full((1, 4), embedding), "prompt_embeds": torch.zeros(1, 4)}
-    assert suspect(job_request(**changes), tensors) == parameter
+    assert likely_cause(job_request(**changes), tensors) == parameter

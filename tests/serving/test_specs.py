@@ -1,4 +1,4 @@
-"""A bundle's description as it is kept beside its models."""
+"""The description of a bundle, which is stored next to its models."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_bundle_of_another_version_says_what_to_do(tmp_path: Path) -> None:
     [(1, (1,)), (2, (1, 2)), (6, (1, 2, 4, 6)), (8, (1, 2, 4, 8)), (16, (1, 2, 4, 8, 16)), (17, (1, 2, 4, 8, 16, 17))],
 )
 def test_rows_of_a_call(most: int, buckets: tuple[int, ...]) -> None:
-    """The next bucket above, the last one below; any number where rows are not bucketed."""
+    """Check rounding up and down to a bucket. Without buckets, any number of rows is kept."""
     sizes, any_number = CallRows(most, bucketed=True), CallRows(most)
     assert sizes.buckets == buckets
     for rows in range(1, most + 1):
@@ -42,6 +42,6 @@ def test_rows_of_a_call(most: int, buckets: tuple[int, ...]) -> None:
         assert any_number.padded(rows) == any_number.unpadded(rows) == rows
 
 
-def test_rows_of_a_clip_take_the_place_of_its_frames() -> None:
+def test_a_row_of_a_clip_counts_as_many_rows_as_it_has_frames() -> None:
     assert CallRows(16, bucketed=True).of_frames(5).buckets == (1, 2, 3)
     assert CallRows(16, bucketed=True).of_frames(32).buckets == (1,)

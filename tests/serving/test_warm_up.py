@@ -1,4 +1,4 @@
-"""The warm-up of a denoiser whose engine does not answer in time."""
+"""The warm-up of a denoiser with an engine that takes too long."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ def test_a_warm_up_that_takes_too_long_leaves_no_thread(monkeypatch: pytest.Monk
         return torch.zeros_like(inputs["sample"])
 
     monkeypatch.setattr(warm_up, "WAIT_S", 0.1)
-    with pytest.raises(RequestError, match=r"was not done after 0\.1 seconds"):
+    with pytest.raises(RequestError, match=r"did not finish a step within 0\.1 seconds"):
         warm_up.warm_up(bundle, Conditioner(bundle, {}), networks, torch.device("cpu"), CallRows(2))
     assert not {t.name for t in set(threading.enumerate()) - before if not isinstance(t, threading.Timer)}
