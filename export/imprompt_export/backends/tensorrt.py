@@ -25,7 +25,7 @@ from imprompt_export.backends import Compile, ExportBackend, Tell
 from imprompt_export.errors import one_line
 from imprompt_serving.backends import EngineError
 from imprompt_serving.backends import tensorrt as serving
-from imprompt_serving.backends.files import write_whole
+from imprompt_serving.backends.files import write_atomically
 from imprompt_serving.backends.tensorrt import EngineInfo, EngineTensor
 from imprompt_serving.specs import Bundle
 
@@ -137,7 +137,7 @@ class Builder:
             build = self._refitted(source, info) or self._built(source, info, profiles, report)
             described = build.info
             described.save(kept)
-            write_whole(kept, build.content)  # last: where it is, all is there
+            write_atomically(kept, build.content)  # last: where it is, all is there
             self._keep_timings(build.config)
         if described.fused_attention is not None:
             _tell_of_attention(source.stem, described, report)
@@ -200,7 +200,7 @@ class Builder:
         if content is None:
             return
         try:
-            write_whole(self._timings, bytes(content))
+            write_atomically(self._timings, bytes(content))
         except OSError as error:
             logger.warning("the timings of this build are not kept: %s", error)
 
