@@ -17,7 +17,7 @@ SMALL: dict[str, Any] = {
 
 
 def job_request(task: Any = "text-to-image", **changes: Any) -> JobRequest:
-    """A small picture, with other settings or fields of the job where ``changes`` says so."""
+    """A small picture, with other settings or fields of the job where `changes` says so."""
     job: dict[str, Any] = {"id": "job", "task": task, "seeds": (0,)}
     job |= {name: changes.pop(name) for name in JobRequest.__struct_fields__ if name in changes}
     return JobRequest(settings=Settings.with_defaults(**SMALL | changes), **job)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from imprompt_serving.denoiser.answers import Answers, AnswerThreads, Listener
+from imprompt_serving.denoiser import answers as answers_module
+from imprompt_serving.denoiser.answers import Answers, AnswerThreads, Channel, Listener
 from imprompt_serving.denoiser.loop import TICKS_IN_FLIGHT, Denoiser
 from imprompt_serving.denoiser.meter import Meter
 from imprompt_serving.errors import Cancelled, RequestError
@@ -195,4 +196,24 @@ def test_hanging_sends_do_not_block_others() -> None:
     Answers(Listener(lambda *_: None, lambda _: sent.set(), lambda _: None), threads, Meter()).finish(FakeJob("a"))
     assert sent.wait(WAIT_S / 2)
     release.set()
+    threads.close(WAIT_S)
+
+
+def test_a_thread_that_recovers_may_be_replaced_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers_module, "_MAX_REPLACED", 1)
+    threads = AnswerThreads(1, send_limit=0.0)
+    for _ in range(3):
+        hanging, release, sent = list[threading.Thread](), threading.Event(), threading.Event()
+
+        def hang(hanging: list[threading.Thread] = hanging, release: threading.Event = release) -> None:
+            hanging.append(threading.current_thread())
+            release.wait(WAIT_S)
+
+        threads.send(Channel(), hang)
+        soon(lambda hanging=hanging: bool(hanging))  # type: ignore[misc]
+        threads.send(Channel(), sent.set)
+        assert sent.wait(WAIT_S / 2)
+        release.set()
+        hanging[0].join(WAIT_S)
+        assert not hanging[0].is_alive()
     threads.close(WAIT_S)
