@@ -31,16 +31,16 @@ _SDK = tuple(
 )
 _DENOISER = {
     "admission": "admission",
-    "answers": "answers loop",
+    "answers": "pace loop",
     "assembly": "step_networks conditioning",
     "batch": "batch row_buckets step_networks",
     "conditioning": "conditioning step_networks guidance_end",
-    "control": "step_networks conditioning controlnet",
+    "control": "prepared_controls step_networks",
     "control_plan": "step_networks",
     "features": "conditioning step_networks",
     "image_prompts": "conditioning",
-    "initial_latents": "schedulers device_waits",
-    "job": "job device_waits guidance_end windows schedulers step_networks previews",
+    "initial_latents": "initial_latents",
+    "job": "job guidance_end step_networks device_waits",
     "loop": "loop pace",
     "networks": "step_networks",
     "policy": "policy row_buckets",
@@ -116,8 +116,8 @@ def mutants(path: str) -> list[Mutant]:
 def _nodes(tree: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
     """The nodes of a module that may change, each after its parent, with its field and index there.
 
-    Annotations, decorators, and log messages stay: they do not change results. So do named constants of a module:
-    a test could only repeat their values.
+    Annotations, decorators, and log messages stay, as they do not change results. So does `strict` of `zip`, which only
+    guards against mistakes, and so do named constants of a module, as a test could only repeat their values.
     """
     for field, value in ast.iter_fields(tree):
         if field in ("annotation", "returns", "decorator_list", "type_comment"):
@@ -126,6 +126,8 @@ def _nodes(tree: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
             if not isinstance(node, ast.AST) or (isinstance(tree, ast.Module) and not _has_behavior(node)):
                 continue
             if isinstance(node, ast.Expr) and ast.unparse(node).startswith("logger."):
+                continue
+            if isinstance(node, ast.keyword) and node.arg == "strict":
                 continue
             yield tree, field, index, node
             yield from _nodes(node)

@@ -133,7 +133,8 @@ class Job:
         if self.done:
             return self.steps
         order = self._scheduler.order
-        return min(max(self._index - (len(self._timesteps) - self.steps * order), 0) // order, self.steps)
+        warm_up_calls = max(len(self._timesteps) - self.steps * order, 0)
+        return min(max(self._index - warm_up_calls, 0) // order, self.steps)
 
     def conditioning(self) -> Mapping[str, Tensor]:
         """Return the conditioning rows of the current step by input name: the same object until they change."""
