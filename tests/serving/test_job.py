@@ -123,3 +123,14 @@ def test_steps_are_counted_as_by_the_progress_bar_of_diffusers() -> None:
         job.add_output_rows(torch.zeros(1, 4, 8, 8))
         counts.append((job.step, job.steps, job.load.steps))
     assert counts == [(0, 2, 3), (0, 2, 2), (1, 2, 1), (2, 2, 0)]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_previews_are_only_predicted_for_reported_steps(wanted: bool) -> None:
+    job, _, _ = start(guidance_scale=1.0, reports_progress=wanted, preview=True, progress_every=2)
+    found = []
+    while not job.done:
+        job.add_output_rows(torch.zeros(1, 4, 8, 8))
+        found.append(job.predicted)
+    assert [one is not None for one in found] == [False, wanted, wanted]
+    assert found[2] is found[1]
