@@ -20,6 +20,15 @@ _FIRST = ["sd15", "openvino", "control", "sdxl_control", "sd15_face", "lcm", "sd
 """Bundles in the order in which the tests use them."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--in-process", action="store_true", help="skip the tests that need an exported or served bundle")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--in-process"):
+        items[:] = [item for item in items if "bundle" not in getattr(item, "fixturenames", ())]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_torch_thread() -> None:
     torch.set_num_threads(1)

@@ -87,11 +87,11 @@ def test_triton_can_host_backends_with_a_platform() -> None:
 
 def test_rows_are_bucketed_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes without torch ask ONNX Runtime and pass no device."""
-    monkeypatch.setattr(onnxruntime, "gpu_there", lambda: False)
+    monkeypatch.setattr(onnxruntime, "has_gpu", lambda: False)
     expected = {"onnxruntime": False, "openvino": False, "tensorrt": True, "tensorrt_rtx": True}
     assert {name: get_backend(name).buckets_rows("") for name in expected} == expected
     monkeypatch.setattr(onnxruntime, "built_for_cuda", lambda: True)
-    monkeypatch.setattr(onnxruntime, "gpu_there", lambda: True)
+    monkeypatch.setattr(onnxruntime, "has_gpu", lambda: True)
     assert get_backend("onnxruntime").buckets_rows("")
 
 

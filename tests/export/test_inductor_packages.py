@@ -151,8 +151,8 @@ def test_packages_in_half_precision(workshop: Workshop) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": "2.0.0"}, r"unet was built by torch 2\.0\.0, but .* is installed here: export the bundle again"),
-        ({"target": "cpu NONE"}, r"unet was built for cpu NONE, but here is cpu .*: export the bundle here"),
+        ({"version": "2.0.0"}, r"unet was built with torch 2\.0\.0, but .* is installed: export the bundle again"),
+        ({"target": "cpu NONE"}, r"unet was built for cpu NONE, but this is cpu .*: export the bundle on this machine"),
         ({"target": "cuda SM00"}, r"unet was built for (an NVIDIA GPU \(cuda SM00\)|cuda SM00)"),
     ],
 )

@@ -18,7 +18,7 @@ from imprompt_serving.denoiser.batch import Batcher, RowSlice
 from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.errors import InvalidRequest
-from imprompt_serving.gpu.tensorrt import Limits, profile_for
+from imprompt_serving.gpu.tensorrt import ProfileLimits, profile_for
 from imprompt_serving.job_request import AdapterOptions
 from imprompt_serving.pipeline.image_prompts import ImagePromptPlan, check_tokens
 from imprompt_serving.specs import Adapter, Bundle, Motion, Range, Shapes, T2IAdapter, TextEncoder
@@ -150,7 +150,7 @@ def test_range_of_the_batch(name: str, expected: Range) -> None:
     assert batch_range(graph, bundle()) == expected
 
 
-def limits(found: list[Profile]) -> list[Limits]:
+def limits(found: list[Profile]) -> list[ProfileLimits]:
     return [{name: (low, high) for name, (low, _, high) in profile.items()} for profile in found]
 
 

@@ -481,7 +481,7 @@ def test_engine_is_cached_before_its_timings(
     def full(file: Path, content: bytes) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(tensorrt_backend, "write_whole", full)
+    monkeypatch.setattr(tensorrt_backend, "write_atomically", full)
     timing._keep_timings(FakeTimings())
     assert "cannot save the kernel timings of this build: No space left" in caplog.text
 
@@ -566,5 +566,5 @@ def test_loading_engines_without_a_gpu_is_refused(tmp_path: Path, repository: Pa
     engine = repository / "tiny_text_encoder/1/model.plan"
     with pytest.raises(EngineError, match=r"model\.plan is an engine of tensorrt_rtx, which needs an NVIDIA GPU"):
         TENSORRT_RTX.load(engine)
-    with pytest.raises(EngineError, match=rf"built by tensorrt_rtx {trt.__version__}, but 9\.9 is installed here"):
+    with pytest.raises(EngineError, match=rf"built by tensorrt_rtx {trt.__version__}, but 9\.9 is installed"):
         EngineInfo.check(engine, "9.9")

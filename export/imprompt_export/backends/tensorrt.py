@@ -26,7 +26,7 @@ from imprompt_export.backends import CompileOnnx, ExportBackend, StatusCallback
 from imprompt_export.errors import one_line
 from imprompt_serving.backends import EngineError
 from imprompt_serving.backends import tensorrt as serving
-from imprompt_serving.backends.files import write_whole
+from imprompt_serving.backends.files import write_atomically
 from imprompt_serving.backends.tensorrt import EngineInfo, EngineTensor
 from imprompt_serving.specs import Bundle
 
@@ -141,7 +141,7 @@ class Builder:
             build = self._refitted(source, info) or self._build_engine(source, info, profiles, show_status)
             described = build.info
             described.save(kept)
-            write_whole(kept, build.content)  # last: where this file exists, the others do too
+            write_atomically(kept, build.content)  # last: where this file exists, the others do too
             self._keep_timings(build.config)
         if described.fused_attention is not None:
             _report_attention(source.stem, described, show_status)
@@ -208,7 +208,7 @@ class Builder:
         if content is None:
             return
         try:
-            write_whole(self._timings, bytes(content))
+            write_atomically(self._timings, bytes(content))
         except OSError as error:
             logger.warning("cannot save the kernel timings of this build: %s", error)
 

@@ -30,7 +30,7 @@ from imprompt_serving.denoiser.preview import previews
 from imprompt_serving.denoiser.protocol import LoopJob
 from imprompt_serving.denoiser.warm_up import warm_up
 from imprompt_serving.errors import RequestError, unexpected
-from imprompt_serving.gpu import beside, mark
+from imprompt_serving.gpu import preparation_stream, record_launch
 from imprompt_serving.job_request import Admission, JobRequest
 from imprompt_serving.specs import Bundle
 from imprompt_serving.triton.internal import warn_if_open, without_secret
@@ -61,7 +61,7 @@ class TritonPythonModel:
         self._metrics = Metrics(metrics.DENOISER, args["model_name"])
         meter = DenoiserMeter(self._metrics)
         self._denoiser = Denoiser(
-            networks, Batcher(bundle, call_rows), call_rows, bundle.limits, meter, partial(mark, device)
+            networks, Batcher(bundle, call_rows), call_rows, bundle.limits, meter, partial(record_launch, device)
         )
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
         self._name = args["model_name"]
@@ -88,9 +88,9 @@ class TritonPythonModel:
             send_final(sender)
 
     def _accept(self, tensors: dict[str, np.ndarray], sender: Any, received: float) -> None:
-        with _refusing(sender), torch.no_grad(), beside(self._device):
+        with _refusing(sender), torch.no_grad(), preparation_stream(self._device):
             request = msgspec.json.decode(tensors.pop("job")[0], type=JobRequest)
-            self._denoiser.check_wanted(request.id)
+            self._denoiser.check_not_cancelled(request.id)
             inputs = {name: torch.from_numpy(value) for name, value in tensors.items()}
             job = Job(request, self._bundle, self._conditioner(request, inputs), inputs, self._device)
             bundle = self._bundle
