@@ -1,8 +1,8 @@
-# imprompt on NVIDIA's container of Triton. See docs/gpu.md; not built by the tests.
+# imprompt on NVIDIA's Triton container (docs/gpu.md). The tests do not build this image.
 ARG TRITON=26.07
 FROM nvcr.io/nvidia/tritonserver:${TRITON}-py3
 
-# Engines are loaded by the version of TensorRT that built them: the Python package in that of the image.
+# An engine only loads in the TensorRT version that built it, so install the Python package in the image's version.
 RUN --mount=type=cache,target=/root/.cache/pip \
     version="$(dpkg-query --showformat='${Version}' --show libnvinfer10 2>/dev/null \
         || dpkg-query --showformat='${Version}' --show libnvinfer11)" \
@@ -14,13 +14,13 @@ COPY client client
 COPY export export
 COPY model_repository model_repository
 COPY benchmarks benchmarks
-# Without the extra `server`, which brings the Triton of pip and its limit on numpy.
+# The extra `server` is left out: it would install Triton from pip and limit numpy to its version.
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --break-system-packages ".[cpu,export]" psutil scipy tokenizers torchsde
 
 EXPOSE 8000 8001 8002
 HEALTHCHECK --start-period=10m CMD curl --fail --silent localhost:8000/v2/health/ready
-# The secret keeps callers from the internal models, and a header that nobody knows from the APIs of operators.
+# The secret keeps callers away from internal models, and from Triton's management APIs, which need it as a header.
 CMD ["sh", "-c", "secret=$(cat /proc/sys/kernel/random/uuid) && IMPROMPT_SECRET=$secret exec tritonserver \
      --model-repository=/repository --disable-auto-complete-config --exit-on-error=true \
      --cache-config=local,size=268435456 --backend-config=python,thread-pool-size=64 \

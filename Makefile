@@ -1,5 +1,5 @@
-# Needs make and a Python 3.11 or 3.12 with a shared libpython; everything else is installed into .venv.
-# Another Python: make PYTHON=/opt/python/bin/python3.12 demo
+# Needs make, and Python 3.11 or 3.12 with a shared libpython; everything else is installed into .venv.
+# To choose a Python: make PYTHON=/opt/python/bin/python3.12 demo
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ PYTHONS := $(or $(PYTHON),python3.11 python3.12 python3 python)
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable
 PACKAGING := pyproject.toml demo/pyproject.toml constraints.txt
 
-.PHONY: demo test check docs bench fuzz clean
+.PHONY: demo test check docs bench fuzz mutants clean
 
 demo: $(VENV)/.installed  ## export a small bundle, serve it, and make imprompt-demo.png
 	$(BIN)/imprompt demo
@@ -20,28 +20,31 @@ check: $(VENV)/.installed-dev  ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(VENV)/.installed-docs  ## the documentation as a site with search; fails on broken links
+docs: $(VENV)/.installed-docs  ## build the documentation into site/; fails on broken links
 	$(BIN)/zensical build --clean --strict
 
 bench: $(VENV)/.installed-dev  ## latency and throughput; options in BENCH="..."
 	$(BIN)/imprompt bench $(BENCH)
 
-fuzz: $(VENV)/.installed-dev  ## 10,000 hostile requests, 3,000 refusals and 1,000 cancels; options in FUZZ="--seed 1"
+fuzz: $(VENV)/.installed-dev  ## 10,000 hostile requests, 3,000 refusals, 1,000 cancellations; options in FUZZ="--seed 1"
 	PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ)
 
-clean:  ## remove the virtual environment, and what the demo and `make docs` made
+mutants: $(VENV)/.installed-dev  ## small changes of the code that the fast tests do not notice; options in MUTANTS="--seed 1"
+	$(BIN)/python tools/mutants.py $(MUTANTS)
+
+clean:  ## remove the virtual environment, and the output of `make demo` and `make docs`
 	rm -rf $(VENV) .demo .cache site
 
 $(VENV)/pyvenv.cfg: | tools/suitable_python.py
 	@for python in $(PYTHONS); do \
 		command -v $$python >/dev/null || continue; \
-		if "$$python" $|; then echo "making $(VENV) with $$(command -v $$python)"; exec "$$python" -m venv $(VENV); fi; \
+		if "$$python" $|; then echo "creating $(VENV) with $$(command -v $$python)"; exec "$$python" -m venv $(VENV); fi; \
 	done; \
 	echo "No suitable Python (3.11 or 3.12 with a shared libpython) among: $(PYTHONS)." >&2; \
 	echo "Name one: make PYTHON=/path/to/python3.11 ..." >&2; \
 	exit 1
 
-# What the demo needs, and what a contributor does. The second is a superset of the first.
+# .installed has what the demo needs; .installed-dev adds what contributors need.
 $(VENV)/.installed: $(PACKAGING) | $(VENV)/pyvenv.cfg
 	$(INSTALL) ".[cpu,export,server]" --editable ./demo
 	@touch $@

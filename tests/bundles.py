@@ -1,4 +1,4 @@
-"""The bundles that tests are served from: tiny checkpoints, exported once a session."""
+"""Make and export the tiny bundles that tests serve; exports are cached between sessions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ try:
     FACES = True
 except ImportError:
     FACES = False
-"""Whether pictures of faces can be served: `imprompt[face]` is installed."""
+"""Whether `imprompt[face]` is installed, so that FaceID adapters can take pictures."""
 SHAPES = """
 [shapes]
 height = [32, 64, 256]
@@ -41,8 +41,8 @@ frames = [1, 8, 64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
-    """An exported bundle: its Triton repository, its checkpoints, and the oracle over the same checkpoints."""
+class ExportedBundle:
+    """An exported bundle: its Triton repository, its checkpoints, and its adapters."""
 
     name: str
     repository: Path
@@ -50,12 +50,12 @@ class Made:
     adapters: tuple[oracle.Adapter, ...]
 
     def oracle(self, cls: type[DiffusionPipeline] = StableDiffusionPipeline, **arguments: Any) -> Any:
-        """diffusers' pipeline over the checkpoints, adapters loaded."""
+        """Load the checkpoints and adapters into a diffusers pipeline, which gives the expected pictures."""
         return oracle.pipeline(self.checkpoints / "base", self.adapters, cls, **arguments)
 
 
 def adapter(name: str, file: Path, root: Path, encoder: str | None) -> str:
-    """An ``[[ip_adapter]]`` section; ``encoder`` is relative to ``root``."""
+    """Write an `[[ip_adapter]]` section; `encoder` is relative to `root`."""
     folder = f'"{encoder}"' if encoder else "false"
     return f"""
 [[ip_adapter]]
@@ -68,7 +68,7 @@ image_encoder_folder = {folder}
 
 
 def _sd15(folder: Path) -> list[str]:
-    """Plain (.bin), plus (.safetensors) and full-face on the SD1.5 layout."""
+    """Make plain (`.bin`), plus (`.safetensors`), and full-face adapters in the public layout for SD1.5."""
     base.make_sd15(folder / "base")
     root = folder / "ip"
     adapters.make_image_encoder(root / "models/image_encoder")
@@ -83,7 +83,7 @@ def _sd15(folder: Path) -> list[str]:
 
 
 def _sd15_face(folder: Path) -> list[str]:
-    """FaceID plus v2, whose LoRA is fused, the portrait kind, and models that find faces where insightface is."""
+    """Make FaceID adapters: portrait, and plus v2 (its LoRA is fused); with a face encoder if insightface is there."""
     base.make_sd15(folder / "base", levels=2)
     root = folder / "ip"
     adapters.make_image_encoder(root / "models/image_encoder")
@@ -97,7 +97,7 @@ def _sd15_face(folder: Path) -> list[str]:
 
 
 def _face_encoder(folder: Path) -> str:
-    """The section of a face encoder, which it makes; none where the package for it is not installed."""
+    """Make a face encoder and return its section; the section is empty if insightface is not installed."""
     faces.make_face_models(folder / "buffalo")
     if not FACES:
         return ""
@@ -110,7 +110,7 @@ det_thresh = 0.8
 
 
 def _sdxl(folder: Path) -> list[str]:
-    """Plain with the bigG encoder, plus with the ViT-H one."""
+    """Make a plain adapter with the bigG encoder, and a plus adapter with the ViT-H encoder."""
     base.make_sdxl(folder / "base")
     root = folder / "ip"
     adapters.make_image_encoder(root / "sdxl_models/image_encoder", kind="big_g")
@@ -123,13 +123,13 @@ def _sdxl(folder: Path) -> list[str]:
 
 
 def _inpaint(folder: Path) -> list[str]:
-    """A UNet of nine input channels; two denoisers (on a CPU both are there)."""
+    """Make an inpainting UNet (nine input channels), and serve it with two denoisers, which also works on a CPU."""
     base.make_sd15(folder / "base", in_channels=9, levels=2)
     return ["\n[engine]\ndevices = [0, 1]\n", _plain(folder, levels=2)]
 
 
 def _lcm(folder: Path) -> list[str]:
-    """An LCM-LoRA fused into a distilled base (guidance is an input of its UNet), a safety checker, a ControlNet."""
+    """Make a distilled base (guidance is an input of its UNet) with an LCM-LoRA, a safety checker, and a ControlNet."""
     base.make_sd15(folder / "base", safety_checker=True, time_cond_proj_dim=32, levels=2)
     lora = control.make_lora(folder / "lora", levels=2)
     section = f"""
@@ -142,7 +142,7 @@ weight_name = "{lora.name}"
 
 
 def _control(folder: Path) -> list[str]:
-    """Two ControlNets, a motion adapter and the plain adapter, on a UNet of two resolutions."""
+    """Make a UNet of two resolutions with two ControlNets, a T2I-Adapter, a motion adapter, and a plain adapter."""
     base.make_sd15(folder / "base", levels=2)
     motion = control.make_motion_adapter(folder / "motion", levels=2)
     return [
@@ -155,7 +155,7 @@ def _control(folder: Path) -> list[str]:
 
 
 def _sdxl_control(folder: Path) -> list[str]:
-    """A ControlNet for SDXL, small."""
+    """Make a small SDXL base with a ControlNet and a T2I-Adapter."""
     base.make_sdxl(folder / "base", layers_per_block=1)
     return [
         controlnet("depth", control.make_controlnet(folder / "depth", family="sdxl", layers_per_block=1)),
@@ -164,12 +164,12 @@ def _sdxl_control(folder: Path) -> list[str]:
 
 
 def _openvino(folder: Path) -> list[str]:
-    """Engines of OpenVINO: a ControlNet and the plain adapter, on a UNet of two resolutions."""
+    """Make OpenVINO engines: a UNet of two resolutions with a ControlNet and a plain adapter."""
     return ['\n[engine]\nbackend = "openvino"\n', *_with_depth(folder)]
 
 
 def _int8(folder: Path) -> list[str]:
-    """The bundle `openvino` in another precision."""
+    """Make the same bundle as `openvino`, in int8."""
     return ['\n[engine]\nbackend = "openvino"\nprecision = "int8"\n', *_with_depth(folder)]
 
 
@@ -180,7 +180,7 @@ def _with_depth(folder: Path) -> list[str]:
 
 
 def _inductor(folder: Path) -> list[str]:
-    """Packages of AOTInductor: the plain and the plus adapter, on a UNet of two resolutions."""
+    """Make AOTInductor packages: a UNet of two resolutions with a plain and a plus adapter."""
     base.make_sd15(folder / "base", levels=2)
     root = folder / "ip"
     adapters.make_image_encoder(root / "models/image_encoder")
@@ -190,7 +190,7 @@ def _inductor(folder: Path) -> list[str]:
 
 
 def controlnet(name: str, folder: Path) -> str:
-    """A ``[[controlnet]]`` section."""
+    """Write a `[[controlnet]]` section."""
     return f"""
 [[controlnet]]
 name = "{name}"
@@ -199,12 +199,12 @@ path = "{folder.name}"
 
 
 def t2i_adapter(name: str, folder: Path) -> str:
-    """A ``[[t2i_adapter]]`` section."""
+    """Write a `[[t2i_adapter]]` section."""
     return controlnet(name, folder).replace("controlnet", "t2i_adapter")
 
 
 def _plain(folder: Path, levels: int = 4) -> str:
-    """The section of a plain adapter for SD1.5, which it makes."""
+    """Make a plain adapter for SD1.5 and return its section."""
     root = folder / "ip"
     adapters.make_image_encoder(root / "models/image_encoder")
     plain = adapters.make_adapter(root, "plain", levels=levels)
@@ -225,8 +225,8 @@ MAKERS: dict[str, Callable[[Path], list[str]]] = {
 }
 
 
-def make(name: str, cache: Path) -> Made:
-    """Make and export bundle `name`. Kept in `cache` as long as the sources that make it stay the same."""
+def make(name: str, cache: Path) -> ExportedBundle:
+    """Make and export bundle `name`, or return the one in `cache` if its sources have not changed since."""
     folder = cache / f"{name}-{_sources()}"
     with _locked(folder.with_name(f"{folder.name}.lock")):
         if not (folder / "done").exists():
@@ -235,7 +235,7 @@ def make(name: str, cache: Path) -> Made:
             _export(name, folder, cache / f"graphs-{_sources()}")
             (folder / "done").touch()
     repository, loaded = folder / "repository", tuple(_read_adapters(folder))
-    return Made(name=name, repository=repository, checkpoints=folder, adapters=loaded)
+    return ExportedBundle(name=name, repository=repository, checkpoints=folder, adapters=loaded)
 
 
 def _export(name: str, folder: Path, traced: Path) -> None:
@@ -247,7 +247,7 @@ def _export(name: str, folder: Path, traced: Path) -> None:
 
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """Hold `file` against other processes."""
+    """Hold a lock on `file`, so that only one process exports a bundle."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -255,7 +255,7 @@ def _locked(file: Path) -> Iterator[None]:
 
 
 def _export_once(cache: Path, graph: graphs.Graph, path: Path, dtype: torch.dtype = torch.float32) -> None:
-    """`export_onnx`, but what bundles have in common, encoders and VAEs above all, is traced for one of them only."""
+    """Replace `export_onnx`: graphs that bundles have in common, mostly encoders and VAEs, are traced only once."""
     config: Any = getattr(graph.module, "config", {})
     values = {**(config if isinstance(config, dict) else config.to_dict()), "_name_or_path": type(graph.module)}
     digest = hashlib.sha256(repr((graph.inputs, graph.outputs, graph.checks, values, dtype)).encode())
@@ -274,7 +274,10 @@ def _export_once(cache: Path, graph: graphs.Graph, path: Path, dtype: torch.dtyp
 
 
 def give_way() -> None:
-    """In a process beside the tests: their servers come first. Triton gives up a model that is kept waiting for 1 s."""
+    """Lower the priority of this export process below the tests' servers.
+
+    Triton gives up on a Python model that does not respond for 1 s.
+    """
     os.nice(10)
     torch.set_num_threads(1)
 
@@ -293,7 +296,7 @@ def _read_adapters(folder: Path) -> list[oracle.Adapter]:
 
 
 def _sources() -> str:
-    """A short hash of every source file that decides what an exported bundle is."""
+    """Hash every source file that determines the content of an exported bundle."""
     digest = hashlib.sha256(bytes([FACES]))
     serving = ROOT / "model_repository/imprompt_serving"
     files = [*(ROOT / "export").rglob("*.py"), *(ROOT / "tests/tiny").glob("*.py"), Path(__file__)]

@@ -1,4 +1,4 @@
-"""Real servers over tiny bundles, started when a test first asks for one and stopped at the end of the session."""
+"""Fixtures for tiny bundles and real servers, started on first use and stopped at the end of the session."""
 
 from __future__ import annotations
 
@@ -17,7 +17,16 @@ from imprompt_serving.launcher import LaunchError, Server
 from served import Served
 
 _FIRST = ["sd15", "openvino", "control", "sdxl_control", "sd15_face", "lcm", "sdxl", "inpaint", "int8"]
-"""Bundles in the order in which the tests ask for them."""
+"""Bundles in the order in which the tests use them."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--in-process", action="store_true", help="skip the tests that need an exported or served bundle")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--in-process"):
+        items[:] = [item for item in items if "bundle" not in getattr(item, "fixturenames", ())]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,8 +35,8 @@ def _one_torch_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def bundle(request: pytest.FixtureRequest) -> Iterator[Callable[[str], bundles.Made]]:
-    """Exported bundles by name. When the whole suite runs, all of them are made ahead, beside the tests."""
+def bundle(request: pytest.FixtureRequest) -> Iterator[Callable[[str], bundles.ExportedBundle]]:
+    """Return exported bundles by name. If the whole suite runs, they are exported in the background from the start."""
     cache = Path(str(request.config.cache.mkdir("bundles")))
     if request.config.args_source != pytest.Config.ArgsSource.TESTPATHS:
         yield lambda name: bundles.make(name, cache)
@@ -39,8 +48,11 @@ def bundle(request: pytest.FixtureRequest) -> Iterator[Callable[[str], bundles.M
 
 
 @pytest.fixture(scope="session")
-def served(bundle: Callable[[str], bundles.Made]) -> Iterator[Callable[[str], Served]]:
-    """Served bundles by name. One that broke down fails the next test that asks for it, and is started again after."""
+def served(bundle: Callable[[str], bundles.ExportedBundle]) -> Iterator[Callable[[str], Served]]:
+    """Return served bundles by name.
+
+    If a server has died, the next test that uses it fails, and the one after that gets a new server.
+    """
     running: dict[str, Served] = {}
     with ExitStack() as stack:
 
@@ -48,7 +60,7 @@ def served(bundle: Callable[[str], bundles.Made]) -> Iterator[Callable[[str], Se
             if name not in running:
                 made = bundle(name)
                 server = stack.enter_context(Server(made.repository, http_port=0))
-                stack.callback(server.kill)  # a session's end need not wait for a drain
+                stack.callback(server.kill)  # at the end of the session, do not wait for a drain
                 client = stack.enter_context(Client(server.grpc_address))
                 running[name] = Served(made, server, client)
             try:

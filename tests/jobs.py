@@ -1,10 +1,10 @@
-"""Jobs for tests of the denoiser's parts, without a server."""
+"""Make jobs to test parts of the denoiser without a server."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from imprompt_serving.job import JobRequest
+from imprompt_serving.job_request import JobRequest
 from imprompt_serving.parameters import Settings
 
 SMALL: dict[str, Any] = {
@@ -17,7 +17,7 @@ SMALL: dict[str, Any] = {
 
 
 def job_request(task: Any = "text-to-image", **changes: Any) -> JobRequest:
-    """A small picture, with other settings or fields of the job where ``changes`` says so."""
+    """Make the request for a small picture; `changes` override its settings or fields."""
     job: dict[str, Any] = {"id": "job", "task": task, "seeds": (0,)}
     job |= {name: changes.pop(name) for name in JobRequest.__struct_fields__ if name in changes}
     return JobRequest(settings=Settings.with_defaults(**SMALL | changes), **job)

@@ -1,4 +1,4 @@
-"""The same picture as diffusers: how tests say it, and how they make sure that they could tell a difference."""
+"""Compare pictures with those of diffusers, and check that a wrong ingredient would be noticed."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import numpy as np
 from tiny.oracle import picture_distance
 
 MAX_LEVELS, MEAN_LEVELS = 2, 0.1
-"""Largest and mean difference of uint8 pictures, in levels of 255."""
-TELLABLE = 3.0
-"""Mean difference from which a wrong ingredient counts as noticed, in levels."""
+"""Largest and mean allowed difference of uint8 pictures, in levels of 255."""
+NOTICEABLE = 3.0
+"""Mean difference, in levels of 255, above which a wrong ingredient counts as noticed."""
 
 
 def assert_same(result: Any, expected: np.ndarray) -> None:
-    """``result`` of the server shows the pictures of the oracle."""
+    """Assert that the pictures in `result` equal the `expected` ones of diffusers."""
     largest, mean = picture_distance(np.stack([np.asarray(image) for image in result.images]), expected)
     assert largest <= MAX_LEVELS, f"pictures differ by {largest} levels (mean {mean:.3f})"
     assert mean <= MEAN_LEVELS, f"pictures differ by {mean:.3f} levels on average"
 
 
 def assert_different(result: Any, other: Any) -> None:
-    """Two results of the server, or one and the oracle's, are far apart."""
+    """Assert that two results differ clearly; each is one of the server or pictures of diffusers."""
     pictures = [np.stack([np.asarray(image) for image in getattr(r, "images", r)]) for r in (result, other)]
     mean = picture_distance(*pictures)[1]
-    assert mean >= TELLABLE, f"pictures differ by {mean:.3f} levels only: the ingredient has no effect"
+    assert mean >= NOTICEABLE, f"pictures differ by only {mean:.3f} levels: the ingredient has no effect"

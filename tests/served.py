@@ -1,4 +1,4 @@
-"""A bundle behind a running Triton, as tests see it."""
+"""A bundle that a running Triton serves, for tests."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from imprompt_serving.launcher import Server
 
 @dataclass(frozen=True)
 class Served:
-    """A bundle behind a running Triton, with a client and the diffusers oracle."""
+    """A bundle that a running Triton serves, with a client and the diffusers pipeline to compare with."""
 
-    bundle: bundles.Made
+    bundle: bundles.ExportedBundle
     server: Server
     client: Client
 
@@ -28,7 +28,7 @@ class Served:
         return self.client.generate(model=self.bundle.name, **arguments)
 
     def metrics(self) -> dict[str, float]:
-        """What the server's metrics are now, by name and labels as they are written there."""
+        """Read the server's metrics; keys are names with labels, as in Prometheus' text format."""
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(f"http://{self.server.metrics_address}/metrics") as answer:
             lines = [line for line in answer.read().decode().splitlines() if line and not line.startswith("#")]

@@ -1,4 +1,4 @@
-"""The pages say what the code does: snippets run, tables match the code, and links and anchors exist."""
+"""The documentation matches the code: snippets run, tables are current, and links and anchors exist."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FENCE = re.compile(r"^( *)```.*?^\1```$", re.DOTALL | re.MULTILINE)
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 MODULE_FOLDERS = {"Pipeline": "pipeline", "Denoiser": "denoiser", "Backends": "backends"}
-"""Sections of the page on architecture that list modules of `imprompt_serving`."""
+"""Sections of the architecture page that list modules of `imprompt_serving`."""
 
 PICTURES = (
     *("statue", "flowers", "vermeer", "river", "girl", "gummy", "einstein", "woman", "painting", "noise"),
@@ -41,7 +41,7 @@ MASKS = {"mask": "circle", "left": "left", "right": "right"}
 
 
 class EveryServer:
-    """A client of the server whose bundle a call names: the guide has them all on one."""
+    """A client that sends each call to the server of its bundle; the guide assumes one server for all bundles."""
 
     def __init__(self, served: Any) -> None:
         self._served = served
@@ -50,7 +50,7 @@ class EveryServer:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """The servers stay."""
+        """Leave the servers running."""
 
     def generate(self, *, model: str, **arguments: Any) -> Any:
         return self._served(model).client.generate(model=model, **arguments)
@@ -70,7 +70,7 @@ class EveryServer:
 
 @pytest.fixture
 def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The files that the pages name, in the working directory."""
+    """Create the files that the pages name, in a new working directory."""
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate(PICTURES):
         images.photo(seed, size=(64, 64)).save(f"{name}.png")
@@ -84,9 +84,9 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(page: str, names: dict[str, Any]) -> int:
-    """Run the page's snippets one after the other, as a reader would; the number of them."""
+    """Run the page's snippets in order, as a reader would; return how many there are."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    # Those that search pictures for faces need what an extra brings.
+    # Snippets that search pictures for faces need an extra.
     snippets = [match for match in SNIPPET.finditer(text) if bundles.FACES or "selfie" not in match[1]]
     for match in snippets:
         line = text.count("\n", 0, match.start(1))
@@ -95,7 +95,7 @@ def run(page: str, names: dict[str, Any]) -> int:
 
 
 @pytest.mark.usefixtures("pictures")
-def test_the_guide_runs(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guide_runs(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     connect = imprompt.AsyncClient
     monkeypatch.setattr(imprompt, "Client", lambda url: EveryServer(served))
     monkeypatch.setattr(imprompt, "AsyncClient", lambda url: connect(served("sd15").server.grpc_address))
@@ -107,14 +107,14 @@ def test_the_guide_runs(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("pictures")
-def test_the_readme_runs(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_runs(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(imprompt, "Client", lambda url: EveryServer(served))
     assert run("README.md", {}) == 1
     assert Path("garden.png").is_file()
 
 
 @pytest.mark.usefixtures("pictures")
-def test_the_raw_client_of_the_protocol_page_runs(sd15: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_raw_client_of_the_protocol_page_runs(sd15: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     connect = tritonclient.grpc.InferenceServerClient
     monkeypatch.setattr(tritonclient.grpc, "InferenceServerClient", lambda url: connect(sd15.server.grpc_address))
     names: dict[str, Any] = {}
@@ -141,7 +141,7 @@ def _ask(sd15: Served, body: object) -> tuple[int, Any]:
         return error.code, json.load(error)
 
 
-def test_the_http_call_of_the_protocol_page(sd15: Served) -> None:
+def test_http_call_of_the_protocol_page_runs(sd15: Served) -> None:
     page = (ROOT / "docs/protocol.md").read_text(encoding="utf-8")
     body = re.search(r"infer -d '(.*?)'", page, re.DOTALL)
     assert body is not None
@@ -166,13 +166,13 @@ def test_http_status_of_errors(sd15: Served, name: str, datatype: str, value: fl
     assert got == status
 
 
-def test_tables_of_the_protocol_page() -> None:
+def test_tables_of_the_protocol_page_are_current() -> None:
     page = (ROOT / "docs/protocol.md").read_text(encoding="utf-8")
     assert protocol_table.filled(page) == page, "run: python -m imprompt_serving.protocol_table docs/protocol.md"
     assert set(re.findall(r"<!-- tensors: (\w+) -->", page)) == protocol_table.tables().keys()
 
 
-def test_a_stale_table_would_be_noticed() -> None:
+def test_stale_table_would_be_noticed() -> None:
     page = "<!-- tensors: STREAM_REQUEST -->\n| old |\n<!-- end -->\nrest"
     fresh = protocol_table.filled(page)
     assert "| `progress_every` | INT32 | [1] |" in fresh
@@ -180,8 +180,7 @@ def test_a_stale_table_would_be_noticed() -> None:
     assert fresh.endswith("<!-- end -->\nrest")
 
 
-def test_keys_of_the_bundle_page() -> None:
-    """Every key of a bundle file has a row, and every row is a key."""
+def test_bundle_page_lists_exactly_the_keys_of_a_bundle_file() -> None:
     page = (ROOT / "docs/bundle.md").read_text(encoding="utf-8")
     rows = set(re.findall(r"^\| `([\w.]+)` \|", page, re.MULTILINE))
     assert rows == set(_keys(BundleFile)) - {"folder"}
@@ -211,7 +210,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def broken_links(page: Path) -> list[str]:
-    """Return the targets of a page that are not there: files, images and anchors, of this page and of others."""
+    """Return the link targets of a page that do not exist: files, images, and anchors."""
     broken = []
     for target in LINK.findall(without_code(page)):
         if target.startswith(("http://", "https://")):
@@ -224,11 +223,11 @@ def broken_links(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_between_pages(page: Path) -> None:
+def test_links_between_pages_exist(page: Path) -> None:
     assert not broken_links(page)
 
 
-def test_a_broken_link_would_be_noticed(tmp_path: Path) -> None:
+def test_broken_link_would_be_noticed(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
         "# A page\n\n## Faults of `x` 2.51\n\n[a](#faults-of-x-251) [b](page.md#a-page) [c](#nope) ![d](nope.png)\n"

@@ -1,4 +1,4 @@
-"""Model families: each is there in both rooms, light, and told from the others by nothing but its own modules."""
+"""Model families are complete, light to import, and no code outside their modules depends on their names."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from test_packaging import ROOMS, ROOT, loaded_by, modules, within
 
 HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnxruntime")
 CHOOSING = {f"benchmarks/imprompt_bench/{name}.py" for name in ("presets", "rig", "overhead", "checkpoints")}
-"""They say which family is measured, and write checkpoints for it."""
+"""Modules that choose the family to measure, and write checkpoints for it."""
 _OF_ONE_FAMILY = re.compile(r"(?i)(^|_)(xl|sd15|sdxl)(_|$)")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_family_is_there_in_both_rooms(name: str) -> None:
+def test_family_exists_in_export_and_server(name: str) -> None:
     served, exported = get_family(name), export_family(name)
     assert isinstance(served, Family)
     assert isinstance(exported, ExportFamily)
@@ -28,13 +28,13 @@ def test_a_family_is_there_in_both_rooms(name: str) -> None:
 
 
 @pytest.mark.parametrize("room", ["imprompt_serving", "imprompt_export"])
-def test_asking_a_family_loads_nothing_heavy(room: str) -> None:
+def test_importing_a_family_loads_nothing_heavy(room: str) -> None:
     loaded = loaded_by(*(f"{room}.families.{name}" for name in NAMES))
     assert not {name for name in loaded if within(name, HEAVY)}
 
 
-def test_nothing_else_asks_for_a_family() -> None:
-    """What differs between families is asked of the family."""
+def test_no_other_code_depends_on_the_name_of_a_family() -> None:
+    """Code asks the family object for everything that differs between families."""
     files = [file for room in ROOMS for file in modules(room) if file.parent.name != "families"]
     files = [file for file in files if file.relative_to(ROOT).as_posix() not in CHOOSING]
     assert not [f"{file.relative_to(ROOT)}:{line}" for file in files for line in _asking(file.read_text())]
@@ -51,12 +51,12 @@ def test_nothing_else_asks_for_a_family() -> None:
         'x["sd15"]',
     ],
 )
-def test_the_search_finds(line: str) -> None:
+def test_search_finds_names_of_families(line: str) -> None:
     assert list(_asking(line)) == [1]
 
 
 def _asking(source: str) -> Iterator[int]:
-    """Lines that have the name of a family as a value, or a name in code that stands for one."""
+    """Yield the lines with the name of a family as a string, or with an identifier that stands for one."""
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Constant(value=str(value)) if value in NAMES:

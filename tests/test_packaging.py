@@ -1,4 +1,4 @@
-"""What is installed, what importing it costs, and which room may import which (docs/architecture.md)."""
+"""What the wheels contain, what an import costs, and which package may import which (docs/architecture.md)."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ ROOMS = {
     "imprompt_demo": ROOT / "demo",
 }
 SPECS = ("specs", "parameters", "tensor_names", "wire", "config", "capabilities")
-"""Modules of `imprompt_serving` that say what a bundle is; the exporter goes by them, and runs its denoiser."""
+"""Modules of `imprompt_serving` that describe a bundle; the export uses them, and the denoiser for calibration."""
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "imprompt": (),
     "imprompt_export": tuple(
-        f"imprompt_serving.{name}" for name in (*SPECS, "backends", "families", "denoiser", "job")
+        f"imprompt_serving.{name}" for name in (*SPECS, "backends", "families", "denoiser", "job_request")
     ),
     "imprompt_serving": (),
     "imprompt_bench": ("imprompt", "imprompt_export", "imprompt_serving"),
@@ -39,7 +39,7 @@ PRIVATE: dict[str, set[str]] = {
         "torch.onnx._internal.exporter._registration",
     },
 }
-"""Names with an underscore that the code imports, by the version in which they are what it takes them for."""
+"""Private names of libraries that the code imports, by the version in which they were checked."""
 LIGHT = (
     "pipeline",
     "backends",
@@ -50,7 +50,7 @@ LIGHT = (
     "capabilities",
     "parameters",
     "tensor_names",
-    "job",
+    "job_request",
     "errors",
 )
 
@@ -60,7 +60,7 @@ def modules(room: str) -> list[Path]:
 
 
 def imports(file: Path) -> Iterator[str]:
-    """Absolute names that a file imports, at any depth."""
+    """Yield the absolute names that a file imports, at any depth."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -73,14 +73,14 @@ def within(name: str, packages: tuple[str, ...]) -> bool:
 
 
 def loaded_by(*names: str) -> set[str]:
-    """The modules in memory after an import in a fresh interpreter."""
+    """Return the modules that are loaded after importing `names` in a fresh interpreter."""
     code = f"import {', '.join(names)}, sys; print('\\n'.join(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     return set(done.stdout.split())
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_rooms_import_what_they_may(room: str) -> None:
+def test_packages_only_import_allowed_packages(room: str) -> None:
     allowed = (room, *MAY_IMPORT[room])
     broken = [
         f"{file.relative_to(ROOT)} imports {name}"
@@ -92,8 +92,8 @@ def test_rooms_import_what_they_may(room: str) -> None:
     assert not broken
 
 
-def test_private_names_of_libraries_are_those_of_the_pinned_versions() -> None:
-    """Such a name may change with any release: who moves a pin looks at what the code takes from there."""
+def test_private_names_of_libraries_belong_to_pinned_versions() -> None:
+    """A private name may change in any release, so changing a pin must also update this list."""
     private = {
         name
         for room in ROOMS
@@ -106,22 +106,22 @@ def test_private_names_of_libraries_are_those_of_the_pinned_versions() -> None:
     assert PRIVATE.keys() <= pins
 
 
-def test_only_the_models_know_tritons_module() -> None:
-    knowing = [
+def test_only_triton_models_import_tritons_module() -> None:
+    importers = [
         file.relative_to(ROOT).as_posix()
         for room in ROOMS
         for file in modules(room)
         if any(within(name, ("triton_python_backend_utils",)) for name in imports(file))
     ]
-    assert knowing
-    assert all("/triton/" in file for file in knowing), knowing
+    assert importers
+    assert all("/triton/" in file for file in importers), importers
 
 
 @pytest.mark.parametrize(
     ("module", "besides"),
     [("policy", ()), ("admission", ()), ("loop", ()), ("batch", ("specs.Bundle", "tensor_names", "image_prompts"))],
 )
-def test_the_loop_knows_jobs_by_their_protocol_alone(module: str, besides: tuple[str, ...]) -> None:
+def test_loop_depends_only_on_the_protocol_of_jobs(module: str, besides: tuple[str, ...]) -> None:
     neighbors = ("policy", "admission", "batch", "protocol", "answers", "meter")
     allowed = {f"imprompt_serving.{name}" for name in ("errors", "specs.Limits", "specs.CallRows", *besides)}
     allowed |= {f"imprompt_serving.denoiser.{name}" for name in (*neighbors, *besides)}
@@ -130,18 +130,18 @@ def test_the_loop_knows_jobs_by_their_protocol_alone(module: str, besides: tuple
     assert not [name for name in ours if not within(name, tuple(allowed))]
 
 
-def test_the_client_is_light() -> None:
+def test_client_is_light() -> None:
     heavy = ("torch", "diffusers", "transformers", "onnxruntime", "scipy", "msgspec", *set(ROOMS) - {"imprompt"})
     assert not {name for name in loaded_by("imprompt", "imprompt.cli") if within(name, heavy)}
 
 
-def test_measuring_a_server_that_runs_is_light() -> None:
+def test_benchmark_of_a_running_server_is_light() -> None:
     heavy = ("torch", "diffusers", "transformers", "onnxruntime", "imprompt_export", "imprompt_serving")
     assert not {name for name in loaded_by("imprompt_bench.cli") if within(name, heavy)}
 
 
-def test_processes_beside_the_denoiser_are_light() -> None:
-    """Each Python model is a process; all but the denoiser do without torch."""
+def test_processes_besides_the_denoiser_are_light() -> None:
+    """Each Python model is a process, and only the denoiser may load torch."""
     light = [
         ".".join(file.relative_to(ROOMS["imprompt_serving"]).with_suffix("").parts).removesuffix(".__init__")
         for file in modules("imprompt_serving")
@@ -152,8 +152,8 @@ def test_processes_beside_the_denoiser_are_light() -> None:
     assert not {name for name in loaded if within(name, ("torch", "diffusers", "transformers", "scipy"))}
 
 
-def test_the_server_needs_no_package_of_the_export() -> None:
-    """diffusers, which the denoiser takes schedulers from, loads these packages where they are installed."""
+def test_server_needs_no_package_of_the_export() -> None:
+    """The denoiser uses schedulers of diffusers, which loads these packages if they are installed."""
     blocked = ("accelerate", "onnxscript", "peft", "transformers")
     names = [
         ".".join(file.relative_to(ROOMS["imprompt_serving"]).with_suffix("").parts).removesuffix(".__init__")
@@ -177,7 +177,7 @@ print(*(type(getattr(diffusers, name).from_config({{}})).__name__ for name in SC
 
 
 @pytest.mark.parametrize("command", ["", "export", "serve", "generate", "models", "bench"])
-def test_help(command: str) -> None:
+def test_commands_have_help(command: str) -> None:
     done = subprocess.run(
         [Path(sys.executable).with_name("imprompt"), *filter(None, [command]), "--help"],
         capture_output=True,
@@ -189,7 +189,7 @@ def test_help(command: str) -> None:
 
 
 def wheel(root: Path, folder: Path) -> set[str]:
-    """The files in the wheel of the distribution at `root`."""
+    """Build the wheel of the distribution at `root` and list its files."""
     code = (
         "import sys; from hatchling.builders.wheel import WheelBuilder; "
         "[print(p) for p in WheelBuilder(sys.argv[1]).build(directory=sys.argv[2])]"
@@ -203,23 +203,23 @@ def wheel(root: Path, folder: Path) -> set[str]:
 
 
 def packed(room: str) -> set[str]:
-    """Python files of a room as a wheel names them."""
+    """List the Python files of a package by their names in a wheel."""
     files = [file for file in modules(room) if "__pycache__" not in file.parts]
     return {file.relative_to(ROOMS[room]).as_posix() for file in files}
 
 
-def test_the_wheel(tmp_path: Path) -> None:
+def test_wheel_contains_all_packages_and_no_weights(tmp_path: Path) -> None:
     names = wheel(ROOT, tmp_path)
     for room in ROOMS.keys() - {"imprompt_demo"}:
         assert packed(room) <= names
     assert "imprompt/py.typed" in names
     assert not [name for name in names if name.startswith(("imprompt_demo/", "tests/", "docs/"))]
     assert any(name.endswith("LICENSE") for name in names)
-    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 2**20  # a caller installs no weights
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 2**20  # too small for weights
 
 
-def test_the_wheel_of_the_demo(tmp_path: Path) -> None:
-    """With the embedded bundle, for the same version of imprompt."""
+def test_wheel_of_the_demo(tmp_path: Path) -> None:
+    """It contains the embedded bundle and depends on the same version of imprompt."""
     names = wheel(ROOMS["imprompt_demo"], tmp_path)
     bundle = ROOMS["imprompt_demo"] / "imprompt_demo/bundle"
     files = {file.relative_to(ROOMS["imprompt_demo"]).as_posix() for file in bundle.rglob("*") if file.is_file()}

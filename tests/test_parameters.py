@@ -1,4 +1,4 @@
-"""Each row of the table of parameters is taken wherever a parameter shows up."""
+"""Every row of the table of parameters has its place in the server, the client, and the command."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ BUNDLE = msgspec.structs.replace(
     residuals=(Residual(4, 0),),
     motion=Motion(window=16),
 )
-"""Takes every parameter."""
+"""A bundle that takes every parameter."""
 
 
 def png() -> bytes:
@@ -70,7 +70,7 @@ def ids(row: Parameter) -> str:
     return row.name
 
 
-def test_the_client_never_sends_less_of_a_timeout_than_a_server_takes() -> None:
+def test_client_and_server_agree_on_the_smallest_timeout() -> None:
     assert PARAMETERS["timeout"].low == MIN_TIMEOUT_S
 
 
@@ -78,12 +78,12 @@ def test_names_are_unique() -> None:
     assert len(PARAMETERS) == len(ROWS)
 
 
-def test_settings_are_rows() -> None:
+def test_every_setting_has_a_row() -> None:
     assert set(Settings.__struct_fields__) <= PARAMETERS.keys()
 
 
 @pytest.mark.parametrize("row", ROWS, ids=ids)
-def test_the_models_have_an_input_for_it(row: Parameter) -> None:
+def test_models_have_an_input_for_every_row(row: Parameter) -> None:
     inputs = {}
     for stream in (False, True):
         text = config.to_pbtxt(config.pipeline(BUNDLE, stream=stream, capabilities="{}"))
@@ -94,7 +94,7 @@ def test_the_models_have_an_input_for_it(row: Parameter) -> None:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=ids)
-def test_the_pipeline_reads_it(row: Parameter) -> None:
+def test_pipeline_reads_every_row(row: Parameter) -> None:
     name = f"{row.name}_plain" if row.type is Type.EMBEDS else row.name
     with pytest.raises(InvalidRequest, match="complex") as caught:
         parsed(CLIP if row.group is Group.VIDEO else PICTURE, **{name: np.array([1j])})
@@ -110,21 +110,21 @@ BOUNDS = [
 
 
 @pytest.mark.parametrize(("row", "value"), BOUNDS, ids=str)
-def test_its_range_holds(row: Parameter, value: float) -> None:
+def test_values_outside_the_range_are_refused(row: Parameter, value: float) -> None:
     with pytest.raises(InvalidRequest, match="must be") as caught:
         parsed((CLIP if row.group is Group.VIDEO else PICTURE) | {row.name: [value]})
     assert caught.value.parameter == row.name
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.choices], ids=ids)
-def test_other_choices_are_refused(row: Parameter) -> None:
-    with pytest.raises(InvalidRequest, match="'none such' is none of") as caught:
+def test_unknown_choices_are_refused(row: Parameter) -> None:
+    with pytest.raises(InvalidRequest, match="'none such' is not one of") as caught:
         parsed(PICTURE | {row.name: [b"none such"]})
     assert caught.value.parameter == row.name
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.sdk], ids=ids)
-def test_the_client_has_a_documented_keyword_for_it(row: Parameter) -> None:
+def test_client_documents_a_keyword_for_every_row(row: Parameter) -> None:
     where = Client.stream if row.group is Group.STREAM else Client.generate
     methods: list[Any] = [where, Client.stream, getattr(AsyncClient, where.__name__), AsyncClient.stream]
     for method in methods:
@@ -133,20 +133,20 @@ def test_the_client_has_a_documented_keyword_for_it(row: Parameter) -> None:
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.option], ids=ids)
-def test_the_command_has_an_option_for_it(row: Parameter) -> None:
+def test_command_has_an_option_for_every_row(row: Parameter) -> None:
     generate = get_command(cli.app).commands["generate"]  # type: ignore[attr-defined]
     (option,) = (parameter for parameter in generate.params if parameter.name == row.name)
     assert option.help.endswith(f"{row.range_and_default}.".replace("`", ""))
 
 
 @pytest.mark.parametrize("name", signatures.FILES)
-def test_the_client_is_as_the_table_has_it(name: str) -> None:
+def test_client_source_matches_the_table(name: str) -> None:
     source = (SOURCES / name).read_text(encoding="utf-8")
     assert "imprompt_serving.signatures" in source
     assert signatures.filled(source) == source, "run: python -m imprompt_serving.signatures client/imprompt"
 
 
-def test_a_stale_source_would_be_noticed() -> None:
+def test_stale_source_would_be_noticed() -> None:
     source = (SOURCES / "_client.py").read_text(encoding="utf-8")
     for line in ("        eta: float | None = None,\n", "            priority: requests with a lower number"):
         assert signatures.filled(source.replace(line, "old")) == source

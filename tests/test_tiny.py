@@ -1,4 +1,4 @@
-"""The tiny checkpoints load in diffusers, react to every ingredient, and do not depend on anything but their seed."""
+"""The tiny checkpoints load in diffusers, react to every ingredient, and only depend on their seed."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from tiny.control import make_controlnet, make_lora, make_motion_adapter, make_t
 from tiny.oracle import Adapter, Pictures, generate, picture_distance, pipeline, show_face
 from tiny.tokenizer import write_tokenizer
 
-CLEAR = 3.0  # levels of 255 on average: thirty times what a parity test allows
+CLEAR = 3.0  # mean difference in levels of 255: thirty times what a parity test allows
 PIPELINES = {"sd15": diffusers.StableDiffusionPipeline, "sdxl": diffusers.StableDiffusionXLPipeline}
 INPAINT = {"sd15": diffusers.StableDiffusionInpaintPipeline, "sdxl": diffusers.StableDiffusionXLInpaintPipeline}
 MAKE = {"sd15": make_sd15, "sdxl": make_sdxl}
@@ -33,7 +33,7 @@ def differ(first: Any, second: Any, at_least: float = CLEAR) -> bool:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Layers this small only lose by threads: on busy cores two of them wait for each other a hundred times longer."""
+    """Use one thread: on busy cores, layers this small run up to a hundred times slower with two."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -42,7 +42,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both families, and image encoders and adapters in the layout of the public repositories."""
+    """Make bases of both families, and image encoders in the layout of the public repositories."""
     root = tmp_path_factory.mktemp("tiny")
     for family in FAMILIES:
         MAKE[family](root / family)
@@ -56,7 +56,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [make_sd15, make_sdxl, make_image_encoder, make_adapter, make_controlnet, make_motion_adapter, make_lora],
     ids=lambda make: make.__name__,
 )
-def test_files_follow_from_the_seed_alone(make: Callable[..., Path], tmp_path: Path) -> None:
+def test_files_only_depend_on_the_seed(make: Callable[..., Path], tmp_path: Path) -> None:
     def digest(name: str, seed: int) -> str:
         make(tmp_path / name, seed=seed)
         files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
@@ -71,7 +71,7 @@ def test_files_follow_from_the_seed_alone(make: Callable[..., Path], tmp_path: P
     assert digest("third", 1) != first
 
 
-def test_tokenizer_is_clips_in_small(tmp_path: Path) -> None:
+def test_tokenizer_works_like_that_of_clip(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, pad_token="!")
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -98,7 +98,7 @@ def test_pooled_text_is_read_at_the_end_token(root: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_pictures_are_lively_and_stable(root: Path, family: Family) -> None:
+def test_pictures_vary_with_inputs_and_are_stable(root: Path, family: Family) -> None:
     pipe = pipeline(root / family, cls=PIPELINES[family])
     picture = generate(pipe)
     assert picture.shape == (1, 64, 64, 3)
@@ -116,7 +116,7 @@ def test_pictures_are_lively_and_stable(root: Path, family: Family) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("in_channels", [4, 9])
-def test_inpainting(root: Path, tmp_path: Path, family: Family, in_channels: int) -> None:
+def test_inpainting_reacts_to_its_inputs(root: Path, tmp_path: Path, family: Family, in_channels: int) -> None:
     folder = root / family if in_channels == 4 else MAKE[family](tmp_path, in_channels=9)
     pipe = pipeline(folder, cls=INPAINT[family])
     assert pipe.unet.config.in_channels == in_channels
@@ -178,7 +178,7 @@ def test_adapter_loads_and_matters(root: Path, family: Family, kind: Any, encode
         assert differ(reference, draw(photo=1))
 
 
-def test_both_file_formats_hold_the_same(tmp_path: Path) -> None:
+def test_bin_and_safetensors_files_hold_the_same_weights(tmp_path: Path) -> None:
     nested = torch.load(make_adapter(tmp_path, weight_name="ip-adapter_sd15.bin"), weights_only=True)
     assert set(nested) == {"image_proj", "ip_adapter"}
     assert list(nested["ip_adapter"])[:3] == ["1.to_k_ip.weight", "1.to_v_ip.weight", "3.to_k_ip.weight"]
@@ -243,8 +243,8 @@ def test_lora_loads_and_matters(root: Path, tmp_path: Path, family: Family, fmt:
     assert differ(without, generate(pipe, num_inference_steps=2), at_least=10)
 
 
-def test_layers_per_block_reach_the_whole_set(tmp_path: Path) -> None:
-    """With two layers per block: sixteen cross-attention layers, as in the real SD1.5."""
+def test_layers_per_block_applies_to_base_and_adapter(tmp_path: Path) -> None:
+    """Two layers per block make sixteen cross-attention layers, as in the real SD1.5."""
     base = make_sd15(tmp_path / "base", layers_per_block=2)
     path = make_adapter(tmp_path / "adapters", layers_per_block=2)
     make_image_encoder(tmp_path / "adapters/models/image_encoder")
@@ -259,10 +259,10 @@ def test_files_have_their_public_names(root: Path) -> None:
     index = json.loads((root / "sd15/model_index.json").read_text())
     assert index["feature_extractor"] == ["transformers", "CLIPImageProcessor"]
     text_encoder = pipeline(root / "sd15").text_encoder
-    assert text_encoder.get_input_embeddings().weight.std() > 0.9  # loaded, not made anew (0.02)
+    assert text_encoder.get_input_embeddings().weight.std() > 0.9  # loaded, not newly initialized (0.02)
 
 
-def test_scheduler_configurations_are_those_of_the_public_folders(root: Path) -> None:
+def test_scheduler_configurations_match_the_public_folders(root: Path) -> None:
     sd15 = json.loads((root / "sd15/scheduler/scheduler_config.json").read_text())
     assert (sd15["_class_name"], sd15["clip_sample"], sd15["steps_offset"]) == ("PNDMScheduler", False, 1)
     ddim = pipeline(root / "sd15", scheduler="DDIMScheduler").scheduler
@@ -276,7 +276,7 @@ def test_scheduler_configurations_are_those_of_the_public_folders(root: Path) ->
     assert sdxl.config.force_zeros_for_empty_prompt
 
 
-def test_pictures_are_deterministic_and_have_the_size_asked_for() -> None:
+def test_pictures_are_deterministic_and_have_the_requested_size() -> None:
     assert images.photo(3, (80, 48)).size == (80, 48)
     assert picture_distance(images.photo(3), images.photo(3)) == (0, 0.0)
     assert differ(images.photo(3), images.photo(4), at_least=15)

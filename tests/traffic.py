@@ -1,4 +1,4 @@
-"""Counts what torch copies, and what would wait for a GPU, without a GPU: `meta` tensors stand in for those on one."""
+"""Count torch's copies, and its waits for a GPU, without a GPU: `meta` tensors stand in for tensors on the GPU."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ _READS = (
 
 
 class Traffic:
-    """Within, records copies on any device, and waits for the fake one.
+    """Context manager that records copies on any device, and waits for the fake GPU.
 
-    A GPU is waited for by reading a tensor there, by copies between it and the CPU unless they are `non_blocking`, by
-    indices that lie on the CPU, and by operators that check their result or its size.
+    torch waits for a GPU to read a tensor's value, for copies from and to the CPU unless they are `non_blocking`, for
+    indices on the CPU, and for operators that check their result or its size.
     """
 
     def __init__(self) -> None:
         self.copies: Counter[str] = Counter()
         """Copies by operator."""
         self.bytes = 0
-        """What they write."""
+        """Bytes that these copies write."""
         self.waits: Counter[str] = Counter()
-        """Waits by their cause."""
+        """Waits by cause."""
         self._modes: tuple[Any, ...] = (_Reads(self), _Operators(self))
 
     def __enter__(self) -> Traffic:
@@ -66,7 +66,7 @@ class Traffic:
 
 
 class _Reads(TorchFunctionMode):
-    """What operators do not show: reads of values, which torch refuses for `meta`, and uploads of Python's numbers."""
+    """Records what dispatch does not show: reads of values, which torch refuses for `meta`, and uploads of numbers."""
 
     def __init__(self, traffic: Traffic) -> None:
         super().__init__()

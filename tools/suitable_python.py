@@ -1,7 +1,7 @@
-"""Exit status 0 when this Python can make the virtual environment; otherwise the reason is printed.
+"""Exit with status 0 if this Python can create the virtual environment; otherwise print the reason.
 
-Triton runs Python models in a process that loads libpython as a shared library, hence a Python that has one. The
-folders are those in which `imprompt serve` looks for it. Written so that older Pythons can run it too.
+Triton runs Python models in a process that loads libpython as a shared library, so this Python must have one. The
+folders are those that `imprompt serve` searches. This script must also run on older Pythons.
 """
 
 import importlib.util
@@ -25,4 +25,4 @@ if not any(os.path.isfile(os.path.join(folder, library)) for folder in folders):
     )
 
 if not importlib.util.find_spec("ensurepip"):
-    sys.exit(f"{sys.executable} cannot make virtual environments: install python{version}-venv (Debian, Ubuntu)")
+    sys.exit(f"{sys.executable} cannot create virtual environments: install python{version}-venv (Debian, Ubuntu)")

@@ -24,7 +24,7 @@ from imprompt_serving.denoiser.answers import Listener, Outcome
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.meter import Meter
 from imprompt_serving.errors import RequestError
-from imprompt_serving.gpu import beside
+from imprompt_serving.gpu import preparation_stream
 
 CALLERS = (1, 4, 8)
 LONG = 100
@@ -242,7 +242,7 @@ class _Decoding:
 
     def _work(self) -> None:
         try:
-            with torch.inference_mode(), beside(self._latents.device):
+            with torch.inference_mode(), preparation_stream(self._latents.device):
                 while not self._stop.is_set():
                     self._decode({"latents": self._latents}).cpu()  # waits for the device, as a server's answer does
                     self.pictures += 1

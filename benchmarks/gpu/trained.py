@@ -37,8 +37,8 @@ from imprompt_serving.denoiser.conditioning import CPU, Conditioner
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.loop import Denoiser
 from imprompt_serving.denoiser.networks import StepNetworks
-from imprompt_serving.gpu import mark
-from imprompt_serving.job import AdapterUse, JobRequest
+from imprompt_serving.gpu import record_launch
+from imprompt_serving.job_request import AdapterOptions, JobRequest
 from imprompt_serving.parameters import Settings
 from imprompt_serving.pipeline.images import clip_pixels
 from imprompt_serving.specs import Bundle
@@ -201,11 +201,11 @@ def _denoise(found: Trained, side: Side, scheduler: str) -> Tensor:
         strength=1.0,
         scheduler=scheduler,
     )
-    use = AdapterUse(name=ADAPTER, scale=SCALE)
+    use = AdapterOptions(name=ADAPTER, scale=SCALE)
     request = JobRequest(id="parity", settings=settings, seeds=(SEED,), adapters=(use,))
     conditioner = Conditioner(bundle, {ADAPTER: found.projection}, device=device)
     networks = StepNetworks(bundle, {"unet": side.unet}, {}, call_rows)
-    denoiser = Denoiser(networks, Batcher(bundle, call_rows), call_rows, mark=partial(mark, device))
+    denoiser = Denoiser(networks, Batcher(bundle, call_rows), call_rows, record_launch=partial(record_launch, device))
     try:
         with torch.no_grad():
             job = Job(request, bundle, conditioner(request, found.tensors), found.tensors, device)

@@ -22,7 +22,7 @@ from imprompt_serving import tensor_names
 from imprompt_serving.backends import Engine, get_backend
 from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.families import get_family
-from imprompt_serving.job import AdapterUse, JobRequest
+from imprompt_serving.job_request import AdapterOptions, JobRequest
 from imprompt_serving.parameters import Settings
 from imprompt_serving.pipeline.images import clip_pixels
 from imprompt_serving.pipeline.text import PromptTokenizer
@@ -146,7 +146,7 @@ def _job(arguments: Arguments) -> JobRequest:
             strength=1.0,
         ),
         seeds=(arguments["seed"],),
-        adapters=(AdapterUse(name=ADAPTER),),
+        adapters=(AdapterOptions(name=ADAPTER),),
     )
 
 

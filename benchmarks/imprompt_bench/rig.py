@@ -21,8 +21,8 @@ from imprompt_serving.denoiser.loop import Denoiser
 from imprompt_serving.denoiser.meter import Meter
 from imprompt_serving.denoiser.networks import StepNetworks
 from imprompt_serving.families import get_family
-from imprompt_serving.gpu import beside, mark
-from imprompt_serving.job import AdapterUse, JobRequest
+from imprompt_serving.gpu import preparation_stream, record_launch
+from imprompt_serving.job_request import AdapterOptions, JobRequest
 from imprompt_serving.parameters import Settings
 from imprompt_serving.specs import Adapter, Bundle, CrossAttention, Range, Shapes, TextEncoder
 
@@ -88,7 +88,7 @@ class Rig:
         call_rows = bundle.shapes.call_rows(bucketed=bucketed)
         networks = StepNetworks(bundle, {"unet": unet}, {}, call_rows)
         batcher = Batcher(bundle, call_rows)
-        self.denoiser = Denoiser(networks, batcher, call_rows, bundle.limits, meter, partial(mark, device))
+        self.denoiser = Denoiser(networks, batcher, call_rows, bundle.limits, meter, partial(record_launch, device))
 
     def job(self, name: str, *, steps: int, size: int, seed: int = 0, **settings: Any) -> Job:
         """Build a job for a guided picture of `size` x `size` pixels, with optional further `settings`."""
@@ -103,10 +103,10 @@ class Rig:
                 **settings,
             ),
             seeds=(seed,),
-            adapters=tuple(AdapterUse(name=adapter.name) for adapter in self.bundle.adapters),
+            adapters=tuple(AdapterOptions(name=adapter.name) for adapter in self.bundle.adapters),
         )
         tensors = self.embeddings(seed)
-        with torch.no_grad(), beside(self._device):
+        with torch.no_grad(), preparation_stream(self._device):
             return Job(request, self.bundle, self._conditioner(request, tensors), tensors, self._device)
 
     def embeddings(self, seed: int) -> dict[str, Tensor]:

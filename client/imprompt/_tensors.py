@@ -112,7 +112,7 @@ def numeric_tensor(spec: Input, value: object, *, parameter: str | None = None, 
     except InvalidRequest:
         raise invalid(parameter, f"{expected}, got {short_repr(value)}") from None
     # numpy turns integers of more than 64 bits into objects, and bools among numbers into numbers.
-    big = array.dtype == object and array.size > 0 and all(map(is_integer, array.ravel()))
+    big = array.dtype == object and all(map(is_integer, array.ravel()))
     bools = target.kind != "b" and is_list(value) and any(isinstance(entry, bool | np.bool_) for entry in value)
     if array.size and (("i" if big else array.dtype.kind) not in kinds or bools):
         found = f"an array of {array.dtype}" if array.ndim > 1 else short_repr(value)

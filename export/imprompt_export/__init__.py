@@ -1,4 +1,4 @@
-"""Checkpoint set -> engines -> Triton model repository."""
+"""Export a set of checkpoints to a Triton model repository of compiled engines."""
 
 from __future__ import annotations
 
@@ -25,14 +25,21 @@ def export(
 ) -> Report:
     """Export the bundle at `bundle_path` into `repository` and compare each engine with PyTorch.
 
-    Models of other bundles in `repository` stay; those of a bundle of the same name are replaced, all at once, after
-    everything is exported and checked. TensorRT engines under `refit_from` get the weights of the bundle instead of
-    being built again (`backends.tensorrt.Builder`).
+    Models of other bundles in `repository` are left alone. The models of a bundle of the same name are replaced all at
+    once, after everything has been exported and checked.
+
+    Args:
+        bundle_path: the bundle file (TOML).
+        repository: the Triton model repository; created if it does not exist.
+        console: where to report progress; by default stderr.
+        refit_from: a folder of TensorRT engines; those that fit get the weights of this bundle instead of being built
+            again (`backends.tensorrt.Builder`).
 
     Raises:
-        BundleError: something in the bundle file or its checkpoints does not fit; nothing was written.
-        ParityError: an engine does not compute what PyTorch does, or is too far from it in int8; nothing was written.
-        EngineError: an engine cannot be made; nothing was written.
+        BundleError: the bundle file or one of its checkpoints is not usable; nothing was written.
+        ParityError: an engine's results differ from PyTorch's by more than is allowed, or int8 loses too much quality;
+            nothing was written.
+        EngineError: an engine cannot be built; nothing was written.
     """
     from imprompt_export import checks, install
     from imprompt_export.quiet import quiet
@@ -43,9 +50,9 @@ def export(
     install.check_free(repository, bundle.name, bundle.models())
     with install.work_folder(repository, bundle.name) as work:
         with quiet():
-            # Only now: torch and its companions take many seconds to import.
+            # Imported only now, because torch and its companions take many seconds.
             from imprompt_export.exporter import export_bundle
 
-            made = export_bundle(bundle, work, console, refit_from)
+            report = export_bundle(bundle, work, console, refit_from)
         install.install(work / "models", repository, bundle.name)
-    return made
+    return report

@@ -1,4 +1,4 @@
-"""IP-Adapter files: read without running code, told apart by their keys, checked against base and image encoder."""
+"""Read IP-Adapter files without running code in them, recognize their kind, and check that they fit the base."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from imprompt_export import kinds
+from imprompt_export import checkpoint_kinds
 from imprompt_export.errors import BundleError
 from imprompt_export.families import all_families
 from imprompt_export.sources import flat
 from imprompt_serving.specs import AdapterKind
 
 StateDict = Mapping[str, Mapping[str, Any]]
-"""Tensors, or whatever else has a shape, as `{"image_proj": ..., "ip_adapter": ...}`."""
+"""`{"image_proj": ..., "ip_adapter": ...}`, each a dict of tensors or of anything else with a `shape`."""
 _PARTS = ("image_proj", "ip_adapter")
-_ENTRANCES = {"plain": "proj.weight", "full_face": "proj.0.weight", "plus": "proj_in.weight"}
-"""The first weights of a projection: those that take what the image encoder gives."""
+_INPUT_WEIGHTS = {"plain": "proj.weight", "full_face": "proj.0.weight", "plus": "proj_in.weight"}
+"""The first weight of each kind of projection, which multiplies the output of the image encoder."""
 
 
 def read(file: Path) -> StateDict:
-    """An adapter file in float32."""
+    """Read an adapter file as float32 tensors.
+
+    Raises:
+        BundleError: the file holds anything but the tensors of an IP-Adapter.
+    """
     if file.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -32,15 +36,19 @@ def read(file: Path) -> StateDict:
             content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
             raise BundleError(f"{file} is not a file of plain tensors: {error}") from error
-    state_dict = in_parts(str(file), content)
+    state_dict = split_parts(str(file), content)
     return {part: {key: value.float() for key, value in state_dict[part].items()} for part in _PARTS}
 
 
-def in_parts(what: str, content: Mapping[str, Any]) -> StateDict:
-    """The two parts of an adapter file, whether its tensors are nested (`.bin`) or not (`.safetensors`).
+def split_parts(what: str, content: Mapping[str, Any]) -> StateDict:
+    """Split the content of an adapter file into its two parts; tensors may be nested (`.bin`) or flat (`.safetensors`).
+
+    Args:
+        what: the name of the file in messages.
+        content: its tensors, or anything else with a `shape`.
 
     Raises:
-        BundleError: it is something else.
+        BundleError: the file is not an IP-Adapter.
     """
     tensors = flat(content)
     state_dict: dict[str, dict[str, Any]] = {part: {} for part in _PARTS}
@@ -50,16 +58,19 @@ def in_parts(what: str, content: Mapping[str, Any]) -> StateDict:
             state_dict[part][key] = value
     missing = [part for part in _PARTS if not state_dict[part]]
     if len(missing) == 2:
-        raise BundleError(f"{what} is not an IP-Adapter: it is {kinds.of_names(tensors)}")
+        raise BundleError(f"{what} is not an IP-Adapter: it is {checkpoint_kinds.kind_of_tensors(tensors)}")
     if missing:
-        raise BundleError(f"{what} is not an IP-Adapter: it lacks {missing[0]} weights")
+        raise BundleError(f"{what} is not an IP-Adapter: it has no {missing[0]} weights")
     return state_dict
 
 
 def kind_of(state_dict: StateDict, weight_name: str) -> AdapterKind:
-    """The kind of an adapter, by the keys that diffusers' loader goes by.
+    """Return the kind of an adapter, from the same keys that diffusers' loader looks at.
 
-    FaceID plus and plus v2 have the same keys; what tells them apart is the file's name.
+    FaceID plus and plus v2 have the same keys and differ only in the file name.
+
+    Raises:
+        BundleError: no known kind has these keys.
     """
     keys = state_dict["image_proj"].keys()
     if "proj.weight" in keys:
@@ -76,7 +87,7 @@ def kind_of(state_dict: StateDict, weight_name: str) -> AdapterKind:
 
 
 def embed_shapes(kind: AdapterKind, state_dict: StateDict, encoder: Any | None) -> dict[str, tuple[int, ...]]:
-    """Shape of one picture's input to the projection, by name, as diffusers' pipelines pass it."""
+    """Return the shape of each projection input for one picture, by name, as diffusers' pipelines pass it."""
     shapes: dict[str, tuple[int, ...]] = {}
     if kind.startswith("faceid"):
         shapes["image_embeds"] = (1, state_dict["image_proj"]["proj.0.weight"].shape[1])
@@ -94,13 +105,18 @@ def embed_shapes(kind: AdapterKind, state_dict: StateDict, encoder: Any | None) 
 def check_fit(
     name: str, file: str, state_dict: StateDict, layers: int, width: int, encoder: Mapping[str, Any] | None
 ) -> None:
-    """Refuse an adapter that is not made for `layers` of cross-attention of `width`, or for its `encoder`.
+    """Check that an adapter fits the base and its image encoder.
 
     Args:
-        encoder: configuration of its image encoder; None if it has none.
+        name: the name of the adapter in the bundle.
+        file: the name of its weight file.
+        state_dict: its weights.
+        layers: number of cross-attention layers in the base's UNet.
+        width: width of their keys and values.
+        encoder: configuration of the image encoder; None if the adapter has none.
 
     Raises:
-        BundleError: it does not fit; the message has both numbers.
+        BundleError: it does not fit; the message gives both numbers.
     """
     weights = [value for key, value in state_dict["ip_adapter"].items() if key.endswith(".to_k_ip.weight")]
     found = weights[0].shape[1] if weights else 0
@@ -108,7 +124,7 @@ def check_fit(
         files = ", ".join(f"{family.adapter_files} for {family.title}" for family in all_families())
         raise BundleError(
             f"ip_adapter {name}: {file} is made for {len(weights)} attention layers of width {found}, but the base "
-            f"has {layers} of width {width}; take the file for this family ({files})"
+            f"has {layers} of width {width}; use the file for this family ({files})"
         )
     kind = kind_of(state_dict, file)
     if kind == "faceid":
@@ -116,14 +132,14 @@ def check_fit(
     if encoder is None:
         raise BundleError(f"ip_adapter {name}: a {kind} adapter needs an image encoder; set image_encoder_folder")
     projection = state_dict["image_proj"]
-    key = _ENTRANCES.get(kind, "perceiver_resampler.proj_in.weight")
+    key = _INPUT_WEIGHTS.get(kind, "perceiver_resampler.proj_in.weight")
     if key not in projection:
         raise BundleError(f"ip_adapter {name}: {file} is incomplete: it has no image_proj.{key}")
     size, what = ("projection_dim", "embeddings") if kind == "plain" else ("hidden_size", "hidden states")
-    wants, has = projection[key].shape[1], encoder[size]
-    if wants != has:
+    expected, actual = projection[key].shape[1], encoder[size]
+    if expected != actual:
         raise BundleError(
-            f"ip_adapter {name}: {file} wants {what} of width {wants}, but its image encoder gives {has}; "
-            "ip-adapter_sdxl goes with the ViT-bigG encoder of sdxl_models/image_encoder, all others (the "
-            "*_sdxl_vit-h ones too) with the ViT-H encoder of models/image_encoder"
+            f"ip_adapter {name}: {file} needs {what} of width {expected}, but its image encoder produces {actual}; "
+            "ip-adapter_sdxl needs the ViT-bigG encoder in sdxl_models/image_encoder, all others (including "
+            "*_sdxl_vit-h) need the ViT-H encoder in models/image_encoder"
         )

@@ -1,4 +1,4 @@
-"""The bundle file: one checkpoint set under one name, as TOML; parsed strictly, checked before any export."""
+"""Parse and check the bundle file: a TOML file that describes one set of checkpoints under one name."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Any, Literal
 
 import msgspec
 
-from imprompt_export import kinds, sources
+from imprompt_export import checkpoint_kinds, sources
 from imprompt_export.backends import export_backend
 from imprompt_export.errors import BundleError, did_you_mean, one_of, some_of
 from imprompt_export.families import all_families
 from imprompt_serving.backends import MODULES
 from imprompt_serving.specs import Limits, Shapes
 
-NO_FACES = "face_encoder: the bundle has no FaceID adapter that it could serve"
+NO_FACES = "face_encoder: the bundle has no FaceID adapter to use it"
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _RESERVED = {"down", "mid", "up", "stream", "denoiser"}
 _LARGEST = 2**31 - 1
-"""Of numbers: requests and engines have 32 bits for them."""
+"""Largest number in a bundle file: requests and engines store numbers in 32 bits."""
 _LEAST = {"waiting_rows": 0, "waiting_seconds": 0, "image_aspect_ratio": 1}
-"""Of `[limits]`; of the others 1, or above 0 where they are not whole."""
+"""Minimum of some keys of `[limits]`; other integers must be at least 1, other floats above 0."""
 
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,7 +33,7 @@ class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class IPAdapterSection(_Section, frozen=True):
-    """An IP-Adapter, with the parameters of diffusers' `load_ip_adapter`; `path` may be the file itself."""
+    """An IP-Adapter, with the parameters of diffusers' `load_ip_adapter`; `path` may also be the file itself."""
 
     name: str
     path: str
@@ -43,14 +43,14 @@ class IPAdapterSection(_Section, frozen=True):
 
 
 class ControlNetSection(_Section, frozen=True):
-    """A ControlNet: what requests call it, and its diffusers folder."""
+    """A ControlNet: its name in requests and its diffusers folder."""
 
     name: str
     path: str
 
 
 class T2IAdapterSection(_Section, frozen=True):
-    """A T2I-Adapter: what requests call it, and its diffusers folder."""
+    """A T2I-Adapter: its name in requests and its diffusers folder."""
 
     name: str
     path: str
@@ -63,7 +63,7 @@ class MotionAdapterSection(_Section, frozen=True):
 
 
 class FaceEncoderSection(_Section, frozen=True):
-    """A folder of insightface's models, by which FaceID adapters take pictures of people; and how they search."""
+    """A folder of insightface models, so that FaceID adapters take pictures of people, and the detector's settings."""
 
     path: str
     det_size: tuple[int, int] = (640, 640)
@@ -71,7 +71,7 @@ class FaceEncoderSection(_Section, frozen=True):
 
 
 class LoraSection(_Section, frozen=True):
-    """A LoRA that is fused into the base, with the parameters of diffusers' ``load_lora_weights``."""
+    """A LoRA that is fused into the base, with the parameters of diffusers' `load_lora_weights`."""
 
     path: str
     weight_name: str | None = None
@@ -80,12 +80,12 @@ class LoraSection(_Section, frozen=True):
 
 
 class EngineSection(_Section, frozen=True):
-    """The backend of the engines, and who hosts the encoders and the VAE.
+    """The backend of the engines and its options.
 
-    ``threads`` of one call on the CPU, 0 for one a core. ``devices``: GPUs that have a denoiser each.
-    ``min_snr_db``: how good int8 must be (``int8.Quality``).
-    ``targets``: compute capabilities that engines of TensorRT-RTX are made for. ``refit``: whether the weights of
-    TensorRT's engines can be replaced later.
+    `host` names the process that hosts the encoders and the VAE (`python`, or `native` for Triton's own backends).
+    `threads` are those of one engine call on the CPU; 0 means one per core. `devices` are the GPUs that get a denoiser
+    each. `min_snr_db` is the minimum quality of int8 (`int8.Quality`). `targets` are the compute capabilities that
+    TensorRT-RTX builds for. `refit` says whether the weights of TensorRT engines can be replaced later.
     """
 
     backend: str = "onnxruntime"
@@ -99,7 +99,7 @@ class EngineSection(_Section, frozen=True):
 
 
 class BundleFile(_Section, frozen=True):
-    """A parsed bundle file; relative paths in it are relative to ``folder``."""
+    """A parsed bundle file; its paths are relative to `folder`."""
 
     name: str
     base: str
@@ -116,17 +116,17 @@ class BundleFile(_Section, frozen=True):
 
     @classmethod
     def load(cls, path: str | Path) -> BundleFile:
-        """Read and check ``path``.
+        """Read and check the bundle file at `path`.
 
         Raises:
-            BundleError: unknown key, wrong type, bad name, impossible range or missing file, by name.
+            BundleError: names the key that is unknown or has a bad value, or the file that is missing.
         """
         path = Path(path)
         try:
             content = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise BundleError(f"cannot read bundle file {path}: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:  # UnicodeDecodeError and TOMLDecodeError among them
+        except (ValueError, RecursionError) as error:  # includes UnicodeDecodeError and TOMLDecodeError
             raise BundleError(f"{path} is not TOML: {error}") from None
         _check_keys(content, cls, str(path))
         try:
@@ -153,8 +153,8 @@ class BundleFile(_Section, frozen=True):
         for adapter in self.ip_adapter:
             self.adapter_file(adapter)
             self.image_encoder(adapter)
-        for what, path, wanted in self.networks():
-            kinds.model_config(what, self.locate(path, what), "", wanted)
+        for what, path, expected in self.networks():
+            checkpoint_kinds.model_config(what, self.locate(path, what), "", expected)
         if self.face_encoder is not None:
             self._check_face_encoder(self.face_encoder)
 
@@ -197,21 +197,21 @@ class BundleFile(_Section, frozen=True):
     def _check_engine(self, engine: EngineSection) -> None:
         export_backend(one_of("engine.backend", engine.backend, MODULES)).check(engine)
         if engine.threads < 0:
-            raise BundleError(f"engine.threads: 0 (one a core) or more, got {engine.threads}")
+            raise BundleError(f"engine.threads: must be 0 (one per core) or more, got {engine.threads}")
         if min(engine.devices, default=0) < 0 or len(set(engine.devices)) < len(engine.devices):
-            raise BundleError(f"engine.devices: numbers of GPUs, each once, got {list(engine.devices)}")
+            raise BundleError(f"engine.devices: must be distinct GPU numbers, got {list(engine.devices)}")
         for target in engine.targets:
             if not re.fullmatch(r"SM\d{2,3}", target):
-                raise BundleError(f"engine.targets: compute capabilities such as SM89, got {target!r}")
+                raise BundleError(f"engine.targets: must be compute capabilities such as SM89, got {target!r}")
 
     def _check_face_encoder(self, section: FaceEncoderSection) -> None:
         folder = self.folder / section.path
         if not any(folder.glob("*.onnx")):
-            raise BundleError(f"face_encoder.path: no .onnx files in {folder}; it wants those of buffalo_l, say")
+            raise BundleError(f"face_encoder.path: no .onnx files in {folder}; expected those of buffalo_l or similar")
         if any(size < 32 or size % 32 for size in section.det_size):
-            raise BundleError(f"face_encoder.det_size: multiples of 32, got {list(section.det_size)}")
+            raise BundleError(f"face_encoder.det_size: must be multiples of 32, got {list(section.det_size)}")
         if not 0 < section.det_thresh < 1:
-            raise BundleError(f"face_encoder.det_thresh: above 0 and below 1, got {section.det_thresh:g}")
+            raise BundleError(f"face_encoder.det_thresh: must be above 0 and below 1, got {section.det_thresh:g}")
         if not self.ip_adapter:
             raise BundleError(NO_FACES)
         if find_spec("insightface") is None:
@@ -225,14 +225,14 @@ class BundleFile(_Section, frozen=True):
         }
 
     def denoiser_engines(self) -> list[str]:
-        """Names of the engines in the folder of the denoiser."""
+        """List the names of the engines that the denoiser loads."""
         names = ["unet", "motion_unet"]
         names += [f"image_projection_{adapter.name}" for adapter in self.ip_adapter]
         names += [f"{part}_{net.name}" for net in self.controlnet for part in ("controlnet", "controlnet_embedding")]
         return names + [f"t2i_adapter_{adapter.name}" for adapter in self.t2i_adapter]
 
     def models(self) -> list[str]:
-        """Names of all the Triton models that this bundle may have; some depend on its checkpoints."""
+        """List the names of all Triton models that this bundle may have; some depend on its checkpoints."""
         parts = ["stream", "denoiser", *(f"denoiser_{gpu}" for gpu in self.engine.devices)]
         parts += sorted({encoder for family in all_families() for encoder, _ in family.text_encoders})
         parts += ["vae_encoder", "vae_decoder", "safety_checker", "face_encoder"]
@@ -240,7 +240,7 @@ class BundleFile(_Section, frozen=True):
         return [self.name, *(f"{self.name}_{part}" for part in parts)]
 
     def networks(self) -> Iterator[tuple[str, str, str]]:
-        """What messages call each network beside the base, its path, and what it must be."""
+        """Yield each network besides the base: its name in messages, its path, and the kind that it must be."""
         for net in self.controlnet:
             yield f"controlnet {net.name}", net.path, "a ControlNet"
         for t2i in self.t2i_adapter:
@@ -249,21 +249,21 @@ class BundleFile(_Section, frozen=True):
             yield "motion_adapter", self.motion_adapter.path, "a motion adapter"
 
     def locate(self, path: str, what: str = "path") -> str:
-        """A path relative to the bundle file as absolute, or a hub id (`sources.locate`)."""
+        """Return a path relative to the bundle file as an absolute path or a hub id (`sources.locate`)."""
         return sources.locate(what, self.folder, path)
 
     def lora_file(self, lora: LoraSection) -> Path:
-        """The weight file of a LoRA."""
+        """Return the weight file of a LoRA."""
         what = f"lora {lora.path}"
         return sources.weights_file(what, self.locate(lora.path, what), lora.subfolder or "", lora.weight_name)
 
     def adapter_file(self, adapter: IPAdapterSection) -> Path:
-        """The weight file of an adapter."""
+        """Return the weight file of an adapter."""
         what = f"ip_adapter {adapter.name}"
         return sources.weights_file(what, self.locate(adapter.path, what), adapter.subfolder, adapter.weight_name)
 
     def image_encoder(self, adapter: IPAdapterSection) -> tuple[str, str] | None:
-        """Root and subfolder of an adapter's image encoder, found as diffusers does; None for those that need none."""
+        """Return the root and subfolder of an adapter's image encoder, found as in diffusers; None if it needs none."""
         folder, what = adapter.image_encoder_folder, f"ip_adapter {adapter.name}"
         if folder is False:
             return None
@@ -276,12 +276,12 @@ class BundleFile(_Section, frozen=True):
                 f"{what}: no image encoder at {Path(root, subfolder)}; "
                 "set image_encoder_folder (false for FaceID adapters)"
             )
-        kinds.model_config(what, root, subfolder, "a CLIP image encoder")
+        checkpoint_kinds.model_config(what, root, subfolder, "a CLIP image encoder")
         return root, subfolder
 
 
 def _numbers(section: msgspec.Struct, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Every number in `section`, by its key."""
+    """Yield every number in `section` with its key."""
     for name in section.__struct_fields__:
         values = getattr(section, name)
         for value in values if isinstance(values, tuple) else (values,):
@@ -292,7 +292,7 @@ def _numbers(section: msgspec.Struct, prefix: str = "") -> Iterator[tuple[str, f
 
 
 def _check_keys(content: Mapping[str, Any], section: type[msgspec.Struct], place: str) -> None:
-    """Refuse a key that `section` does not have, with the one that may have been meant."""
+    """Refuse keys that `section` does not have, and suggest what may have been meant."""
     fields = {name: kind for name, kind in _sections(section).items() if name != "folder"}
     for key, value in content.items():
         if key not in fields:
@@ -305,7 +305,7 @@ def _check_keys(content: Mapping[str, Any], section: type[msgspec.Struct], place
 
 
 def _sections(section: type[msgspec.Struct]) -> dict[str, type[msgspec.Struct] | None]:
-    """The keys of a section, and of those that are sections themselves, their type."""
+    """Return the keys of a section; the value is the section's type for keys that are sections, else None."""
     found = {}
     for field in msgspec.structs.fields(section):
         types = (field.type, *getattr(field.type, "__args__", ()))
@@ -314,16 +314,16 @@ def _sections(section: type[msgspec.Struct]) -> dict[str, type[msgspec.Struct] |
 
 
 def _elsewhere(key: str, section: type[msgspec.Struct]) -> str:
-    """The end of a message about a key that another section has."""
+    """Return the end of a message about an unknown key: the section that has it, or the documentation."""
     homes = {name: inner for name, inner in _sections(BundleFile).items() if inner is not None and inner is not section}
     home = next((name for name, inner in homes.items() if key in _sections(inner)), None)
     if section is not BundleFile and key in _sections(BundleFile) and key != "name":
-        return "; it is a key of the file itself, not of a section"
-    return f"; it is a key of {home}" if home else "; see docs/bundle.md for those there are"
+        return "; it belongs at the top of the file, not in a section"
+    return f"; it belongs in [{home}]" if home else "; see docs/bundle.md for the known keys"
 
 
 def _place_first(message: str) -> str:
-    """msgspec's messages with the key in front: `shapes.rows: Expected ...`."""
+    """Put the key first in a message of msgspec: `shapes.rows: expected ...`."""
     text, found, place = message.partition(" - at `$.")
     place = place.rstrip("`")
     if missing := re.fullmatch(r"Object missing required field `(\w+)`(?: - at `\$\.?(.*)`)?", message):

@@ -1,7 +1,7 @@
-"""Denoising runs of a bundle without a server: what its networks see at each step.
+"""Run the denoising loop of a bundle without a server, to record what its networks see at each step.
 
-Everything but the networks of a step is taken from the checkpoints: prompts are encoded by the pipeline's own text
-encoders, and image prompts are pictures that the bundle itself has made.
+Only the networks of a step are engines. Everything else comes from the checkpoints: the pipeline's own text encoders
+encode the prompts, and image prompts are pictures that the bundle itself has generated.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from imprompt_serving.backends import Engine
 from imprompt_serving.denoiser.assembly import assemble
 from imprompt_serving.denoiser.batch import Batcher, RowSlice
 from imprompt_serving.denoiser.job import Job
-from imprompt_serving.job import AdapterUse, ControlUse, JobRequest
+from imprompt_serving.job_request import AdapterOptions, ControlOptions, JobRequest
 from imprompt_serving.parameters import Settings
 from imprompt_serving.specs import Adapter, Bundle
 
@@ -34,15 +34,15 @@ NEGATIVE_PROMPT = "blurry, low quality"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """One request. Runs of different ``steps`` meet different timesteps, all over their range."""
+    """One request. Runs with different `steps` visit different timesteps over the whole range."""
 
     prompt: str
     steps: int
     seed: int
     scale: float = 0.0
-    """Of every image prompt; 0 for none."""
+    """Scale of every image prompt; 0 for no image prompts."""
     controlled: bool = False
-    """Whether every ControlNet and T2I-Adapter acts."""
+    """Whether to apply all ControlNets and T2I-Adapters."""
 
 
 RUNS = (
@@ -51,13 +51,13 @@ RUNS = (
     Run(prompt="a red car in front of an old house", steps=9, seed=2, scale=0.6, controlled=True),
     Run(prompt="", steps=10, seed=3, scale=0.8),
 )
-"""For calibration."""
+"""The runs that calibration records."""
 HELD_OUT = Run(prompt="a bowl of fruit on a wooden table, best quality", steps=8, seed=4, scale=0.7, controlled=True)
-"""For judging what came of it."""
+"""A run that calibration does not see, to measure the quality of the result."""
 
 
 class Recorder:
-    """An engine that keeps what goes in and what comes out."""
+    """An engine that records its inputs and outputs."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -71,8 +71,14 @@ class Recorder:
         return answer
 
 
-class Studio:
-    """Makes pictures of the usual size of ``bundle``, with the engines that ``engine`` gives by name."""
+class CalibrationRunner:
+    """Generates pictures of the usual size of `bundle` in this process.
+
+    Args:
+        bundle: the bundle; its motion adapter is ignored.
+        checkpoints: its checkpoints, for the encoders and the VAE.
+        engine: loads an engine by its name.
+    """
 
     def __init__(self, bundle: Bundle, checkpoints: Checkpoints, engine: Callable[[str], Engine]) -> None:
         self.bundle = msgspec.structs.replace(bundle, motion=None)
@@ -81,7 +87,7 @@ class Studio:
 
     @torch.inference_mode()
     def picture(self, run: Run, prompt_picture: np.ndarray | None = None) -> np.ndarray:
-        """The picture of ``run``, uint8 [H, W, 3]; ``prompt_picture`` is its image prompt and control image."""
+        """Generate the picture of `run`, uint8 [H, W, 3]; `prompt_picture` is its image prompt and control image."""
         request, tensors = self._request(run), self._tensors(run, prompt_picture)
         job = Job(request, self.bundle, self._conditioner(request, tensors), tensors)
         batcher = Batcher(self.bundle)
@@ -104,8 +110,8 @@ class Studio:
                 strength=1.0,
             ),
             seeds=(run.seed,),
-            adapters=tuple(AdapterUse(name=a.name, scale=run.scale) for a in bundle.adapters if run.scale),
-            controls=tuple(ControlUse(name=name) for name in bundle.net_names if run.controlled),
+            adapters=tuple(AdapterOptions(name=a.name, scale=run.scale) for a in bundle.adapters if run.scale),
+            controls=tuple(ControlOptions(name=name) for name in bundle.net_names if run.controlled),
         )
 
     def _tensors(self, run: Run, picture: np.ndarray | None) -> dict[str, Tensor]:
@@ -117,8 +123,8 @@ class Studio:
             tensors |= self._image_prompt(adapter, run.seed, unit)
         for name in self.bundle.net_names if run.controlled else ():
             t2i = self.bundle.t2i_adapter(name)
-            grey = t2i is not None and t2i.channels == 1
-            tensors[tensor_names.control_image(name)] = unit.mean(1, keepdim=True) if grey else unit
+            gray = t2i is not None and t2i.channels == 1
+            tensors[tensor_names.control_image(name)] = unit.mean(1, keepdim=True) if gray else unit
         if self.bundle.unet_channels != self.bundle.latent_channels:
             tensors |= self._mask(unit)
         return tensors
@@ -135,7 +141,7 @@ class Studio:
         return dict(zip(names, encoded, strict=False))
 
     def _image_prompt(self, adapter: Adapter, seed: int, unit: Tensor) -> dict[str, Tensor]:
-        """Two image prompts, the picture and its mirror image: more tokens than one, and so padding among them."""
+        """Encode two image prompts, the picture and its mirror image: two do not fill a bucket, so there is padding."""
         features = None
         if adapter.image_encoder is not None:
             features = self._image_features(adapter, torch.cat([unit, unit.flip(-1)]))
@@ -152,7 +158,7 @@ class Studio:
         return tensors
 
     def _image_features(self, adapter: Adapter, unit: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the pictures, and of the unconditional branch."""
+        """Return the features of the pictures, and those of the unconditional branch."""
         assert adapter.image_encoder is not None
         model: Any = self._checkpoints.image_encoders[adapter.image_encoder]
         processor = self._checkpoints.feature_extractors[adapter.image_encoder]
@@ -164,7 +170,7 @@ class Studio:
         return both[0], both[1]
 
     def _mask(self, unit: Tensor) -> dict[str, Tensor]:
-        """Inpainting: the left half of the picture is to be made anew."""
+        """Return the inputs of inpainting: the mask covers the left half of the picture."""
         pipeline = self._checkpoints.pipeline
         kept = torch.ones_like(unit)
         kept[..., : unit.shape[-1] // 2] = 0
@@ -175,5 +181,5 @@ class Studio:
 
 
 def _both(name: str) -> tuple[str, str]:
-    """The names of a tensor in the conditional and the unconditional branch."""
+    """Return the names of a tensor in the conditional and the unconditional branch."""
     return name, tensor_names.NEGATIVE + name

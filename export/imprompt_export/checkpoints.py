@@ -1,4 +1,4 @@
-"""Load a checkpoint set with diffusers' own loaders, and refuse what does not fit together before any export."""
+"""Load a set of checkpoints with diffusers' own loaders, and refuse those that do not fit together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from imprompt_serving.specs import AdapterKind
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedAdapter:
-    """An adapter whose weights sit in the UNet: its projection with the inputs of it, and its image encoder."""
+    """An adapter whose attention weights are loaded into the UNet.
+
+    `embeds` are the shapes of the inputs of its `projection`, for one picture; `image_encoder` is a key of
+    `Checkpoints.image_encoders`.
+    """
 
     name: str
     kind: AdapterKind
@@ -30,7 +34,7 @@ class LoadedAdapter:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoints:
-    """A diffusers pipeline with its adapters loaded and its LoRAs fused, and the image encoders by name."""
+    """A diffusers pipeline with its adapters loaded and LoRAs fused, and the other models of a bundle by name."""
 
     family: ExportFamily
     pipeline: Any
@@ -42,14 +46,14 @@ class Checkpoints:
     motion_unet: Any | None
     face_models: dict[str, Path]
     notes: tuple[str, ...] = ()
-    """What the user should know."""
+    """Messages for the user."""
 
 
 def load(bundle: BundleFile) -> Checkpoints:
-    """Load everything that ``bundle`` names, in float32 on the CPU.
+    """Load everything that `bundle` names, in float32 on the CPU.
 
     Raises:
-        BundleError: a checkpoint is missing, of another family, or does not fit the UNet or its image encoder.
+        BundleError: a checkpoint is missing, belongs to another family, or does not fit the UNet or its image encoder.
     """
     checks.check_checkpoints(bundle)
     pipeline = _load_base(bundle)
@@ -85,13 +89,14 @@ def load(bundle: BundleFile) -> Checkpoints:
 def _load_base(bundle: BundleFile) -> Any:
     with refusing(f"base: {bundle.base} cannot be loaded as a diffusers pipeline"):
         pipeline = DiffusionPipeline.from_pretrained(bundle.locate(bundle.base), dtype=torch.float32)
-    # Pipelines correct outdated configurations, each in its own way: the denoiser does what the task's one does.
+    # Each pipeline class corrects outdated scheduler configurations in its own way, so start from the original here;
+    # the denoiser applies the corrections of the pipeline for each task.
     pipeline.scheduler = type(pipeline.scheduler).from_pretrained(bundle.locate(bundle.base), subfolder="scheduler")
     return pipeline
 
 
 def _load_encoders(bundle: BundleFile) -> tuple[dict[str, CLIPVisionModelWithProjection], dict[str, str]]:
-    """Each image encoder once, named after the first adapter that uses it, and the encoder of each adapter."""
+    """Load each image encoder once, named after the first adapter that uses it; also return each adapter's encoder."""
     encoders: dict[str, CLIPVisionModelWithProjection] = {}
     by_place: dict[tuple[str, str], str] = {}
     encoder_of: dict[str, str] = {}
@@ -149,7 +154,7 @@ def _load_adapters(
 
 
 def _fuse_carried_loras(pipeline: Any) -> tuple[str, ...]:
-    """Fuse the LoRAs that FaceID adapters brought, as active as diffusers made them; returns what is to be told."""
+    """Fuse the LoRAs inside FaceID adapters that diffusers has made active; return messages for the user."""
     carried = sorted(getattr(pipeline.unet, "peft_config", {}))
     if not carried:
         return ()
@@ -159,4 +164,4 @@ def _fuse_carried_loras(pipeline: Any) -> tuple[str, ...]:
     pipeline.unload_lora_weights()
     if len(carried) == len(names):
         return ()
-    return (f"of the LoRAs that the adapters carry only {', '.join(names)} is used, as in diffusers",)
+    return (f"of the LoRAs inside the adapters, only {', '.join(names)} is used, as in diffusers",)

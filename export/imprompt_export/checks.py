@@ -1,6 +1,7 @@
-"""Whether what a bundle names is there, is of the right kind, and fits together: by configurations and tensor names.
+"""Check that the checkpoints of a bundle exist, are of the right kind, and fit together.
 
-Nothing here imports torch: a mistake is reported within a second or two, and not after a minute of loading.
+The checks only read configurations and the names and shapes of tensors, without importing torch, so that a mistake is
+reported within a second or two and not after a minute of loading.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from imprompt_export import adapters, kinds, lora
+from imprompt_export import adapters, checkpoint_kinds, lora
 from imprompt_export.backends import export_backend
 from imprompt_export.bundle import NO_FACES, BundleFile, IPAdapterSection
 from imprompt_export.errors import BundleError, refusing
@@ -33,38 +34,38 @@ _DEFAULTS: dict[str, Any] = {
     "hidden_size": 768,
     "projection_dim": 512,
 }
-"""What diffusers' and transformers' classes take for a key that a configuration lacks; one value for all of them."""
+"""Defaults of the classes of diffusers and transformers for keys that a configuration omits."""
 
 
 def value(config: Mapping[str, Any], key: str) -> Any:
-    """`key` of a configuration, lists as tuples."""
+    """Return `key` of a configuration, or the default of its class; lists become tuples."""
     found = config.get(key, _DEFAULTS[key])
     return tuple(found) if isinstance(found, list) else found
 
 
 def check_options(bundle: BundleFile, refit_from: Path | None) -> None:
-    """Refuse what this machine lacks for an export of `bundle`.
+    """Check that this machine has what the backend needs, and that the backend supports `refit_from`.
 
     Raises:
-        BundleError: `--refit-from` does not go with it, or a package of its backend is not installed.
-        EngineError: the package of its backend is not installed, or too old; or there are two ONNX Runtimes.
+        BundleError: the backend does not support `--refit-from`, or one of its packages is not installed.
+        EngineError: the backend's package is missing or too old, or two ONNX Runtimes are installed.
     """
-    check_one_installed()  # whatever the backend: engines are compared by way of ONNX Runtime too
+    check_one_installed()  # for every backend, because ONNX Runtime may also run the comparison
     backend = export_backend(bundle.engine.backend)
     backend.check_installed(bundle.engine)
     if refit_from is not None and not backend.refittable:
-        raise BundleError(f"--refit-from is for TensorRT's engines; engine.backend is {backend.name}")
+        raise BundleError(f"--refit-from only works with TensorRT engines, but engine.backend is {backend.name}")
     if refit_from is not None and not refit_from.is_dir():
         raise BundleError(f"--refit-from: no such folder: {refit_from}")
 
 
 def check_checkpoints(bundle: BundleFile) -> None:
-    """Refuse a bundle whose base cannot be served, or whose other checkpoints do not fit it.
+    """Check that the base can be served and that the other checkpoints fit it.
 
     Raises:
         BundleError: says what does not fit, and what would.
     """
-    with refusing("a configuration of the checkpoints is not understood"):
+    with refusing("cannot read a configuration of the checkpoints"):
         _check_base_and_parts(bundle)
 
 
@@ -76,7 +77,7 @@ def _check_base_and_parts(bundle: BundleFile) -> None:
         what, file = f"ip_adapter {section.name}", bundle.adapter_file(section)
         content = tensors(what, file)
         if content is not None:
-            state_dict = adapters.in_parts(f"{what}: {file}", content)
+            state_dict = adapters.split_parts(f"{what}: {file}", content)
             adapters.check_fit(section.name, file.name, state_dict, layers, width, _encoder(bundle, section))
             kinds_of_adapters.append(adapters.kind_of(state_dict, file.name))
     read = len(kinds_of_adapters) == len(bundle.ip_adapter)
@@ -84,7 +85,7 @@ def _check_base_and_parts(bundle: BundleFile) -> None:
         raise BundleError(NO_FACES)
     for what, path, _ in bundle.networks():
         if is_local(root := bundle.locate(path)):
-            kinds.check_weights(what, Path(root))
+            checkpoint_kinds.check_weights(what, Path(root))
     for net in bundle.controlnet:
         check_controlnet(net.name, _config(bundle, net.path), unet)
     for t2i in bundle.t2i_adapter:
@@ -103,23 +104,23 @@ def _check_base_and_parts(bundle: BundleFile) -> None:
 
 
 def check_base(bundle: BundleFile) -> tuple[dict[str, Any], ExportFamily]:
-    """Refuse a base that is not served; returns the configuration of its UNet, and its family."""
+    """Check that the base is supported; return the configuration of its UNet and its family."""
     root = bundle.locate(bundle.base)
-    index = kinds.pipeline_index("base", root)
+    index = checkpoint_kinds.pipeline_index("base", root)
     family = family_of(index.get("_class_name"))
     family.check_base(index)
-    unet = kinds.model_config("base", root, "unet", "a UNet")
-    channels = value(kinds.model_config("base", root, "vae", "a VAE"), "latent_channels")
+    unet = checkpoint_kinds.model_config("base", root, "unet", "a UNet")
+    channels = value(checkpoint_kinds.model_config("base", root, "vae", "a VAE"), "latent_channels")
     if value(unet, "in_channels") not in (channels, 2 * channels + 1):
         raise BundleError(
-            f"base: a UNet of {value(unet, 'in_channels')} input channels is not served; "
-            f"{channels} (text-to-image) and {2 * channels + 1} (inpainting) are"
+            f"base: a UNet with {value(unet, 'in_channels')} input channels is not supported; "
+            f"it must have {channels} (text-to-image) or {2 * channels + 1} (inpainting)"
         )
     return unet, family
 
 
 def cross_attention_layers(unet: Mapping[str, Any]) -> int:
-    """How many layers of a UNet of this configuration attend to the prompts."""
+    """Count the layers of a UNet with this configuration that attend to the prompts."""
     down, up = value(unet, "down_block_types"), value(unet, "up_block_types")
     depths, layers = value(unet, "transformer_layers_per_block"), value(unet, "layers_per_block")
     depths, layers = (each if isinstance(each, tuple) else (each,) * len(down) for each in (depths, layers))
@@ -130,41 +131,41 @@ def cross_attention_layers(unet: Mapping[str, Any]) -> int:
 
 
 def check_controlnet(name: str, net: Mapping[str, Any], unet: Mapping[str, Any]) -> None:
-    """Refuse a net whose inputs or residuals are not those of the UNet."""
-    wanted = {"in_channels": value(unet, "out_channels")}
+    """Check that the inputs and residuals of a ControlNet are those of the UNet."""
+    required = {"in_channels": value(unet, "out_channels")}
     for key in ("cross_attention_dim", "block_out_channels", "layers_per_block", "addition_embed_type"):
-        wanted[key] = value(unet, key)
-    for key, wants in wanted.items():
-        has = value(net, key)
-        if has != wants:
+        required[key] = value(unet, key)
+    for key, expected in required.items():
+        actual = value(net, key)
+        if actual != expected:
             raise BundleError(
-                f"controlnet {name}: its {key} is {_shown(has)}, but the base takes {_shown(wants)}; it is made for "
-                "another family"
+                f"controlnet {name}: its {key} is {_shown(actual)}, but the base needs {_shown(expected)}; it is made "
+                "for another family"
             )
 
 
 def check_t2i_adapter(name: str, adapter: Mapping[str, Any], unet: Mapping[str, Any], family: ExportFamily) -> None:
-    """Refuse an adapter whose features are not those that the UNet takes."""
+    """Check that the features of a T2I-Adapter are those that the UNet takes."""
     kind = value(adapter, "adapter_type")
-    has, wants = value(adapter, "channels"), value(unet, "block_out_channels")
-    wants += wants[-1:] if family.adapts_middle else ()
-    if has != wants or (kind == "full_adapter_xl") != family.adapts_middle:
+    actual, expected = value(adapter, "channels"), value(unet, "block_out_channels")
+    expected += expected[-1:] if family.adapts_middle else ()
+    if actual != expected or (kind == "full_adapter_xl") != family.adapts_middle:
         raise BundleError(
-            f"t2i_adapter {name}: a {kind} of channels {_shown(has)}; the base wants {_shown(wants)}; it is for "
-            "another family"
+            f"t2i_adapter {name}: it is a {kind} with channels {_shown(actual)}, but the base needs "
+            f"{_shown(expected)}; it is made for another family"
         )
 
 
 def check_motion_adapter(path: str, adapter: Mapping[str, Any], unet: Mapping[str, Any], family: ExportFamily) -> None:
-    """Refuse an adapter for another UNet, and a UNet that no adapter is made for."""
+    """Check that the UNet supports motion adapters and that this one fits it."""
     if not family.clips or value(unet, "in_channels") != value(unet, "out_channels"):
-        served = ", ".join(known.title for known in all_families() if known.clips)
-        raise BundleError(f"motion_adapter: clips are served for {served} bases without mask input only")
-    has, wants = value(adapter, "block_out_channels"), value(unet, "block_out_channels")
-    if has != wants:
+        supported = ", ".join(known.title for known in all_families() if known.clips)
+        raise BundleError(f"motion_adapter: clips are only supported for {supported} bases without a mask input")
+    actual, expected = value(adapter, "block_out_channels"), value(unet, "block_out_channels")
+    if actual != expected:
         raise BundleError(
-            f"motion_adapter: {path} does not fit the base: its block_out_channels are {_shown(has)}, and those of the "
-            f"base {_shown(wants)}"
+            f"motion_adapter: {path} does not fit the base: its block_out_channels are {_shown(actual)}, but those of "
+            f"the base are {_shown(expected)}"
         )
 
 
@@ -182,13 +183,13 @@ def _encoder(bundle: BundleFile, section: IPAdapterSection) -> dict[str, Any] | 
         return None
     what = f"ip_adapter {section.name}"
     if is_local(place[0]):
-        kinds.check_weights(what, Path(*place))
+        checkpoint_kinds.check_weights(what, Path(*place))
     config = read_json(what, place[0], f"{place[1]}/config.json")
     return {key: value(config, key) for key in ("hidden_size", "projection_dim")}
 
 
 def _lora_targets(bundle: BundleFile) -> lora.Targets | None:
-    """Shapes of the weights of the base; None where they are not in safetensors files on this machine."""
+    """Return the shapes of the weights of the base; None if they are not in safetensors files on this machine."""
     root = bundle.locate(bundle.base)
     targets: dict[str, dict[str, tuple[int, ...]]] = {}
     for component in lora.COMPONENTS if is_local(root) else ():

@@ -1,4 +1,4 @@
-"""ControlNets: loaded, checked against the base, and their graphs."""
+"""Load ControlNets, check that they fit the base, and build their graphs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from imprompt_serving.specs import Residual, residual_names
 
 
 def load_controlnets(bundle: BundleFile, unet: Any) -> dict[str, Any]:
-    """The ControlNets of `bundle` by name, in float32.
+    """Load the ControlNets of `bundle` by name, in float32.
 
     Raises:
         BundleError: a folder holds no ControlNet, or one for another base.
@@ -31,7 +31,7 @@ def load_controlnets(bundle: BundleFile, unet: Any) -> dict[str, Any]:
 
 
 def residuals(unet: Any) -> tuple[Residual, ...]:
-    """What a ControlNet adds to ``unet``: a residual for each skip connection, and last that of the middle block."""
+    """List the residuals that a ControlNet adds to `unet`: one per skip connection, then that of the middle block."""
     channels, layers = unet.config.block_out_channels, unet.config.layers_per_block
     skips = [Residual(channels[0], 0)]
     for level, count in enumerate(channels):
@@ -42,9 +42,9 @@ def residuals(unet: Any) -> tuple[Residual, ...]:
 
 
 def controlnet(name: str, model: Any) -> tuple[Graph, Graph]:
-    """The graphs of a ControlNet: what it makes of control images, once a request, and the net of one denoising step.
+    """Build the two graphs of a ControlNet: the embedding of control images, and the network of a denoising step.
 
-    Takes the first out of ``model``, so that the second starts from its result.
+    The embedding runs once per request. It is removed from `model`, so that the network takes its output as an input.
     """
     layer, order = model.controlnet_cond_embedding, model.config.controlnet_conditioning_channel_order
     model.controlnet_cond_embedding = nn.Identity()
@@ -53,7 +53,7 @@ def controlnet(name: str, model: Any) -> tuple[Graph, Graph]:
 
 
 def _embedding(name: str, layer: nn.Module, config: Any, *, reverse: bool) -> Graph:
-    """Control images in 0..1 -> what is added to the first features of the net."""
+    """Build the graph from control images (0 to 1) to the tensor that is added to the network's first features."""
 
     def run(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         image = tensors["control_image"]
@@ -75,7 +75,10 @@ def _embedding(name: str, layer: nn.Module, config: Any, *, reverse: bool) -> Gr
 
 
 def _net(name: str, model: Any) -> Graph:
-    """Residuals of one step, each times a number of its own for each row (scale, and the slope of guess mode)."""
+    """Build the graph of the residuals of one step.
+
+    Each residual has a factor for each row: the conditioning scale, times the ramp over the residuals in guess mode.
+    """
     config = model.config
     added = added_conditions(model)
     shapes = residuals(model)

@@ -1,4 +1,4 @@
-"""Bundle file -> Triton model repository."""
+"""Export a bundle: load its checkpoints, build and compare its engines, and write its Triton models."""
 
 from __future__ import annotations
 
@@ -16,91 +16,94 @@ from imprompt_export.bundle import BundleFile
 from imprompt_export.checkpoints import Checkpoints, LoadedAdapter, load
 from imprompt_export.fp16_vae import fit_fp16_range
 from imprompt_export.graphs import Graph
-from imprompt_export.parity import check, compare
+from imprompt_export.parity import check_parity, compare
 from imprompt_export.preview import fit_preview
 from imprompt_export.repository import write_models
 from imprompt_serving import specs
 
 
 def export_bundle(bundle: BundleFile, work: Path, console: Console | None, refit_from: Path | None) -> report.Report:
-    """Export `bundle` into `work`, its models under `models`, and compare each engine with PyTorch.
+    """Export `bundle` into the folder `models` in `work`, and compare each engine with PyTorch.
 
     Raises:
-        BundleError: checkpoints do not fit.
-        ParityError: an engine does not compute what PyTorch does, or is too far from it in int8.
-        EngineError: an engine cannot be made.
+        BundleError: checkpoints do not fit together.
+        ParityError: an engine's results differ from PyTorch's by more than is allowed, or int8 loses too much quality.
+        EngineError: an engine cannot be built.
     """
     console = console or Console(stderr=True)
     engine, backend = bundle.engine, export_backend(bundle.engine.backend)
-    runner = backend.runner(engine)
-    if runner is None:
-        console.print(f"{engine.precision} cannot be run here: the engines will not be compared with PyTorch")
+    comparison_backend = backend.comparison_backend(engine)
+    if comparison_backend is None:
+        console.print(f"{engine.precision} cannot run on this machine: the engines will not be compared with PyTorch")
     columns = (SpinnerColumn(), *Progress.get_default_columns()[:2], TimeElapsedColumn())
-    with backend.maker(engine, refit_from) as make, Progress(*columns, console=console) as progress:
+    with backend.builder(engine, refit_from) as start_build, Progress(*columns, console=console) as progress:
         task = progress.add_task("loading checkpoints", total=None)
         checkpoints = load(bundle)
         for note in checkpoints.notes:
             console.print(note)
         spec = describe(bundle, checkpoints)
-        todo = bundle_graphs(bundle, checkpoints)
-        progress.update(task, total=len(todo))
-        made = report.Report()
+        graphs_to_build = bundle_graphs(bundle, checkpoints)
+        progress.update(task, total=len(graphs_to_build))
+        export_report = report.Report()
         engines: dict[str, Path] = {}
-        built = kept = 0
-        pending = [make(g, Path(work, g.name), spec, partial(_tell, progress, task, g.name)) for g in todo]
-        for graph, wait in zip(todo, pending, strict=True):
+        built = reused = 0
+        pending = [
+            start_build(graph, Path(work, graph.name), spec, partial(_show_status, progress, task, graph.name))
+            for graph in graphs_to_build
+        ]
+        for graph, wait in zip(graphs_to_build, pending, strict=True):
             progress.update(task, description=f"exporting {graph.name}")
             result = wait()
             engines[graph.name] = result.file
-            built, kept = built + result.built, kept + result.kept
-            if runner is not None:
-                ran = result.file if runner == backend.name else result.source
-                at = export_backend(runner).check_axes(graph, spec)
-                compared = compare(graph, ran, runner, engine.precision, at)
-                made.engines += [report.Row.of(row, export_seconds=result.seconds) for row in compared]
-                check(compared)
+            built, reused = built + result.packages_built, reused + result.packages_reused
+            if comparison_backend is not None:
+                file = result.file if comparison_backend == backend.name else result.source
+                sizes = export_backend(comparison_backend).check_axes(graph, spec)
+                rows = compare(graph, file, comparison_backend, engine.precision, sizes)
+                export_report.engines += [report.EngineRow.of(row, export_seconds=result.seconds) for row in rows]
+                check_parity(rows)
             progress.advance(task)
-        if built or kept:
-            console.print(f"{built} packages were built, {kept} taken from earlier exports")
-        files, made.int8 = backend.finish(
+        if built or reused:
+            console.print(f"{built} packages built, {reused} reused from earlier exports")
+        files, export_report.int8 = backend.finish(
             engine, spec, checkpoints, engines, lambda line: progress.update(task, description=line, total=None)
         )
         models = work / "models"
-        write_models(models, spec, engine.host, {graph.name: graph for graph in todo}, files, checkpoints)
-        report.save(made, models / bundle.name, spec, run_by=runner)
-    return made
+        write_models(models, spec, engine.host, {graph.name: graph for graph in graphs_to_build}, files, checkpoints)
+        report.save(export_report, models / bundle.name, spec, run_by=comparison_backend)
+    return export_report
 
 
-def _tell(progress: Progress, task: TaskID, name: str, line: str) -> None:
+def _show_status(progress: Progress, task: TaskID, name: str, line: str) -> None:
     progress.update(task, description=f"building {name}: {line}")
 
 
 def bundle_graphs(bundle: BundleFile, checkpoints: Checkpoints) -> list[Graph]:
     """Every graph of a bundle, the UNet last: tracing it replaces its attention processors."""
     pipeline, family = checkpoints.pipeline, checkpoints.family
-    todo = [
+    graphs_to_build = [
         graphs.text_encoder(
             name, getattr(pipeline, name), getattr(pipeline, tokenizer).model_max_length, penultimate=family.penultimate
         )
         for name, tokenizer in family.text_encoders
     ]
-    todo += [graphs.image_encoder(name, model) for name, model in checkpoints.image_encoders.items()]
-    todo += [graphs.image_projection(a.name, a.projection, a.embeds) for a in checkpoints.adapters]
+    graphs_to_build += [graphs.image_encoder(name, model) for name, model in checkpoints.image_encoders.items()]
+    graphs_to_build += [graphs.image_projection(a.name, a.projection, a.embeds) for a in checkpoints.adapters]
     half = bundle.engine.precision in ("fp16", "bf16")
     precisions = graphs.FP16_FOR_BF16 if half and fit_fp16_range(pipeline.vae) else graphs.FULL
-    todo.append(graphs.vae_encoder(pipeline.vae, pipeline.vae_scale_factor, precisions))
-    todo.append(graphs.vae_decoder(pipeline.vae, precisions))
+    graphs_to_build.append(graphs.vae_encoder(pipeline.vae, pipeline.vae_scale_factor, precisions))
+    graphs_to_build.append(graphs.vae_decoder(pipeline.vae, precisions))
     if getattr(pipeline, "safety_checker", None) is not None:
-        todo.append(graphs.safety_checker(pipeline.safety_checker))
+        graphs_to_build.append(graphs.safety_checker(pipeline.safety_checker))
     for name, net in checkpoints.controlnets.items():
-        todo += control.controlnet(name, net)
+        graphs_to_build += control.controlnet(name, net)
     features = _features(checkpoints)
-    todo += [t2i.t2i_adapter(name, model, features) for name, model in checkpoints.t2i_adapters.items()]
+    graphs_to_build += [t2i.t2i_adapter(name, model, features) for name, model in checkpoints.t2i_adapters.items()]
     names, residuals = [adapter.name for adapter in checkpoints.adapters], _residuals(checkpoints)
     if checkpoints.motion_unet is not None:
-        todo.append(graphs.unet(checkpoints.motion_unet, names, residuals, frames=True))
-    todo.append(graphs.unet(pipeline.unet, names, residuals, features))
-    return todo
+        graphs_to_build.append(graphs.unet(checkpoints.motion_unet, names, residuals, frames=True))
+    graphs_to_build.append(graphs.unet(pipeline.unet, names, residuals, features))
+    return graphs_to_build
 
 
 def _residuals(checkpoints: Checkpoints) -> tuple[specs.Residual, ...]:
@@ -112,12 +115,12 @@ def _features(checkpoints: Checkpoints) -> tuple[specs.Residual, ...]:
 
 
 def describe(bundle: BundleFile, checkpoints: Checkpoints) -> specs.Bundle:
-    """What the models inside Triton need to know of the checkpoints."""
+    """Describe the checkpoints for the models inside Triton."""
     pipeline, family = checkpoints.pipeline, checkpoints.family
     unet, vae = pipeline.unet.config, pipeline.vae.config
     sample = unet.sample_size if isinstance(unet.sample_size, list | tuple) else (unet.sample_size,) * 2
     height, width = (size * pipeline.vae_scale_factor for size in sample)
-    # "_use_default_values" stays: from_config of another class then takes its own default for those keys.
+    # Keep "_use_default_values", so that from_config of another scheduler class uses its own defaults for those keys.
     dropped = ("_class_name", "_diffusers_version", "_name_or_path")
     scheduler = {key: value for key, value in pipeline.scheduler.config.items() if key not in dropped}
     configs = [getattr(pipeline, model).config for model, _ in family.text_encoders]

@@ -1,4 +1,4 @@
-"""insightface's models for FaceID adapters: found in the folder that the user brings, and checked."""
+"""Find and check the insightface models for FaceID adapters, in the folder that the user supplies."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from imprompt_export.bundle import NO_FACES, BundleFile
 from imprompt_export.errors import BundleError, some_of
 
 TASKS = ("detection", "recognition")
-"""What is needed of a folder such as buffalo_l; its other models (landmarks, gender and age) are left out."""
+"""The tasks whose models are needed; other models in a folder such as buffalo_l (landmarks, gender, age) are not."""
 
 
 def find_models(bundle: BundleFile, widths: Mapping[str, int]) -> dict[str, Path]:
-    """The file of each of ``TASKS``, as insightface tells them apart; none when the bundle has no face encoder.
+    """Find the model file for each of `TASKS`, as insightface recognizes them; empty without a face encoder.
 
     Args:
-        widths: FaceID adapters, and the width of the embeddings that they take.
+        bundle: the bundle.
+        widths: the width of the embeddings that each FaceID adapter takes, by its name.
 
     Raises:
-        BundleError: one is missing, or does not go with the adapters, or there are none of those.
+        BundleError: a model is missing or does not fit the adapters, or the bundle has no FaceID adapter.
     """
     if bundle.face_encoder is None:
         return {}
@@ -33,17 +34,17 @@ def find_models(bundle: BundleFile, widths: Mapping[str, int]) -> dict[str, Path
         if not names:
             raise BundleError(f"face_encoder: no {task} model among {some_of(file.name for file in _files(folder))}")
         if len(names) > 1:
-            raise BundleError(f"face_encoder: several {task} models in {folder}: {some_of(names)}; leave one there")
-    ((detector_file, detector),), ((recogniser_file, recogniser),) = (found[task] for task in TASKS)
+            raise BundleError(f"face_encoder: several {task} models in {folder}: {some_of(names)}; keep only one")
+    ((detector_file, detector),), ((recognizer_file, recognizer),) = (found[task] for task in TASKS)
     if not detector.use_kps:
-        raise BundleError(f"face_encoder: {detector_file.name} gives no key points, by which faces are aligned")
+        raise BundleError(f"face_encoder: {detector_file.name} has no key points, which are needed to align faces")
     for name, width in widths.items():
-        if recogniser.output_shape[-1] != width:
+        if recognizer.output_shape[-1] != width:
             raise BundleError(
-                f"face_encoder: {recogniser_file.name} gives embeddings of width {recogniser.output_shape[-1]}, "
-                f"but ip_adapter {name} takes {width}"
+                f"face_encoder: {recognizer_file.name} produces embeddings of width {recognizer.output_shape[-1]}, "
+                f"but ip_adapter {name} needs {width}"
             )
-    return {"detection": detector_file, "recognition": recogniser_file}
+    return {"detection": detector_file, "recognition": recognizer_file}
 
 
 def _files(folder: Path) -> list[Path]:
@@ -51,13 +52,13 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _by_task(folder: Path) -> dict[str, list[tuple[Path, Any]]]:
-    """The files of each task with their models."""
+    """Load the models in `folder` and group them by task, each with its file."""
     try:
         from insightface import model_zoo
     except ImportError as error:
-        raise BundleError(f"face_encoder: install imprompt[face] ({error})") from None
+        raise BundleError(f'face_encoder: pip install "imprompt[face]": {error}') from None
     if model_zoo.has_model_package_manifest(folder):
-        raise BundleError(f"face_encoder: {folder} has a manifest; only folders as buffalo_l and antelopev2 are served")
+        raise BundleError(f"face_encoder: {folder} has a manifest; only folders like buffalo_l and antelopev2 work")
     found: dict[str, list[tuple[Path, Any]]] = {}
     for file in _files(folder):
         try:

@@ -1,8 +1,8 @@
-"""Fit an autoencoder into the range of fp16 without changing what it computes.
+"""Fit an autoencoder into the range of fp16 without changing its results.
 
-The VAE of SDXL overflows in fp16: its residual stream grows beyond 65,504, which is why diffusers runs it in float32
-(`force_upcast`). Every reader of that stream is a group norm or another linear layer, so the stream can be scaled by a
-power of two: exactly the same picture in float32, and numbers that fp16 holds.
+SDXL's VAE overflows in fp16: its residual stream grows beyond 65,504, which is why diffusers runs it in float32
+(`force_upcast`). Every layer that reads the stream is a group norm or linear, so the stream can be scaled by a power of
+two: the picture in float32 stays exactly the same, and all values fit fp16.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 LARGEST = torch.finfo(torch.float16).max / 16
-"""Largest activation to aim for. Real pictures may exceed what the examples reach, hence a factor of 16."""
+"""Largest activation to aim for. Real pictures may exceed the examples, hence a margin of 16."""
 _EXAMPLE_LATENTS = (24, 24)
 
 
@@ -28,10 +28,10 @@ def fit_fp16_range(vae: Any) -> bool:
     """Scale the residual streams of the encoder and the decoder so that fp16 holds every activation.
 
     Args:
-        vae: an `AutoencoderKL`; changed in place. In float32 it computes the same bits as before.
+        vae: an `AutoencoderKL`; changed in place. In float32 its results stay the same to the bit.
 
     Returns:
-        Whether that is possible. False, with nothing changed, for an autoencoder of other blocks.
+        Whether that is possible. False, with nothing changed, for an autoencoder with unknown blocks.
     """
     if not all(_is_known(network) for network in (vae.encoder, vae.decoder)):
         return False
@@ -42,7 +42,7 @@ def fit_fp16_range(vae: Any) -> bool:
 
 
 def _is_known(network: nn.Module) -> bool:
-    """Whether every layer with weights belongs to a block that `_scale` knows, and every norm is a group norm."""
+    """Return whether `_scale` knows the block of every layer with weights, and every norm is a group norm."""
     blocks = [m for m in network.modules() if isinstance(m, ResnetBlock2D | Attention | Upsample2D | Downsample2D)]
     known = {network.conv_in, network.conv_norm_out, network.conv_out}.union(*(block.modules() for block in blocks))
     norms = [network.conv_norm_out]
@@ -54,7 +54,7 @@ def _is_known(network: nn.Module) -> bool:
 
 @torch.no_grad()
 def _largest_activations(vae: Any) -> dict[nn.Module, float]:
-    """The largest output of any layer of the encoder and of the decoder, over noise and its reconstruction."""
+    """Return the largest layer output of the encoder and of the decoder, over noise and its reconstruction."""
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, vae.config.latent_channels, *_EXAMPLE_LATENTS, generator=generator)
     with _recorded(vae.decoder) as decoder, _recorded(vae.encoder) as encoder:
@@ -66,9 +66,9 @@ def _largest_activations(vae: Any) -> dict[nn.Module, float]:
 
 @contextlib.contextmanager
 def _recorded(network: nn.Module) -> Iterator[list[float]]:
-    """The largest value that each call of a layer answers."""
+    """Record the largest absolute value of each layer's output while the context is open."""
     found: list[float] = []
-    # Blocks too: a sum of two layers may be larger than both.
+    # Include blocks, because the sum of two layers may be larger than either.
     handles = [
         module.register_forward_hook(lambda _module, _inputs, output: found.append(float(output.abs().max())))
         for module in network.modules()
@@ -83,7 +83,7 @@ def _recorded(network: nn.Module) -> Iterator[list[float]]:
 
 @torch.no_grad()
 def _scale(network: Any, factor: float) -> None:
-    """Multiply the residual stream of an encoder or decoder, and what resnets compute inside, by `factor`."""
+    """Multiply the residual stream of an encoder or decoder, and the activations inside its resnets, by `factor`."""
     _scale_layer(network.conv_in, factor)
     _scale_norm(network.conv_norm_out, factor)
     for module in network.modules():
@@ -103,17 +103,17 @@ def _scale(network: Any, factor: float) -> None:
 
 
 def _scale_layer(layer: Any, factor: float) -> None:
-    """For a layer that reads what was normalized and writes to the stream."""
+    """Scale a layer that reads normalized values and writes to the stream."""
     layer.weight.mul_(factor)
     _scale_bias(layer, factor)
 
 
 def _scale_bias(layer: Any, factor: float) -> None:
-    """For a layer that reads the stream itself."""
+    """Scale a layer that reads the stream itself: only its bias."""
     if layer.bias is not None:
         layer.bias.mul_(factor)
 
 
 def _scale_norm(norm: Any, factor: float) -> None:
-    """For a norm that reads the stream: its variance has changed by the square."""
+    """Scale a norm that reads the stream: its epsilon, as the variance changes by the square."""
     norm.eps *= factor**2

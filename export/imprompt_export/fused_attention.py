@@ -1,7 +1,7 @@
-"""Attention in ONNX files as one operator of ONNX Runtime, in place of two products and a softmax.
+"""Replace attention in ONNX files (two matrix products and a softmax) by one operator of ONNX Runtime.
 
-`MultiHeadAttention` takes rows of heads as the projections write them, so the transposes around it go too. It has
-kernels for the CPU (float32) and for CUDA (flash attention, or a memory-efficient one where there is a bias):
+`MultiHeadAttention` takes its inputs in the layout of the projections, so the transposes around it disappear as well.
+It has kernels for the CPU (float32) and for CUDA (flash attention, or memory-efficient attention with a bias):
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MultiHeadAttention
 """
 
@@ -21,9 +21,10 @@ _KEYS_LAST = [0, 2, 3, 1]
 
 
 def fuse_attention(source: Path) -> int:
-    """Rewrite the attention layers of the ONNX file `source`, which keeps its weights; returns how many were found.
+    """Rewrite the attention layers of the ONNX file `source` in place, and return how many there were.
 
-    Layers of any other form than `onnx_graph` writes, such as causal ones, stay as they are.
+    External weights are not touched. Layers of another form than `onnx_graph` writes, such as causal attention, stay as
+    they are.
     """
     model = onnx.load(source, load_external_data=False)
     layers = list(_Graph(model).layers())
@@ -38,7 +39,7 @@ def fuse_attention(source: Path) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Layer:
-    """One attention layer: tensors [B, S, heads * d], and the node whose output it becomes."""
+    """One attention layer: its input tensors [B, S, heads * d], and the node whose output it replaces."""
 
     query: str
     key: str
@@ -55,10 +56,10 @@ class _Graph:
     def __init__(self, model: ModelProto) -> None:
         graph = model.graph
         self._nodes = list(graph.node)
-        self._makers = {name: node for node in graph.node for name in node.output}
-        self._uses = Counter(name for node in graph.node for name in node.input)
-        self._uses.update(output.name for output in graph.output)
-        self._users = {name: node for node in graph.node for name in node.input}
+        self._producers = {name: node for node in graph.node for name in node.output}
+        self._use_counts = Counter(name for node in graph.node for name in node.input)
+        self._use_counts.update(output.name for output in graph.output)
+        self._consumers = {name: node for node in graph.node for name in node.input}
         self._weights = {weight.name: weight for weight in graph.initializer}
         self._shapes = {
             value.name: [size.dim_value for size in value.type.tensor_type.shape.dim]
@@ -72,16 +73,16 @@ class _Graph:
                 yield layer
 
     def _layer(self, softmax: NodeProto) -> _Layer | None:
-        """The layer around `softmax`; None if it has another form, or a tensor in it is used elsewhere too."""
-        scores, bias = self._maker(softmax.input[0], "MatMul"), None
+        """Return the layer around `softmax`; None if it has another form or one of its tensors is used elsewhere."""
+        scores, bias = self._producer(softmax.input[0], "MatMul"), None
         if scores is None:
-            added = self._maker(softmax.input[0], "Add")
-            scores = added and self._maker(added.input[0], "MatMul")
+            added = self._producer(softmax.input[0], "Add")
+            scores = added and self._producer(added.input[0], "MatMul")
             bias = added and added.input[1]
-        scaled = scores and self._maker(scores.input[0], "Mul")
-        attended = self._only_user(softmax.output[0], "MatMul")
-        turned = attended and self._only_user(attended.output[0], "Transpose", _HEADS_FIRST)
-        last = turned and self._only_user(turned.output[0], "Reshape")
+        scaled = scores and self._producer(scores.input[0], "Mul")
+        attended = self._only_consumer(softmax.output[0], "MatMul")
+        transposed = attended and self._only_consumer(attended.output[0], "Transpose", _HEADS_FIRST)
+        last = transposed and self._only_consumer(transposed.output[0], "Reshape")
         if scores is None or scaled is None or attended is None or last is None:
             return None
         factor = self._weights.get(scaled.input[1])
@@ -95,21 +96,21 @@ class _Graph:
         return _Layer(query=query, key=key, value=value, bias=bias, heads=sizes[1], scale=scale, last=last)
 
     def _rows(self, name: str, order: list[int]) -> str | None:
-        """The tensor [B, S, heads * d] that was split into heads and turned to `order` to make `name`."""
-        turned = self._maker(name, "Transpose", order)
-        split = turned and self._maker(turned.input[0], "Reshape")
+        """Return the tensor [B, S, heads * d] that was split into heads and transposed by `order` to make `name`."""
+        transposed = self._producer(name, "Transpose", order)
+        split = transposed and self._producer(transposed.input[0], "Reshape")
         return split.input[0] if split is not None and self._is_rows(split.input[0]) else None
 
     def _is_rows(self, name: str) -> bool:
         return len(self._shapes.get(name, [])) == 3
 
-    def _maker(self, name: str, operator: str, order: list[int] | None = None) -> NodeProto | None:
-        node = self._makers.get(name)
+    def _producer(self, name: str, operator: str, order: list[int] | None = None) -> NodeProto | None:
+        node = self._producers.get(name)
         return node if node is not None and _is(node, operator, order) else None
 
-    def _only_user(self, name: str, operator: str, order: list[int] | None = None) -> NodeProto | None:
-        node = self._users.get(name)
-        return node if node is not None and self._uses[name] == 1 and _is(node, operator, order) else None
+    def _only_consumer(self, name: str, operator: str, order: list[int] | None = None) -> NodeProto | None:
+        node = self._consumers.get(name)
+        return node if node is not None and self._use_counts[name] == 1 and _is(node, operator, order) else None
 
 
 def _is(node: NodeProto, operator: str, order: list[int] | None) -> bool:
@@ -121,17 +122,17 @@ def _is(node: NodeProto, operator: str, order: list[int] | None) -> bool:
 def _replace(model: ModelProto, layer: _Layer) -> None:
     name = layer.last.output[0]
     inputs = [layer.query, layer.key, layer.value]
-    made: list[NodeProto] = []
-    if layer.bias is not None:  # the operator repeats it over rows and heads, not over the positions of the query
+    new_nodes: list[NodeProto] = []
+    if layer.bias is not None:  # the operator broadcasts it over rows and heads, but not over query positions
         parts = {"rows": (layer.bias, 0, 2), "positions": (layer.query, 1, 2), "tokens": (layer.bias, 3, 4)}
-        made = [
+        new_nodes = [
             helper.make_node("Shape", [tensor], [f"{name}_{part}"], start=start, end=end)
             for part, (tensor, start, end) in parts.items()
         ]
-        made.append(helper.make_node("Concat", [f"{name}_{part}" for part in parts], [f"{name}_shape"], axis=0))
-        made.append(helper.make_node("Expand", [layer.bias, f"{name}_shape"], [f"{name}_bias"]))
+        new_nodes.append(helper.make_node("Concat", [f"{name}_{part}" for part in parts], [f"{name}_shape"], axis=0))
+        new_nodes.append(helper.make_node("Expand", [layer.bias, f"{name}_shape"], [f"{name}_bias"]))
         inputs += ["", "", f"{name}_bias"]
-    made.append(
+    new_nodes.append(
         helper.make_node(
             "MultiHeadAttention",
             inputs,
@@ -145,16 +146,16 @@ def _replace(model: ModelProto, layer: _Layer) -> None:
     nodes = model.graph.node
     place = next(index for index, node in enumerate(nodes) if name in node.output)
     del nodes[place]
-    for node in reversed(made):
+    for node in reversed(new_nodes):
         nodes.insert(place, node)
 
 
 def _drop_unused(model: ModelProto) -> None:
-    """Remove the nodes and weights that nothing takes any more."""
+    """Remove the nodes and weights that are no longer used."""
     graph = model.graph
     needed = {output.name for output in graph.output}
     kept = []
-    for node in reversed(graph.node):  # in topological order, as ONNX demands
+    for node in reversed(graph.node):  # ONNX requires topological order
         if needed.intersection(node.output):
             kept.append(node)
             needed.update(node.input)

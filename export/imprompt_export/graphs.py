@@ -1,4 +1,4 @@
-"""The graphs of a bundle: each declares its inputs, outputs, dynamic axes, check sizes and tolerance once."""
+"""Define the graphs of a bundle: each declares its inputs, outputs, dynamic axes, check sizes, and tolerance once."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from imprompt_serving.specs import Residual, feature_names, level_size, residual
 
 Axes = dict[str, float]
 Model = Any
-"""A module of diffusers or transformers, whose attributes type checkers do not know."""
+"""A module of diffusers or transformers; type checkers do not know its attributes."""
 EXACT_BUFFERS = {"mean_of_latents": "latents_mean", "std_of_latents": "latents_std"}
-"""Buffers that stay in float32 whatever the engine's precision: what they hold of a VAE's configuration."""
+"""Buffers with values of a VAE's configuration, by their keys there; they stay in float32 in every precision."""
 Precisions = Mapping[str, str]
-"""The precision of a graph for a precision of the engine, where the two differ."""
+"""The precision of a graph by the bundle's `engine.precision`, where the two differ."""
 AS_ENGINE: Precisions = MappingProxyType({})
 FULL: Precisions = MappingProxyType({"fp16": "fp32", "bf16": "fp32"})
 FP16_FOR_BF16: Precisions = MappingProxyType({"bf16": "fp16"})
-"""For a VAE: in bf16 its pictures differ by up to 7 levels of 255 from those in float32, in fp16 by 1."""
+"""For a VAE: pictures decoded in bf16 differ by up to 7 levels of 255 from float32, those in fp16 by 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Input:
-    """An input tensor: named axes are dynamic. ``values`` says what example values look like."""
+    """An input tensor; axes with names are dynamic. `values` is the distribution of its example values."""
 
     name: str
     shape: tuple[int | str, ...]
     values: Literal["normal", "unit", "scale", "timestep", "index", "bias"] = "normal"
     below: int = 0
     exact: bool = False
-    """Stays in float32 whatever the engine's precision: the numbers are too large or too close for fewer bits."""
+    """Whether it stays in float32 in every precision, because its values need more than 16 bits."""
 
     def draw(self, axes: Axes, generator: torch.Generator) -> Tensor:
-        """Example values; ``index`` draws integers below ``below``, ``scale`` is 1 or less times ``axes["scale"]``."""
+        """Draw example values: for `index` integers below `below`, for `scale` up to `axes["scale"]`."""
         shape = [int(axes[size]) if isinstance(size, str) else size for size in self.shape]
         if self.values == "scale":
             return axes["scale"] * torch.rand(shape, generator=generator)
@@ -49,7 +49,7 @@ class Input:
             return torch.rand(shape, generator=generator)
         if self.values == "timestep":
             return torch.rand(shape, generator=generator) * 999
-        if self.values == "bias":  # the last place of every other row is padding
+        if self.values == "bias":  # the last token of every other row is padding
             bias = torch.zeros(shape)
             bias[::2, ..., 1:][..., -1:] = PADDING
             return bias
@@ -57,15 +57,15 @@ class Input:
 
 
 PADDING = -1e4
-"""Bias of a padding token: its share of the softmax is exactly zero, in half precision too."""
+"""Bias of a padding token: its weight after the softmax is exactly zero, in half precision as well."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Graph:
-    """One engine: ``run`` maps named tensors to the outputs.
+    """The network of one engine: `run` maps named input tensors to the outputs.
 
-    ``checks`` are the axes at which it is compared (engines for ranges: ``profiles.check_axes``); the last has no size
-    of 1, and is what the graph is traced at.
+    `checks` are the sizes at which its engine is compared with PyTorch (`profiles.check_axes` for engines that are
+    built for ranges). The graph is traced at the last of them, which has no size of 1.
     """
 
     name: str
@@ -75,12 +75,12 @@ class Graph:
     outputs: dict[str, tuple[int | str, ...]]
     checks: tuple[Axes, ...]
     tolerance: float = 2e-4
-    """Largest difference to PyTorch, as a share of the largest output value (levels of 255 for pictures)."""
+    """Largest difference from PyTorch, relative to the largest output value (levels of 255 for pictures)."""
     output_dtypes: dict[str, str] = field(default_factory=dict)
     precisions: Precisions = field(default_factory=lambda: AS_ENGINE)
 
     def precision(self, engine: str) -> str:
-        """The precision that this graph computes in, when the rest of the bundle computes in `engine`."""
+        """Return the precision of this graph when `engine.precision` is `engine`."""
         return self.precisions.get(engine, engine)
 
     def example(self, axes: Axes, seed: int = 0) -> dict[str, Tensor]:
@@ -89,10 +89,10 @@ class Graph:
 
 
 def text_encoder(name: str, model: Model, length: int, *, penultimate: bool) -> Graph:
-    """CLIP text over ``length`` tokens, with ``clip_skip`` as an input.
+    """Build the graph of a CLIP text encoder for `length` tokens, with `clip_skip` as an input.
 
-    As in diffusers' ``encode_prompt``: the layer before the skipped ones goes through the final norm; with
-    ``penultimate`` it is the one before that, as it is.
+    As in diffusers' `encode_prompt`, the output is the layer before the skipped ones, after the final norm. With
+    `penultimate` it is the layer before that, without the norm.
     """
     layers = model.config.num_hidden_layers
     pooled = hasattr(model, "text_projection")
@@ -124,7 +124,7 @@ def text_encoder(name: str, model: Model, length: int, *, penultimate: bool) -> 
 
 
 def image_encoder(name: str, model: Model) -> Graph:
-    """CLIP vision: the projected embedding and the penultimate hidden states."""
+    """Build the graph of a CLIP image encoder: the projected embedding and the penultimate hidden states."""
     config = model.config
     size, patches = config.image_size, (config.image_size // config.patch_size) ** 2
 
@@ -146,7 +146,7 @@ def image_encoder(name: str, model: Model) -> Graph:
 
 
 def vae_encoder(vae: Model, factor: int, precisions: Precisions = AS_ENGINE) -> Graph:
-    """Picture in -1..1 -> mean and log-variance of its latents (not scaled)."""
+    """Build the graph from pictures (-1 to 1) to the mean and log-variance of their latents (not scaled)."""
     channels = vae.config.latent_channels
 
     def run(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -169,12 +169,13 @@ def vae_encoder(vae: Model, factor: int, precisions: Precisions = AS_ENGINE) -> 
 
 
 def vae_decoder(vae: Model, precisions: Precisions = AS_ENGINE) -> Graph:
-    """Scaled latents -> uint8 pictures [B, height, width, 3], rounded as diffusers' ``VaeImageProcessor`` does.
+    """Build the graph from scaled latents to uint8 pictures [B, height, width, 3].
 
-    ``finite`` [B, 1] tells pictures that overflowed or held NaN, which uint8 would hide.
+    Pixels are rounded as in diffusers' `VaeImageProcessor`. `finite` [B, 1] is false for pictures with infinities or
+    NaN, which uint8 would hide.
     """
     config = vae.config
-    # Some VAEs' latents have a mean and a deviation of their own; buffers are where weights are.
+    # Some VAEs define a mean and a deviation of their latents; as buffers they move between devices with the weights.
     for buffer, key in EXACT_BUFFERS.items():
         if config.get(key) is not None:
             vae.register_buffer(buffer, torch.tensor(config[key]).view(1, -1, 1, 1), persistent=False)
@@ -206,9 +207,9 @@ def vae_decoder(vae: Model, precisions: Precisions = AS_ENGINE) -> Graph:
 
 
 def image_projection(adapter: str, layer: Model, embeds: dict[str, tuple[int, ...]]) -> Graph:
-    """Embeddings of each picture -> its image tokens [n, T, D].
+    """Build the graph from the embeddings of pictures to their image tokens [n, T, D].
 
-    FaceID plus takes two: the face embedding, and the CLIP hidden states, which diffusers keeps as an attribute.
+    FaceID plus has two inputs: the face embedding, and CLIP hidden states, which diffusers passes as an attribute.
     """
 
     def run(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -227,7 +228,7 @@ def image_projection(adapter: str, layer: Model, embeds: dict[str, tuple[int, ..
 
 
 def safety_checker(model: Model) -> Graph:
-    """Whether pictures show something unsafe (``StableDiffusionSafetyChecker.forward``, its rounding included)."""
+    """Build the graph that flags unsafe pictures, with the rounding of `StableDiffusionSafetyChecker.forward`."""
 
     def above(embeds: Tensor, concepts: Tensor, thresholds: Tensor, adjustment: Tensor | float) -> Tensor:
         cosine = nn.functional.normalize(embeds) @ nn.functional.normalize(concepts).t()
@@ -248,13 +249,13 @@ def safety_checker(model: Model) -> Graph:
         inputs=(Input(name="pixel_values", shape=("batch", 3, size, size)),),
         outputs={"nsfw": ("batch", 1)},
         output_dtypes={"nsfw": "BOOL"},
-        precisions=FULL,  # small, and a rounding error could decide
+        precisions=FULL,  # it is small, and a rounding error could change the result
         checks=({"batch": 1}, {"batch": 3}),
     )
 
 
 def added_conditions(model: Model) -> dict[str, int]:
-    """Inputs that a network takes beside the text, with their sizes."""
+    """Return the inputs that a network takes besides the text, with their sizes."""
     if model.config.addition_embed_type != "text_time":
         return {}
     time_ids = 6  # original size, crop, target size
@@ -265,17 +266,17 @@ def added_conditions(model: Model) -> dict[str, int]:
 
 
 def added_input(name: str, size: int) -> Input:
-    """One of ``added_conditions``; sizes in pixels go through sines, which fewer bits would spoil."""
+    """Declare one of `added_conditions`; `time_ids` are pixels that go through sines and so need all of float32."""
     return Input(name=name, shape=("batch", size), exact=name == "time_ids")
 
 
 def level_axes(level: int) -> tuple[str, str]:
-    """Names of the axes of a latent size that was halved ``level`` times."""
+    """Return the names of the latent axes after halving their size `level` times."""
     return ("h", "w") if level == 0 else (f"h{level}", f"w{level}")
 
 
 def level_sizes(shapes: Iterable[Residual], h: int, w: int) -> Axes:
-    """Sizes of these axes, for latents of ``h`` x ``w``."""
+    """Return the sizes of these axes at the levels of `shapes`, for latents of `h` x `w`."""
     levels = {0, *(shape.level for shape in shapes)}
     return {axis: level_size(size, i) for i in levels for axis, size in zip(level_axes(i), (h, w), strict=True)}
 
@@ -288,19 +289,22 @@ def unet(
     *,
     frames: bool = False,
 ) -> Graph:
-    """The UNet of one denoising step; image prompts (see ``image_prompt``) and what control adds are inputs.
+    """Build the graph of the UNet of one denoising step, with image prompts (see `image_prompt`) as inputs.
 
-    ``residuals`` are those of ControlNets, ``features`` those of T2I-Adapters.
-
-    With ``frames`` it is a motion UNet, whose rows are clips: ``sample`` has an axis of frames after the channels,
-    residuals have one after the batch; prompts belong to all frames of a clip.
+    Args:
+        model: a diffusers UNet; changed in place.
+        adapters: the names of the IP-Adapters.
+        residuals: what ControlNets add; these are inputs too.
+        features: what T2I-Adapters add; these are inputs too.
+        frames: whether `model` is a motion UNet. A row is then a clip: `sample` has an axis of frames after the
+            channels, residuals have one after the batch, and prompts apply to all frames of a clip.
     """
     config = model.config
     prompts = image_prompt.install(model)
     layers = image_prompt.cross_attention_layers(model)
     levels = sorted({layer.level for layer in layers})
-    # More upsamplers than any size has factors of two: every upsampling then takes its size from the skip connection,
-    # which is what makes sizes that are not multiples of 64 pixels work in one graph (UNet2DConditionModel.forward).
+    # With more upsamplers than any size has factors of two, every upsampling takes its size from the skip connection.
+    # So one graph also serves sizes that are not multiples of 64 pixels (UNet2DConditionModel.forward).
     model.num_upsamplers = 30
     clip = ("frames",) if frames else ()
 
@@ -374,7 +378,7 @@ def unet(
 
 
 def _by_frame(tensors: dict[str, Tensor], residuals: Iterable[str]) -> dict[str, Tensor]:
-    """Prompts and residuals with a row for each frame, as the attention layers of a motion UNet meet them."""
+    """Repeat prompts and flatten residuals to one row per frame, as the attention layers of a motion UNet expect."""
     count = tensors["sample"].shape[2]
     prompts = {
         name: tensor[:, None].expand(-1, count, *tensor.shape[1:]).flatten(0, 1)

@@ -1,6 +1,6 @@
-"""IP-Adapter cross-attention in which everything a request may vary is a tensor: tokens, padding, scales, masks.
+"""IP-Adapter cross-attention with everything that a request can vary as a tensor: tokens, padding, scales, masks.
 
-The paper is https://arxiv.org/abs/2308.06721; the arithmetic is that of diffusers' ``IPAdapterAttnProcessor2_0``.
+The paper is https://arxiv.org/abs/2308.06721; results equal those of diffusers' `IPAdapterAttnProcessor2_0`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from imprompt_serving.specs import CrossAttention
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterPrompts:
-    """The image prompts of one adapter in one UNet call, B rows with G groups of T tokens each.
+    """The image prompts of one adapter in one UNet call: B rows with G groups of T tokens each.
 
-    Shapes: `tokens` [B * G, T, D], `bias` [B * G, 1, 1, T] (0, or large and negative for padding), `scale` [B, G, L] (a
-    value for each layer), `masks` by level [B, G, q].
+    Shapes: `tokens` [B * G, T, D], `bias` [B * G, 1, 1, T] (0, or large and negative for padding), `scale` [B, G, L]
+    (one value per layer), `masks` [B, G, q] by level.
     """
 
     tokens: Tensor
@@ -29,19 +29,19 @@ class AdapterPrompts:
 
     @classmethod
     def of(cls, *, tokens: Tensor, bias: Tensor, scale: Tensor, masks: dict[int, Tensor]) -> AdapterPrompts:
-        """From the inputs of the graph: `tokens` [B, G, T, D] and `bias` [B, G, T]."""
+        """Reshape the inputs of the graph: `tokens` [B, G, T, D] and `bias` [B, G, T]."""
         return cls(tokens=tokens.flatten(0, 1), bias=bias.flatten(0, 1)[:, None, None], scale=scale, masks=masks)
 
 
 @dataclass(kw_only=True, slots=True)
 class ImagePrompts:
-    """What the cross-attention layers share: the prompts of each adapter, set by the graph before each UNet call."""
+    """The image prompts of all adapters: set by the graph before each UNet call, read by all cross-attention layers."""
 
     adapters: list[AdapterPrompts] = field(default_factory=list)
 
 
 class ImagePromptProcessor(nn.Module):
-    """Attention processor of one cross-attention layer: text attention plus that of every adapter."""
+    """Attention processor of one cross-attention layer: text attention plus the image attention of every adapter."""
 
     def __init__(
         self, prompts: ImagePrompts, layer: int, level: int, to_k_ip: nn.ModuleList, to_v_ip: nn.ModuleList
@@ -55,15 +55,15 @@ class ImagePromptProcessor(nn.Module):
             return states.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
         def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-            """Attention of rows [B, S, heads * d]: engines fuse it with the transposes around it."""
+            """Attend over rows [B, S, heads * d]; compilers fuse this with the transposes around it."""
             attended = F.scaled_dot_product_attention(heads(query), heads(key), heads(value), attn_mask=bias)
             return attended.transpose(1, 2).flatten(2)
 
         query = attn.to_q(hidden_states)
         attended = attend(query, attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states))
         for prompts, to_k, to_v in zip(self.prompts.adapters, self.to_k_ip, self.to_v_ip, strict=True):
-            # Each group of tokens is a row of ordinary attention. The weight of a group does not depend on the token,
-            # so it is applied to the output: between softmax and product it would keep compilers from fusing.
+            # Each group of tokens is a row of ordinary attention. The weight of a group is the same for all of its
+            # tokens, so it can be applied to the output. Between softmax and product it would prevent fusion.
             groups = prompts.scale.shape[:2]
             queries = query[:, None].expand(-1, groups[1], -1, -1).flatten(0, 1)
             drawn = attend(queries, to_k(prompts.tokens), to_v(prompts.tokens), prompts.bias)
@@ -73,7 +73,7 @@ class ImagePromptProcessor(nn.Module):
 
 
 def cross_attention_layers(unet: Any) -> list[CrossAttention]:
-    """The layers that attend to the prompts, in the order of ``attn_processors``: down, up, mid."""
+    """List the layers that attend to the prompts, in the order of `attn_processors`: down, up, mid."""
     last = len(unet.config.block_out_channels) - 1
     layers = []
     for name in unet.attn_processors:
@@ -86,9 +86,9 @@ def cross_attention_layers(unet: Any) -> list[CrossAttention]:
 
 
 def install(unet: Any) -> ImagePrompts:
-    """Replace the cross-attention processors of ``unet`` (adapters loaded by diffusers, or none) by this module's.
+    """Replace the cross-attention processors of `unet` by this module's; diffusers may have loaded adapters into it.
 
-    The image projections must have been taken out before: they run once a request, not at each step.
+    Also removes the image projections, which run once per request and not at each step; take them out before.
     """
     prompts = ImagePrompts()
     processors = dict(unet.attn_processors)

@@ -1,4 +1,4 @@
-"""Put the models of a bundle into a repository that other bundles, exports and servers share."""
+"""Install the models of a bundle into a repository that other bundles, exports, and servers share."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pathlib import Path
 from imprompt_export.errors import BundleError
 
 OWNER = "1/owner"
-"""File in the folder of a model: the bundle that it belongs to."""
+"""File in a model's folder that names the bundle it belongs to."""
 
 
 def check_free(repository: Path, bundle: str, models: Iterable[str]) -> None:
-    """Refuse to replace what is not of `bundle`.
+    """Check that installing `models` would only replace models of `bundle`.
 
     Raises:
-        BundleError: one of `models` is there, and of another bundle, or of none.
+        BundleError: one of `models` exists and belongs to another bundle or to none.
     """
     for name in sorted(models):
         folder = repository / name
@@ -28,20 +28,20 @@ def check_free(repository: Path, bundle: str, models: Iterable[str]) -> None:
         if os.path.lexists(folder) and owner != bundle:
             whose = f"bundle {owner}" if owner else "no bundle"
             raise BundleError(
-                f"name: bundle {bundle} has a model {name}, but that in {repository} belongs to {whose}: take another "
-                "name, another repository, or remove it"
+                f"name: bundle {bundle} has a model {name}, but that in {repository} belongs to {whose}: use another "
+                "name or repository, or remove it"
             )
 
 
 @contextlib.contextmanager
 def work_folder(repository: Path, bundle: str) -> Iterator[Path]:
-    """A temporary folder on the file system of `repository`, which is made: models move from one to the other at once.
+    """Create `repository` and a temporary folder on the same file system, so that models can be moved by renaming.
 
-    Beside the repository, where a server that starts does not see it; within it where its parent is of another file
-    system, as with a volume, or cannot be written.
+    The folder is next to the repository, where a starting server does not see it. If the parent is on another file
+    system (the repository is a mounted volume) or read-only, the folder is inside the repository.
 
     Raises:
-        BundleError: `repository` is no folder, or cannot be written.
+        BundleError: `repository` is not a folder or is read-only.
     """
     try:
         missing = not repository.exists()
@@ -49,7 +49,7 @@ def work_folder(repository: Path, bundle: str) -> Iterator[Path]:
         work = _made_beside(repository.resolve(), bundle)
     except OSError as error:
         a_file = repository.is_file()
-        reason = "it is a file; a folder is wanted" if a_file else error.strerror
+        reason = "it is a file, not a folder" if a_file else error.strerror
         raise BundleError(f"cannot write models to {repository}: {reason}") from None
     try:
         yield work
@@ -57,11 +57,11 @@ def work_folder(repository: Path, bundle: str) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
         if missing:
             with contextlib.suppress(OSError):
-                repository.rmdir()  # when nothing came of it
+                repository.rmdir()  # only succeeds if nothing was installed
 
 
 def _made_beside(repository: Path, bundle: str) -> Path:
-    """An empty folder from which others can be moved into `repository`."""
+    """Create an empty folder from which others can be renamed into `repository`."""
     for parent in (repository.parent, repository):
         try:
             work = Path(tempfile.mkdtemp(prefix=f".{bundle}-", dir=parent))
@@ -84,10 +84,10 @@ def _made_beside(repository: Path, bundle: str) -> Path:
 
 
 def install(models: Path, repository: Path, bundle: str) -> None:
-    """Put all of `models` in the place of those of `bundle`; when that fails, everything is as it was.
+    """Replace the models of `bundle` by all of `models`; if that fails, restore the old ones.
 
     Raises:
-        BundleError: another bundle has taken a name meanwhile.
+        BundleError: another bundle has taken one of the names in the meantime.
     """
     new = sorted(models.iterdir())
     aside = models.parent / "replaced"
@@ -110,7 +110,7 @@ def install(models: Path, repository: Path, bundle: str) -> None:
 
 @contextlib.contextmanager
 def _locked(repository: Path) -> Iterator[None]:
-    """Two exports change a repository one after the other."""
+    """Lock `repository`, so that only one export changes it at a time."""
     descriptor = os.open(repository, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # file systems without locks

@@ -1,7 +1,7 @@
-"""Post-training quantization of the networks of a denoising step, and what it costs in quality.
+"""Quantize the networks of a denoising step to int8 after training, and measure the loss of quality.
 
 Weights and activations of convolutions and matrix products become 8-bit integers (NNCF, with SmoothQuant:
-https://arxiv.org/abs/2211.10438), with ranges taken from the bundle's own denoising runs over all timesteps.
+https://arxiv.org/abs/2211.10438). Their ranges come from denoising runs of the bundle itself, over all timesteps.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from imprompt_export.calibration import GUIDANCE_SCALE, HELD_OUT, RUNS, Arrays, Recorder, Studio
+from imprompt_export.calibration import GUIDANCE_SCALE, HELD_OUT, RUNS, Arrays, CalibrationRunner, Recorder
 from imprompt_export.checkpoints import Checkpoints
 from imprompt_export.parity import ParityError
 from imprompt_serving.backends import Engine, get_backend
 from imprompt_serving.specs import Bundle
 
 SAMPLES = 12
-"""Calls that ranges are taken from, spread over all calibration runs: three times as many gained 1 dB."""
+"""Number of calls that determine the ranges, spread over all calibration runs; three times as many gained 1 dB."""
 SMOOTHING = 0.25
-"""How much of the activations' spread SmoothQuant moves into the weights; the paper's 0.5 gave 2 dB less."""
+"""Share of the activations' range that SmoothQuant moves into the weights; the paper's 0.5 gave 2 dB less."""
 
 
 class Quality(msgspec.Struct, frozen=True, kw_only=True):
-    """int8 against fp32 over the steps of a run that calibration did not see.
+    """Quality of an int8 engine against fp32, over the steps of a run that calibration did not see.
 
-    ``snr_db``: power of what the network predicts over the power of the difference, both for the same inputs; for a
-    guided UNet that of the guided prediction. ``worst_snr_db``: of the call in which it is lowest.
-    ``picture_distance``: of the final pictures, each from its own steps; mean difference in levels of 255.
+    `snr_db` is the power of the network's prediction over the power of the error, for the same inputs; for a UNet with
+    guidance, of the guided prediction. `worst_snr_db` is that of the worst call. `picture_distance` compares the final
+    pictures, each from a complete run: mean difference in levels of 255.
     """
 
     engine: str
@@ -45,27 +45,30 @@ class Quality(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Origin(IntEnum):
-    """What a tensor depends on; most of all on the last of these."""
+    """What a tensor depends on. The highest value of its inputs wins."""
 
     CONSTANT = 0
     PROMPT = 1
-    """Or on time, sizes and scales."""
+    """Prompts, time, sizes, or scales."""
     SAMPLE = 2
 
 
 class QualityError(ParityError):
-    """An int8 engine is too far from the fp32 one."""
+    """The predictions of an int8 engine differ too much from fp32."""
 
 
 def quantized_networks(bundle: Bundle) -> tuple[str, ...]:
-    """Graphs that become int8: UNet and ControlNets of pictures. Others run once a request, or (clips) stay exact."""
+    """List the graphs to quantize: the UNet and ControlNets for pictures.
+
+    The others run once per request, or are for clips, which stay in fp32.
+    """
     return ("unet", *(f"controlnet_{net.name}" for net in bundle.controlnets))
 
 
 def quantize_bundle(
     bundle: Bundle, checkpoints: Checkpoints, files: Mapping[str, Path], min_snr_db: float
 ) -> tuple[dict[str, Path], list[Quality]]:
-    """Quantize the networks among ``files``; returns the files with these replaced, and how good they are."""
+    """Quantize the networks among `files`; return the files with these replaced, and the quality of each network."""
     names = quantized_networks(bundle)
     samples, references, inputs, picture, prompt = _record(bundle, checkpoints, files, names)
     made = dict(files)
@@ -74,8 +77,8 @@ def quantize_bundle(
     load = get_backend(bundle.backend).load
     engines = {name: load(made[name]) for name in names}
     rows = []
-    studio = Studio(bundle, checkpoints, lambda name: engines.get(name) or load(files[name]))
-    distance = float(np.abs(studio.picture(HELD_OUT, prompt).astype(int) - picture).mean())
+    runner = CalibrationRunner(bundle, checkpoints, lambda name: engines.get(name) or load(files[name]))
+    distance = float(np.abs(runner.picture(HELD_OUT, prompt).astype(int) - picture).mean())
     for name in names:
         answers = [engines[name].run(tensors) for tensors in inputs[name]]
         rows.append(_compare(name, references[name], answers, min_snr_db, distance))
@@ -83,19 +86,27 @@ def quantize_bundle(
 
 
 def check_quality(rows: Sequence[Quality]) -> None:
-    """Raise for the first network that is further from fp32 than the bundle allows."""
+    """Raise for the first network whose quality is below the bundle's `engine.min_snr_db`.
+
+    Raises:
+        QualityError: names the network and its signal-to-noise ratio.
+    """
     for row in rows:
         if not row.snr_db >= row.min_snr_db:
             raise QualityError(
-                f"{row.engine} in int8: its predictions have {row.snr_db:.1f} dB of signal to noise against fp32, "
-                f"and engine.min_snr_db is {row.min_snr_db:g}"
+                f"{row.engine} in int8: its predictions have a signal-to-noise ratio of {row.snr_db:.1f} dB against "
+                f"fp32, but engine.min_snr_db is {row.min_snr_db:g}"
             )
 
 
 def _record(
     bundle: Bundle, checkpoints: Checkpoints, files: Mapping[str, Path], names: Sequence[str]
 ) -> tuple[dict[str, list[Arrays]], dict[str, list[Arrays]], dict[str, list[Arrays]], np.ndarray, np.ndarray]:
-    """Samples for calibration; outputs and inputs of the held-out run, its picture, and its image prompt; in fp32."""
+    """Run the calibration runs and the held-out run in fp32, and record the calls of the networks `names`.
+
+    Returns:
+        Inputs of the calibration runs; outputs, inputs, picture, and image prompt of the held-out run.
+    """
     recorders: dict[str, Recorder] = {}
 
     def engine(name: str) -> Engine:
@@ -105,39 +116,42 @@ def _record(
         recorders[name] = Recorder(loaded)
         return recorders[name]
 
-    studio = Studio(bundle, checkpoints, engine)
-    prompt = studio.picture(RUNS[0])
+    runner = CalibrationRunner(bundle, checkpoints, engine)
+    prompt = runner.picture(RUNS[0])
     for run in RUNS[1:]:
-        prompt = studio.picture(run, prompt)
+        prompt = runner.picture(run, prompt)
     samples = {name: recorder.inputs for name, recorder in recorders.items()}
     for recorder in recorders.values():
         recorder.inputs, recorder.outputs = [], []
-    picture = studio.picture(HELD_OUT, prompt)
+    picture = runner.picture(HELD_OUT, prompt)
     outputs = {name: recorder.outputs for name, recorder in recorders.items()}
     return samples, outputs, {name: recorder.inputs for name, recorder in recorders.items()}, picture, prompt
 
 
 def quantize(file: Path, samples: Sequence[Arrays]) -> Path:
-    """Write the OpenVINO model ``file`` in int8 to a folder beside its own; activations range as in ``samples``."""
-    os.environ.setdefault("NNCF_CI", "1")  # or it reports its use over the network, unasked
+    """Write an int8 version of the OpenVINO model `file` to a folder next to its own.
+
+    The ranges of activations are those that occur with the inputs `samples`.
+    """
+    os.environ.setdefault("NNCF_CI", "1")  # otherwise NNCF reports its use over the network
     import nncf
     import openvino
 
     nncf.set_log_level("ERROR")
     model = openvino.Core().read_model(file)
     known = {port.any_name for port in model.inputs}
-    spread = samples[:: math.ceil(len(samples) / SAMPLES)]
+    chosen = samples[:: math.ceil(len(samples) / SAMPLES)]
     quantized = nncf.quantize(
         model,
-        nncf.Dataset([{name: value for name, value in sample.items() if name in known} for sample in spread]),
-        subset_size=len(spread),
+        nncf.Dataset([{name: value for name, value in sample.items() if name in known} for sample in chosen]),
+        subset_size=len(chosen),
         model_type=nncf.ModelType.TRANSFORMER,
-        ignored_scope=nncf.IgnoredScope(names=_exact(model)),
+        ignored_scope=nncf.IgnoredScope(names=_keep_in_fp32(model)),
         advanced_parameters=nncf.AdvancedQuantizationParameters(
-            # Weights of 7 bits: CPUs without VNNI add pairs of products in 16 bits, which those of 8 bits overflow.
-            # Full range would make pictures depend on the CPU that serves.
+            # Use 7-bit weights: CPUs without VNNI add pairs of products in 16 bits, which 8-bit weights overflow.
+            # With the full range, pictures would depend on the server's CPU.
             overflow_fix=nncf.OverflowFix.ENABLE,
-            disable_bias_correction=True,  # no gain was seen, and it takes long
+            disable_bias_correction=True,  # it is slow and brought no gain
             smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=SMOOTHING, convolution=-1),
         ),
     )
@@ -146,9 +160,12 @@ def quantize(file: Path, samples: Sequence[Arrays]) -> Path:
     return target
 
 
-def _exact(model: Any) -> list[str]:
-    """What stays in fp32, for little time: the first and the last convolution; what depends on prompts or time alone,
-    attention to prompts (their first tokens are far larger than the others), and the scores of self-attention."""
+def _keep_in_fp32(model: Any) -> list[str]:
+    """List the operations that stay in fp32, at little cost in time.
+
+    These are the first and last convolutions, products that depend only on prompts or time, attention to prompts (whose
+    first tokens are far larger than the others), and the scores of self-attention.
+    """
     origins: dict[str, _Origin] = {}
     convolutions, products = [], []
     for op in model.get_ordered_ops():

@@ -1,7 +1,7 @@
-"""LoRAs: read in the formats of kohya, diffusers, PEFT and ComfyUI, and added to the weights that they were made for.
+"""Read LoRAs in the formats of kohya, diffusers, PEFT, and ComfyUI, and add them to the weights of the base.
 
-W + scale * alpha / rank * up @ down, as in https://arxiv.org/abs/2106.09685. Every tensor of a file must be used: a
-part that is left out makes other pictures, and nobody would notice.
+A weight becomes W + scale * alpha / rank * up @ down (https://arxiv.org/abs/2106.09685). Every tensor of a file must be
+used: if a part were left out, pictures would differ without anybody noticing.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from imprompt_export import kinds
+from imprompt_export import checkpoint_kinds
 from imprompt_export.errors import BundleError, some_of
 from imprompt_export.sources import flat
 
 Shape = tuple[int, ...]
 Targets = Mapping[str, Mapping[str, Shape]]
-"""Shapes of weights by component (`unet`, `text_encoder`, `text_encoder_2`) and layer."""
+"""Shapes of the base's weights, by component (`unet`, `text_encoder`, `text_encoder_2`) and layer."""
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 _FACTOR = re.compile(r"(?P<layer>.+?)[._]lora(?:_linear_layer)?[._](?P<role>down|up|A|B)(?:\.[A-Za-z0-9_]+)?\.weight")
@@ -53,7 +53,7 @@ _LDM_OTHERS = {
 
 
 class Update(NamedTuple):
-    """A change of the weights of `layer` in `component`: the names of its tensors in the file."""
+    """An update of the weight of `layer` in `component`, as the names of its tensors in the file."""
 
     component: str
     layer: str
@@ -63,10 +63,10 @@ class Update(NamedTuple):
 
 
 def factors(what: str, tensors: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Names of the tensors `down`, `up` and perhaps `alpha` of each layer, as the file calls it.
+    """Return the names of the tensors `down`, `up`, and optionally `alpha` of each layer, under its name in the file.
 
     Raises:
-        BundleError: the file is no LoRA, or holds more than one.
+        BundleError: the file is not a LoRA, or also holds something else.
     """
     layers: dict[str, dict[str, str]] = {}
     others = []
@@ -79,13 +79,13 @@ def factors(what: str, tensors: Mapping[str, Any]) -> dict[str, dict[str, str]]:
         else:
             others.append(name)
     if others:
-        kind = kinds.of_names(others)
-        kind = kinds.of_names(tensors) if kind.endswith("layout") else kind
+        kind = checkpoint_kinds.kind_of_tensors(others)
+        kind = checkpoint_kinds.kind_of_tensors(tensors) if kind.endswith("layout") else kind
         if kind != "a LoRA":
-            raise BundleError(f"{what} is {kind} ({others[0]}); a LoRA is wanted")
+            raise BundleError(f"{what} is {kind} ({others[0]}), not a LoRA")
         raise BundleError(f"{what} has parts that cannot be applied: {some_of(others, 2)}")
     if not layers:
-        raise BundleError(f"{what} is {kinds.of_names(tensors)}; a LoRA is wanted")
+        raise BundleError(f"{what} is {checkpoint_kinds.kind_of_tensors(tensors)}, not a LoRA")
     for layer, names in layers.items():
         for role in ("down", "up"):
             if role not in names:
@@ -94,10 +94,15 @@ def factors(what: str, tensors: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
 
 def plan(what: str, tensors: Mapping[str, Any], targets: Targets) -> list[Update]:
-    """The updates that a file of `tensors` (names and whatever has a shape) makes to weights of the shapes `targets`.
+    """Match the tensors of a LoRA file to the weights of the base.
+
+    Args:
+        what: the name of the file in messages.
+        tensors: its tensors, or anything else with a `shape`.
+        targets: the shapes of the base's weights.
 
     Raises:
-        BundleError: it is no LoRA, or not all of it fits.
+        BundleError: the file is not a LoRA, or some of it does not fit.
     """
     layers, index = factors(what, tensors), {name: _aliases(name, shapes) for name, shapes in targets.items()}
     updates, unknown = [], []
@@ -109,14 +114,14 @@ def plan(what: str, tensors: Mapping[str, Any], targets: Targets) -> list[Update
         shape, down, up = targets[found[0]][found[1]], tensors[names["down"]].shape, tensors[names["up"]].shape
         if not _fits(tuple(shape), tuple(down), tuple(up)):
             raise BundleError(
-                f"{what}: {layer} is made for weights of {up[0]} x {down[1]}, but the base has {shape[0]} x {shape[1]} "
-                "there; it is for another family"
+                f"{what}: {layer} is made for weights of {up[0]} x {down[1]}, but those of the base are {shape[0]} x "
+                f"{shape[1]}; it is made for another family"
             )
         updates.append(Update(*found, names["down"], names["up"], names.get("alpha")))
     if unknown:
         raise BundleError(
             f"{what}: {len(unknown)} of its {len(layers)} layers are not in the base, such as {some_of(unknown, 2)}; "
-            "it is for another family"
+            "it is made for another family"
         )
     twice = {update[:2] for update in updates}
     if len(twice) < len(updates):
@@ -125,10 +130,10 @@ def plan(what: str, tensors: Mapping[str, Any], targets: Targets) -> list[Update
 
 
 def fuse(what: str, file: Path, scale: float, pipeline: Any) -> None:
-    """Add the LoRA in `file` to the weights of a diffusers `pipeline`.
+    """Add the LoRA in `file`, times `scale`, to the weights of a diffusers `pipeline`.
 
     Raises:
-        BundleError: it is no LoRA, or not all of it fits.
+        BundleError: the file is not a LoRA, or some of it does not fit.
     """
     import torch
     from torch import nn
@@ -150,7 +155,7 @@ def fuse(what: str, file: Path, scale: float, pipeline: Any) -> None:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """The tensors of a file of weights; nothing in it is run."""
+    """Read the tensors of a weight file without running any code in it."""
     if file.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -161,7 +166,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def _fits(weight: Shape, down: Shape, up: Shape) -> bool:
-    """Linear layers and convolutions of one pixel are the same."""
+    """Return whether the factors fit the weight; a linear layer counts as a 1 x 1 convolution, and the reverse."""
     if len(down) < 2 or len(up) < 2 or up[1] != down[0] or any(size != 1 for size in up[2:]):
         return False
     return up[0] == weight[0] and _plain(down[1:]) == _plain(weight[1:])
@@ -172,33 +177,33 @@ def _plain(shape: Shape) -> Shape:
 
 
 def _find(layer: str, index: Mapping[str, Mapping[str, str]]) -> tuple[str, str] | None:
-    """Component and name of the layer that a file calls `layer`."""
+    """Return the component and the name of the layer that a file calls `layer`."""
     name = layer.removeprefix("base_model.model.")
     component = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None)
     candidates = COMPONENTS if component is None else (_PREFIXES[component],)
     name = name.removeprefix(component or "").replace(".processor.", ".").replace(".", "_")
     for candidate in candidates:
         known = index.get(candidate, {})
-        for spelling in (name, f"{name}_0"):  # diffusers' old files call to_out.0 to_out
+        for spelling in (name, f"{name}_0"):  # old diffusers files call to_out.0 to_out
             if spelling in known:
                 return candidate, known[spelling]
     return None
 
 
 def _aliases(component: str, layers: Mapping[str, Shape]) -> dict[str, str]:
-    """The layers of a component by all the names that files have for them, with underscores."""
+    """Map every name that a file may use for a layer of a component, with underscores, to the layer."""
     names = {name: name for name in layers}
     if component == "unet":
         names |= {old: name for name in layers if (old := _ldm_name(name, layers))}
     else:
-        # transformers 5 dropped the outer name.
+        # transformers 5 dropped the prefix `text_model`.
         names |= {f"text_model.{name.removeprefix('text_model.')}": name for name in layers}
         names |= {name.removeprefix("text_model."): name for name in layers}
     return {name.replace(".", "_"): layer for name, layer in names.items()}
 
 
 def _ldm_name(name: str, layers: Mapping[str, Shape]) -> str | None:
-    """What Stability's own code, and so ComfyUI and kohya's scripts for SDXL, call a layer of the UNet."""
+    """Return the name of a UNet layer in Stability's own code, which ComfyUI and kohya's SDXL scripts use as well."""
     kind, *parts = name.split(".")
     if len(parts) < 3:
         return _LDM_OTHERS.get(name)
@@ -223,7 +228,7 @@ def _ldm_name(name: str, layers: Mapping[str, Shape]) -> str | None:
 
 
 def _settings(file: Path) -> dict[str, dict[str, Any]]:
-    """What PEFT keeps beside the weights, by component: in the file itself (diffusers), or in `adapter_config.json`."""
+    """Read the PEFT settings of a LoRA, by component: from the file itself (diffusers) or `adapter_config.json`."""
     beside = file.with_name("adapter_config.json")
     if file.stem == "adapter_model" and beside.is_file():
         return dict.fromkeys(COMPONENTS, json.loads(beside.read_text(encoding="utf-8")))
@@ -240,7 +245,7 @@ def _settings(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _strength(settings: Mapping[str, Any], layer: str, alpha: float | None, rank: int) -> float:
-    """Alpha over the rank; without an alpha, 1."""
+    """Return alpha over rank (rsLoRA: over its square root), or 1 if neither file nor settings have an alpha."""
     if alpha is None:
         alpha = settings.get("lora_alpha", rank)
         for pattern, value in (settings.get("alpha_pattern") or {}).items():

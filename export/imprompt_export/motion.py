@@ -1,4 +1,4 @@
-"""AnimateDiff: the motion UNet of a bundle, made of its UNet and a motion adapter."""
+"""AnimateDiff: build the motion UNet of a bundle from its UNet and a motion adapter."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from imprompt_export.families import ExportFamily
 
 
 def load_motion_unet(bundle: BundleFile, unet: Any, family: ExportFamily) -> Any | None:
-    """``unet`` with the motion modules of the bundle's adapter between its layers; None when it has no adapter.
+    """Insert the motion modules of the bundle's adapter between the layers of `unet`; None without an adapter.
 
-    Image prompt layers come along. LoRAs must be fused before: a motion UNet counts its layers otherwise than the
-    UNet that they were made for.
+    The layers of IP-Adapters are kept. Fuse LoRAs first, because a motion UNet numbers its layers differently.
 
     Raises:
         BundleError: the adapter cannot be loaded, or is made for another UNet.
@@ -37,7 +36,7 @@ def load_motion_unet(bundle: BundleFile, unet: Any, family: ExportFamily) -> Any
 
 @contextmanager
 def _without_projections(unet: Any) -> Iterator[None]:
-    """``from_unet2d`` takes the attention inside a plus adapter's projection for a layer of the UNet, and fails."""
+    """Hide the image projections: `from_unet2d` mistakes attention inside those of plus adapters for UNet layers."""
     projections, unet.encoder_hid_proj = unet.encoder_hid_proj, None
     try:
         yield

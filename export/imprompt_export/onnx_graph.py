@@ -1,4 +1,4 @@
-"""Graph -> ONNX file, through its `torch.export` program."""
+"""Export a graph to an ONNX file, by way of its `torch.export` program."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from imprompt_export.programs import trace
 
 OPSET = 18
 _EXTERNAL_DATA_FROM = 1 << 30
-"""Bytes of weights from which they get a file of their own (an ONNX file holds 2 GiB at most)."""
+"""Bytes of weights above which they go into a separate file (an ONNX file holds at most 2 GiB)."""
 _NO_ARITHMETIC = (
     torch.ops.aten.embedding.default,
     torch.ops.aten.gather.default,
     torch.ops.aten.index.Tensor,
     torch.ops.aten.to.dtype,
 )
-"""Operators whose tensors may differ in type: they compute nothing."""
+"""Operators that compute nothing, so their tensors may have different types."""
 _ASSERTION = torch.ops.aten._assert_tensor_metadata.default
 _decompose = _fx_passes.decompose_with_registry
 _promote = _fx_passes.insert_type_promotion_nodes
@@ -43,10 +43,10 @@ _translations = functools.cache(_registration.ONNXRegistry.from_torchlib)
 
 
 def export_onnx(graph: Graph, path: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Trace ``graph``, computed in ``dtype``, and write it to ``path`` with its names for tensors and axes."""
+    """Trace `graph` in `dtype` and write it to `path`, with the graph's names for tensors and axes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = sum(parameter.numel() * dtype.itemsize for parameter in graph.module.parameters())
-    with cast(graph.module, dtype):  # until the file is written: the program refers to the weights
+    with cast(graph.module, dtype):  # keep it open until the file is written: the program refers to the weights
         _trace(graph, dtype).save(path, external_data=weights > _EXTERNAL_DATA_FROM)
 
 
@@ -66,7 +66,7 @@ def _trace(graph: Graph, dtype: torch.dtype) -> torch.onnx.ONNXProgram:
                 torch.ops.aten.unflatten.int: _unflatten,
             },
         )
-    assert onnx_program is not None  # it is with dynamo=True
+    assert onnx_program is not None  # it is only None without dynamo=True
     model = onnx_program.model.graph
     shapes = [tensor.shape for tensor in graph.inputs] + list(graph.outputs.values())
     for value, shape in zip([*model.inputs, *model.outputs], shapes, strict=True):
@@ -77,7 +77,7 @@ def _trace(graph: Graph, dtype: torch.dtype) -> torch.onnx.ONNXProgram:
 
 
 def _repeat_interleave(tensor: Any, repeats: Any, dim: int = 0, output_size: Any = None) -> Any:
-    """``repeat_interleave`` over the first axis, as motion UNets use it; onnxscript's own repeats the wrong axis.
+    """Translate `repeat_interleave` over the first axis, which motion UNets use; onnxscript repeats the wrong axis.
 
     https://github.com/microsoft/onnxscript/blob/main/onnxscript/function_libs/torch_lib/ops/core.py
     """
@@ -98,9 +98,10 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """Attention, with an additive mask at most, as the few operators that engines fuse; any other by onnxscript.
+    """Translate attention, with or without an additive mask, to the few operators that engines fuse.
 
-    onnxscript's own turns the key around by way of shapes that are computed at each call.
+    onnxscript's own translation transposes the key through shapes that are computed at every call. It is still used for
+    boolean masks, causal attention, and grouped queries.
     """
     if (attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL) or is_causal or enable_gqa:
         return aten_scaled_dot_product_attention(
@@ -114,7 +115,7 @@ def _attention(
 
 
 def _flatten(tensor: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
-    """``flatten``; of the last axes to a size that is known, without shapes that are computed at each call."""
+    """Translate `flatten`; if it merges trailing axes of known size, do not compute shapes at every call."""
     sizes = tensor.shape[start_dim:]
     if end_dim not in (-1, len(tensor.shape) - 1) or not all(isinstance(size, int) for size in sizes):
         return aten_flatten(tensor, start_dim, end_dim)
@@ -123,7 +124,7 @@ def _flatten(tensor: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
 
 
 def _unflatten(tensor: Any, dim: int, sizes: Any) -> Any:
-    """``unflatten``; of a last axis whose size is known, without shapes that are computed at each call."""
+    """Translate `unflatten`; if it splits a last axis of known size, do not compute shapes at every call."""
     *kept, last = tensor.shape
     if dim not in (-1, len(kept)) or not all(isinstance(size, int) for size in (last, *sizes)):
         return aten_unflatten(tensor, dim, sizes)
@@ -134,25 +135,25 @@ def _unflatten(tensor: Any, dim: int, sizes: Any) -> Any:
 
 
 def _to(tensor: Any, dtype: int, *_: Any, **__: Any) -> Any:
-    """``Tensor.to`` another type."""
+    """Translate `Tensor.to` with a type."""
     return op.Cast(tensor, to=dtype)
 
 
 @contextlib.contextmanager
 def _quickly() -> Iterator[None]:
-    """Leave out passes of the exporter that change nothing here, each of which takes as long as a part of the trace."""
+    """Skip passes of the exporter that change nothing here but are slow."""
     with (
         mock.patch.object(_fx_passes, "decompose_with_registry", _decompose_if_needed),
         mock.patch.object(_fx_passes, "insert_type_promotion_nodes", _promote_if_needed),
         mock.patch.object(_registration.ONNXRegistry, "from_torchlib", staticmethod(_copied_translations)),
-        # The one rewrite that tries every pair of Slices: it takes longest by far and never applies.
+        # This rewrite tries every pair of Slices: it is by far the slowest and never applies.
         mock.patch.object(slice_split_rule, "try_rewrite", return_value=None),
     ):
         yield
 
 
 def _decompose_if_needed(program: torch.export.ExportedProgram, registry: Any) -> torch.export.ExportedProgram:
-    """Break up a program only if it has operators that ONNX does not."""
+    """Decompose a program only if it has operators without a translation to ONNX."""
     targets = {node.target for node in program.graph.nodes if node.op == "call_function"} - {_ASSERTION}
     translated = all(registry.is_registered(target) for target in targets)
     mutable = any(target._schema.is_mutable for target in targets if isinstance(target, torch._ops.OpOverload))
@@ -160,13 +161,13 @@ def _decompose_if_needed(program: torch.export.ExportedProgram, registry: Any) -
 
 
 def _promote_if_needed(module: torch.fx.GraphModule) -> None:
-    """Insert casts only if some operator computes with another type than that of its tensors."""
+    """Insert casts only if some operator computes in another type than that of its tensors."""
     if any(_casts(node) for node in module.graph.nodes if node.op == "call_function"):
         _promote(module)
 
 
 def _casts(node: torch.fx.Node) -> bool:
-    """Whether an operator gets tensors of several types, or makes numbers with a fraction from integers or truths."""
+    """Return whether an operator takes tensors of several types, or makes floats from integers or booleans."""
     if node.target in _NO_ARITHMETIC:
         return False
     given = {value.dtype for value in _tensors(node.all_input_nodes)}
@@ -179,7 +180,7 @@ def _tensors(nodes: Iterable[torch.fx.Node]) -> list[torch.Tensor]:
 
 
 def _copied_translations(opset_version: int) -> Any:
-    """The exporter's table of operators, to which each export adds: made once, and copied."""
+    """Return a copy of the exporter's table of translations, because each export adds to its own."""
     registry = copy.copy(_translations(opset_version))
     registry.functions = {target: [*functions] for target, functions in registry.functions.items()}
     return registry
@@ -187,7 +188,7 @@ def _copied_translations(opset_version: int) -> Any:
 
 @contextlib.contextmanager
 def _quiet():  # type: ignore[no-untyped-def]
-    """Keep the exporter's own progress and notes away from the table that the user sees."""
+    """Hide the exporter's own progress and messages from the user."""
     noisy = logging.getLogger("torch.onnx")
     level = noisy.level
     noisy.setLevel(logging.ERROR)

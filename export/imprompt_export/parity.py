@@ -1,4 +1,4 @@
-"""Compare each engine with PyTorch after export, and keep the table."""
+"""Compare each engine with PyTorch after the export."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from imprompt_export.precision import TOLERANCE
 from imprompt_serving.backends import get_backend
 
 LEVELS = 2.0
-"""Levels of 255 by which a picture may differ from PyTorch's, whatever the precision."""
+"""Largest difference of a picture from PyTorch's in any precision, in levels of 255."""
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One comparison: sizes, seconds of the engine's call, largest difference to PyTorch and what is allowed."""
+class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+    """One comparison with PyTorch: sizes, seconds of the engine's call, largest difference, and largest allowed one."""
 
     engine: str
     sizes: dict[str, float]
@@ -34,13 +34,23 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ParityError(RuntimeError):
-    """An exported engine does not compute what PyTorch does."""
+    """The results of an exported engine differ from PyTorch's by more than is allowed."""
 
 
-def compare(graph: Graph, path: Path, backend: str, precision: str = "fp32", checks: Sequence[Axes] = ()) -> list[Row]:
-    """Run ``graph`` in PyTorch (in float32) and ``path`` in its engine at every size of ``checks`` (or its own)."""
+def compare(
+    graph: Graph, path: Path, backend: str, precision: str = "fp32", checks: Sequence[Axes] = ()
+) -> list[Comparison]:
+    """Compare the engine at `path` with `graph` in PyTorch (in float32).
+
+    Args:
+        graph: the graph of the engine.
+        path: the file of the engine.
+        backend: the backend that runs it.
+        precision: `engine.precision` of the bundle, which widens the tolerance.
+        checks: the sizes at which to compare; by default those of `graph`.
+    """
     engine = get_backend(backend).load(path)
-    looser = TOLERANCE[graph.precision(precision)]
+    factor = TOLERANCE[graph.precision(precision)]
     rows = []
     for seed, axes in enumerate(checks or graph.checks):
         example = graph.example(axes, seed)
@@ -52,23 +62,27 @@ def compare(graph: Graph, path: Path, backend: str, precision: str = "fp32", che
         difference, allowed = 0.0, 0.0
         for name, value in zip(graph.outputs, expected, strict=True):
             floating = value.is_floating_point()
-            scale = looser * float(value.abs().max()) if floating else min(looser, LEVELS)
+            scale = factor * float(value.abs().max()) if floating else min(factor, LEVELS)
             difference = max(difference, _distance(value.numpy(), answer[name]))
             allowed = max(allowed, graph.tolerance * scale)
-        rows.append(Row(engine=graph.name, sizes=axes, seconds=seconds, difference=difference, allowed=allowed))
+        rows.append(Comparison(engine=graph.name, sizes=axes, seconds=seconds, difference=difference, allowed=allowed))
     return rows
 
 
 def _distance(expected: np.ndarray, answer: np.ndarray) -> float:
-    """The largest difference; infinite where one of both is not a number, or a yes is a no."""
+    """Return the largest difference; infinity for NaN or for booleans that differ."""
     if expected.dtype == bool:
         return 0.0 if np.array_equal(expected, answer) else math.inf
     distance = float(np.abs(expected.astype(np.float64) - answer.astype(np.float64)).max())
     return math.inf if math.isnan(distance) else distance
 
 
-def check(rows: list[Row]) -> None:
-    """Raise for the first row whose difference is larger than its graph allows."""
+def check_parity(rows: list[Comparison]) -> None:
+    """Raise for the first comparison whose difference is larger than allowed.
+
+    Raises:
+        ParityError: names the engine, the sizes, and both differences.
+    """
     for row in rows:
         if not row.passed:
             raise ParityError(

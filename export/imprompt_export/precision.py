@@ -1,8 +1,8 @@
-"""Graphs in the types that their engines compute in, with inputs and outputs that stay as they are.
+"""Make graphs compute in the precision of their engines, while inputs and outputs keep their types.
 
-Tensors between models are float32 whatever the precision: casts are the first and the last thing that a graph does, and
-compilers fuse them with what is next to them. The types are those of the graph, because strongly typed compilers
-(TensorRT 11, TensorRT-RTX) take them from there.
+Tensors between models are float32 in every precision. A graph casts its inputs first and its outputs last, and
+compilers fuse these casts with neighboring operators. The types are part of the graph, because strongly typed compilers
+(TensorRT 11, TensorRT-RTX) take them from it.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from imprompt_export.graphs import EXACT_BUFFERS, Graph
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
-"""What graphs are traced in; int8 engines are quantized afterwards."""
+"""The type that graphs are traced in, by precision; int8 engines are quantized afterwards."""
 TOLERANCE = {"fp32": 1.0, "fp16": 16.0, "bf16": 128.0, "int8": 1.0}
-"""By how much a graph's tolerance grows. Measured on the test bundles in fp16: six times; bf16 has three bits less."""
+"""Factor of a graph's tolerance, by precision. In fp16 the test bundles need 6; bf16 has three bits fewer."""
 
 
 def dtype_of(graph: Graph, precision: str) -> torch.dtype:
-    """The type that ``graph`` computes in."""
+    """Return the type that `graph` computes in."""
     return DTYPES[graph.precision(precision)]
 
 
 class Positional(nn.Module):
-    """A graph that computes in ``dtype``, as a module of positional tensors, which is what ``torch.export`` takes."""
+    """A graph that computes in `dtype`, as a module with positional inputs, which `torch.export` needs."""
 
     def __init__(self, graph: Graph, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -44,10 +44,13 @@ class Positional(nn.Module):
 
 @contextlib.contextmanager
 def cast(module: nn.Module, dtype: torch.dtype, device: str = "cpu", *, channels_last: bool = False) -> Iterator[None]:
-    """The weights of `module` in `dtype` on `device`, for the time being.
+    """Temporarily convert the weights of `module` to `dtype` and move them to `device`.
 
     Args:
-        channels_last: whether those of convolutions lie in this order.
+        module: the module; it has its original weights again at the end.
+        dtype: the type of floating-point weights, except `EXACT_BUFFERS`.
+        device: the device.
+        channels_last: whether to store the weights of convolutions in channels-last order.
     """
     named = dict([*module.named_parameters(), *module.named_buffers()])
     tensors, originals = named.values(), [tensor.data for tensor in named.values()]

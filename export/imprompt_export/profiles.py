@@ -1,4 +1,4 @@
-"""Ranges of every dynamic axis, from ``[shapes]``: what engines that are built for ranges must be told."""
+"""Derive the range of every dynamic axis from `[shapes]`, for engines that are built for ranges or fixed sizes."""
 
 from __future__ import annotations
 
@@ -9,51 +9,55 @@ from imprompt_export.graphs import Axes, Graph, level_axes
 from imprompt_serving.specs import Bundle, CallRows, Range, Shapes, level_size
 
 Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
-"""Smallest, usual and largest shape of each input."""
+"""Smallest, usual, and largest shape of each input."""
 
 PICTURES_TOGETHER = 2
-"""Largest batch of the VAE: a request has so many pictures decoded at a time, and each takes gigabytes."""
+"""Largest batch of the VAE: a request decodes this many pictures at a time, and each takes gigabytes."""
 _LARGER = (64, 128)
-"""Pixels of height and width by which a comparison is above the smallest size; not a square."""
+"""Pixels of height and width that comparisons add to the smallest size; different, so that pictures are not square."""
 
 
 def profiles(graph: Graph, bundle: Bundle) -> list[Profile]:
-    """The optimization profiles of ``graph``; a call must fit one of them.
+    """Return the optimization profiles of `graph`; every call fits one of them.
 
-    An engine needs memory for the largest of all axes of a profile at once. Axes of which only one is ever large are
-    therefore spread over profiles: frames and rows of clips, and groups and tokens of image prompts. In the networks
-    of the denoiser each bucket of rows has a profile too, tuned for the rows that calls are padded to.
+    An engine needs memory for the maxima of all axes of a profile at once. So axes that are never large at the same
+    time are split over profiles: frames and rows of clips, groups and tokens of image prompts. The denoiser's networks
+    also have one profile per bucket of rows, tuned for the number of rows that calls are padded to.
     """
-    boxes = _boxes(graph, bundle)
-    return [{tensor.name: _bounds(tensor.shape, box) for tensor in graph.inputs} for box in boxes]
+    ranges = _profile_ranges(graph, bundle)
+    return [{tensor.name: _bounds(tensor.shape, axis_ranges) for tensor in graph.inputs} for axis_ranges in ranges]
 
 
 def check_axes(graph: Graph, bundle: Bundle) -> tuple[Axes, ...]:
-    """Axes at which an engine for these profiles is compared: the smallest of all, and some within each profile.
+    """Return the sizes at which an engine with these profiles is compared: the smallest, and one within each profile.
 
-    Those of ``graph.checks`` are small, and outside of most profiles.
+    The sizes in `graph.checks` are small and outside most profiles.
     """
-    boxes = _boxes(graph, bundle)
-    smallest, larger = (_areas(bundle, *_check_size(bundle, more)) for more in ((0, 0), _LARGER))
-    points = [graph.checks[0] | {axis: size.min for axis, size in boxes[0].items()} | smallest]
-    for box in boxes:
-        prompts = {axis: size.opt for axis, size in box.items() if axis.startswith(("groups_", "tokens_"))}
+    ranges = _profile_ranges(graph, bundle)
+    smallest, larger = (_picture_axes(bundle, *_comparison_size(bundle, more)) for more in ((0, 0), _LARGER))
+    points = [graph.checks[0] | {axis: size.min for axis, size in ranges[0].items()} | smallest]
+    for axis_ranges in ranges:
+        prompts = {axis: size.opt for axis, size in axis_ranges.items() if axis.startswith(("groups_", "tokens_"))}
         points.append(
-            graph.checks[-1] | {axis: min(size.min + 1, size.max) for axis, size in box.items()} | prompts | larger
+            graph.checks[-1]
+            | {axis: min(size.min + 1, size.max) for axis, size in axis_ranges.items()}
+            | prompts
+            | larger
         )
     drawn = {"scale", *_axes(graph)}
     return tuple({axis: size for axis, size in point.items() if axis in drawn} for point in points)
 
 
 def picture_sizes(shapes: Shapes) -> tuple[tuple[int, int], ...]:
-    """Height and width of the pictures that `[shapes]` lists: the smallest, the usual and the largest ones."""
+    """Return the height and width of the smallest, usual, and largest picture in `[shapes]`, without duplicates."""
     return tuple(dict.fromkeys(zip(shapes.height, shapes.width, strict=True)))
 
 
 def exact_axes(graph: Graph, bundle: Bundle) -> list[Axes]:
-    """Sizes of the axes that engines without ranges have built in: of the picture, and the rows of a step.
+    """Return the combinations of sizes that engines without ranges are built for: picture sizes and rows of a step.
 
-    Axes that are not there touch small products alone (prompts), or belong to networks that run once a request.
+    Other axes stay dynamic: those of prompts only affect small products, and the rest belong to networks that run once
+    per request.
     """
     axes = _axes(graph)
     rows = (
@@ -63,32 +67,32 @@ def exact_axes(graph: Graph, bundle: Bundle) -> list[Axes]:
     )
     found: list[Axes] = []
     for size, count in itertools.product(picture_sizes(bundle.shapes), rows):
-        found.append({axis: length for axis, length in _areas(bundle, *size).items() if axis in axes})
+        found.append({axis: length for axis, length in _picture_axes(bundle, *size).items() if axis in axes})
         if count:
             found[-1]["batch"] = count
     return [each for index, each in enumerate(found) if each not in found[:index]]
 
 
-def _boxes(graph: Graph, bundle: Bundle) -> list[dict[str, Range]]:
-    """The range of each axis in each profile."""
+def _profile_ranges(graph: Graph, bundle: Bundle) -> list[dict[str, Range]]:
+    """Return the range of each axis, for each profile."""
     axes = _axes(graph)
-    common = {axis: sizes for axis, sizes in _sizes(bundle).items() if axis in axes}
-    common |= {"batch": batch(graph, bundle)} if "batch" in axes else {}
-    choices = [list(_clips(bundle)) if "frames" in axes else [{}], list(_image_prompts(axes, bundle))]
-    boxes = [common | clips | prompts for clips, prompts in itertools.product(*choices)]
+    common = {axis: sizes for axis, sizes in _common_ranges(bundle).items() if axis in axes}
+    common |= {"batch": batch_range(graph, bundle)} if "batch" in axes else {}
+    choices = [list(_clip_ranges(bundle)) if "frames" in axes else [{}], list(_image_prompt_ranges(axes, bundle))]
+    ranges = [common | clips | prompts for clips, prompts in itertools.product(*choices)]
     if not _runs_each_step(graph):
-        return boxes
-    return [box | {"batch": rows} for box in boxes for rows in _buckets(box["batch"].max)]
+        return ranges
+    return [axis_ranges | {"batch": rows} for axis_ranges in ranges for rows in _buckets(axis_ranges["batch"].max)]
 
 
 def _buckets(most: int) -> list[Range]:
-    """Ranges that make up 1 to `most` rows, each tuned for its largest, one of the buckets."""
+    """Split 1 to `most` rows into one range per bucket, each tuned for its maximum."""
     sizes = CallRows(most, bucketed=True).buckets
     return [Range(smaller + 1, size, size) for smaller, size in itertools.pairwise((0, *sizes))]
 
 
 def _runs_each_step(graph: Graph) -> bool:
-    """Whether `graph` is a network of the denoiser, and not one that encodes a prompt or picture once a request."""
+    """Return whether `graph` runs at each denoising step, and not once per request."""
     networks = ("unet", "controlnet_", "motion_unet")
     return graph.name.startswith(networks) and not graph.name.startswith("controlnet_emb")
 
@@ -97,20 +101,20 @@ def _axes(graph: Graph) -> set[str]:
     return {size for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)}
 
 
-def batch(graph: Graph, bundle: Bundle) -> Range:
-    """The batch of ``graph``; one row is always among what an engine takes, whatever ``shapes.rows`` begins with."""
+def batch_range(graph: Graph, bundle: Bundle) -> Range:
+    """Return the range of the batch of `graph`; it always starts at one row, even if `shapes.rows` does not."""
     _, opt, high = bundle.shapes.rows
     if graph.name.startswith("vae_"):
         high = min(high, PICTURES_TOGETHER)
     if not _runs_each_step(graph):
-        opt = 1  # encoders are called for one picture or prompt
+        opt = 1  # encoders usually process one picture or prompt
     return Range(1, min(opt, high), high)
 
 
-def _sizes(bundle: Bundle) -> dict[str, Range]:
-    """Axes that follow from the size of a picture, and those that have one size or one range for all graphs."""
+def _common_ranges(bundle: Bundle) -> dict[str, Range]:
+    """Return the ranges of the axes that depend on the picture size, and of those that are the same in all graphs."""
     shapes = bundle.shapes
-    areas = [_areas(bundle, *sizes) for sizes in zip(shapes.height, shapes.width, strict=True)]
+    areas = [_picture_axes(bundle, *sizes) for sizes in zip(shapes.height, shapes.width, strict=True)]
     found = {axis: Range(*(area[axis] for area in areas)) for axis in areas[0]}
     length = bundle.text_encoders[0].max_length
     fewest = min((adapter.num_tokens for adapter in bundle.adapters), default=1)
@@ -119,8 +123,8 @@ def _sizes(bundle: Bundle) -> dict[str, Range]:
     return found
 
 
-def _areas(bundle: Bundle, height: int, width: int) -> dict[str, int]:
-    """Pixels, latents at each halving, and positions of attention of one picture."""
+def _picture_axes(bundle: Bundle, height: int, width: int) -> dict[str, int]:
+    """Return the sizes for one picture: pixels, latents at each level, and query positions at each level."""
     found = {"height": height, "width": width}
     for level in {0, *bundle.levels, *(shape.level for shape in (*bundle.residuals, *bundle.features))}:
         h, w = (level_size(size // bundle.vae_scale_factor, level) for size in (height, width))
@@ -128,15 +132,15 @@ def _areas(bundle: Bundle, height: int, width: int) -> dict[str, int]:
     return found
 
 
-def _check_size(bundle: Bundle, more: tuple[int, int]) -> list[int]:
-    """Height and width by so many pixels above the smallest, as far as they are served; T2I-Adapters want multiples."""
+def _comparison_size(bundle: Bundle, more: tuple[int, int]) -> list[int]:
+    """Return a height and width `more` above the smallest, within the limits and in the multiples T2I-Adapters need."""
     factor = max([bundle.vae_scale_factor, *(adapter.downscale_factor for adapter in bundle.t2i_adapters)])
     sizes = zip((bundle.shapes.height, bundle.shapes.width), more, strict=True)
     return [min(-(-size.min // factor) * factor + extra, size.max // factor * factor) for size, extra in sizes]
 
 
-def _clips(bundle: Bundle) -> Iterator[dict[str, Range]]:
-    """Frames, four times as many from profile to profile, and the rows of so many frames that a call may have."""
+def _clip_ranges(bundle: Bundle) -> Iterator[dict[str, Range]]:
+    """Yield ranges of frames, each starting at four times the last, and the rows of clips that long in one call."""
     window = bundle.motion.window if bundle.motion else 1
     low, usual, most = (min(count, window) for count in bundle.shapes.frames)
     while low <= most:
@@ -149,25 +153,25 @@ def _clips(bundle: Bundle) -> Iterator[dict[str, Range]]:
         low = high + 1
 
 
-def _image_prompts(axes: set[str], bundle: Bundle) -> Iterator[dict[str, Range]]:
-    """One group of any number of tokens; or region masks, with the tokens of one picture in each group."""
+def _image_prompt_ranges(axes: set[str], bundle: Bundle) -> Iterator[dict[str, Range]]:
+    """Yield ranges for one group with any number of tokens, then for region masks: a group per picture."""
     adapters = [adapter for adapter in bundle.adapters if f"groups_{adapter.name}" in axes]
     if not adapters:
         yield {}
         return
     kinds = ((1, bundle.shapes.image_tokens[-1]), (bundle.shapes.regions, bundle.region_tokens))
     for groups, most in kinds[: 1 if bundle.shapes.regions == 1 else 2]:
-        box = {}
+        axis_ranges = {}
         for adapter in adapters:
             usual = min(bundle.shapes.bucket(adapter.num_tokens), most)
-            box[f"groups_{adapter.name}"] = Range(1, min(groups, 2), groups)
-            box[f"tokens_{adapter.name}"] = Range(1, usual, most)
-        yield box
+            axis_ranges[f"groups_{adapter.name}"] = Range(1, min(groups, 2), groups)
+            axis_ranges[f"tokens_{adapter.name}"] = Range(1, usual, most)
+        yield axis_ranges
 
 
 def _bounds(
-    shape: tuple[int | str, ...], box: Mapping[str, Range]
+    shape: tuple[int | str, ...], axis_ranges: Mapping[str, Range]
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    ranges = [box[size] if isinstance(size, str) else Range(size, size, size) for size in shape]
+    ranges = [axis_ranges[size] if isinstance(size, str) else Range(size, size, size) for size in shape]
     smallest, usual, largest = zip(*ranges, strict=True)
     return smallest, usual, largest

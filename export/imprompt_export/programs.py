@@ -1,4 +1,4 @@
-"""Graph -> `torch.export` program, from which ONNX files and AOTInductor's packages are made."""
+"""Trace graphs to `torch.export` programs, from which ONNX files and AOTInductor packages are built."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from imprompt_export.precision import Positional
 
 
 def trace_axes(graph: Graph) -> Axes:
-    """Example sizes for tracing: the last check, which has no axis of size 1 (`torch.export` would freeze it)."""
+    """Return the example sizes for tracing: the last check, whose axes are all above 1 (`torch.export` freezes 1)."""
     return graph.checks[-1]
 
 
 def trace(
     graph: Graph, dtype: torch.dtype, *, axes: Axes | None = None, exact: Collection[str] = (), device: str = "cpu"
 ) -> torch.export.ExportedProgram:
-    """Trace `graph`, computed in `dtype`; the caller has cast its weights, which the program refers to.
+    """Trace `graph` in `dtype`. The program refers to the graph's weights, which the caller has cast to `dtype`.
 
     Args:
-        axes: example sizes, by default `trace_axes`.
-        exact: axes that keep the size of the example; the others stay dynamic.
-        device: where the weights are.
+        graph: the graph.
+        dtype: the type that it computes in.
+        axes: example sizes; by default `trace_axes`.
+        exact: axes that are fixed to the size in the example; the others stay dynamic.
+        device: the device of the weights.
     """
     example = graph.example(axes or trace_axes(graph))
     dynamic = tuple(

@@ -1,4 +1,4 @@
-"""Silence of the libraries that load and trace checkpoints, for the time of an export."""
+"""Silence the libraries that load and trace checkpoints during an export."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Errors of transformers, diffusers and huggingface_hub alone, without progress bars; no warnings of Python's."""
+    """Let transformers, diffusers, and huggingface_hub only log errors; hide progress bars and Python's warnings."""
     from transformers.utils import logging as transformers_logging  # isort: skip - before diffusers, which it warns about
 
     transformers_level = transformers_logging.get_verbosity()

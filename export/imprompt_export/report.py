@@ -1,4 +1,4 @@
-"""The table of an export: kept in the repository as JSON, printed for the user."""
+"""The report of an export: saved in the repository as JSON, and printed as a table."""
 
 from __future__ import annotations
 
@@ -25,27 +25,31 @@ _VERSIONS = (
 )
 
 
-class Row(parity.Row, frozen=True, kw_only=True):
-    """A comparison and the time that the export of its engine took, in seconds."""
+class EngineRow(parity.Comparison, frozen=True, kw_only=True):
+    """A comparison with PyTorch, and the seconds that the export of the engine took."""
 
     export_seconds: float
 
     @classmethod
-    def of(cls, row: parity.Row, *, export_seconds: float) -> Row:
+    def of(cls, row: parity.Comparison, *, export_seconds: float) -> EngineRow:
         return cls(**msgspec.structs.asdict(row), export_seconds=export_seconds)
 
 
 class Report(msgspec.Struct, kw_only=True):
-    """What an export found out of its engines: all of them against PyTorch, and those in int8 against fp32."""
+    """The comparison of all engines with PyTorch, and of int8 engines with fp32."""
 
-    engines: list[Row] = []
+    engines: list[EngineRow] = []
     int8: list[Quality] = []
 
 
-def save(made: Report, folder: Path, spec: specs.Bundle, *, run_by: str | None) -> None:
-    """Write ``made`` beside the pipeline model, with the versions that made the engines.
+def save(report: Report, folder: Path, spec: specs.Bundle, *, run_by: str | None) -> None:
+    """Write `report` to the folder of the pipeline model, with the versions of the packages that built the engines.
 
-    ``run_by``: the backend that ran the engines for the comparison; None if nothing could.
+    Args:
+        report: the report.
+        folder: the folder of the pipeline model.
+        spec: the exported bundle.
+        run_by: the backend that ran the engines for the comparison; None if none could.
     """
     content = {
         "bundle": spec.name,
@@ -54,27 +58,27 @@ def save(made: Report, folder: Path, spec: specs.Bundle, *, run_by: str | None) 
         "run_by": run_by,
         "python": platform.python_version(),
         "versions": dict(_versions()),
-        **msgspec.structs.asdict(made),
+        **msgspec.structs.asdict(report),
     }
     (folder / FILE_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(content)) + b"\n")
 
 
 def _versions() -> Iterator[tuple[str, str]]:
-    """Those that are installed."""
+    """Yield the version of each package in `_VERSIONS` that is installed."""
     for name in _VERSIONS:
         with contextlib.suppress(PackageNotFoundError):
             yield name, version(name)
 
 
-def table(made: Report) -> Group:
-    """``made`` for the terminal."""
-    return Group(_engines(made.engines), *([_int8(made.int8)] if made.int8 else []))
+def table(report: Report) -> Group:
+    """Render `report` for the terminal."""
+    return Group(_engines(report.engines), *([_int8(report.int8)] if report.int8 else []))
 
 
 def _int8(rows: list[Quality]) -> Table:
-    made = Table("in int8", "calls", "signal to noise, dB", "in the worst call", "wanted", "pictures differ by")
+    table = Table("int8 engine", "calls", "SNR, dB", "worst call, dB", "minimum, dB", "pictures differ by")
     for row in rows:
-        made.add_row(
+        table.add_row(
             row.engine,
             str(row.calls),
             f"{row.snr_db:.1f}",
@@ -82,14 +86,14 @@ def _int8(rows: list[Quality]) -> Table:
             f"{row.min_snr_db:g}",
             f"{row.picture_distance:.1f} levels",
         )
-    return made
+    return table
 
 
-def _engines(rows: list[Row]) -> Table:
-    made = Table("engine", "size", "export s", "call s", "max abs difference", "allowed")
+def _engines(rows: list[EngineRow]) -> Table:
+    table = Table("engine", "sizes", "export, s", "call, s", "max abs difference", "allowed")
     for row in rows:
         sizes = " ".join(f"{axis}={size}" for axis, size in row.sizes.items() if not axis.startswith("q"))
-        made.add_row(
+        table.add_row(
             row.engine,
             sizes,
             f"{row.export_seconds:.1f}",
@@ -97,4 +101,4 @@ def _engines(rows: list[Row]) -> Table:
             f"{row.difference:.1e}",
             f"{row.allowed:.1e}",
         )
-    return made
+    return table

@@ -1,4 +1,4 @@
-"""Lay out a Triton model repository: a folder for each model with config.pbtxt, version 1 and what it needs."""
+"""Write the Triton models of a bundle: for each a folder with `config.pbtxt`, and its files in version `1`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from imprompt_serving.capabilities import capabilities
 from imprompt_serving.specs import Bundle
 from imprompt_serving.wire import Tensor
 
-_SHIM = '"""The code is in the package, so that every repository runs the version that is installed."""\n\n' + (
+_SHIM = '"""Load the model from the installed package, so that every repository runs that version."""\n\n' + (
     'from imprompt_serving.triton.{module} import TritonPythonModel\n\n__all__ = ["TritonPythonModel"]\n'
 )
 _IN_DENOISER = ("unet", "image_projection_", "controlnet_", "motion_unet", "t2i_adapter_")
@@ -36,7 +36,16 @@ def write_models(
     files: Mapping[str, Path],
     checkpoints: Checkpoints,
 ) -> None:
-    """Write every model of ``bundle`` under ``root``; ``files`` (an engine for each graph) are moved there."""
+    """Write all models of `bundle` to `root`, and move the engines there.
+
+    Args:
+        root: the folder for the models.
+        bundle: the bundle.
+        host: `engine.host`.
+        graphs: the graphs by name.
+        files: the engine of each graph.
+        checkpoints: the checkpoints, for tokenizers and face models.
+    """
     described = json.dumps(capabilities(bundle))
     for stream in (False, True):
         model = config.pipeline(bundle, stream=stream, capabilities=described)
@@ -61,7 +70,7 @@ def write_models(
 
 
 def _write(root: Path, bundle: Bundle, model: pb.ModelConfig, module: str | None) -> Path:
-    """Write the configuration and the shim of one model; returns its version folder."""
+    """Write the configuration of one model and its `model.py`; return its version folder."""
     folder = root / model.name / "1"
     folder.mkdir(parents=True)
     (root / model.name / "config.pbtxt").write_text(config.to_pbtxt(model))
@@ -72,13 +81,13 @@ def _write(root: Path, bundle: Bundle, model: pb.ModelConfig, module: str | None
 
 
 def _engine_config(bundle: Bundle, host: str, graph: Graph) -> pb.ModelConfig:
-    """All inputs and outputs of these graphs have the batch axis first, which Triton adds by itself."""
+    """Make the configuration of an engine; all shapes start with the batch axis, which Triton adds by itself."""
     inputs = [Tensor(tensor.name, _DTYPES[tensor.values], _dims(tensor.shape)) for tensor in graph.inputs]
     outputs = [
         Tensor(name, graph.output_dtypes.get(name, "FP32"), _dims(shape)) for name, shape in graph.outputs.items()
     ]
     needs_gpu = get_backend(bundle.backend).needs_gpu
-    # Triton makes an instance on each GPU of what it hosts itself, unless it is told which.
+    # By default Triton creates an instance of the engines that it hosts on every GPU.
     devices = bundle.devices or ((0,) if needs_gpu and host == "native" else ())
     return config.engine(
         bundle.model(graph.name),
@@ -87,7 +96,7 @@ def _engine_config(bundle: Bundle, host: str, graph: Graph) -> pb.ModelConfig:
         backend=bundle.backend,
         host=host,
         threads=bundle.threads,
-        # ONNX Runtime hosted by Python may be the one for CPUs, which Triton would refuse on a GPU.
+        # With ONNX Runtime in a Python process, the CPU build may be installed, which Triton would refuse on a GPU.
         devices=devices if needs_gpu or host == "native" else (),
         max_batch_size=export_backend(bundle.backend).max_batch_size(graph, bundle),
         usual_dims=_usual_dims(graph, bundle),
@@ -96,7 +105,7 @@ def _engine_config(bundle: Bundle, host: str, graph: Graph) -> pb.ModelConfig:
 
 
 def _usual_dims(graph: Graph, bundle: Bundle) -> dict[str, tuple[int, ...]]:
-    """Dims of one row of each input, for pictures of the default size."""
+    """Return the dims of one row of each input, for pictures of the default size."""
     sizes = {"height": bundle.default_height, "width": bundle.default_width}
     latent = (size // bundle.vae_scale_factor for size in sizes.values())
     sizes |= dict(zip(level_axes(0), latent, strict=True))
@@ -111,13 +120,13 @@ def _dims(shape: tuple[int | str, ...]) -> tuple[int, ...]:
 
 
 def _move(file: Path, folder: Path, stem: str) -> None:
-    """Move an engine and what lies beside it; the name of external data is written into an ONNX file and so stays."""
+    """Move an engine and its companion files, renamed to `stem`; external data keeps the name in the ONNX file."""
     for part in [part for part in file.parent.iterdir() if part.is_file()]:
         part.rename(folder / (part.name if part.suffix == ".data" else f"{stem}{part.name.removeprefix(file.stem)}"))
 
 
 def _link(folder: Path, other: Path) -> None:
-    """Give ``other`` the files of ``folder`` that it lacks; they stay on the disk once where hard links can be made."""
+    """Add the files of `folder` that `other` lacks, as hard links if possible to save disk space."""
     for file in folder.iterdir():
         if not (other / file.name).exists():
             try:

@@ -1,6 +1,6 @@
-"""Where the checkpoints of a bundle are: folders and files beside it, or repositories of the Hugging Face hub.
+"""Find the checkpoints of a bundle: local folders and files, or repositories of the Hugging Face hub.
 
-Reads configurations, and names and shapes of tensors, without torch, so that mistakes show before it is imported.
+Configurations and the names and shapes of tensors are read without torch, so that mistakes show before it is imported.
 """
 
 from __future__ import annotations
@@ -18,27 +18,33 @@ from imprompt_export.errors import BundleError, did_you_mean, some_of
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-"""Endings of files with weights, best first."""
+"""Suffixes of weight files, in order of preference."""
 
 
 class TensorInfo(NamedTuple):
-    """A tensor that has not been read."""
+    """The shape of a tensor whose data has not been read."""
 
     shape: tuple[int, ...]
 
 
 def locate(what: str, folder: Path, path: str) -> str:
-    """`path`, relative to `folder`, as an absolute path; what is not there and looks like `owner/name` is a hub id.
+    """Return `path`, relative to `folder`, as an absolute path, or unchanged if it is a hub id.
 
-    Offline (`HF_HUB_OFFLINE`), a hub id becomes the folder that the hub's cache has of it.
+    A path that does not exist and looks like `owner/name` is a hub id. Offline (`HF_HUB_OFFLINE`), return the folder in
+    the hub's cache instead.
+
+    Args:
+        what: the checkpoint's name in messages.
+        folder: the folder of the bundle file.
+        path: a path or a hub id.
 
     Raises:
-        BundleError: it is neither, or not in the cache.
+        BundleError: the path does not exist, or the hub id is not in the cache while offline.
     """
     local = folder / path
     if local.exists():
         return str(local.resolve())
-    # "checkpoints/sd15" beside a folder "checkpoints" is a misspelt path, not a repository of one "checkpoints".
+    # If there is a folder "checkpoints", then "checkpoints/sd15" is a misspelled path, not a repository on the hub.
     if not _HUB_ID.fullmatch(path) or local.parent.is_dir():
         raise BundleError(f"{what}: no such file or folder in {folder}: {path}{_nearest(local)}")
     from huggingface_hub import constants
@@ -53,15 +59,15 @@ def _nearest(missing: Path) -> str:
 
 
 def is_local(root: str) -> bool:
-    """Whether `locate` found `root` on this machine."""
+    """Return whether `locate` found `root` on this machine."""
     return Path(root).is_absolute()
 
 
 def find(what: str, root: str, file: str) -> Path:
-    """`file` of `root`, from the hub or its cache where `root` is a hub id.
+    """Return the path of `file` in `root`; if `root` is a hub id, download the file or take it from the hub's cache.
 
     Raises:
-        BundleError: it is not there, or cannot be had; the message names `what` it is for.
+        BundleError: the file does not exist or cannot be downloaded; the message starts with `what`.
     """
     if not is_local(root):
         return _download(what, root, file)
@@ -72,14 +78,14 @@ def find(what: str, root: str, file: str) -> Path:
 
 
 def weights_file(what: str, root: str, subfolder: str, name: str | None) -> Path:
-    """The file of weights called `name`, or the only one, in `subfolder` of `root`; `root` may be the file itself.
+    """Return the weight file `name` in `subfolder` of `root`, or the only one there; `root` may be the file itself.
 
     Raises:
-        BundleError: there is none, or there are several to choose from.
+        BundleError: there is no such file, or several files and no `name`.
     """
     if is_local(root) and Path(root).is_file():
         if subfolder or name not in (None, Path(root).name):
-            raise BundleError(f"{what}: {root} is a file already; leave out subfolder and weight_name")
+            raise BundleError(f"{what}: {root} is already a file; leave out subfolder and weight_name")
         return Path(root)
     if name is not None:
         return find(what, root, "/".join(filter(None, (subfolder, name))))
@@ -92,14 +98,18 @@ def weights_file(what: str, root: str, subfolder: str, name: str | None) -> Path
     for suffix in WEIGHTS:
         found = [candidate for candidate in names if candidate.endswith(suffix)]
         if len(found) > 1:
-            raise BundleError(f"{what}: {root} holds {some_of(found)}; say which one by weight_name")
+            raise BundleError(f"{what}: {root} has several weight files ({some_of(found)}); choose one in weight_name")
         if found:
             return find(what, root, "/".join(filter(None, (subfolder, found[0]))))
-    raise BundleError(f"{what}: no file with weights ({', '.join(WEIGHTS)}) in {Path(root, subfolder)}")
+    raise BundleError(f"{what}: no weight file ({', '.join(WEIGHTS)}) in {Path(root, subfolder)}")
 
 
 def read_json(what: str, root: str, file: str) -> dict[str, Any]:
-    """The JSON object in `file` of `root`."""
+    """Read the JSON object in `file` of `root`.
+
+    Raises:
+        BundleError: the file does not exist, or holds something else.
+    """
     path = find(what, root, file)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -108,27 +118,27 @@ def read_json(what: str, root: str, file: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{what}: {path} is not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise BundleError(f"{what}: {path} holds no JSON object")
+        raise BundleError(f"{what}: {path} is not a JSON object")
     return content
 
 
 def tensors(what: str, file: Path) -> dict[str, Any] | None:
-    """Names of the tensors in `file`, with a `TensorInfo` each, nested as they are in `.bin` files.
+    """Read the names and shapes (`TensorInfo`) of the tensors in `file`, nested as they are in `.bin` files.
 
     None for formats that only torch can read.
 
     Raises:
-        BundleError: the file is damaged, or would run code.
+        BundleError: the file is damaged, or would run code when loaded.
     """
     if file.suffix == ".safetensors":
         return _safetensors(what, file)
     if file.suffix not in WEIGHTS:
-        raise BundleError(f"{what}: {file} is no file with weights ({', '.join(WEIGHTS)})")
+        raise BundleError(f"{what}: {file} is not a weight file ({', '.join(WEIGHTS)})")
     if not zipfile.is_zipfile(file):
         with file.open("rb") as opened:
-            if opened.read(1) == b"\x80":  # a pickle, as torch wrote them before 1.6
+            if opened.read(1) == b"\x80":  # a plain pickle, the format of torch before 1.6
                 return None
-        raise BundleError(f"{what}: {file} is damaged: not what torch.save writes, or cut off")
+        raise BundleError(f"{what}: {file} is damaged: it was not written by torch.save, or it is cut off")
     return _pickled(what, file)
 
 
@@ -139,7 +149,7 @@ def _safetensors(what: str, file: Path) -> dict[str, Any]:
         with safe_open(file, framework="np") as opened:
             return {key: TensorInfo(tuple(opened.get_slice(key).get_shape())) for key in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise BundleError(f"{what}: {file} is damaged or no safetensors file: {error}") from None
+        raise BundleError(f"{what}: {file} is damaged or not a safetensors file: {error}") from None
 
 
 def _pickled(what: str, file: Path) -> dict[str, Any]:
@@ -147,7 +157,7 @@ def _pickled(what: str, file: Path) -> dict[str, Any]:
         with zipfile.ZipFile(file) as archive:
             names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             if not names:
-                raise BundleError(f"{what}: {file} is not what torch.save writes")
+                raise BundleError(f"{what}: {file} was not written by torch.save")
             with archive.open(names[0]) as opened:
                 content = _ShapeReader(opened).load()
     except BundleError:
@@ -162,7 +172,7 @@ def _pickled(what: str, file: Path) -> dict[str, Any]:
 
 
 class _ShapeReader(pickle.Unpickler):
-    """Reads what `torch.save` wrote without its data, and without running code that is in it."""
+    """Reads a file of `torch.save` without the tensors' data and without running any code in it."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -172,8 +182,8 @@ class _ShapeReader(pickle.Unpickler):
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return lambda data, *_: data
         if module in ("torch", "torch.storage"):
-            return f"{module}.{name}"  # types of storages, which are not called
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+            return f"{module}.{name}"  # storage types, which are never called
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
     def persistent_load(self, pid: Any) -> Any:
         return None
@@ -187,7 +197,7 @@ def _snapshot(what: str, repository: str) -> str:
     except (OSError, ValueError, errors.EntryNotFoundError):
         cache = constants.HF_HUB_CACHE
         raise BundleError(
-            f"{_not_beside(what, repository)} the hub's {repository} is not in {cache} (HF_HUB_OFFLINE is set)"
+            f"{_no_folder(what, repository)} the hub repository {repository} is not in {cache} (HF_HUB_OFFLINE is set)"
         ) from None
 
 
@@ -206,22 +216,22 @@ def _download(what: str, repository: str, file: str) -> Path:
         return Path(hf_hub_download(repository, file))
     except errors.GatedRepoError:
         raise BundleError(
-            f"{what}: accept the terms of https://huggingface.co/{repository}, then `hf auth login`"
+            f"{what}: accept the terms at https://huggingface.co/{repository}, then run `hf auth login`"
         ) from None
     except errors.RepositoryNotFoundError:
         raise BundleError(
-            f"{_not_beside(what, repository)} the hub has no such repository, or it is private (`hf auth login`)"
+            f"{_no_folder(what, repository)} the hub has no such repository, or it is private (run `hf auth login`)"
         ) from None
     except errors.RemoteEntryNotFoundError:
         raise BundleError(f"{what}: no file {file} in {repository} on the hub") from None
-    except Exception as error:  # the many errors of HTTP and of validation
+    except Exception as error:  # there are many types of HTTP and validation errors
         raise BundleError(
-            f"{_not_beside(what, repository)} {file} of the hub's {repository} cannot be had: {error}"
+            f"{_no_folder(what, repository)} {file} of the hub repository {repository} cannot be downloaded: {error}"
         ) from None
 
 
 def _hub_files(what: str, repository: str, subfolder: str) -> list[str]:
-    """Names of the files in `subfolder`; of those in the cache where the hub cannot be reached."""
+    """List the files in `subfolder` of a hub repository, or those in the cache if the hub cannot be reached."""
     from huggingface_hub import HfApi, errors, snapshot_download
 
     try:
@@ -230,17 +240,17 @@ def _hub_files(what: str, repository: str, subfolder: str) -> list[str]:
         try:
             snapshot = Path(snapshot_download(repository, local_files_only=True))
         except (OSError, ValueError, errors.EntryNotFoundError):
-            raise BundleError(f"{_not_beside(what, repository)} the hub's cannot be listed: {error}") from None
+            raise BundleError(f"{_no_folder(what, repository)} the hub repository cannot be listed: {error}") from None
         paths = [path.relative_to(snapshot) for path in sorted(snapshot.rglob("*"))]
     return [path.name for path in paths if path.parent == Path(subfolder)]
 
 
-def _not_beside(what: str, repository: str) -> str:
-    return f"{what}: there is no folder {repository} beside the bundle file, and"
+def _no_folder(what: str, repository: str) -> str:
+    return f"{what}: there is no folder {repository} next to the bundle file, and"
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tensors by their joined names; what is not a tensor is left out."""
+    """Flatten nested tensors to joined names; values that are not tensors are left out."""
     found: dict[str, Any] = {}
     for key, value in content.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""T2I-Adapters: loaded, checked against the base, and their graph. They run once a request, not at each step."""
+"""Load T2I-Adapters, check that they fit the base, and build their graphs, which run once per request."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from imprompt_serving.specs import Residual, feature_names
 
 
 def load_t2i_adapters(bundle: BundleFile, unet: Any, family: ExportFamily) -> dict[str, Any]:
-    """The T2I-Adapters of ``bundle`` by name, in float32.
+    """Load the T2I-Adapters of `bundle` by name, in float32.
 
     Raises:
         BundleError: a folder holds no T2I-Adapter, or one for another base.
@@ -32,10 +32,10 @@ def load_t2i_adapters(bundle: BundleFile, unet: Any, family: ExportFamily) -> di
 
 
 def features(unet: Any, family: ExportFamily) -> tuple[Residual, ...]:
-    """What a T2I-Adapter adds within the blocks of ``unet`` (``UNet2DConditionModel.forward``).
+    """List the features that a T2I-Adapter adds inside the blocks of `unet` (`UNet2DConditionModel.forward`).
 
-    To the last layer of each down block with attention, to the output of each one without, and, in some families, to
-    that of the middle block.
+    They are added to the last layer of each down block with attention, to the output of each down block without, and in
+    some families to the output of the middle block.
     """
     channels, last = unet.config.block_out_channels, len(unet.config.block_out_channels) - 1
     found = []
@@ -47,7 +47,7 @@ def features(unet: Any, family: ExportFamily) -> tuple[Residual, ...]:
 
 
 def t2i_adapter(name: str, model: Any, shapes: tuple[Residual, ...]) -> Graph:
-    """Control images in 0..1 -> features for the blocks of the UNet."""
+    """Build the graph from control images (0 to 1) to the features for the blocks of the UNet."""
     channels, factor = model.config.in_channels, model.config.downscale_factor
 
     def run(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:

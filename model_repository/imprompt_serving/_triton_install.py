@@ -1,7 +1,8 @@
-"""Finds a Triton: `tritonserver` on PATH (the NGC container), or the one inside the `nvidia-pytriton` package.
+"""Find Triton: `tritonserver` on PATH (the NGC container), or the binary inside the `nvidia-pytriton` package.
 
-A Python model runs in a *stub*, a process that embeds libpython. It must be the very library of the interpreter whose
-packages the models import; otherwise extension modules fail to load (`undefined symbol: _PyModule_Add`).
+A Python model runs in a *stub*, a process that embeds libpython. The stub must load the same libpython as the
+interpreter whose packages the models import; otherwise extension modules fail to load (`undefined symbol:
+_PyModule_Add`).
 """
 
 from __future__ import annotations
@@ -22,23 +23,23 @@ PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
 class LaunchError(RuntimeError):
-    """The server cannot be started, or ended by itself. The message says why and what to do."""
+    """The server cannot start, or has stopped unexpectedly. The message says why and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TritonInstall:
-    """A Triton with the folders it needs."""
+    """A Triton installation: the binary and the folders it needs."""
 
     binary: Path
     backends: Path
     caches: Path
     libraries: Path | None
-    """Where its own shared libraries are, when they are not where the loader looks."""
+    """Folder of its own shared libraries, if the loader does not search there by default."""
     stub: Path
-    """The executable that hosts a Python model; links `libpython<PYTHON>`."""
+    """The executable that hosts a Python model, linked against `libpython<PYTHON>`."""
 
     def prepare_backends(self, scratch: Path) -> Path:
-        """The backend folder to pass: the Triton's own if it has the right stub, otherwise a folder of links."""
+        """Return the backend folder for Triton: its own if it has the right stub, otherwise a folder of links."""
         if self.stub.parent == self.backends / "python":
             return self.backends
         linked = scratch / "backends"
@@ -48,10 +49,10 @@ class TritonInstall:
         return linked
 
     def environment(self) -> dict[str, str]:
-        """The environment of the server, with the libpython and the `python3` of this interpreter first.
+        """Return the environment for the server, with the libpython and the `python3` of this interpreter first.
 
-        From `python3` on PATH the stub finds the packages (of a virtual environment too). It ignores `PYTHONPATH` and
-        all other `PYTHON*` variables: the models import what is installed.
+        The stub locates the packages (also those of a virtual environment) through `python3` on PATH. It ignores
+        `PYTHONPATH` and all other `PYTHON*` variables, so the models import only installed packages.
         """
         # Processes share the cores: an idle OpenMP thread that spins takes its core from the one it waits for.
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
@@ -62,7 +63,11 @@ class TritonInstall:
 
 
 def find_triton() -> TritonInstall:
-    """The Triton to start. Raises `LaunchError` when there is none, or none that can run this interpreter's models."""
+    """Locate the Triton to start.
+
+    Raises:
+        LaunchError: no Triton is installed, or none that can run the models of this interpreter.
+    """
     try:
         check_one_installed()
     except EngineError as error:
@@ -93,12 +98,12 @@ def _pip_triton() -> TritonInstall:
             "no Triton found: `tritonserver` is not on PATH, and the package nvidia-pytriton is not installed; "
             'run `pip install "imprompt[server]"`, or use an NGC Triton container'
         )
-    # Version 2.51, which this package ships, passes empty tensors to the models with numpy 2, without any message.
+    # With numpy 2, Triton 2.51, which this package ships, silently passes empty tensors to the models.
     numpy_version = importlib.metadata.version("numpy")
     if int(numpy_version.split(".")[0]) >= 2:
         raise LaunchError(
-            f"numpy {numpy_version} is installed, and the Triton of nvidia-pytriton needs numpy < 2 "
-            '(it would pass empty tensors): run `pip install "numpy<2"`'
+            f"numpy {numpy_version} is installed, but the Triton in nvidia-pytriton needs numpy < 2 "
+            '(with numpy 2, models receive empty tensors): run `pip install "numpy<2"`'
         )
     package = Path(spec.origin).parent
     root = package / "tritonserver"
@@ -117,17 +122,17 @@ def _pip_triton() -> TritonInstall:
 
 
 def _libpython_folder() -> Path:
-    """Where the shared library of this very interpreter is."""
+    """Return the folder that holds the shared library of the running interpreter."""
     name = f"libpython{PYTHON}.so.1.0"
     libdir = Path(sysconfig.get_config_var("LIBDIR") or "/usr/lib")
-    # As built; Debian's own; a relocated Python, whose LIBDIR is that of the machine it was built on.
+    # In order: LIBDIR as built; Debian's layout; a relocated Python, whose LIBDIR names a folder of the build machine.
     candidates = [libdir, libdir / (sysconfig.get_config_var("MULTIARCH") or ""), Path(sys.base_prefix) / "lib"]
     for folder in candidates:
         if (folder / name).is_file():
             return folder
     raise LaunchError(
-        f"{sys.executable} has no shared {name} (looked in {', '.join(map(str, candidates))}), "
-        "which Triton needs to host Python models: use a Python that was built with --enable-shared"
+        f"{sys.executable} has no shared {name} (searched {', '.join(map(str, candidates))}), which Triton "
+        "needs to host Python models: use a Python built with --enable-shared"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a bundle can do, as its callers read it (``Client.describe``)."""
+"""What a bundle can do, as clients read it (`Client.describe`)."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ SCHEDULERS: tuple[str, ...] = (
     "TCDScheduler",
     "UniPCMultistepScheduler",
 )
-"""diffusers schedulers that fit a Stable Diffusion UNet."""
+"""diffusers schedulers that work with a Stable Diffusion UNet."""
 
 
 def capabilities(bundle: Bundle) -> dict[str, Any]:
-    """Adapters, schedulers, defaults and limits, as plain JSON values."""
+    """Describe adapters, schedulers, defaults, and limits as plain JSON values."""
     shapes = bundle.shapes
     return {
         "name": bundle.name,

@@ -1,4 +1,4 @@
-"""``config.pbtxt`` of each model of a repository, built as protobuf ``ModelConfig``."""
+"""Build `config.pbtxt` for each model of a repository, as protobuf `ModelConfig`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from imprompt_serving.wire import Tensor
 
 
 def to_pbtxt(config: pb.ModelConfig) -> str:
+    """Format a configuration as the text of `config.pbtxt`."""
     return str(text_format.MessageToString(config))
 
 
 def pipeline(bundle: Bundle, *, stream: bool, capabilities: str) -> pb.ModelConfig:
-    """The pipeline model: unary, or decoupled for ``stream``. Its capabilities travel as a parameter."""
+    """Configure the pipeline model: unary, or decoupled with `stream`. A model parameter carries the capabilities."""
     config = _python_model(bundle.model("stream") if stream else bundle.name, decoupled=stream)
     _add(config, wire.request_tensors(bundle, stream=stream), wire.response_tensors(bundle, stream=stream))
     for tensor, required in zip(config.input, wire.request_tensors(bundle, stream=stream), strict=True):
@@ -29,7 +30,7 @@ def pipeline(bundle: Bundle, *, stream: bool, capabilities: str) -> pb.ModelConf
 
 
 def denoiser(bundle: Bundle, name: str) -> pb.ModelConfig:
-    """A denoiser: a job as JSON with its tensors, answered by progress and latents."""
+    """Configure a denoiser: it takes a job as JSON with its tensors, and answers with progress and latents."""
     config = _python_model(name, decoupled=True)
     _add(config, wire.job_tensors(bundle), wire.JOB_RESPONSE)
     for tensor in config.input:
@@ -38,7 +39,7 @@ def denoiser(bundle: Bundle, name: str) -> pb.ModelConfig:
 
 
 def face_encoder(bundle: Bundle) -> pb.ModelConfig:
-    """The face encoder: an encoded picture in, its face out. Equal pictures are answered by the response cache."""
+    """Configure the face encoder: encoded picture in, face out. The response cache answers repeated pictures."""
     config = _python_model(bundle.model("face_encoder"), decoupled=False)
     _add(config, wire.FACE_INPUT, wire.FACE_OUTPUT)
     config.response_cache.enable = True
@@ -58,11 +59,11 @@ def engine(
     usual_dims: Mapping[str, Sequence[int]],
     cache: bool = False,
 ) -> pb.ModelConfig:
-    """An engine with dynamic batching: hosted by a Python model, or by Triton's own backend (``host = "native"``).
+    """Configure an engine with dynamic batching, hosted by a Python model or a Triton backend (`host = "native"`).
 
     Args:
-        devices: GPUs on each of which it has an instance.
-        usual_dims: of one row of each input, for the warm-up of engines on GPUs.
+        devices: GPUs; the engine gets one instance on each.
+        usual_dims: dimensions of one row of each input, for the warm-up of engines on GPUs.
     """
     if host == "native":
         config = pb.ModelConfig(name=name, backend=backend, platform=get_backend(backend).triton_platform)
@@ -87,14 +88,14 @@ def engine(
 def _warm_up(
     config: pb.ModelConfig, inputs: Iterable[Tensor], dims: Mapping[str, Sequence[int]], rows: CallRows
 ) -> None:
-    """Let Triton call its own backend with each number of rows before it is ready, and prefer calls of these."""
+    """Have Triton run each bucket of rows before the model is ready, and prefer batches of these sizes."""
     config.dynamic_batching.preferred_batch_size.extend(rows.buckets)
     for count in rows.buckets:
         sample = config.model_warmup.add(name=f"{count} rows", batch_size=count)
         for tensor in inputs:
-            given = sample.inputs[tensor.name]
-            given.data_type, given.zero_data = pb.DataType.Value(f"TYPE_{tensor.dtype}"), True
-            given.dims.extend(dims[tensor.name])
+            zeros = sample.inputs[tensor.name]
+            zeros.data_type, zeros.zero_data = pb.DataType.Value(f"TYPE_{tensor.dtype}"), True
+            zeros.dims.extend(dims[tensor.name])
 
 
 def _python_model(name: str, *, decoupled: bool) -> pb.ModelConfig:

@@ -1,14 +1,14 @@
-"""How a server that is about to stop tells its models: a file; and how they answer: a gauge.
+"""Draining: the server announces that it is about to stop with a file, and its models respond with a gauge.
 
-Triton's own SIGTERM refuses every call between models from that moment on ("Server not ready"), so that a pipeline in
-the middle of its work could only fail. The launcher therefore drains first:
+As soon as Triton receives SIGTERM, it refuses every call between models ("Server not ready"), so requests that are
+still running would fail. The launcher therefore drains first:
 
-1. It creates the file named by the environment variable `IMPROMPT_DRAIN_FILE`. Its text is the time, in seconds since
-   the epoch, at which running requests have to end; an empty file means now.
-2. A model that fronts callers refuses new requests (UNAVAILABLE), and lets running ones go on until then.
-3. The launcher sends SIGTERM when the gauge `imprompt_requests_in_flight` is 0, or a little after that time.
+1. It creates the file named by the environment variable `IMPROMPT_DRAIN_FILE`. The file holds the deadline for running
+   requests, in seconds since the epoch; an empty file means now.
+2. The pipeline models refuse new requests (UNAVAILABLE) and let running ones continue until the deadline.
+3. The launcher sends SIGTERM when the gauge `imprompt_requests_in_flight` is 0, or shortly after the deadline.
 
-Without the launcher (a container whose entry point is `tritonserver`): set the variable, and let a pre-stop hook write
+Without the launcher (a container whose entry point is `tritonserver`), set the variable, and have a pre-stop hook write
 the file and wait for the gauge.
 """
 
@@ -28,16 +28,16 @@ IN_FLIGHT_METRIC = "imprompt_requests_in_flight"
 
 
 def announce_drain(file: Path, *, deadline: float) -> None:
-    """Starts the drain: the launcher's side. Written beside and renamed, so that a reader sees all of it or nothing."""
+    """Start the drain (called by the launcher). Rename a finished draft, so that readers never see a partial file."""
     draft = file.with_suffix(".new")
     draft.write_text(repr(deadline))
     draft.rename(file)
 
 
 def drain_deadline() -> float | None:
-    """None while requests are taken; during a drain, the time (seconds since the epoch) at which running ones end.
+    """Return the deadline of a drain (seconds since the epoch), or None if no drain has started.
 
-    A file that holds no number, such as the empty one that a hook made with `>`, or none that can be read, means now.
+    A file without a number, such as an empty one that a hook created with `>`, or an unreadable file means now.
     """
     try:
         deadline = float(Path(os.environ[DRAIN_FILE_VARIABLE]).read_bytes())
@@ -49,18 +49,25 @@ def drain_deadline() -> float | None:
 
 
 def check_drain_deadline() -> None:
-    """For a running request, between two steps. Raises `Overloaded` (UNAVAILABLE) when a drain leaves it no time."""
+    """Check, for a running request, that a drain leaves it time.
+
+    Raises:
+        Overloaded: the deadline of a drain has passed.
+    """
     deadline = drain_deadline()
     if deadline is not None and time.time() >= deadline:
-        raise Overloaded("the server is stopping, and this request did not end in the time that was left")
+        raise Overloaded("the server is stopping, and this request did not finish before the deadline")
 
 
 @contextmanager
 def admitted(count: Callable[[float], None]) -> Iterator[None]:
-    """Around a request, its final answer included. Raises `Overloaded` (UNAVAILABLE) during a drain.
+    """Count a request as in flight, up to and including its final response.
 
-    `count` adds to the gauge `IN_FLIGHT_METRIC` (`metric.increment`). The second look closes the gap between the first
-    one and the counting: the launcher writes the file, then reads the gauge, and so misses no request.
+    `count` adds to the gauge `IN_FLIGHT_METRIC` (`metric.increment`). The check is repeated after counting: the
+    launcher writes the file first and reads the gauge afterwards, so it cannot miss a request.
+
+    Raises:
+        Overloaded: the server is draining.
     """
     _refuse_during_drain()
     count(1)
@@ -73,4 +80,4 @@ def admitted(count: Callable[[float], None]) -> Iterator[None]:
 
 def _refuse_during_drain() -> None:
     if drain_deadline() is not None:
-        raise Overloaded("the server is stopping and takes no new requests")
+        raise Overloaded("the server is stopping and accepts no new requests")

@@ -1,4 +1,4 @@
-"""Errors of a request, with the status they get on the wire."""
+"""Errors that end a request, each with its gRPC status."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import reprlib
 
 MAX_MESSAGE_BYTES = 1024
-"""gRPC sends a status message as HTTP headers, and a client drops the whole answer if they exceed 8 KB."""
+"""gRPC sends a status message in HTTP headers, and clients drop the whole response if these exceed 8 KB."""
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _CUT = " [...]"
 _REPR = reprlib.Repr()
@@ -14,9 +14,9 @@ _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
 
 
 class RequestError(Exception):
-    """A request that ends without a picture; ``status`` names the gRPC status its caller sees.
+    """A request failed. `status` is the gRPC status that the caller sees.
 
-    The message is at most `MAX_MESSAGE_BYTES` long and safe to print and to encode, whatever it quotes.
+    The message has at most `MAX_MESSAGE_BYTES` and is safe to print and encode, whatever it quotes.
     """
 
     status = "INTERNAL"
@@ -26,7 +26,7 @@ class RequestError(Exception):
 
 
 class InvalidRequest(RequestError):
-    """A parameter is wrong. The message starts with its name and says what is allowed."""
+    """A parameter is invalid. The message starts with its name and says what is allowed."""
 
     status = "INVALID_ARGUMENT"
 
@@ -36,7 +36,7 @@ class InvalidRequest(RequestError):
 
 
 class Overloaded(RequestError):
-    """No room for this request now. ``reason``, a word, is for the metrics."""
+    """The server cannot take the request now. `reason` is a single word for the metrics."""
 
     status = "UNAVAILABLE"
 
@@ -46,13 +46,13 @@ class Overloaded(RequestError):
 
 
 class Cancelled(RequestError):
-    """The caller left, or its time is up."""
+    """The caller canceled the request, or its timeout expired."""
 
     status = "CANCELLED"
 
 
 def from_status(status: str, message: str) -> RequestError:
-    """The error that another model of the bundle reported."""
+    """Rebuild the error that another model of the bundle reported."""
     if status == InvalidRequest.status:
         parameter, _, problem = message.partition(": ")
         return InvalidRequest(parameter, problem)
@@ -60,21 +60,21 @@ def from_status(status: str, message: str) -> RequestError:
 
 
 def unexpected(error: Exception) -> RequestError:
-    """The error that a caller sees for an exception that nobody foresaw."""
+    """Turn any exception into an error to send to the caller: itself if it is one, otherwise INTERNAL."""
     return error if isinstance(error, RequestError) else RequestError(f"{type(error).__name__}: {error}")
 
 
 def shown(value: object) -> str:
-    """`value` as a message quotes it: its `repr`, shortened."""
+    """Quote `value` in a message: its `repr`, shortened."""
     try:
         return _REPR.repr(value)
-    except Exception:  # such as an integer with too many digits for `str`
+    except Exception:  # for example, an integer with too many digits for `str`
         return f"<{type(value).__name__}>"
 
 
 def _printable(message: str) -> str:
-    """`message` on one line, without memory addresses and within `MAX_MESSAGE_BYTES` of UTF-8."""
-    # Longer texts are cut before they are cleaned: no character takes more than four bytes.
+    """Return `message` on one line, without memory addresses, and cut to `MAX_MESSAGE_BYTES` of UTF-8."""
+    # Cut long texts before cleaning them, to bound the work.
     text = "".join(_escaped(character) for character in _ADDRESS.sub("", message[: 2 * MAX_MESSAGE_BYTES]))
     if len(text.encode()) <= MAX_MESSAGE_BYTES:
         return text
@@ -83,7 +83,7 @@ def _printable(message: str) -> str:
 
 
 def _escaped(character: str) -> str:
-    """Lone surrogates cannot be encoded, and control characters break logs and gRPC's headers."""
+    """Escape lone surrogates, which cannot be encoded, and control characters, which break logs and gRPC headers."""
     if character in "\n\t":
         return " "
     return character if character.isprintable() else character.encode("unicode_escape").decode()

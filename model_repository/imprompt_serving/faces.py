@@ -1,4 +1,4 @@
-"""Faces in pictures: found, aligned and embedded by insightface, as in diffusers' guide."""
+"""Detect, align, and embed faces with insightface, as in the diffusers guide."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ from imprompt_serving.wire import FACE_CROP
 
 
 class FaceFinder:
-    """insightface's ``FaceAnalysis`` over the detector and the recogniser in a folder."""
+    """Runs insightface's `FaceAnalysis` with the detector and the recognizer in a folder."""
 
     def __init__(self, folder: Path, spec: FaceEncoder) -> None:
         options = onnxruntime.SessionOptions()
-        # Sessions of several processes share the cores: a spinning pool would take them from the others.
+        # Sessions of several processes share the cores: a spinning thread pool would starve the others.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._app = FaceAnalysis(name=str(folder), providers=["CPUExecutionProvider"], sess_options=options)
         self._app.prepare(ctx_id=0, det_size=spec.det_size, det_thresh=spec.det_thresh)
         self._width: int = self._app.models["recognition"].output_shape[-1]
 
     def largest(self, data: bytes) -> dict[str, np.ndarray]:
-        """The largest face (by its box) of an encoded picture, as ``wire.FACE_OUTPUT`` says; or none.
+        """Find the largest face (by its box) of an encoded picture.
+
+        Returns:
+            The tensors of `wire.FACE_OUTPUT`, with zero rows if the picture shows no face.
 
         Raises:
-            InvalidRequest: not a readable picture.
+            InvalidRequest: the picture is not readable.
         """
         rgb = np.asarray(images.rgb(images.decode(data, "ip_adapter_image")))
         picture = np.ascontiguousarray(rgb[..., ::-1])

@@ -1,7 +1,7 @@
-"""Starts the Triton that is there, says when it is ready, drains it, and leaves nothing behind.
+"""Start Triton, report when it is ready, drain it, and clean up after it.
 
-`serve` is the foreground command (`imprompt serve REPO`); `Server` is the same as a context manager, for tests and the
-demo. Which Triton, and what it needs around it: `_triton_install`. What a drain means to the models: `drain`.
+`serve` runs in the foreground (`imprompt serve REPO`); `Server` is a context manager, for tests and the demo. The
+module `_triton_install` locates Triton and what it needs, and `drain` explains what a drain means for the models.
 """
 
 from __future__ import annotations
@@ -36,40 +36,40 @@ from imprompt_serving.triton.internal import SECRET_VARIABLE
 __all__ = ["Addresses", "LaunchError", "Server", "serve"]
 
 RESPONSE_CACHE_BYTES = 256 * 2**20
-# From this size on glibc returns memory to the system when it is freed. By default that size grows with what was freed
-# before, and after some large requests Triton and the pipelines keep hundreds of megabytes.
+# glibc returns freed blocks of at least this size to the system. By default the threshold grows with the blocks that
+# were freed before, and after some large requests Triton and the pipelines keep hundreds of megabytes.
 MMAP_THRESHOLD_BYTES = 2**20
 CLOSED_APIS = "shared-memory,trace,logging,model-repository"
-# Calls between models, and answers, that one Python model can have under way; others wait. (Triton's default: 32)
-CALLS_BETWEEN_MODELS = 64
-# Triton's own wait for running requests after SIGTERM. Short, as the drain came before, and as a stream that a client
-# keeps open, even idle, keeps its model from being unloaded: Triton then waits for the whole of it.
+# Calls to other models, and responses, that a Python model can have in flight; further ones wait. Triton's default: 32.
+MODEL_THREADS = 64
+# How long Triton waits for running requests after SIGTERM. Short, because the drain has already waited, and because
+# Triton waits this long whenever a client keeps a stream open, even an idle one.
 EXIT_TIMEOUT_S = 3
-# Then Triton 2.51 says "Exiting immediately", and hangs. So it is killed this much later.
+# After the exit timeout, Triton 2.51 logs "Exiting immediately" and hangs. It is killed after this many more seconds.
 KILL_AFTER_S = 1.0
-# From the end of the drain timeout until the models must have answered the requests that they break off.
+# After the drain timeout, models abort running requests. They must have sent the errors within this time.
 DRAIN_GRACE_S = 3.0
 POLL_S = 0.1
 LOG_TAIL_LINES = 200
 
-# Lines of Triton that say nothing: without a GPU, when it is told to stop (see `EXIT_TIMEOUT_S`), or when a coroutine
-# of a model ended before Triton looked at it.
+# Log lines of Triton to suppress: no GPU found; shutdown (see `EXIT_TIMEOUT_S`); or a coroutine of a model that
+# finished before Triton registered it.
 HARMLESS = re.compile(
     r"Unable to allocate pinned system memory|CudaDriverHelper has not been initialized|DCGM unable to start"
     r"|Failed to initialize NVML|^Signal \(\d+\) received|Exit timeout expired|^\s*$"
     r"|Cannot remove future from background"
 )
-# The first line of the reason; what follows (a traceback) has its line ends escaped.
+# Captures the first line of the reason. Triton logs the traceback on the same line, with escaped line breaks.
 LOAD_FAILURE = re.compile(r"failed to load '(?P<model>[^']+)' version \d+: (?:Internal: )?(?P<reason>.+?)(?:\\n|\"?$)")
 
-# Waits until the launcher is gone, however it went (its end of the pipe closes), then clears up in its place.
+# Waits until the launcher exits for whatever reason (its end of the pipe closes), then cleans up in its place.
 # $1: process group, $2: prefix of the shared memory, $3: scratch folder.
 REAPER = """read -r _; kill -s KILL -- "-$1"; rm -rf -- "/dev/shm/$2"* "$3" """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Addresses:
-    """Where a running server listens, each as `host:port`; `http` is None when that port is off."""
+    """Addresses that a running server listens on, as `host:port`; `http` is None without an HTTP port."""
 
     grpc: str
     metrics: str
@@ -81,14 +81,15 @@ class Addresses:
 
 
 class Server:
-    """One Triton over one model repository: `with Server(repository) as server: Client(server.grpc_address)`.
+    """A Triton server for one model repository: `with Server(repository) as server: Client(server.grpc_address)`.
 
-    A port 0 means any free one; without an `http_port` Triton speaks gRPC only. What Triton and the models print goes
-    to `log` (default: stderr): warnings, errors and the models' own output, or all of it if `verbose`. Until the server
-    is ready it is kept back; if it never gets ready, it is in the error. Leaving the context stops without a drain. Not
-    to be started twice.
+    Port 0 means any free port; without `http_port`, Triton serves gRPC only. The output of Triton and the models goes
+    to `log` (default: stderr): warnings, errors, and output of the models, or everything with `verbose`. It is held
+    back until the server is ready; if startup fails, the error quotes it. Leaving the context stops the server without
+    a drain. A server cannot be started twice.
 
-    Raises `LaunchError` for a repository without models.
+    Raises:
+        LaunchError: the repository has no models.
     """
 
     addresses: Addresses
@@ -107,9 +108,9 @@ class Server:
         log: TextIO | None = None,
     ) -> None:
         self._repository = _checked_repository(Path(repository))
-        self._wanted_ports = {"grpc": grpc_port, "metrics": metrics_port}
+        self._requested_ports = {"grpc": grpc_port, "metrics": metrics_port}
         if http_port is not None:
-            self._wanted_ports["http"] = http_port
+            self._requested_ports["http"] = http_port
         self._host = host
         self._start_timeout = start_timeout
         self._verbose = verbose
@@ -132,12 +133,12 @@ class Server:
 
     @property
     def pid(self) -> int:
-        """The process id of `tritonserver`."""
+        """Process id of `tritonserver`."""
         return self._running.pid
 
     @property
     def stub_pids(self) -> dict[str, int]:
-        """The process of each instance of a Python model, by Triton's name of the instance (`<model>_0_0`)."""
+        """Process id of each instance of a Python model, by Triton's name for the instance (`<model>_0_0`)."""
         return {name: stub.pid for name, stub in self._stubs.items()}
 
     def __enter__(self) -> Self:
@@ -150,9 +151,13 @@ class Server:
         self.stop()
 
     def start(self, *, give_up: Callable[[], bool] = lambda: False) -> bool:
-        """Starts Triton and waits until all models are ready; False, with nothing left, when `give_up` said yes before.
+        """Start Triton and wait until all models are ready.
 
-        Raises `LaunchError`, with nothing left running, when it does not get ready.
+        Returns:
+            True when ready; False if `give_up` returned True first. Everything is cleaned up then.
+
+        Raises:
+            LaunchError: Triton did not become ready. Everything is cleaned up then.
         """
         try:
             self._spawn()
@@ -165,36 +170,46 @@ class Server:
         return ready
 
     def check(self) -> None:
-        """Raises `LaunchError` when Triton has ended, or the process of a model has: Triton does not restart those."""
+        """Check that Triton and all model processes are running. Triton does not restart model processes.
+
+        Raises:
+            LaunchError: one of them has stopped.
+        """
         status = self._running.poll()
         if status is not None:
-            raise LaunchError(f"Triton ended by itself ({_describe(status)})" + self._log.excerpt())
+            raise LaunchError(f"Triton stopped unexpectedly ({_describe(status)})" + self._log.excerpt())
         for instance, stub in self._stubs.items():
             if not _alive(stub):
                 raise LaunchError(
-                    f"the process of model instance {instance!r} (pid {stub.pid}) ended by itself; Triton does not "
-                    "start it again, and all its calls would fail" + self._log.excerpt()
+                    f"the process of model instance {instance!r} (pid {stub.pid}) stopped unexpectedly; Triton "
+                    "does not restart it, and all its calls would fail" + self._log.excerpt()
                 )
 
     def drain(self, timeout: float, *, hurry: Callable[[], bool] = lambda: False) -> bool:
-        """Tells the models to take no new requests, and waits for the running ones. True: all ended by themselves.
+        """Have the models refuse new requests, and wait for the running ones.
 
-        After `timeout` seconds the models break off what still runs, each request with its answer. `hurry` ends the
-        wait. Raises as `check` does.
+        After `timeout` seconds, the models abort the requests that still run, each with an error. If `hurry` returns
+        True, the wait ends.
+
+        Returns:
+            Whether all requests finished in time.
+
+        Raises:
+            LaunchError: as for `check`.
         """
         announce_drain(self._drain_file, deadline=time.time() + timeout)
-        in_time = time.monotonic() + timeout
-        while time.monotonic() < in_time + DRAIN_GRACE_S and not hurry():
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline + DRAIN_GRACE_S and not hurry():
             self.check()
             if _requests_in_flight(self.addresses.metrics) == 0:
-                return time.monotonic() < in_time
+                return time.monotonic() < deadline
             time.sleep(POLL_S)
         return False
 
     def stop(self, *, hurry: Callable[[], bool] = lambda: False) -> None:
-        """Ends Triton with SIGTERM, by force when it takes too long or `hurry` says so. Harmless when nothing runs."""
+        """Stop Triton with SIGTERM, and kill it after a timeout or if `hurry` returns True. A no-op if nothing runs."""
         if self._process is not None and self._process.poll() is None:
-            announce_drain(self._drain_file, deadline=time.time())  # requests that still run end by name, not as broken
+            announce_drain(self._drain_file, deadline=time.time())  # running requests then end with a clear error
             self._process.terminate()
             until = time.monotonic() + EXIT_TIMEOUT_S + KILL_AFTER_S
             while self._process.poll() is None and time.monotonic() < until and not hurry():
@@ -202,7 +217,7 @@ class Server:
         self.kill()
 
     def kill(self) -> None:
-        """Ends Triton and the processes of the models at once, and removes their shared memory and files."""
+        """Kill Triton and the model processes at once, and remove their shared memory and files."""
         self._clean_up.close()
         self._process = None
         self._stubs = {}
@@ -215,9 +230,9 @@ class Server:
 
     def _spawn(self) -> None:
         triton = find_triton()
-        listen, ports = _free_ports(self._host, self._wanted_ports)
-        reach = "127.0.0.1" if listen == "0.0.0.0" else listen
-        self.addresses = Addresses(**{name: f"{reach}:{port}" for name, port in ports.items()})
+        listen, ports = _free_ports(self._host, self._requested_ports)
+        connect_to = "127.0.0.1" if listen == "0.0.0.0" else listen
+        self.addresses = Addresses(**{name: f"{connect_to}:{port}" for name, port in ports.items()})
         scratch = Path(self._clean_up.enter_context(tempfile.TemporaryDirectory(prefix="imprompt-")))
         self._drain_file = scratch / "drain"
         shared_memory = f"imprompt_{os.getpid()}_{secrets.token_hex(3)}_"
@@ -230,24 +245,24 @@ class Server:
                 "--disable-auto-complete-config",
                 f"--backend-directory={triton.prepare_backends(scratch)}",
                 f"--backend-config=python,shm-region-prefix-name={shared_memory}",
-                f"--backend-config=python,thread-pool-size={CALLS_BETWEEN_MODELS}",
+                f"--backend-config=python,thread-pool-size={MODEL_THREADS}",
                 f"--cache-directory={triton.caches}",
                 f"--cache-config=local,size={RESPONSE_CACHE_BYTES}",
                 *_listen_options(listen, ports),
-                "--grpc-infer-allocation-pool-size=1",  # kept request buffers; Triton's default: 8
+                "--grpc-infer-allocation-pool-size=1",  # number of request buffers to keep; default: 8
                 f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
                 f"--log-info={str(self._verbose).lower()}",
             ],
             env={"MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD_BYTES)}
             | triton.environment()
             | {DRAIN_FILE_VARIABLE: str(self._drain_file), SECRET_VARIABLE: secrets.token_urlsafe()},
-            cwd=scratch,  # first on the models' sys.path: a random.py where the user stands must not get in the way
+            cwd=scratch,  # first on the models' sys.path: a random.py in the user's folder must not shadow anything
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            process_group=0,  # Ctrl-C must reach the launcher only, which drains; and all stubs can be ended together
+            process_group=0,  # Ctrl-C must reach only the launcher, which drains; and one signal kills all stubs
         )
         self._clean_up.callback(_end_group, self._process)
         self._log.follow(self._process)
@@ -258,7 +273,7 @@ class Server:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        # Ended before the clean-up that it would do, so that it never meets a process group that got the number anew.
+        # Kill the reaper before our own clean-up: it must never signal a new process group that reuses the id.
         self._clean_up.callback(_end_reaper, reaper)
 
     def _wait_until_ready(self, give_up: Callable[[], bool]) -> bool:
@@ -290,11 +305,15 @@ def serve(
     drain_timeout: float = 30.0,
     verbose: bool = False,
 ) -> int:
-    """Serves until SIGINT or SIGTERM, then drains; a second signal ends everything at once. Main thread only.
+    """Serve until SIGINT or SIGTERM, then drain; a second signal stops everything at once. Main thread only.
 
-    Returns the exit status: 0 when all requests had ended, 1 when some were broken off, 128 + the number of the signal
-    when one came before the server was ready, or a second one. Raises `LaunchError` when Triton does not start, ends by
-    itself, or loses the process of a model (a supervisor should start the whole server again).
+    Returns:
+        The exit status: 0 if all requests finished, 1 if some were aborted, and 128 + the signal number for a signal
+        before the server was ready, or for a second signal.
+
+    Raises:
+        LaunchError: Triton did not start or stopped unexpectedly, or a model process did. A supervisor should restart
+            the whole server.
     """
     server = Server(
         repository, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port, host=host, verbose=verbose
@@ -317,7 +336,7 @@ def serve(
 
 
 class _Log:
-    """What Triton and the models print: kept back until released, then passed on. Error messages quote its end."""
+    """The output of Triton and the models: held back until released, then passed on. Error messages quote its end."""
 
     def __init__(self, sink: TextIO | None, *, verbose: bool) -> None:
         self._sink = sink
@@ -338,22 +357,22 @@ class _Log:
                 self._write("".join(self._lines))
 
     def excerpt(self) -> str:
-        """The end of the log as the rest of an error message; nothing if the reader has it on the screen already."""
+        """Return the end of the log, to append to an error message; empty if the log was already passed on."""
         self._join()
         with self._lock:
             shown = [] if self._pass_on else self._lines
-            # Triton puts a traceback in one line, with its line ends escaped.
+            # Triton logs a traceback on one line, with escaped line breaks.
             return "".join("\n" + line.rstrip().replace("\\n", "\n") for line in shown)
 
     def load_failures(self) -> str:
-        """A line for each model that failed to load: `model 'x' failed to load: ValueError: ...`."""
+        """Return a line for each model that failed to load: `model 'x' failed to load: ValueError: ...`."""
         self._join()
         with self._lock:
             failures = [match for line in self._lines if (match := LOAD_FAILURE.search(line))]
         return "".join(f"model {match['model']!r} failed to load: {match['reason']}\n" for match in failures)
 
     def _join(self) -> None:
-        """The reader ends with the last process that writes; this gives it a moment for their last words."""
+        """Give the reader a moment for the last output. It ends when the last process that writes has exited."""
         if self._reader is not None:
             self._reader.join(timeout=0.5)
 
@@ -368,25 +387,25 @@ class _Log:
 
     def _write(self, text: str) -> None:
         sink = self._sink or sys.stderr
-        with suppress(OSError, ValueError):  # closed: the server goes on, and its output must go on being read
+        with suppress(OSError, ValueError):  # the sink is closed: keep serving, and keep reading the output
             sink.write(text)
             sink.flush()
 
 
 def _checked_repository(repository: Path) -> Path:
     if not repository.is_dir():
-        raise LaunchError(f"no model repository at {repository}: there is no such folder")
+        raise LaunchError(f"no model repository at {repository}: no such folder")
     if not any(repository.glob("*/config.pbtxt")):
-        raise LaunchError(f"no model in {repository}: no folder in it holds a config.pbtxt")
+        raise LaunchError(f"no model in {repository}: no subfolder has a config.pbtxt")
     return repository.resolve()
 
 
-def _free_ports(host: str, wanted: dict[str, int]) -> tuple[str, dict[str, int]]:
-    """The numeric address (Triton takes no names), and the ports with each 0 replaced by a free one."""
+def _free_ports(host: str, requested: dict[str, int]) -> tuple[str, dict[str, int]]:
+    """Return the numeric address (Triton accepts no host names), and the ports, with free ones in place of 0."""
     ports: dict[str, int] = {}
-    with ExitStack() as held:  # all at once, so that no port is given out twice
-        for name, port in wanted.items():
-            probe = held.enter_context(socket.socket())
+    with ExitStack() as probes:  # keep all open until the end, so that no port is assigned twice
+        for name, port in requested.items():
+            probe = probes.enter_context(socket.socket())
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 address = socket.gethostbyname(host)
@@ -398,19 +417,19 @@ def _free_ports(host: str, wanted: dict[str, int]) -> tuple[str, dict[str, int]]
 
 
 def _get(address: str, path: str) -> tuple[int, str]:
-    """Status and text of a plain HTTP GET. (Not urllib, which would ask a proxy named in the environment.)"""
+    """Return status and text of an HTTP GET. Not with urllib, which would use a proxy from the environment."""
     connection = http.client.HTTPConnection(address, timeout=5)
     try:
         connection.request("GET", path)
-        answer = connection.getresponse()
-        return answer.status, answer.read().decode()
+        response = connection.getresponse()
+        return response.status, response.read().decode()
     finally:
         connection.close()
 
 
 def _is_ready(addresses: Addresses) -> bool:
-    """The server answers on all its ports and every model is ready (Triton's strict readiness, its default)."""
-    # A new channel each time: one that saw no server waits longer and longer before it looks again.
+    """Return whether all ports answer and every model is ready (Triton's default, strict readiness)."""
+    # Open a new channel each time: after failures, a channel waits longer and longer before it reconnects.
     with grpc.insecure_channel(addresses.grpc, [("grpc.enable_http_proxy", 0)]) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         try:
@@ -431,9 +450,10 @@ def _listens(address: str) -> bool:
 
 
 def _listen_options(address: str, ports: dict[str, int]) -> list[str]:
-    """Options of Triton for its ports, with the parts of its API closed that only an operator may use.
+    """Return Triton's options for its ports, with access to its administrative APIs closed.
 
-    They open for a header that nobody knows. Loading and unloading is refused by `--model-control-mode=none` too.
+    They require a header with a random value that is never stored. `--model-control-mode=none` also disables loading
+    and unloading.
     """
     closed = f"{CLOSED_APIS}:imprompt-operator={secrets.token_urlsafe()}"
     options = [f"--{name}-address={address}" for name in ports]
@@ -444,7 +464,7 @@ def _listen_options(address: str, ports: dict[str, int]) -> list[str]:
 
 
 def _requests_in_flight(metrics_address: str) -> int | None:
-    """What the models' gauges say, summed; None if Triton does not answer."""
+    """Sum the in-flight gauges of the models; None if Triton does not answer."""
     try:
         _, text = _get(metrics_address, "/metrics")
     except (OSError, http.client.HTTPException):
@@ -453,14 +473,14 @@ def _requests_in_flight(metrics_address: str) -> int | None:
 
 
 def _stubs_of(triton: int) -> dict[str, psutil.Process]:
-    """The processes that host Python models, by instance; their command line is `STUB .../MODEL/1/model.py ...`."""
+    """Find the processes that host Python models, by instance; they run `STUB .../MODEL/1/model.py ...`."""
     stubs: dict[str, psutil.Process] = {}
     for child in psutil.Process(triton).children():
         with suppress(psutil.NoSuchProcess):
             arguments = child.cmdline()
             if arguments and arguments[0].endswith("triton_python_backend_stub"):
                 model = Path(arguments[1]).parent.parent.name
-                # The place of the instance among the arguments is Triton's own business: it may change.
+                # Search for the instance: its position among the arguments is an internal of Triton and may change.
                 stubs[next((a for a in arguments if a.startswith(f"{model}_")), f"{model} {child.pid}")] = child
     return stubs
 
@@ -481,7 +501,7 @@ def _end_group(process: subprocess.Popen[str]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     until = time.monotonic() + KILL_AFTER_S
-    while _group_alive(process.pid) and time.monotonic() < until:  # the stubs are not ours to wait for
+    while _group_alive(process.pid) and time.monotonic() < until:  # the stubs are not our children: poll
         time.sleep(0.01)
 
 
@@ -507,15 +527,15 @@ def _remove_shared_memory(prefix: str) -> None:
 
 @contextmanager
 def _received_signals() -> Iterator[list[int]]:
-    """The list of SIGINT and SIGTERM received so far, instead of what they did before."""
+    """Collect SIGINT and SIGTERM in a list, in place of their previous handlers."""
     received: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def append(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, append) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

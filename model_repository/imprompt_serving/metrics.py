@@ -1,4 +1,4 @@
-"""The metrics of a bundle's models, beside Triton's own: the one table behind the models and the page on operations."""
+"""Metrics that a bundle's models add to those of Triton: the single source for the models and `docs/operations.md`."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from typing import Literal, NamedTuple
 from imprompt_serving.drain import IN_FLIGHT_METRIC
 
 STAGES = {
-    "admission": "asking a denoiser for a place in its waiting line",
+    "admission": "asking a denoiser for a place in its queue",
     "text_encoder": "prompts to tokens to embeddings",
-    "preprocess": "image prompts to the input of their encoder",
+    "preprocess": "image prompts to the inputs of their encoder",
     "image_encoder": "image prompts to embeddings",
-    "face_encoder": "finding faces, and embedding them",
+    "face_encoder": "finding and embedding faces",
     "vae_encoder": "start pictures to latents",
-    "preparation": "in the denoiser: waiting to be prepared, and preparing the job",
+    "preparation": "in the denoiser: waiting for preparation, and preparing the job",
     "queue": "in the denoiser: waiting for the first step",
     "denoise": "in the denoiser: all steps",
     "vae_decoder": "latents to pictures",
-    "safety_checker": "looking for unsafe pictures",
-    "postprocess": "putting a crop back, and writing files",
-    "total": "all of it, and what lies between",
+    "safety_checker": "checking for unsafe pictures",
+    "postprocess": "pasting back a crop, and encoding files",
+    "total": "everything, including the time between stages",
 }
-"""Stages of a request. Those of the encoders overlap; time in which calls of one stage overlap counts once."""
+"""Stages of a request. The encoder stages overlap; overlapping calls of one stage count once."""
 
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 _ROWS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 
 
 class MetricSpec(NamedTuple):
-    """A metric; beside ``label`` (with the values it can have) each has the label ``model``."""
+    """A metric. Besides `label`, whose possible values are `values`, every metric has the label `model`."""
 
     name: str
     kind: Literal["COUNTER", "GAUGE", "HISTOGRAM"]
@@ -42,7 +42,7 @@ IN_FLIGHT = MetricSpec(IN_FLIGHT_METRIC, "GAUGE", "Requests being served")
 REQUESTS = MetricSpec(
     "imprompt_requests_total",
     "COUNTER",
-    "Requests that got their final answer, by status",
+    "Requests that received their final response, by status",
     "status",
     ("OK", "INVALID_ARGUMENT", "UNAVAILABLE", "CANCELLED", "INTERNAL"),
 )
@@ -52,10 +52,10 @@ STAGE_SECONDS = MetricSpec(
 PIPELINE = (IN_FLIGHT, REQUESTS, STAGE_SECONDS)
 
 JOBS = MetricSpec("imprompt_jobs", "GAUGE", "Denoising jobs, by state", "state", ("running", "waiting"))
-ROWS = MetricSpec("imprompt_rows", "GAUGE", "Rows of those jobs, by state", "state", ("running", "waiting"))
+ROWS = MetricSpec("imprompt_rows", "GAUGE", "Rows of these jobs, by state", "state", ("running", "waiting"))
 TICK_ROWS = MetricSpec("imprompt_tick_rows", "HISTOGRAM", "Rows in each call of the UNet", buckets=_ROWS)
 TICK_SECONDS = MetricSpec(
-    "imprompt_tick_seconds", "HISTOGRAM", "Seconds of each call, scheduler steps included", buckets=_SECONDS
+    "imprompt_tick_seconds", "HISTOGRAM", "Seconds of each call, including scheduler steps", buckets=_SECONDS
 )
 JOBS_ENDED = MetricSpec(
     "imprompt_jobs_ended_total", "COUNTER", "Jobs that ended", "outcome", ("finished", "cancelled", "failed")
@@ -63,7 +63,7 @@ JOBS_ENDED = MetricSpec(
 JOBS_REFUSED = MetricSpec(
     "imprompt_jobs_refused_total",
     "COUNTER",
-    "Jobs that the waiting line had no room for, by the limit they met",
+    "Jobs refused because the queue was full, by the limit they exceeded",
     "limit",
     ("rows", "seconds"),
 )

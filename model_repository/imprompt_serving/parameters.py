@@ -128,7 +128,7 @@ class Parameter:
         return f" ({', '.join(parts)})" if parts else ""
 
     def applies_to(self, bundle: Bundle, *, stream: bool) -> bool:
-        """Whether the pipeline of `bundle` (its streaming one: `stream`) takes it."""
+        """Return whether the pipeline of `bundle` takes it (with `stream`, the streaming pipeline)."""
         match self.group:
             case Group.ALWAYS:
                 return True

@@ -19,8 +19,8 @@ _PLACE = re.compile(r"(<!-- tensors: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.
 
 def tables() -> dict[str, tuple[Tensor, ...]]:
     """Return the documented tensors by table name."""
-    requests = {group.value: wire.parameter_tensors(group) for group in Group}
-    return requests | {
+    parameters = {group.value: wire.parameter_tensors(group) for group in Group}
+    return parameters | {
         "RESPONSE": wire.RESPONSE,
         "VIDEO_RESPONSE": wire.VIDEO_RESPONSE,
         "STREAM_RESPONSE": wire.STREAM_RESPONSE,

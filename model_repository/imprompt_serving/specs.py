@@ -1,4 +1,4 @@
-"""What a served bundle is: written by the exporter as ``bundle.json``, read by the models inside Triton."""
+"""The description of a served bundle: the export writes it as `bundle.json`, and the models inside Triton read it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AdapterKind = Literal["plain", "plus", "full_face", "faceid", "faceid_plus", "fa
 
 
 class Range(NamedTuple):
-    """Smallest, most usual and largest value of one dynamic axis."""
+    """Smallest, most common, and largest value of one dynamic axis."""
 
     min: int
     opt: int
@@ -30,8 +30,8 @@ class Range(NamedTuple):
 class CallRows(NamedTuple):
     """Numbers of rows that one call of an engine may have: 1 to `most`.
 
-    Where each new number costs a search for algorithms or a build (`Backend.buckets_rows`), engines run a few of them
-    alone, the `buckets`, and calls are padded to the next one.
+    If every new number costs a search for algorithms or a build (`Backend.buckets_rows`), engines run only a few
+    numbers, the `buckets`, and calls are padded to the next one.
     """
 
     most: int
@@ -39,28 +39,28 @@ class CallRows(NamedTuple):
 
     @property
     def buckets(self) -> tuple[int, ...]:
-        """1, 2, 4, ... and `most`."""
+        """1, 2, 4, ..., and `most`."""
         return (*(1 << power for power in range((self.most - 1).bit_length())), self.most)
 
     def padded(self, rows: int) -> int:
-        """The rows that a call of `rows` rows runs."""
+        """Return how many rows a call of `rows` rows runs, padding included."""
         if not self.bucketed:
             return rows
         return next((bucket for bucket in self.buckets if bucket >= rows), rows)
 
     def unpadded(self, rows: int) -> int:
-        """The most of `rows` rows that a call runs without padding."""
+        """Return the largest number of rows, up to `rows`, that a call runs without padding."""
         if not self.bucketed:
             return rows
         return max(bucket for bucket in self.buckets if bucket <= rows)
 
     def of_frames(self, frames: int) -> CallRows:
-        """For rows of a clip: a row of `frames` frames takes as much room as that many rows of one."""
+        """Return the limits for rows of clips: a row with `frames` frames counts as that many rows."""
         return self if frames == 1 else CallRows(max(self.most // frames, 1), self.bucketed)
 
 
 class Shapes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Limits of a request, and the profiles of engines that are built for ranges. Sizes in pixels."""
+    """Dimensions that requests may have, and the profiles of engines built for ranges of shapes. Sizes in pixels."""
 
     height: Range = Range(64, 512, 1024)
     width: Range = Range(64, 512, 1024)
@@ -68,44 +68,44 @@ class Shapes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     frames: Range = Range(1, 16, 32)
     image_tokens: tuple[int, ...] = (4, 16, 64, 257, 1028)
     regions: int = 8
-    """Region masks of one adapter."""
+    """Largest number of masked images per adapter."""
 
     def call_rows(self, *, bucketed: bool = False) -> CallRows:
-        """Rows of a call of the UNet; ``bucketed`` where engines run few numbers of them."""
+        """Return the rows that a UNet call may have; with `bucketed`, engines run only a few numbers of rows."""
         return CallRows(self.rows.max, bucketed)
 
     def bucket(self, tokens: int) -> int:
-        """What so many image tokens are padded to."""
+        """Return the length to which `tokens` image tokens are padded."""
         return next((bucket for bucket in self.image_tokens if bucket >= tokens), tokens)
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one request may cost, and how long the waiting line may get. Requests beyond a limit are refused at once."""
+    """How much one request may cost, and how long the queue may grow. Requests beyond a limit are refused at once."""
 
     waiting_rows: int = 128
     """Rows (one picture in one guidance branch) that may wait for the denoiser."""
     waiting_seconds: float = 120.0
-    """Seconds that a request may wait for the denoiser, estimated from the latest calls of the UNet."""
+    """Seconds that a request may wait for the denoiser, estimated from the latest UNet calls."""
     prompt_characters: int = 65536
-    """Characters in all prompts of a request together."""
+    """Characters in all prompts of a request."""
     json_characters: int = 65536
     """Characters of a JSON parameter (`scheduler_config`, `ip_adapter_scale_config`)."""
     images: int = 256
-    """Pictures that a request may bring: image prompts, masks, start and control images, frames of a video."""
+    """Pictures in a request: image prompts, masks, start and control images, and frames of a video."""
     image_megapixels: float = 64.0
-    """Size of these pictures together, in units of 1024 x 1024 pixels."""
+    """Total size of these pictures, in units of 1024 x 1024 pixels."""
     image_aspect_ratio: float = 64.0
-    """Longer side of a picture over its shorter side."""
+    """Ratio of a picture's longer side to its shorter side."""
     sample_steps: int = 20000
-    """Denoising steps, counted for every picture and every frame of a clip."""
+    """Denoising steps, summed over all pictures and all frames of clips."""
     train_timesteps: int = 10000
-    """Largest whole number in a `scheduler_config`, seeds aside: the memory of a scheduler grows with it."""
+    """Largest number in a `scheduler_config`, seeds aside: the memory of a scheduler grows with it."""
     timeout_seconds: float = 3600.0
-    """Seconds that a request may take; its own `timeout` can only shorten this."""
+    """Seconds that a request may take; its `timeout` can only shorten this."""
 
 
 class ImageEncoder(msgspec.Struct, frozen=True, kw_only=True):
-    """A CLIP vision encoder and the preprocessing of its pictures (transformers' ``CLIPImageProcessor``)."""
+    """A CLIP vision encoder, and how it preprocesses pictures (transformers' `CLIPImageProcessor`)."""
 
     name: str
     shortest_edge: int | None
@@ -119,58 +119,58 @@ class ImageEncoder(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Adapter(msgspec.Struct, frozen=True, kw_only=True):
-    """One IP-Adapter: ``num_tokens`` image tokens per picture, made from features of its ``image_encoder``."""
+    """An IP-Adapter, which makes `num_tokens` image tokens per picture from features of its `image_encoder`."""
 
     name: str
     kind: AdapterKind
     num_tokens: int
     image_encoder: str | None
     embed_shape: tuple[int, ...]
-    """Shape of one picture's embedding, as in diffusers' ``ip_adapter_image_embeds`` after the first two axes."""
+    """Shape of one picture's embedding: diffusers' `ip_adapter_image_embeds` without the first two axes."""
     clip_shape: tuple[int, ...] | None = None
-    """FaceID plus: shape of the CLIP hidden states that it takes beside the face embedding."""
+    """FaceID Plus only: shape of the CLIP hidden states that it takes in addition to the face embedding."""
 
     @property
     def uses_hidden_states(self) -> bool:
-        """Whether the encoder's penultimate hidden states are its input, not the projected embedding."""
+        """Whether its input is the encoder's penultimate hidden states instead of the projected embedding."""
         return self.kind != "plain"
 
     @property
     def uses_face(self) -> bool:
-        """Whether a face embedding is its input."""
+        """Whether its input is a face embedding."""
         return self.kind.startswith("faceid")
 
 
 class FaceEncoder(msgspec.Struct, frozen=True, kw_only=True):
-    """insightface's detector and recogniser: the size that pictures are searched at, and how sure it must be."""
+    """insightface's detector and recognizer: the size at which it searches pictures, and its detection threshold."""
 
     det_size: tuple[int, int] = (640, 640)
     det_thresh: float = 0.5
 
 
 class CrossAttention(msgspec.Struct, frozen=True, kw_only=True):
-    """A cross-attention layer of the UNet; ``level`` halves the latent size (rounding up) that many times."""
+    """A cross-attention layer of the UNet; its resolution is the latent size halved (rounding up) `level` times."""
 
     name: str
     level: int
 
 
 class Residual(NamedTuple):
-    """A tensor that a ControlNet adds to the UNet: channels, and how often the latent size is halved."""
+    """A tensor that a ControlNet adds to the UNet: its channels, and how many times the latent size is halved."""
 
     channels: int
     level: int
 
 
 class ControlNet(msgspec.Struct, frozen=True, kw_only=True):
-    """A ControlNet; one with ``global_pool`` adds a number for each channel instead of a plane (ControlNet shuffle)."""
+    """A ControlNet; with `global_pool` it adds one number per channel instead of a plane (ControlNet Shuffle)."""
 
     name: str
     global_pool: bool = False
 
 
 class T2IAdapter(msgspec.Struct, frozen=True, kw_only=True):
-    """A T2I-Adapter: channels of its control images (1 is grey), and what their sizes are multiples of."""
+    """A T2I-Adapter: the channels of its control images (1: grayscale), and the factor that divides their sizes."""
 
     name: str
     channels: int
@@ -178,13 +178,13 @@ class T2IAdapter(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Motion(msgspec.Struct, frozen=True, kw_only=True):
-    """A motion UNet: ``window`` is the largest number of frames that its motion modules see at once."""
+    """A motion UNet; its motion modules attend to at most `window` frames at once."""
 
     window: int
 
 
 class TextEncoder(msgspec.Struct, frozen=True, kw_only=True):
-    """A CLIP text encoder: engine name, tokenizer file and the fixed length of its input."""
+    """A CLIP text encoder: its engine, the fixed length and padding of its input, and the width of its output."""
 
     engine: str
     max_length: int
@@ -192,8 +192,8 @@ class TextEncoder(msgspec.Struct, frozen=True, kw_only=True):
     hidden_size: int
 
 
-class Asked(Protocol):
-    """What of a request decides how it is guided."""
+class GuidanceInputs(Protocol):
+    """The parts of a request that decide how it is guided."""
 
     @property
     def task(self) -> str: ...
@@ -209,7 +209,7 @@ class Asked(Protocol):
 
 
 class Bundle(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything the pipeline and the denoiser know of one checkpoint set."""
+    """Everything that the pipeline and the denoiser know about one set of checkpoints."""
 
     name: str
     family: str
@@ -220,9 +220,9 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     vae_scaling_factor: float
     vae_latents_mean: tuple[float, ...] = ()
     vae_latents_std: tuple[float, ...] = ()
-    """Of each latent channel, for VAEs that have them; none: 0 and 1."""
+    """Mean and standard deviation per latent channel, for VAEs that have them; empty: 0 and 1."""
     preview_factors: tuple[tuple[float, float, float], ...]
-    """Red, green and blue (-1 to 1) by latent channel: a linear fit to the VAE, for previews."""
+    """Red, green, and blue (-1 to 1) per latent channel: a linear fit to the VAE, for previews."""
     preview_offset: tuple[float, float, float] = (0.0, 0.0, 0.0)
     default_height: int
     default_width: int
@@ -241,128 +241,138 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     safety_checker: ImageEncoder | None = None
     controlnets: tuple[ControlNet, ...] = ()
     residuals: tuple[Residual, ...] = ()
-    """What ControlNets add: to each skip connection of the down blocks, and last to the middle block."""
+    """What ControlNets add: one entry per skip connection of the down blocks, then one for the middle block."""
     t2i_adapters: tuple[T2IAdapter, ...] = ()
     features: tuple[Residual, ...] = ()
     """What T2I-Adapters add within the blocks."""
     motion: Motion | None = None
     shapes: Shapes = Shapes()
     sizes: tuple[tuple[int, int], ...] = ()
-    """Height and width of the pictures that engines are built for, one by one; none: all within `shapes`."""
+    """The only heights and widths that engines are built for; empty: all sizes within `shapes`."""
     limits: Limits = Limits()
     backend: str = "onnxruntime"
     precision: str = "fp32"
     host: Literal["python", "native"] = "python"
-    """Who hosts the encoders and the VAE: imprompt, or Triton's own backend."""
+    """What hosts the encoders and the VAE: imprompt (`python`), or Triton's own backend (`native`)."""
     threads: int = 0
-    """Threads of one call of an engine on the CPU; 0 for one a core."""
+    """Threads per engine call on the CPU; 0: one per core."""
     devices: tuple[int, ...] = ()
-    """GPUs that serve it; none: the first one."""
+    """GPUs that serve the bundle; empty: the first one."""
 
     def __post_init__(self) -> None:
         if self.family not in families.NAMES:
-            raise ValueError(f"no family {self.family!r}; there are {', '.join(families.NAMES)}")
+            raise ValueError(f"unknown family {self.family!r}; known families are {', '.join(families.NAMES)}")
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """The attention resolutions, as numbers of halvings of the latent size."""
+        """The attention resolutions, each as the number of times that the latent size is halved."""
         return tuple(sorted({layer.level for layer in self.layers}))
 
     @property
     def region_tokens(self) -> int:
-        """Image tokens of a group beside region masks, in engines that are built for ranges: those of one picture."""
+        """Image tokens per group next to region masks, in engines built for ranges: those of one picture."""
         return max(self.shapes.bucket(adapter.num_tokens) for adapter in self.adapters)
 
     @property
-    def most_images(self) -> int:
-        """Image prompts of one adapter in a request, as far as engines are built for them."""
+    def max_images(self) -> int:
+        """The largest number of image prompts per adapter and request that engines are built for."""
         fewest = min((adapter.num_tokens for adapter in self.adapters), default=1)
         return max(self.shapes.image_tokens[-1] // fewest, self.shapes.regions)
 
-    def embeds_guidance(self, request: Asked) -> bool:
-        """Whether the guidance scale is an input of the UNet: of distilled ones, in the tasks for which diffusers'
-        pipelines know them, which leaves out ControlNets with a start picture, and AnimateDiff."""
-        unaware = request.frames is not None or (request.controls and request.task != "text-to-image")
-        return self.time_cond_proj_dim is not None and not unaware
+    def embeds_guidance(self, request: GuidanceInputs) -> bool:
+        """Return whether the guidance scale is a UNet input.
 
-    def guided(self, request: Asked) -> bool:
-        """Whether a request runs an unconditional branch too."""
+        That is the case for distilled UNets, in the tasks whose diffusers pipelines support them: not for ControlNets
+        with a start picture, and not for AnimateDiff.
+        """
+        unsupported = request.frames is not None or (request.controls and request.task != "text-to-image")
+        return self.time_cond_proj_dim is not None and not unsupported
+
+    def guided(self, request: GuidanceInputs) -> bool:
+        """Return whether a request also runs an unconditional branch."""
         return request.settings.guidance_scale > 1 and not self.embeds_guidance(request)
 
     def adapter(self, name: str) -> Adapter:
+        """Look up an adapter by name."""
         return next(adapter for adapter in self.adapters if adapter.name == name)
 
     def finds_faces(self, adapter: Adapter) -> bool:
-        """Whether pictures of people may stand in for the face embeddings of ``adapter``."""
+        """Return whether `adapter` can take pictures of people in place of face embeddings."""
         return adapter.uses_face and self.face_encoder is not None
 
     def image_encoder(self, name: str) -> ImageEncoder:
+        """Look up an image encoder by name."""
         return next(encoder for encoder in self.image_encoders if encoder.name == name)
 
     @property
     def residual_names(self) -> tuple[str, ...]:
-        """Names of ``residuals``, as outputs of ControlNets and inputs of the UNet."""
+        """Names of `residuals`, as outputs of ControlNets and inputs of the UNet."""
         return residual_names(len(self.residuals))
 
     @property
     def feature_names(self) -> tuple[str, ...]:
-        """Names of ``features``, as inputs of the UNet and outputs of T2I-Adapters."""
+        """Names of `features`, as outputs of T2I-Adapters and inputs of the UNet."""
         return feature_names(len(self.features))
 
     @property
     def net_names(self) -> tuple[str, ...]:
-        """What requests may name as ``controlnet``."""
+        """Names that the request parameter `controlnet` accepts."""
         return (*(net.name for net in self.controlnets), *(adapter.name for adapter in self.t2i_adapters))
 
     def t2i_adapter(self, name: str) -> T2IAdapter | None:
+        """Look up a T2I-Adapter by name; None if there is none of that name."""
         return next((adapter for adapter in self.t2i_adapters if adapter.name == name), None)
 
     def controlnet(self, name: str) -> ControlNet:
+        """Look up a ControlNet by name."""
         return next(net for net in self.controlnets if net.name == name)
 
     def model(self, part: str) -> str:
-        """Name of the Triton model that serves ``part`` of this bundle."""
+        """Name the Triton model that serves `part` of this bundle."""
         return f"{self.name}_{part}"
 
     @property
     def denoisers(self) -> dict[str, int]:
-        """The Triton models of its denoisers and the GPU of each; with a number in the name if they are several."""
+        """The Triton models of the denoisers, each with its GPU; several denoisers have the GPU in their names."""
         if len(self.devices) < 2:
             return {self.model("denoiser"): next(iter(self.devices), 0)}
         return {self.model(f"denoiser_{gpu}"): gpu for gpu in self.devices}
 
     def save(self, folder: Path) -> None:
+        """Write `bundle.json` to `folder`, which is created if necessary."""
         folder.mkdir(parents=True, exist_ok=True)
-        # Not msgspec's JSON, which makes null of the infinities in configurations of schedulers.
+        # Not msgspec's JSON, which turns the infinities in scheduler configurations into null.
         text = json.dumps(msgspec.to_builtins(self), indent=2, ensure_ascii=False)
         (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Bundle:
-        """The bundle of a model's version folder.
+        """Read the bundle from a model's version folder.
 
         Raises:
-            ValueError: another version of imprompt exported it.
+            ValueError: another version of imprompt exported the bundle.
         """
         file = folder / FILE_NAME
         try:
             return msgspec.convert(json.loads(file.read_text(encoding="utf-8")), type=cls)
         except msgspec.ValidationError as error:
-            raise ValueError(f"{file} is of another version of imprompt, export the bundle again: {error}") from None
+            raise ValueError(
+                f"{file} was written by another version of imprompt; export the bundle again: {error}"
+            ) from None
 
 
 def level_size(size: int, level: int) -> int:
-    """``size`` after ``level`` stride-2 convolutions with padding 1."""
+    """Return `size` after `level` stride-2 convolutions with padding 1."""
     for _ in range(level):
         size = (size + 1) // 2
     return size
 
 
 def residual_names(count: int) -> tuple[str, ...]:
-    """Names of ``count`` residuals: those of the down blocks and that of the middle block."""
+    """Name `count` residuals: those of the down blocks, then that of the middle block."""
     return (*(f"down_residual_{index}" for index in range(count - 1)), "mid_residual")
 
 
 def feature_names(count: int) -> tuple[str, ...]:
-    """Names of ``count`` features of T2I-Adapters."""
+    """Name `count` features of T2I-Adapters."""
     return tuple(f"intrablock_residual_{index}" for index in range(count))

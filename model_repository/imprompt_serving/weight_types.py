@@ -1,6 +1,6 @@
-"""How a scale is spread over the cross-attention layers: the weight types of ComfyUI's IPAdapter plus.
+"""Distribute a scale over the cross-attention layers: the weight types of ComfyUI IPAdapter Plus.
 
-Each family knows its layers of style and composition. The easing runs over the layers in the order down, up, mid.
+Each family defines its style and composition layers. Easings run over the layers in the order down, up, mid.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from imprompt_serving.families import get_family
 from imprompt_serving.specs import Bundle
 
 _FLOOR = 0.05
-"""Share of the scale that the weakest layer of an easing keeps."""
+"""Fraction of the scale that an easing leaves for the weakest layer."""
 _WEAK = 0.2
+"""Fraction of the scale that weak blocks keep."""
 
 _EASINGS: dict[str, Callable[[float], float]] = {
     "linear": lambda x: 1.0,
@@ -27,17 +28,17 @@ _BLOCKS: dict[str, dict[str, float]] = {
     "weak output": {"up": _WEAK},
     "strong middle": {"down": _WEAK, "up": _WEAK},
 }
-_PARTS = ("style", "composition", "style and composition")
-WEIGHT_TYPES: tuple[str, ...] = (*_EASINGS, *_BLOCKS, *_PARTS)
+_ROLES = ("style", "composition", "style and composition")
+WEIGHT_TYPES: tuple[str, ...] = (*_EASINGS, *_BLOCKS, *_ROLES)
 
 
 def layer_weights(bundle: Bundle, weight_type: str) -> list[float]:
-    """Factor of each cross-attention layer [L], for one of ``WEIGHT_TYPES``."""
+    """Return the factor of each cross-attention layer [L] for one of `WEIGHT_TYPES`."""
     names = [layer.name for layer in bundle.layers]
     if weight_type in _EASINGS:
         return [_EASINGS[weight_type](index / len(names)) for index in range(len(names))]
     if weight_type in _BLOCKS:
         return [_BLOCKS[weight_type].get(name.split("_")[0], 1.0) for name in names]
-    parts = get_family(bundle.family).parts(bundle.layers)
-    wanted = frozenset[str]().union(*(parts[part] for part in weight_type.split(" and ")))
-    return [float(name in wanted) for name in names]
+    layers = get_family(bundle.family).layer_roles(bundle.layers)
+    selected = frozenset[str]().union(*(layers[role] for role in weight_type.split(" and ")))
+    return [float(name in selected) for name in names]

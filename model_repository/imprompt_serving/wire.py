@@ -85,7 +85,7 @@ def response_tensors(bundle: Bundle, *, stream: bool) -> tuple[Tensor, ...]:
     """List the outputs of the bundle's pipeline."""
     embeds = tuple(
         Tensor(
-            tensor_names.image_embeds(adapter.name), "FP32", (-1, -1, *adapter.embed_shape), "answer to `encode_image`"
+            tensor_names.image_embeds(adapter.name), "FP32", (-1, -1, *adapter.embed_shape), "result of `encode_image`"
         )
         for adapter in bundle.adapters
     )
@@ -102,27 +102,28 @@ JOB_RESPONSE: tuple[Tensor, ...] = (
     Tensor("error", "STRING", (2,), "status and message"),
 )
 
-SECRET = Tensor("secret", "STRING", ONE, "tells calls between models from those of strangers")
-"""An input of every internal model that imprompt hosts, with a row for each row of the call."""
+SECRET = Tensor("secret", "STRING", ONE, "proves that a call comes from another model of this server")
+"""Input of every internal model that imprompt hosts, with a row for each row of the call."""
 SECRET_ROW = SECRET._replace(dims=(1, 1))
-"""The same for models without batching."""
+"""The same input for models without batching."""
 
 FACE_CROP = 224
-"""Size of the aligned face that CLIP gets to see, as in diffusers' guide."""
+"""Size in pixels of the aligned face that CLIP encodes, as in the diffusers guide."""
 FACE_INPUT: tuple[Tensor, ...] = (Tensor("picture", "STRING", ONE, "encoded bytes"), SECRET_ROW)
 FACE_OUTPUT: tuple[Tensor, ...] = (
-    Tensor("embeddings", "FP32", (-1, -1), "[faces, 512]: none, or that of the largest face, of length 1"),
+    Tensor("embeddings", "FP32", (-1, -1), "[faces, 512]: the unit-length embedding of the largest face, or no rows"),
     Tensor("boxes", "FP32", (-1, 4), "[faces, (left, top, right, bottom)] in pixels"),
     Tensor("keypoints", "FP32", (-1, 5, 2), "[faces, (eyes, nose, corners of the mouth), (x, y)] in pixels"),
-    Tensor("crops", "UINT8", (-1, FACE_CROP, FACE_CROP, 3), "aligned faces; blue, green, red"),
+    Tensor("crops", "UINT8", (-1, FACE_CROP, FACE_CROP, 3), "aligned faces, in BGR order"),
     Tensor("error", "STRING", (2,), "status and message"),
 )
 
 
 def job_tensors(bundle: Bundle) -> tuple[Tensor, ...]:
-    """Inputs of the denoiser: ``job`` (a ``job.JobRequest``) and its tensors.
+    """List the inputs of the denoiser.
 
-    Or ``admit`` alone (a ``job.Admission``), or the id of a job to ``cancel``.
+    A call carries `job` (a `job_request.JobRequest`) and its tensors, or only `admit` (a `job_request.Admission`), or
+    only `cancel` (the id of the job to cancel).
     """
     texts, embeds = get_family(bundle.family).text_shapes(bundle), []
     for prefix in ("", tensor_names.NEGATIVE):

@@ -114,7 +114,7 @@ def test_stream_aborted_by_a_proxy_raises_the_same_error(any_client: Any, triton
 
 
 def test_the_servers_own_time_limit_raises_deadline_exceeded(connect: Callable[..., Any], triton: FakeTriton) -> None:
-    triton.answer = refuse(Status.CANCELLED, "timeout: 600 seconds are over")
+    triton.answer = refuse(Status.CANCELLED, "timeout: 600 seconds have passed")
     with pytest.raises(DeadlineExceeded):
         connect().generate(model="one", prompt="a")
 

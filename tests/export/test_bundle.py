@@ -1,4 +1,4 @@
-"""Bundle files and checkpoints that do not fit are refused by name, before anything is exported."""
+"""Bundle files are checked before the export, and errors name the key or checkpoint."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ weight_name = "ip-adapter_sd15.safetensors"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An SD1.5 base with adapters of both families and both encoders."""
+    """Make an SD1.5 base, and adapters and encoders of both families."""
     root = tmp_path_factory.mktemp("checkpoints")
     base.make_sd15(root / "base")
     for family, encoder in (("models", "vit_h"), ("sdxl_models", "big_g")):
@@ -46,21 +46,21 @@ def write(folder: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        (BASE + "colour = 3", "colour"),
+        (BASE + "color = 3", "color"),
         (BASE + ADAPTER + "scale = 0.5", "scale"),
-        (BASE + '[engine]\nbackend = "abacus"', "'abacus' is none of onnxruntime, "),
+        (BASE + '[engine]\nbackend = "abacus"', "engine.backend: 'abacus' is not one of .*onnxruntime, "),
         (
             BASE + '[engine]\nprecision = "int8"',
-            r"engine.precision \(with onnxruntime\): 'int8' is none of fp32, fp16",
+            r"engine.precision \(with onnxruntime\): 'int8' is not one of fp32, fp16",
         ),
         (BASE + '[engine]\nbackend = "openvino"\nhost = "native"', "engine.host"),
         (BASE + "[engine]\nthreads = -1", "engine.threads"),
-        (BASE + "[engine]\ndevices = [0, 0]", "engine.devices.*each once"),
+        (BASE + "[engine]\ndevices = [0, 0]", "engine.devices.*distinct"),
         (BASE + "[engine]\ndevices = [-1]", "engine.devices"),
         (BASE + '[engine]\nprecision = "fp4"', "engine.precision.*fp4.*fp32, fp16, bf16"),
-        (BASE + '[engine]\nbackend = "tensorrt_rtx"\nhost = "native"', "engine.host.*tensorrt_rtx.*none of python"),
+        (BASE + '[engine]\nbackend = "tensorrt_rtx"\nhost = "native"', "engine.host.*tensorrt_rtx.*not one of python"),
         (BASE + "[engine]\nrefit = true", "engine.refit.*onnxruntime"),
         (BASE + '[engine]\ntargets = ["8.9"]', "engine.targets.*SM89"),
         (BASE + "[shapes]\nregions = 0", "shapes.regions"),
@@ -78,8 +78,8 @@ def write(folder: Path, text: str) -> Path:
         ("name = ", "TOML"),
     ],
 )
-def test_bundle_files_are_checked(folder: Path, text: str, said: str) -> None:
-    with pytest.raises(BundleError, match=said):
+def test_invalid_values_are_refused(folder: Path, text: str, message: str) -> None:
+    with pytest.raises(BundleError, match=message):
         load(BundleFile.load(write(folder, text)))
 
 
@@ -88,13 +88,13 @@ LORA = '[[lora]]\npath = "lora"\n'
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (BASE + ADAPTER.replace("weight_", "weigth_"), r"ip_adapter\[0\]: .* weigth_name; did you mean weight_name\?"),
         (BASE + "[[lroa]]", "lroa; did you mean lora"),
         (BASE + "[engine]\nprecison = 1", "engine: no such key: precison; did you mean precision"),
-        (BASE + 'precision = "fp16"', "no such key: precision; it is a key of engine"),
-        (BASE + LORA + 'base = "x"', r"lora\[0\]: no such key: base; it is a key of the file itself"),
+        (BASE + 'precision = "fp16"', r"no such key: precision; it belongs in \[engine\]"),
+        (BASE + LORA + 'base = "x"', r"lora\[0\]: no such key: base; it belongs at the top of the file"),
         (BASE + "xyzzy = 1", r"no such key: xyzzy; see docs/bundle\.md"),
         (BASE + 'folder = "x"', "no such key: folder"),
         (BASE + '[ip_adapter]\nname = "x"', r"ip_adapter: expected a list \(\[\[...\]\] for tables\), got a table"),
@@ -125,38 +125,38 @@ LORA = '[[lora]]\npath = "lora"\n'
         (BASE + NET.format("x") + NET.format("embedding_x"), "two networks would be called controlnet_embedding_x"),
     ],
 )  # fmt: skip
-def test_mistakes_are_one_line_that_helps(folder: Path, text: str, said: str) -> None:
-    with pytest.raises(BundleError, match=said) as refused:
+def test_error_messages_are_one_helpful_line(folder: Path, text: str, message: str) -> None:
+    with pytest.raises(BundleError, match=message) as refused:
         BundleFile.load(write(folder, text))
     assert "\n" not in str(refused.value)
     assert len(str(refused.value).encode()) < 1000
 
 
-def test_limits_that_are_allowed(folder: Path) -> None:
+def test_smallest_limits_are_accepted(folder: Path) -> None:
     limits = BundleFile.load(
         write(folder, BASE + "[limits]\nwaiting_rows = 0\nwaiting_seconds = 0\nimage_megapixels = 0.1\nimages = 1")
     ).limits
     assert (limits.waiting_rows, limits.waiting_seconds, limits.image_megapixels, limits.images) == (0, 0, 0.1, 1)
 
 
-def test_a_missing_bundle_file() -> None:
+def test_missing_bundle_file_is_refused() -> None:
     with pytest.raises(BundleError, match=r"nowhere\.toml"):
         BundleFile.load("nowhere.toml")
 
 
-def test_an_adapter_of_another_family_is_refused_with_both_widths(folder: Path) -> None:
+def test_adapter_of_another_family_is_refused_with_both_widths(folder: Path) -> None:
     text = BASE + ADAPTER.replace("models", "sdxl_models").replace("ip-adapter_sd15", "ip-adapter_sdxl")
     with pytest.raises(BundleError, match=r"17 attention layers of width 128.*10 of width 48"):
         load(BundleFile.load(write(folder, text)))
 
 
-def test_an_adapter_with_the_wrong_encoder_is_refused_with_both_widths(folder: Path) -> None:
+def test_adapter_with_wrong_encoder_is_refused_with_both_widths(folder: Path) -> None:
     text = BASE + ADAPTER + 'image_encoder_folder = "sdxl_models/image_encoder"'
-    with pytest.raises(BundleError, match=r"width 64.*gives 80.*ViT-H"):
+    with pytest.raises(BundleError, match=r"width 64.*produces 80.*ViT-H"):
         load(BundleFile.load(write(folder, text)))
 
 
-def test_a_bin_file_that_would_run_code_is_refused(folder: Path) -> None:
+def test_bin_file_that_would_run_code_is_refused(folder: Path) -> None:
     class Malicious:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return (print, ("ran",))
@@ -166,7 +166,7 @@ def test_a_bin_file_that_would_run_code_is_refused(folder: Path) -> None:
         read(folder / "ip/models/bad.bin")
 
 
-def test_both_file_formats_hold_the_same(folder: Path) -> None:
+def test_bin_and_safetensors_files_hold_the_same_weights(folder: Path) -> None:
     first = read(adapters.make_adapter(folder / "two", "plus", weight_name="a.bin"))
     second = read(adapters.make_adapter(folder / "two", "plus", weight_name="a.safetensors"))
     assert kind_of(first, "a") == kind_of(second, "a") == "plus"
@@ -175,8 +175,8 @@ def test_both_file_formats_hold_the_same(folder: Path) -> None:
         assert all(torch.equal(first[part][key], second[part][key]) for key in first[part])
 
 
-def test_the_names_that_are_compared_are_those_of_the_models(folder: Path) -> None:
-    """`BundleFile.models` and `denoiser_engines` are known before anything is loaded; these are of checkpoints."""
+def test_predicted_names_match_the_exported_models(folder: Path) -> None:
+    """`BundleFile.models` and `denoiser_engines` predict names before anything is loaded."""
     control.make_controlnet(folder / "net")
     control.make_t2i_adapter(folder / "sketch")
     sections = NET.format("depth") + NET.format("canny") + '[[t2i_adapter]]\nname = "sketch"\npath = "sketch"\n'
@@ -202,8 +202,8 @@ def test_the_names_that_are_compared_are_those_of_the_models(folder: Path) -> No
 NAMES = ("a", "a_0", "a_0_1", "negative_a", "embeds_a", "adapter", "image", "masks", "scale", "embedding", "mask_a")
 
 
-def test_tensors_of_no_two_names_are_alike(folder: Path) -> None:
-    """Of adapters and nets whose names look like parts of tensors' names."""
+def test_tensor_names_never_collide(folder: Path) -> None:
+    """Use names of adapters and ControlNets that look like parts of tensor names."""
     control.make_controlnet(folder / "net")
     bundle = BundleFile.load(write(folder, BASE + ADAPTER + NET.format("net")))
     checkpoints = load(bundle)
@@ -238,6 +238,6 @@ def test_tensors_of_no_two_names_are_alike(folder: Path) -> None:
         ("faceid_plusv2", "faceid_plusv2"),
     ],
 )
-def test_kinds_are_told_apart(tmp_path: Path, kind: adapters.Kind, found: str) -> None:
+def test_adapter_kinds_are_recognized(tmp_path: Path, kind: adapters.Kind, found: str) -> None:
     file = adapters.make_adapter(tmp_path, kind)
     assert kind_of(read(file), file.name) == found

@@ -1,4 +1,4 @@
-"""Checkpoints that are missing, damaged, of the wrong kind or for another base: one line, before torch is imported."""
+"""Missing, damaged, wrong, or mismatched checkpoints are refused in one line, before torch is imported."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ IP = "ip/models/ip-adapter_sd15.safetensors"
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One of every kind for SD1.5, some for SDXL, and what broke."""
+    """Make one checkpoint of every kind for SD1.5, some for SDXL, and some that are damaged."""
     folder = tmp_path_factory.mktemp("checks")
     base.make_sd15(folder / "base")
     base.make_sdxl(folder / "xl", layers_per_block=1)
@@ -106,8 +106,8 @@ def check(root: Path, text: str) -> None:
         net("motion_adapter", "motion"),
     ],
 )
-def test_what_fits(root: Path, text: str) -> None:
-    """Files given directly among it, and the only file of a folder."""
+def test_matching_checkpoints_pass(root: Path, text: str) -> None:
+    """Paths may be folders or files, and a folder's only weight file needs no name."""
     check(root, text)
 
 
@@ -126,78 +126,78 @@ KINDS = {
     "empty": "an empty folder",
     ENCODER: "a CLIP image encoder",
 }
-WANTED = {"controlnet": "a ControlNet", "t2i_adapter": "a T2I-Adapter", "motion_adapter": "a motion adapter"}
+EXPECTED = {"controlnet": "a ControlNet", "t2i_adapter": "a T2I-Adapter", "motion_adapter": "a motion adapter"}
 
 
 @pytest.mark.parametrize("path", KINDS)
-@pytest.mark.parametrize("section", WANTED)
-def test_one_network_for_another(root: Path, section: str, path: str) -> None:
-    if KINDS[path] != WANTED[section]:
-        refused(root, net(section, path), f"{section}.*: .* is {KINDS[path]}.*; wanted is {WANTED[section]}")
+@pytest.mark.parametrize("section", EXPECTED)
+def test_wrong_kind_of_network_is_refused(root: Path, section: str, path: str) -> None:
+    if KINDS[path] != EXPECTED[section]:
+        refused(root, net(section, path), f"{section}.*: .* is {KINDS[path]}.*; expected {EXPECTED[section]}")
 
 
 @pytest.mark.parametrize("path", [*sorted({*KINDS} - {"base"}), IP, "bundle.toml"])
-def test_anything_for_a_base(root: Path, path: str) -> None:
+def test_wrong_kind_of_base_is_refused(root: Path, path: str) -> None:
     kind = KINDS.get(path) or {IP: "an IP-Adapter; convert a single file", "bundle.toml": r"a \.toml file"}[path]
     refused(root, BASE.replace('"base"', f'"{path}"'), f"base: .* as a diffusers pipeline: it is {kind}")
 
 
 @pytest.mark.parametrize("path", ["depth", "motion", "sketch", "lora", "base/unet", ENCODER])
-def test_anything_for_an_image_prompt_adapter(root: Path, path: str) -> None:
+def test_wrong_kind_of_ip_adapter_is_refused(root: Path, path: str) -> None:
     kind = KINDS[path].removeprefix(".*")
     refused(root, adapter(path, NO_ENCODER), f"ip_adapter a: .* is not an IP-Adapter: it is {kind}")
 
 
 @pytest.mark.parametrize("path", ["depth", "motion", "sketch", "base/unet", "base/vae", ENCODER, IP])
-def test_anything_for_a_lora(root: Path, path: str) -> None:
-    refused(root, lora(path), f"lora {path} is {KINDS.get(path, 'an IP-Adapter')} .*; a LoRA is wanted")
+def test_wrong_kind_of_lora_is_refused(root: Path, path: str) -> None:
+    refused(root, lora(path), f"lora {path} is {KINDS.get(path, 'an IP-Adapter')} .*, not a LoRA")
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        (adapter(IP, 'image_encoder_folder = "../../depth"'), "depth is a ControlNet; wanted is a CLIP image encoder"),
-        (net("controlnet", CONTROLNET_FILE), "is a ControlNet; wanted is the folder of a ControlNet"),
+        (adapter(IP, 'image_encoder_folder = "../../depth"'), "depth is a ControlNet; expected a CLIP image encoder"),
+        (net("controlnet", CONTROLNET_FILE), "is a ControlNet; expected the folder of a ControlNet"),
         # Damaged or incomplete
         (adapter("cut.safetensors", NO_ENCODER), r"cut\.safetensors is damaged"),
         (adapter("cut.bin", NO_ENCODER), r"cut\.bin is damaged"),
-        (adapter("page.safetensors", NO_ENCODER), "is damaged or no safetensors file"),
-        (adapter("half.safetensors", NO_ENCODER), "lacks image_proj"),
-        (adapter("depth/config.json", NO_ENCODER), "is no file with weights"),
+        (adapter("page.safetensors", NO_ENCODER), "is damaged or not a safetensors file"),
+        (adapter("half.safetensors", NO_ENCODER), "it has no image_proj weights"),
+        (adapter("depth/config.json", NO_ENCODER), "is not a weight file"),
         (lora("cut.safetensors"), r"cut\.safetensors is damaged"),
         (net("controlnet", "cut_depth"), r"controlnet n: .*cut_depth.* is damaged"),
         (net("controlnet", "no_weights"), "controlnet n: no weights in .*no_weights"),
-        (net("controlnet", "only_fp16"), r"no weights in .*model\.fp16\.safetensors is not a name that is looked"),
+        (net("controlnet", "only_fp16"), r"no weights in .*model\.fp16\.safetensors is not a name that diffusers"),
         (net("controlnet", "no_json"), r"controlnet n: .*config\.json is not JSON"),
         (BASE.replace('"base"', '"cut_base"'), r"base: .*unet.* is damaged"),
-        (BASE.replace('"base"', '"odd"'), "a configuration of the checkpoints is not understood"),
+        (BASE.replace('"base"', '"odd"'), "cannot read a configuration of the checkpoints"),
         (BASE.replace('"base"', '"no_vae"'), "base: no folder vae in .*no_vae"),
         (BASE.replace('"base"', '"no_text_encoder"'), "base: no folder text_encoder"),
         # Made for another base
         (adapter("ip/sdxl_models"), "made for 17 attention layers of width 128, but the base has 10 of width 48"),
-        (adapter(IP, 'image_encoder_folder = "../sdxl_models/image_encoder"'), "of width 64, but .* gives 80"),
-        (net("controlnet", "xldepth"), "controlnet n: its cross_attention_dim is 128, but the base takes 48"),
+        (adapter(IP, 'image_encoder_folder = "../sdxl_models/image_encoder"'), "of width 64, but .* produces 80"),
+        (net("controlnet", "xldepth"), "controlnet n: its cross_attention_dim is 128, but the base needs 48"),
         (net("motion_adapter", "motion2"), "motion_adapter: motion2 does not fit the base"),
-        (net("motion_adapter", "motion").replace('"base"', '"xl"'), r"motion_adapter: clips are served for SD1\.5"),
-        (net("t2i_adapter", "sketch").replace('"base"', '"xl"'), "t2i_adapter n: .* it is for another family"),
-        (lora("lora").replace('"base"', '"xl"'), "are not in the base|is for another family"),
-        # Ambiguous or misspelt
-        (lora("two"), r"lora two: .* holds a\.safetensors, b\.safetensors; say which one by weight_name"),
-        (adapter("ip", 'subfolder = "models"'), r"holds ip-adapter-plus_sd15\.safetensors, ip-adapter_sd15\.safe"),
-        (adapter(IP, 'weight_name = "other.safetensors"'), "is a file already"),
+        (net("motion_adapter", "motion").replace('"base"', '"xl"'), r"clips are only supported for SD1\.5 bases"),
+        (net("t2i_adapter", "sketch").replace('"base"', '"xl"'), "t2i_adapter n: .* it is made for another family"),
+        (lora("lora").replace('"base"', '"xl"'), "are not in the base|is made for another family"),
+        # Ambiguous or misspelled
+        (lora("two"), r"lora two: .* files \(a\.safetensors, b\.safetensors\); choose one in weight_name"),
+        (adapter("ip", 'subfolder = "models"'), r"\(ip-adapter-plus_sd15\.safetensors, ip-adapter_sd15\.safe"),
+        (adapter(IP, 'weight_name = "other.safetensors"'), "is already a file"),
         (adapter("ip/models", 'weight_name = "ip-adapter_sd15.safetensor"'), r"mean ip-adapter_sd15\.safetensors"),
         (adapter("ip", 'subfolder = "modles"'), "no folder .*modles; did you mean models"),
         (net("controlnet", "dpeth"), "controlnet n: no such file or folder .*: dpeth; did you mean depth"),
         (lora("lora", 'subfolder = "x"'), "no folder .*x"),
     ],
 )
-def test_what_does_not_fit(root: Path, text: str, said: str) -> None:
-    refused(root, text, said)
+def test_bad_checkpoints_are_refused(root: Path, text: str, message: str) -> None:
+    refused(root, text, message)
 
 
-def refused(root: Path, text: str, said: str) -> None:
-    """The bundle is refused by one short line that matches `said`."""
-    with pytest.raises(BundleError, match=said) as raised:
+def refused(root: Path, text: str, message: str) -> None:
+    """Check that the bundle is refused with one short line that matches `message`."""
+    with pytest.raises(BundleError, match=message) as raised:
         check(root, text)
     assert "\n" not in str(raised.value)
     assert len(str(raised.value).encode()) < 1000
@@ -205,23 +205,23 @@ def refused(root: Path, text: str, said: str) -> None:
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_attention_layers_are_counted_as_diffusers_makes_them(family: base.Family, layers: int) -> None:
+def test_attention_layers_are_counted_as_in_diffusers(family: base.Family, layers: int) -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel(**base.unet_config(family, layers))
-    made = sum(name.endswith("attn2.processor") for name in unet.attn_processors)
-    assert checks.cross_attention_layers(json.loads(unet.to_json_string())) == made
+    expected = sum(name.endswith("attn2.processor") for name in unet.attn_processors)
+    assert checks.cross_attention_layers(json.loads(unet.to_json_string())) == expected
 
 
-def test_a_configuration_that_leaves_out_the_defaults() -> None:
+def test_missing_configuration_keys_have_the_defaults_of_diffusers() -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel()
     assert checks.cross_attention_layers({}) == sum(n.endswith("attn2.processor") for n in unet.attn_processors)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        (BASE + "colour = 3", "colour"),
+        (BASE + "color = 3", "color"),
         (net("controlnet", "motion"), "is a motion adapter"),
         (adapter("ip/sdxl_models"), "width 128"),
         (adapter("cut.bin", NO_ENCODER), "damaged"),
@@ -229,7 +229,7 @@ def test_a_configuration_that_leaves_out_the_defaults() -> None:
         (BASE + '[engine]\nbackend = "tensorrt"', 'pip install "imprompt[gpu]"'),
     ],
 )
-def test_a_mistake_is_reported_without_importing_torch(root: Path, text: str, said: str) -> None:
+def test_mistakes_are_reported_without_importing_torch(root: Path, text: str, message: str) -> None:
     (root / "bundle.toml").write_text(text)
     code = (
         "import sys; from imprompt.cli import app\n"
@@ -245,20 +245,20 @@ def test_a_mistake_is_reported_without_importing_torch(root: Path, text: str, sa
         text=True,
         timeout=60,
     )
-    assert time.perf_counter() - start < 10  # on a busy machine; 0.5 s on an idle one
+    assert time.perf_counter() - start < 10  # allows for a busy machine; an idle one takes 0.5 s
     assert done.returncode == 1
     assert done.stdout.strip() == "[]"
-    assert said in done.stderr
+    assert message in done.stderr
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert not (root / "repository").exists()
 
 
-@pytest.mark.parametrize("there", ["file", "taken"])
-def test_an_output_that_cannot_be_used_is_refused_first(root: Path, tmp_path: Path, there: str) -> None:
+@pytest.mark.parametrize("existing", ["file", "other bundle"])
+def test_unusable_repository_is_refused_before_importing_torch(root: Path, tmp_path: Path, existing: str) -> None:
     (root / "bundle.toml").write_text(BASE)
     repository = tmp_path / "repository"
-    if there == "file":
+    if existing == "file":
         repository.write_text("mine")
     else:
         (repository / "tiny_stream/1").mkdir(parents=True)
@@ -271,12 +271,12 @@ def test_an_output_that_cannot_be_used_is_refused_first(root: Path, tmp_path: Pa
     )
     command = [sys.executable, "-c", code, root / "bundle.toml", repository]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    said, torch_there = done.stdout.splitlines()
-    assert torch_there == "False"
-    assert ("is a file" if there == "file" else "belongs to bundle tiny_stream") in said
+    message, torch_imported = done.stdout.splitlines()
+    assert torch_imported == "False"
+    assert ("is a file" if existing == "file" else "belongs to bundle tiny_stream") in message
 
 
-def test_a_missing_package_is_named_after_the_bundle_is_checked(root: Path, tmp_path: Path) -> None:
+def test_missing_package_is_reported_after_the_bundle_is_checked(root: Path, tmp_path: Path) -> None:
     (root / "bundle.toml").write_text(BASE)
     code = (
         "import sys; sys.modules['diffusers'] = None\n"

@@ -1,4 +1,4 @@
-"""ControlNets of a bundle: what does not fit is refused by name before anything is exported."""
+"""ControlNets that do not fit the bundle are refused by name before the export."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def unet() -> UNet2DConditionModel:
         ('name = "depth"', "path"),
     ],
 )
-def test_bad_sections(tmp_path: Path, section: str, message: str) -> None:
+def test_bad_sections_are_refused(tmp_path: Path, section: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "net").mkdir()
     (tmp_path / "net/config.json").write_text("{}")
@@ -41,21 +41,21 @@ def test_bad_sections(tmp_path: Path, section: str, message: str) -> None:
         bundle(tmp_path, f"[[controlnet]]\n{section}\n")
 
 
-def test_names_differ(tmp_path: Path) -> None:
+def test_duplicate_names_are_refused(tmp_path: Path) -> None:
     (tmp_path / "net").mkdir()
     (tmp_path / "net/config.json").write_text("{}")
     with pytest.raises(BundleError, match="names must differ"):
         bundle(tmp_path, '[[controlnet]]\nname = "depth"\npath = "net"\n' * 2)
 
 
-def test_a_net_for_another_family(tmp_path: Path) -> None:
+def test_controlnet_of_another_family_is_refused(tmp_path: Path) -> None:
     control.make_controlnet(tmp_path / "net", family="sdxl")
     loaded = bundle(tmp_path, '[[controlnet]]\nname = "depth"\npath = "net"\n')
-    with pytest.raises(BundleError, match="controlnet depth: its cross_attention_dim is 128, but the base takes 48"):
+    with pytest.raises(BundleError, match="controlnet depth: its cross_attention_dim is 128, but the base needs 48"):
         load_controlnets(loaded, unet())
 
 
-def test_a_folder_without_weights(tmp_path: Path) -> None:
+def test_folder_without_weights_is_refused(tmp_path: Path) -> None:
     control.make_controlnet(tmp_path / "net")
     next((tmp_path / "net").glob("*.safetensors")).unlink()
     loaded = bundle(tmp_path, '[[controlnet]]\nname = "depth"\npath = "net"\n')

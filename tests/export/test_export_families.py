@@ -1,4 +1,4 @@
-"""What a family owns when it is exported: which bases are its own, and which are refused."""
+"""Families: which bases belong to each, and which are refused."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ NOTHING = [None, None]
 
 
 @pytest.mark.parametrize("pipeline", [name for family in all_families() for name in family.pipelines])
-def test_the_family_of_a_base(pipeline: str) -> None:
+def test_family_is_found_by_pipeline(pipeline: str) -> None:
     assert hasattr(diffusers, pipeline)
     assert family_of(pipeline).name == ("sdxl" if "XL" in pipeline else "sd15")
 
 
 @pytest.mark.parametrize("pipeline", [None, "FluxPipeline"])
-def test_a_base_of_no_family(pipeline: str | None) -> None:
-    with pytest.raises(BundleError, match=rf"base: {pipeline} is not served; folders of Latent.*, StableDiff.* are"):
+def test_unknown_pipeline_is_refused(pipeline: str | None) -> None:
+    with pytest.raises(BundleError, match=rf"base: {pipeline} is not supported; expected one of Latent.*, StableDiff"):
         family_of(pipeline)
 
 
@@ -41,21 +41,21 @@ def test_a_base_of_no_family(pipeline: str | None) -> None:
         ("sdxl", {"text_encoder": TEXT}, "base: it has no text_encoder_2"),
     ],
 )
-def test_bases_that_lack_a_text_encoder(family: str, index: dict[str, Any], message: str) -> None:
+def test_bases_without_a_text_encoder_are_refused(family: str, index: dict[str, Any], message: str) -> None:
     with pytest.raises(BundleError, match=message):
         export_family(family).check_base(index)
 
 
-def test_whole_bases() -> None:
+def test_complete_bases_pass() -> None:
     export_family("sd15").check_base({"text_encoder": TEXT})
     export_family("sdxl").check_base({"text_encoder": TEXT, "text_encoder_2": TEXT, "requires_aesthetics_score": False})
 
 
-def test_a_further_family_is_found_by_its_pipelines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_family_is_found_by_its_pipelines(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("toy")
     module.FAMILY = replace(export_family("sd15"), name="toy", pipelines=("ToyPipeline",))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "imprompt_export.families.toy", module)
-    # Both rooms read the same list; the exporter has bound it when it was imported.
+    # The export and the server share this list; patch it where the export has imported it.
     monkeypatch.setattr("imprompt_export.families.NAMES", (*families.NAMES, "toy"))
     assert family_of("ToyPipeline").name == "toy"
     assert family_of("StableDiffusionPipeline").name == "sd15"

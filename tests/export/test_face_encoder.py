@@ -1,4 +1,4 @@
-"""A folder of face models that does not do is refused by name, before anything is exported."""
+"""Folders of face models are checked before the export, and errors name what is wrong."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def load(folder: Path, more: str = "", adapter: bool = True) -> BundleFile:
     return BundleFile.load(file)
 
 
-def test_detector_and_recogniser_are_found(folder: Path) -> None:
+def test_detector_and_recognizer_are_found(folder: Path) -> None:
     found = find_models(load(folder), WIDTHS)
     assert {task: file.name for task, file in found.items()} == {
         "detection": "det_10g.onnx",
@@ -43,31 +43,31 @@ def test_detector_and_recogniser_are_found(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         ("det_size = [100, 640]", "det_size"),
         ("det_size = [640]", "det_size"),
         ("det_thresh = 1.5", "det_thresh"),
-        ("colour = 1", "colour"),
+        ("color = 1", "color"),
     ],
 )
-def test_options_are_checked(folder: Path, more: str, said: str) -> None:
-    with pytest.raises(BundleError, match=said):
+def test_options_are_checked(folder: Path, more: str, message: str) -> None:
+    with pytest.raises(BundleError, match=message):
         load(folder, more)
 
 
-def test_a_missing_folder(folder: Path) -> None:
+def test_missing_folder_is_refused(folder: Path) -> None:
     (folder / "buffalo").rename(folder / "elsewhere")
     with pytest.raises(BundleError, match=r"face_encoder\.path.*buffalo"):
         load(folder)
 
 
-def test_a_bundle_without_adapters(folder: Path) -> None:
+def test_bundle_without_adapters_is_refused(folder: Path) -> None:
     with pytest.raises(BundleError, match="no FaceID adapter"):
         load(folder, adapter=False)
 
 
-def test_a_bundle_without_faceid_adapters(folder: Path) -> None:
+def test_bundle_without_faceid_adapters_is_refused(folder: Path) -> None:
     with pytest.raises(BundleError, match="no FaceID adapter"):
         find_models(load(folder), {})
     (folder / "ip/ip-adapter-faceid-portrait_sd15.bin").unlink()
@@ -83,26 +83,26 @@ def test_a_bundle_without_faceid_adapters(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "task"), [("det_10g", "detection"), ("w600k_r50", "recognition")])
-def test_a_missing_model(folder: Path, name: str, task: str) -> None:
+def test_missing_model_is_refused(folder: Path, name: str, task: str) -> None:
     (folder / f"buffalo/{name}.onnx").unlink()
     with pytest.raises(BundleError, match=rf"no {task} model among .*genderage\.onnx"):
         find_models(load(folder), WIDTHS)
 
 
 @pytest.mark.parametrize(("name", "task"), [("det_10g", "detection"), ("w600k_r50", "recognition")])
-def test_two_models_for_one_task(folder: Path, name: str, task: str) -> None:
+def test_two_models_for_one_task_are_refused(folder: Path, name: str, task: str) -> None:
     shutil.copyfile(folder / f"buffalo/{name}.onnx", folder / "buffalo/another.onnx")
-    with pytest.raises(BundleError, match=rf"several {task} models in .*: another\.onnx, {name}\.onnx; leave one"):
+    with pytest.raises(BundleError, match=rf"several {task} models in .*: another\.onnx, {name}\.onnx; keep only one"):
         find_models(load(folder), WIDTHS)
 
 
-def test_a_damaged_file(folder: Path) -> None:
+def test_damaged_file_is_refused(folder: Path) -> None:
     (folder / "buffalo/det_10g.onnx").write_bytes(b"not a model")
     with pytest.raises(BundleError, match=r"det_10g\.onnx cannot be loaded"):
         find_models(load(folder), WIDTHS)
 
 
-def test_a_recogniser_of_another_width(folder: Path) -> None:
+def test_recognizer_of_another_width_is_refused(folder: Path) -> None:
     make_face_models(folder / "buffalo", width=192)
-    with pytest.raises(BundleError, match="width 192, but ip_adapter portrait takes 512"):
+    with pytest.raises(BundleError, match="width 192, but ip_adapter portrait needs 512"):
         find_models(load(folder), WIDTHS)

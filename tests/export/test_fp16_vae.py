@@ -1,4 +1,4 @@
-"""Autoencoders whose activations overflow in fp16."""
+"""Autoencoders whose activations overflow in fp16 are scaled to fit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Vae = Any
 
 @pytest.fixture(scope="module")
 def vae() -> Vae:
-    """A random VAE with a residual stream as large as that of SDXL's: beyond 65,504."""
+    """Make a random VAE whose residual stream exceeds 65,504, like that of SDXL's."""
     made = base._vae(2, scaling_factor=0.13025)
     with torch.no_grad():
         for network in (made.encoder, made.decoder):
@@ -31,7 +31,7 @@ def vae() -> Vae:
 
 @torch.no_grad()
 def outputs(vae: Vae, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-    """Levels of decoded pictures, and moments of an encoded one."""
+    """Return the levels of decoded pictures and the moments of encoded ones."""
     vae = copy.deepcopy(vae).to(dtype)
     latents = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(1))
     pictures = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(2)) * 2 - 1
@@ -39,7 +39,7 @@ def outputs(vae: Vae, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor,
     return (decoded.float() / 2 + 0.5).clamp(0, 1) * 255, moments.float()
 
 
-def test_a_fitted_vae_computes_the_same_in_float32(vae: Vae) -> None:
+def test_fitted_vae_computes_the_same_in_float32(vae: Vae) -> None:
     fitted = copy.deepcopy(vae)
     assert fit_fp16_range(fitted)
     assert not torch.equal(fitted.decoder.conv_in.weight, vae.decoder.conv_in.weight)
@@ -47,7 +47,7 @@ def test_a_fitted_vae_computes_the_same_in_float32(vae: Vae) -> None:
         assert torch.equal(expected, answer)
 
 
-def test_a_fitted_vae_gives_the_same_picture_in_fp16(vae: Vae) -> None:
+def test_fitted_vae_gives_the_same_picture_in_fp16(vae: Vae) -> None:
     fitted = copy.deepcopy(vae)
     fit_fp16_range(fitted)
     assert not outputs(vae, torch.float16)[0].isfinite().all()
@@ -57,14 +57,14 @@ def test_a_fitted_vae_gives_the_same_picture_in_fp16(vae: Vae) -> None:
     assert (moments - expected_moments).abs().max() <= 0.02 * expected_moments.abs().max()
 
 
-def test_a_vae_within_range_stays_as_it_is() -> None:
+def test_vae_within_range_is_unchanged() -> None:
     vae = base._vae(1, scaling_factor=0.18215)
     before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
     assert fit_fp16_range(vae)
     assert all(torch.equal(tensor, before[name]) for name, tensor in vae.state_dict().items())
 
 
-def test_the_mean_of_latents_is_not_rounded() -> None:
+def test_mean_of_latents_is_not_rounded() -> None:
     vae = base._vae(1, scaling_factor=0.13025)
     vae.register_to_config(latents_mean=[0.1] * 4, latents_std=[0.3] * 4)
     graph = graphs.vae_decoder(vae)
@@ -79,7 +79,7 @@ def test_the_mean_of_latents_is_not_rounded() -> None:
     assert (pictures.permute(0, 3, 1, 2) - (expected / 2 + 0.5).clamp(0, 1) * 255).abs().max() <= 0.51
 
 
-def test_other_autoencoders_are_left_alone() -> None:
+def test_unknown_autoencoders_are_left_alone() -> None:
     vae = base._vae(1, scaling_factor=0.18215)
     vae.decoder.conv_norm_out = torch.nn.BatchNorm2d(16)
     assert not fit_fp16_range(vae)

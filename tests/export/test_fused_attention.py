@@ -1,4 +1,4 @@
-"""Attention as one operator of ONNX Runtime: the same answers, and nothing else rewritten."""
+"""Attention is fused into one operator of ONNX Runtime with the same results, and nothing else is rewritten."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from imprompt_serving.backends import get_backend
 
 
 class Block(nn.Module):
-    """Self-attention as diffusers writes it, then attention to a text and to image prompts."""
+    """Self-attention of diffusers, then attention to text and image prompts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,14 +68,14 @@ def answer(file: Path, inputs: dict[str, Tensor]) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3)])
-def test_answers_stay_the_same(tmp_path: Path, dtype: torch.dtype, tolerance: float) -> None:
+def test_results_stay_the_same(tmp_path: Path, dtype: torch.dtype, tolerance: float) -> None:
     graph = block()
     file = tmp_path / "block.onnx"
     export_onnx(graph, file, dtype)
     before = [answer(file, graph.example(axes)) for axes in graph.checks]
-    make = export_backend("onnxruntime").compiler(EngineSection(), None)
-    assert make(graph, file, rig.sd15(rows=4), print) == file
-    assert fuse_attention(file) == 0  # none is left
+    compile_onnx = export_backend("onnxruntime").onnx_compiler(EngineSection(), None)
+    assert compile_onnx(graph, file, rig.sd15(rows=4), print) == file
+    assert fuse_attention(file) == 0  # none are left
     model = onnx.load(file)
     kinds = [node.op_type for node in model.graph.node]
     assert kinds.count("MultiHeadAttention") == 3
@@ -84,11 +84,11 @@ def test_answers_stay_the_same(tmp_path: Path, dtype: torch.dtype, tolerance: fl
         inputs = graph.example(axes)
         np.testing.assert_allclose(answer(file, inputs), expected, atol=tolerance)
         unpadded = answer(file, inputs | {"bias": torch.zeros_like(inputs["bias"])})
-        assert np.abs(unpadded - expected).max() > 20 * tolerance  # the padding is seen
+        assert np.abs(unpadded - expected).max() > 20 * tolerance  # the test would notice ignored padding
 
 
 def test_other_softmaxes_are_left_alone(tmp_path: Path) -> None:
-    """A weight between softmax and product is not what the operator computes."""
+    """The operator cannot apply a weight between softmax and product."""
 
     class Weighted(nn.Module):
         def run(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:

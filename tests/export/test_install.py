@@ -1,4 +1,4 @@
-"""Models of a bundle in a repository that it shares: none of another bundle is touched, and all are there or none."""
+"""Installing into a shared repository never touches other bundles, and installs all models or none."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_all_models_of_the_bundle_are_replaced(repository: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("fails_at", range(6))
-def test_a_failure_in_the_middle_leaves_everything_as_it_was(
+def test_failure_in_the_middle_restores_everything(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int
 ) -> None:
     models = make_models(tmp_path / "work/models", "sd15", ["sd15", "sd15_denoiser", "sd15_stream"], NEW)
@@ -69,21 +69,21 @@ def test_a_failure_in_the_middle_leaves_everything_as_it_was(
         ("x_vae_decoder", ["x_vae_decoder"], "x_vae_decoder", "x"),
     ],
 )
-def test_a_model_of_another_bundle_is_never_replaced(
+def test_models_of_other_bundles_are_never_replaced(
     tmp_path: Path, bundle: str, models: list[str], there: str, owner: str
 ) -> None:
     repository = make_models(tmp_path / "repository", owner, [there])
     new = make_models(tmp_path / "work/models", bundle, models, NEW)
-    said = f"bundle {bundle} has a model {there}, but that in .* belongs to bundle {owner}"
-    with pytest.raises(BundleError, match=said):
+    message = f"bundle {bundle} has a model {there}, but that in .* belongs to bundle {owner}"
+    with pytest.raises(BundleError, match=message):
         install.check_free(repository, bundle, models)
-    with pytest.raises(BundleError, match=said):  # one that came while this one was exported
+    with pytest.raises(BundleError, match=message):  # the other bundle may have been installed during this export
         install.install(new, repository, bundle)
     assert state(repository) == {there: OLD}
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])
-def test_what_is_of_no_bundle_stays(tmp_path: Path, kind: str) -> None:
+def test_entries_without_an_owner_are_never_replaced(tmp_path: Path, kind: str) -> None:
     repository = tmp_path / "repository"
     repository.mkdir()
     mine = repository / "sd15_vae_encoder"
@@ -98,8 +98,8 @@ def test_what_is_of_no_bundle_stays(tmp_path: Path, kind: str) -> None:
     assert os.path.lexists(mine)
 
 
-def test_exports_into_one_repository_at_the_same_time(tmp_path: Path) -> None:
-    """Of bundles that claim one name one wins, and has all of its models; the others are refused."""
+def test_concurrent_exports_into_one_repository(tmp_path: Path) -> None:
+    """If several bundles claim a name, one wins and has all of its models; the others are refused."""
     repository = tmp_path / "repository"
     repository.mkdir()
     bundles = ["sd15", "sd15_stream", "sd15_stream_stream", "sd15_stream_stream_stream"]
@@ -123,7 +123,7 @@ def test_exports_into_one_repository_at_the_same_time(tmp_path: Path) -> None:
     assert state(repository) == {model: name for name in installed for model in (name, f"{name}_stream")}
 
 
-def test_the_lock_is_held_while_models_move(repository: Path, tmp_path: Path) -> None:
+def test_repository_is_locked_while_models_move(repository: Path, tmp_path: Path) -> None:
     models = make_models(tmp_path / "work/models", "sd15", ["sd15"], NEW)
     thread = threading.Thread(target=install.install, args=(models, repository, "sd15"))
     with install._locked(repository):
@@ -135,7 +135,7 @@ def test_the_lock_is_held_while_models_move(repository: Path, tmp_path: Path) ->
     assert state(repository)["sd15"] == NEW
 
 
-def test_work_is_done_beside_the_repository(repository: Path) -> None:
+def test_work_folder_is_next_to_the_repository(repository: Path) -> None:
     with install.work_folder(repository, "sd15") as work:
         assert work.parent == repository.parent
     assert not work.exists()
@@ -143,8 +143,10 @@ def test_work_is_done_beside_the_repository(repository: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EXDEV, errno.EACCES, errno.EROFS])
-def test_a_repository_that_is_a_volume(repository: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    """What is beside it cannot be moved into it: the work is done within."""
+def test_work_folder_is_inside_a_mounted_repository(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """A folder next to a mounted repository cannot be renamed into it."""
     rename = Path.rename
 
     def across(self: Path, target: Path) -> Path:
@@ -162,14 +164,14 @@ def test_a_repository_that_is_a_volume(repository: Path, monkeypatch: pytest.Mon
     assert state(repository) == {"other": OLD, "sd15": NEW}
 
 
-def test_a_repository_of_which_nothing_came_is_removed(tmp_path: Path) -> None:
+def test_new_repository_is_removed_after_a_failure(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="does not fit"), install.work_folder(tmp_path / "new", "sd15"):
         raise BundleError("does not fit")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("path", ["file", "file/below", "/proc/imprompt"])
-def test_a_repository_that_cannot_be_written(tmp_path: Path, path: str) -> None:
+def test_unwritable_repository_is_refused(tmp_path: Path, path: str) -> None:
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(BundleError, match=f"cannot write models to .*{path}"),

@@ -1,4 +1,4 @@
-"""LoRAs: every format changes the weights as diffusers does, and what cannot be applied completely is refused."""
+"""LoRAs in every format change the weights as in diffusers, and files that cannot be applied completely are refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def pipeline(root: Path, family: str) -> Any:
 
 
 def weights(pipe: Any) -> Weights:
-    """Of the networks that a LoRA may change, with the names of layers before anything was loaded."""
+    """Copy the weights of the networks that a LoRA can change."""
     found: Weights = {}
     for name in ("unet", "text_encoder", "text_encoder_2"):
         if (model := getattr(pipe, name, None)) is not None:
@@ -74,7 +74,7 @@ def save(file: Path, content: Mapping[str, Tensor], metadata: dict[str, str] | N
 
 @pytest.mark.parametrize("fmt", ["kohya", "peft", "diffusers"])
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_the_same_weights_as_diffusers(
+def test_fused_weights_equal_those_of_diffusers(
     root: Path, tmp_path: Path, fmt: control.LoraFormat, family: base.Family
 ) -> None:
     layers = 1 if family == "sdxl" else None
@@ -90,7 +90,7 @@ def renamed(content: Weights, rename: Callable[[str], str]) -> Weights:
 
 
 def ldm(name: str, layers: Mapping[str, Any]) -> str:
-    """A tensor of a LoRA of PEFT's, as it is called for Stability's own UNet."""
+    """Rename a tensor of a PEFT LoRA to its name in Stability's own UNet."""
     layer, lora_part = name.removeprefix("unet.").split(".lora_")
     return f"{lora._ldm_name(layer, layers) or layer}.lora_{lora_part}"
 
@@ -99,7 +99,7 @@ def ldm(name: str, layers: Mapping[str, Any]) -> str:
 @pytest.mark.parametrize(
     "prefix", ["diffusion_model.", "model.diffusion_model.", "base_model.model.", "base_model.model.unet.", ""]
 )
-def test_other_prefixes(root: Path, tmp_path: Path, family: str, prefix: str) -> None:
+def test_all_prefixes_are_understood(root: Path, tmp_path: Path, family: str, prefix: str) -> None:
     file = root / f"{family}-lora/pytorch_lora_weights.safetensors"
     unet = {name: value for name, value in load_file(file).items() if name.startswith("unet.")}
     expected = fused(root, family, save(tmp_path / "a.safetensors", unet))
@@ -108,8 +108,8 @@ def test_other_prefixes(root: Path, tmp_path: Path, family: str, prefix: str) ->
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_names_of_comfyui(root: Path, tmp_path: Path, family: str) -> None:
-    """`diffusion_model.input_blocks...`: each layer that is trained has a name there, and another one each."""
+def test_comfyui_names_are_understood(root: Path, tmp_path: Path, family: str) -> None:
+    """Every trained layer has its own name of the form `diffusion_model.input_blocks...`."""
     layers = dict(pipeline(root, family).unet.named_modules())
     file = root / f"{family}-lora/pytorch_lora_weights.safetensors"
     unet = {name: value for name, value in load_file(file).items() if name.startswith("unet.")}
@@ -120,8 +120,8 @@ def test_names_of_comfyui(root: Path, tmp_path: Path, family: str) -> None:
     assert_equal(fused(root, family, save(tmp_path / "b.safetensors", other)), expected)
 
 
-def test_kohyas_names_for_sdxl_are_those_that_diffusers_takes(root: Path, tmp_path: Path) -> None:
-    """The mapping of `input_blocks` to `down_blocks` is that of diffusers."""
+def test_kohya_names_for_sdxl_are_mapped_as_in_diffusers(root: Path, tmp_path: Path) -> None:
+    """The mapping of `input_blocks` to `down_blocks` equals that of diffusers."""
     layers = dict(pipeline(root, "sdxl").unet.named_modules())
     content = load_file(root / "sdxl-lora/pytorch_lora_weights.safetensors")
 
@@ -144,7 +144,7 @@ def _targets(pipe: Any) -> lora.Targets:
     return {"unet": {name: tuple(m.weight.shape) for name, m in modules if getattr(m, "weight", None) is not None}}
 
 
-def test_a_folder_of_peft_has_its_alpha_beside_the_weights(root: Path, tmp_path: Path) -> None:
+def test_alpha_is_read_from_the_peft_configuration(root: Path, tmp_path: Path) -> None:
     content = load_file(root / "sd15-lora/pytorch_lora_weights.safetensors")
     unet = {name.removeprefix("unet."): value for name, value in content.items() if name.startswith("unet.")}
     file = save(tmp_path / "adapter_model.safetensors", renamed(unet, lambda name: f"base_model.model.{name}"))
@@ -153,7 +153,7 @@ def test_a_folder_of_peft_has_its_alpha_beside_the_weights(root: Path, tmp_path:
     assert_equal(fused(root, "sd15", file, 1.0), fused(root, "sd15", plain, 0.5))
 
 
-def test_metadata_of_diffusers_counts(root: Path, tmp_path: Path) -> None:
+def test_alpha_is_read_from_the_metadata_of_diffusers(root: Path, tmp_path: Path) -> None:
     content = load_file(root / "sd15-lora/pytorch_lora_weights.safetensors")
     unet = {name: value for name, value in content.items() if name.startswith("unet.")}
     layers = sorted({name.removeprefix("unet.").partition(".lora_")[0] for name in unet})
@@ -168,9 +168,9 @@ def _first(content: Weights) -> str:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        (lambda c: c | {f"{_first(c)}.dora_scale": torch.ones(4)}, r"is a DoRA \(.*dora_scale\); a LoRA is wanted"),
+        (lambda c: c | {f"{_first(c)}.dora_scale": torch.ones(4)}, r"is a DoRA \(.*dora_scale\), not a LoRA"),
         (lambda c: c | {f"{_first(c)}.lora_magnitude_vector": torch.ones(4)}, "is a DoRA"),
         (lambda c: c | {f"{_first(c)}.lora_mid.weight": torch.ones(4, 4, 3, 3)}, r"cannot be applied: .*lora_mid"),
         (lambda c: c | {f"{_first(c)}.diff_b": torch.ones(4)}, r"cannot be applied: .*diff_b"),
@@ -187,24 +187,24 @@ def _first(content: Weights) -> str:
          "the same layers under different names"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_applied_completely(
-    root: Path, tmp_path: Path, change: Callable[[Weights], Weights], said: str
+def test_partly_applicable_files_are_refused(
+    root: Path, tmp_path: Path, change: Callable[[Weights], Weights], message: str
 ) -> None:
-    """Refused by the names of tensors, without loading them, and when they are applied."""
+    """Both the check by tensor names and the fusion refuse them, and weights stay unchanged."""
     content = load_file(control.make_lora(tmp_path / "whole", text_encoder=True))
     file = save(tmp_path / "broken.safetensors", change(content))
     (tmp_path / "bundle.toml").write_text(f'name = "t"\nbase = "{root}/sd15"\n[[lora]]\npath = "broken.safetensors"\n')
-    with pytest.raises(BundleError, match=rf"lora broken\.safetensors.*{said}"):
+    with pytest.raises(BundleError, match=rf"lora broken\.safetensors.*{message}"):
         check_checkpoints(BundleFile.load(tmp_path / "bundle.toml"))
     pipe = pipeline(root, "sd15")
     before = weights(pipe)
-    with pytest.raises(BundleError, match=said):
+    with pytest.raises(BundleError, match=message):
         lora.fuse("lora", file, 1.0, pipe)
     assert_equal(weights(pipe), before)
 
 
-def test_an_adapter_of_another_kind_is_no_lora(root: Path, tmp_path: Path) -> None:
+def test_ip_adapter_is_refused_as_lora(root: Path, tmp_path: Path) -> None:
     faceid = adapters.make_adapter(tmp_path, "faceid")
     (tmp_path / "bundle.toml").write_text(f'name = "t"\nbase = "{root}/sd15"\n[[lora]]\npath = "{faceid.name}"\n')
-    with pytest.raises(BundleError, match=r"is an IP-Adapter .*; a LoRA is wanted"):
+    with pytest.raises(BundleError, match=r"is an IP-Adapter .*, not a LoRA"):
         check_checkpoints(BundleFile.load(tmp_path / "bundle.toml"))

@@ -1,4 +1,4 @@
-"""Graphs in half precision: what is cast, what is not, and that nothing stays cast."""
+"""Graphs in half precision: what is cast, what is not, and that the casts are undone."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def graph() -> graphs.Graph:
     return graphs.image_encoder("plain", model)
 
 
-def test_an_fp16_graph(graph: graphs.Graph, tmp_path: Path) -> None:
-    """Weights and arithmetic in fp16, inputs and outputs in float32, and the module as it was."""
+def test_fp16_graph(graph: graphs.Graph, tmp_path: Path) -> None:
+    """Weights and arithmetic are in fp16, inputs and outputs in float32, and the module is unchanged afterwards."""
     before = {name: tensor.clone() for name, tensor in graph.module.state_dict().items()}
     file = tmp_path / "graph.onnx"
     export_onnx(graph, file, torch.float16)
@@ -43,14 +43,14 @@ def test_an_fp16_graph(graph: graphs.Graph, tmp_path: Path) -> None:
     assert {v.type.tensor_type.elem_type for v in (*model.input, *model.output)} == {TensorProto.FLOAT}
     for row in compare(graph, file, "onnxruntime", "fp16"):
         assert 0 < row.difference <= row.allowed
-        assert row.difference > graph.tolerance / 10  # it is no float32 graph
+        assert row.difference > graph.tolerance / 10  # a float32 graph would be closer
     after = graph.module.state_dict()
     assert all(
         tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]) for name, tensor in after.items()
     )
 
 
-def test_a_wrong_weight_is_noticed_in_fp16(graph: graphs.Graph, tmp_path: Path) -> None:
+def test_wrong_weight_is_noticed_in_fp16(graph: graphs.Graph, tmp_path: Path) -> None:
     export_onnx(graph, tmp_path / "graph.onnx", torch.float16)
     weight = next(p for p in graph.module.parameters() if p.dim() > 1)
     weight.data.mul_(1.3)
@@ -62,7 +62,7 @@ def test_a_wrong_weight_is_noticed_in_fp16(graph: graphs.Graph, tmp_path: Path) 
 
 
 def test_exact_inputs_are_not_cast() -> None:
-    """A timestep of 951.3 is 951.5 in fp16, and 952 in bf16."""
+    """A timestep of 951.3 would be 951.5 in fp16 and 952 in bf16."""
     seen = {}
 
     def run(tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -84,7 +84,7 @@ def test_exact_inputs_are_not_cast() -> None:
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("known", [True, False])
-def test_the_vae_computes_in_fp16_where_its_numbers_fit(tmp_path: Path, precision: str, known: bool) -> None:
+def test_vae_computes_in_fp16_if_its_values_fit(tmp_path: Path, precision: str, known: bool) -> None:
     base.make_sdxl(tmp_path / "base", layers_per_block=1)
     engine = f'[engine]\nbackend = "tensorrt"\nprecision = "{precision}"\n'
     (tmp_path / "bundle.toml").write_text(f'name = "tiny"\nbase = "base"\n{engine}')
@@ -97,30 +97,32 @@ def test_the_vae_computes_in_fp16_where_its_numbers_fit(tmp_path: Path, precisio
     assert types["unet"] == types["text_encoder_2"] == {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
 
 
-def runner(backend: str, precision: str, targets: tuple[str, ...] = ()) -> str | None:
-    return export_backend(backend).runner(EngineSection(backend=backend, precision=precision, targets=targets))
+def comparison_backend(backend: str, precision: str, targets: tuple[str, ...] = ()) -> str | None:
+    return export_backend(backend).comparison_backend(
+        EngineSection(backend=backend, precision=precision, targets=targets)
+    )
 
 
-def test_who_compares() -> None:
-    """Without a GPU, the graph of an engine is compared on the CPU; bf16 is not to be had there."""
+def test_backend_that_runs_the_comparison() -> None:
+    """Without a GPU, the ONNX file of an engine is compared on the CPU, which does not support bf16."""
     if torch.cuda.is_available() or "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("there is a GPU")
-    assert runner("onnxruntime", "fp16") == runner("tensorrt_rtx", "fp16") == "onnxruntime"
-    assert runner("tensorrt", "bf16") is runner("onnxruntime", "bf16") is None
-    assert runner("openvino", "fp32") == "openvino"
+    assert comparison_backend("onnxruntime", "fp16") == comparison_backend("tensorrt_rtx", "fp16") == "onnxruntime"
+    assert comparison_backend("tensorrt", "bf16") is comparison_backend("onnxruntime", "bf16") is None
+    assert comparison_backend("openvino", "fp32") == "openvino"
 
 
 @pytest.mark.parametrize(("targets", "expected"), [(("SM89", "SM90"), "tensorrt_rtx"), (("SM89",), "onnxruntime")])
-def test_engines_for_other_gpus_are_compared_by_their_graph(
+def test_engines_for_other_gpus_are_compared_by_their_onnx_file(
     monkeypatch: pytest.MonkeyPatch, targets: tuple[str, ...], expected: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert runner("tensorrt_rtx", "fp16", targets) == expected
-    assert runner("tensorrt", "fp16", targets) == "tensorrt"
+    assert comparison_backend("tensorrt_rtx", "fp16", targets) == expected
+    assert comparison_backend("tensorrt", "fp16", targets) == "tensorrt"
 
 
-def test_a_comparison_at_other_sizes(graph: graphs.Graph, tmp_path: Path) -> None:
+def test_comparison_at_other_sizes(graph: graphs.Graph, tmp_path: Path) -> None:
     export_onnx(graph, tmp_path / "graph.onnx")
     rows = compare(graph, tmp_path / "graph.onnx", "onnxruntime", checks=({"batch": 2}, {"batch": 5}))
     assert [row.sizes for row in rows] == [{"batch": 2}, {"batch": 5}]
@@ -130,8 +132,8 @@ def test_a_comparison_at_other_sizes(graph: graphs.Graph, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("backend", "precision"), [("onnxruntime", "fp32"), ("onnxruntime", "fp16"), ("openvino", "fp32")]
 )
-def test_engines_of_the_vae_tell_pictures_that_are_not_finite(tmp_path: Path, backend: str, precision: str) -> None:
-    """One by one: neighbours in the batch are fine."""
+def test_vae_engines_flag_pictures_that_are_not_finite(tmp_path: Path, backend: str, precision: str) -> None:
+    """Flags are per picture: others in the batch are fine."""
     if backend == "openvino":
         pytest.importorskip("openvino", reason="OpenVINO is not installed: imprompt[openvino]")
     decoder = graphs.vae_decoder(base._vae(1, scaling_factor=0.18215))
@@ -150,7 +152,7 @@ def test_engines_of_the_vae_tell_pictures_that_are_not_finite(tmp_path: Path, ba
 
 
 class Broken:
-    """An engine whose answers are `values`."""
+    """An engine whose outputs are always `values`."""
 
     def __init__(self, **values: torch.Tensor) -> None:
         self._values = {name: value.numpy() for name, value in values.items()}
@@ -168,10 +170,10 @@ class Broken:
         ({"images": torch.ones(2), "finite": torch.tensor([True, False])}, False),
     ],
 )
-def test_a_comparison_is_not_blind(
+def test_comparison_notices_nan_infinity_and_wrong_booleans(
     monkeypatch: pytest.MonkeyPatch, values: dict[str, torch.Tensor], passed: bool
 ) -> None:
-    """To values that are not numbers, and to a yes in the place of a no where levels may differ by one."""
+    """Booleans must be equal, even where levels of pictures may differ by one."""
     expected = (torch.ones(2), torch.tensor([True, True]))
     graph = graphs.Graph(
         name="any",

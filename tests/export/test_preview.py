@@ -1,4 +1,4 @@
-"""Previews show the colors of the bundle's own VAE."""
+"""The preview map is fitted to the bundle's own VAE."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MIX = torch.tensor([[1.0, 0.2, 0.0], [0.0, -1.0, 0.3], [0.5, 0.0, 2.0], [0.1, 0.
 
 
 class LinearVAE:
-    """Latents that are a linear mix of colors."""
+    """A VAE whose latents are a linear mix of colors."""
 
     def __init__(self, **config: Any) -> None:
         self.config = SimpleNamespace(get=config.get, scaling_factor=config["scaling_factor"])
@@ -37,7 +37,7 @@ class LinearVAE:
     [{"scaling_factor": 0.5}, {"scaling_factor": 2.0, "latents_mean": [0.1] * 4, "latents_std": [3.0] * 4}],
     ids=["scaled", "mean and deviation"],
 )
-def test_the_fit_inverts_a_linear_vae(config: dict[str, Any]) -> None:
+def test_fit_inverts_a_linear_vae(config: dict[str, Any]) -> None:
     factors, offset = fit_preview(LinearVAE(**config), 8)
     colors = torch.rand(3, 5, dtype=torch.float64) * 2 - 1
     latents = MIX.double() @ colors + 0.25
@@ -48,8 +48,8 @@ def test_the_fit_inverts_a_linear_vae(config: dict[str, Any]) -> None:
     torch.testing.assert_close(shown, colors, atol=1e-4, rtol=0)
 
 
-def test_the_embedded_bundle_is_shown_in_its_own_colors() -> None:
-    """Much closer than with the factors of Stable Diffusion 1.5's VAE."""
+def test_previews_of_the_embedded_bundle_have_its_own_colors() -> None:
+    """The fitted map is much closer than the factors for Stable Diffusion 1.5's VAE."""
     folder = Path(imprompt_demo.__file__).parent / "bundle/checkpoints/base/vae"
     vae = AutoencoderKL.from_pretrained(folder)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)

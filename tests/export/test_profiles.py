@@ -1,4 +1,4 @@
-"""Ranges of axes, as engines that are built for ranges are told."""
+"""Optimization profiles: ranges of axes for engines that are built for ranges."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from diffusers import UNet2DConditionModel
 
 from imprompt_export import graphs, image_prompt
 from imprompt_export.control import residuals
-from imprompt_export.profiles import Profile, batch, check_axes, profiles
+from imprompt_export.profiles import Profile, batch_range, check_axes, profiles
 from imprompt_serving.denoiser.batch import Batcher, RowSlice
 from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.errors import InvalidRequest
-from imprompt_serving.gpu.tensorrt import Limits, profile_for
-from imprompt_serving.job import AdapterUse
+from imprompt_serving.gpu.tensorrt import ProfileLimits, profile_for
+from imprompt_serving.job_request import AdapterOptions
 from imprompt_serving.pipeline.image_prompts import ImagePromptPlan, check_tokens
 from imprompt_serving.specs import Adapter, Bundle, Motion, Range, Shapes, T2IAdapter, TextEncoder
 from jobs import job_request
@@ -69,11 +69,11 @@ def bundle(shapes: Shapes = SHAPES, adapters: tuple[Adapter, ...] = (PLUS,)) -> 
 
 
 ROWS = [(1, 1, 1), (2, 2, 2), (3, 4, 4), (5, 8, 8), (9, 16, 16)]
-"""Smallest, usual and largest number of rows in each profile, for calls of up to 16."""
+"""Smallest, usual, and largest number of rows in each profile, for calls of up to 16 rows."""
 
 
-def test_a_unet() -> None:
-    """A profile for each bucket of rows, twice: for lists of pictures, and for regions."""
+def test_profiles_of_a_unet() -> None:
+    """There are two profiles for each bucket of rows: one for lists of pictures and one for regions."""
     spec = bundle()
     found = profiles(graphs.unet(unet(), ["plus"], spec.residuals), spec)
     assert [tuple(batch for (batch,) in profile["timestep"]) for profile in found] == ROWS * 2
@@ -87,8 +87,8 @@ def test_a_unet() -> None:
     assert regions["sample"] == picture["sample"]
 
 
-def test_one_size_is_exact_in_each_profile() -> None:
-    """Engines for one size of picture are tuned for it alone, and for the rows of their bucket."""
+def test_profiles_for_a_single_size_are_exact() -> None:
+    """Engines for one picture size are tuned for exactly that size and for the rows of their bucket."""
     spec = bundle(sizes(height=Range(512, 512, 512), width=Range(512, 512, 512), rows=Range(1, 2, 2), regions=1))
     one, two = profiles(graphs.unet(unet(), ["plus"], spec.residuals), spec)
     assert set(one["sample"]) == {(1, 4, 64, 64)}
@@ -97,33 +97,33 @@ def test_one_size_is_exact_in_each_profile() -> None:
 
 
 @pytest.mark.parametrize(("most", "largest"), [(1, [1]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
-def test_any_number_of_rows_has_a_profile(most: int, largest: list[int]) -> None:
+def test_every_number_of_rows_has_a_profile(most: int, largest: list[int]) -> None:
     spec = bundle(sizes(rows=Range(1, 1, most), regions=1))
     found = [profile["timestep"] for profile in profiles(graphs.unet(unet(), ["plus"]), spec)]
     assert [high for _, _, (high,) in found] == largest
     assert [rows for (low,), _, (high,) in found for rows in range(low, high + 1)] == list(range(1, most + 1))
 
 
-def test_without_regions_there_is_one_profile_a_bucket() -> None:
+def test_without_regions_there_is_one_profile_per_bucket() -> None:
     spec = bundle(msgspec.structs.replace(SHAPES, regions=1))
     found = profiles(graphs.unet(unet(), ["plus"]), spec)
     assert [profile["ip_tokens_plus"][2] for profile in found] == [(most, 1, 64, 48) for _, _, most in ROWS]
 
 
-def test_as_many_pictures_are_projected_as_a_request_may_have() -> None:
+def test_projection_takes_the_maximum_number_of_pictures_of_a_request() -> None:
     graph = graphs.image_projection("plus", torch.nn.Identity(), {"image_embeds": (257, 80)})
     (only,) = profiles(graph, bundle())
     assert only["image_embeds"] == ((1, 257, 80), (1, 257, 80), (64 // 16, 257, 80))
 
 
-def test_odd_sizes_are_halved_as_convolutions_do() -> None:
+def test_odd_sizes_are_halved_as_in_convolutions() -> None:
     spec = bundle(msgspec.structs.replace(SHAPES, height=Range(72, 72, 72), width=Range(72, 72, 72)))
     picture, *_ = profiles(graphs.unet(unet(), ["plus"], spec.residuals), spec)
     assert {shape[-2:] for shape in picture["mid_residual"]} == {(5, 5)}
 
 
 def test_clips_trade_rows_for_frames() -> None:
-    """Every clip that fits a call fits a profile, and no profile is for many times more than a call holds."""
+    """Every clip that fits a call fits a profile, and no profile is far larger than a call."""
     spec = bundle()
     found = [p["sample"] for p in profiles(graphs.unet(unet(), ["plus"], frames=True), spec)]
     bounds = {(low[2], high[2]): 0 for low, _, high in found}
@@ -145,12 +145,12 @@ def test_clips_trade_rows_for_frames() -> None:
         ("vae_decoder", Range(1, 1, 2)),
     ],
 )
-def test_batches(name: str, expected: Range) -> None:
+def test_range_of_the_batch(name: str, expected: Range) -> None:
     graph = graphs.Graph(name=name, module=unet(), run=lambda _: (), inputs=(), outputs={}, checks=())
-    assert batch(graph, bundle()) == expected
+    assert batch_range(graph, bundle()) == expected
 
 
-def limits(found: list[Profile]) -> list[Limits]:
+def limits(found: list[Profile]) -> list[ProfileLimits]:
     return [{name: (low, high) for name, (low, _, high) in profile.items()} for profile in found]
 
 
@@ -169,7 +169,7 @@ def sizes(**changed: object) -> Shapes:
     ],
 )
 def test_engines_are_compared_within_their_profiles(shapes: Shapes) -> None:
-    """At the smallest of all, and in each of the profiles; and PyTorch takes these sizes too."""
+    """The sizes cover every profile, and PyTorch accepts them too."""
     spec = bundle(shapes)
     made = [
         graphs.unet(unet(), ["plus"], spec.residuals),
@@ -185,7 +185,7 @@ def test_engines_are_compared_within_their_profiles(shapes: Shapes) -> None:
         assert used == set(range(len(allowed)))
 
 
-def test_a_comparison_differs_in_all_that_may_vary() -> None:
+def test_comparisons_vary_all_axes() -> None:
     spec = bundle()
     found = check_axes(graphs.unet(unet(), ["plus"], spec.residuals), spec)
     assert [axes["batch"] for axes in found] == [1, *[1, 2, 4, 6, 10] * 2]
@@ -198,7 +198,7 @@ def test_a_comparison_differs_in_all_that_may_vary() -> None:
     assert picture["scale"] > 0
 
 
-def test_t2i_adapters_are_compared_at_sizes_that_they_take() -> None:
+def test_comparison_sizes_are_multiples_that_t2i_adapters_need() -> None:
     sketch = T2IAdapter(name="sketch", channels=1, downscale_factor=16)
     spec = msgspec.structs.replace(bundle(sizes(height=Range(72, 512, 1000))), t2i_adapters=(sketch,))
     graph = graphs.vae_encoder(_Vae(), 8)
@@ -211,12 +211,12 @@ class _Vae(torch.nn.Module):
 
 
 KINDS = ("absent", "one", "many", "masked")
-"""How a request may use an adapter."""
+"""The ways in which a request can use an adapter."""
 TWO = bundle(adapters=(PLUS, PLAIN))
 
 
 class Projection:
-    """Tokens of zeros."""
+    """A projection that returns tokens of zeros."""
 
     def __init__(self, adapter: Adapter) -> None:
         self.tokens = adapter.num_tokens
@@ -226,8 +226,8 @@ class Projection:
 
 
 def job(spec: Bundle, kinds: Mapping[str, str]) -> Job:
-    """A guided picture that uses each adapter in one of ``KINDS``."""
-    uses: list[AdapterUse] = []
+    """Make the job of a picture with guidance that uses each adapter in one of `KINDS`."""
+    options: list[AdapterOptions] = []
     plans: list[ImagePromptPlan] = []
     tensors: dict[str, torch.Tensor] = {}
     for prefix in ("", "negative_"):
@@ -236,7 +236,7 @@ def job(spec: Bundle, kinds: Mapping[str, str]) -> Job:
         kind = kinds[adapter.name]
         if kind == "absent":
             continue
-        uses.append(AdapterUse(name=adapter.name))
+        options.append(AdapterOptions(name=adapter.name))
         count = {"one": 1, "many": SHAPES.image_tokens[-1] // adapter.num_tokens, "masked": SHAPES.regions}[kind]
         for prefix in ("", "negative_"):
             tensors[f"{prefix}image_embeds_{adapter.name}"] = torch.zeros(count, *adapter.embed_shape)
@@ -245,27 +245,29 @@ def job(spec: Bundle, kinds: Mapping[str, str]) -> Job:
         pictures = (b"",) * count
         masks = pictures if kind == "masked" else ()
         plans.append(
-            ImagePromptPlan(adapter=adapter, files=pictures, negatives=(), embeds=None, masks=masks, use=uses[-1])
+            ImagePromptPlan(
+                adapter=adapter, files=pictures, negatives=(), embeds=None, masks=masks, options=options[-1]
+            )
         )
     check_tokens(tuple(plans), spec)
-    request = job_request(id="-".join(kinds.values()), num_inference_steps=1, adapters=tuple(uses))
+    request = job_request(id="-".join(kinds.values()), num_inference_steps=1, adapters=tuple(options))
     conditioner = Conditioner(spec, {adapter.name: Projection(adapter) for adapter in spec.adapters})
     return Job(request, spec, conditioner(request, tensors), tensors)
 
 
 def jobs(spec: Bundle) -> Iterator[tuple[tuple[str, ...], Job | None]]:
-    """Each use of the adapters, and its job; None where it is refused."""
+    """Yield each combination of uses with its job; None if it is refused."""
     for kinds in itertools.product(KINDS, repeat=len(spec.adapters)):
         try:
             yield kinds, job(spec, dict(zip((adapter.name for adapter in spec.adapters), kinds, strict=True)))
         except InvalidRequest as error:
-            if "beside several masks of another adapter" not in str(error):
+            if "next to several masks of another adapter" not in str(error):
                 raise
             yield kinds, None
 
 
-def test_jobs_that_may_share_a_call_fit_a_profile() -> None:
-    """Two at a time, of all kinds; what no profile takes is refused before."""
+def test_jobs_that_can_share_a_call_fit_a_profile() -> None:
+    """Try all pairs of uses; combinations that fit no profile are refused."""
     spec = msgspec.structs.replace(TWO, backend="tensorrt")
     allowed = limits(profiles(graphs.unet(unet(), ["plus", "plain"]), spec))
     found = dict(jobs(spec))
@@ -280,7 +282,7 @@ def test_jobs_that_may_share_a_call_fit_a_profile() -> None:
     assert tried > len(together)
 
 
-def test_engines_without_profiles_take_all_of_them_together() -> None:
+def test_engines_without_profiles_batch_all_jobs_together() -> None:
     found = dict(jobs(TWO))
     assert None not in found.values()
     assert len({made.batch_key for made in found.values() if made is not None}) == 1

@@ -1,4 +1,4 @@
-"""Checkpoints of the Hugging Face hub, from a cache that is made by hand; and files read without torch."""
+"""Checkpoints from the Hugging Face hub or its cache, and weight files that are read without torch."""
 
 from __future__ import annotations
 
@@ -104,7 +104,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def publish(folder: Path, place: Path) -> None:
-    """In the layout of the hub's cache: https://huggingface.co/docs/huggingface_hub/guides/manage-cache."""
+    """Copy `folder` to `place` in the layout of the hub's cache.
+
+    https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+    """
     for part in ("blobs", "refs"):
         (place / part).mkdir(parents=True)
     (place / "refs/main").write_text(COMMIT)
@@ -123,8 +126,8 @@ def run(folder: Path, cache: Path, text: str = BUNDLE, **more: str) -> subproces
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
-def test_everything_comes_from_the_cache(cache: Path, tmp_path: Path) -> None:
-    """Each by its hub id; the LoRA is fused, and no library says a word."""
+def test_everything_loads_from_the_cache(cache: Path, tmp_path: Path) -> None:
+    """All checkpoints are given by hub id; the LoRA is fused, and no library prints anything."""
     done = run(tmp_path, cache)
     assert done.stdout.splitlines() == ["['plus', 'plus'] True", "plus depth sketch"], done.stderr
     assert done.stderr == ""
@@ -135,16 +138,19 @@ def test_everything_comes_from_the_cache(cache: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("missing", "said"),
+    ("missing", "message"),
     [
-        ("models--runwayml--base", "base: .*the hub's runwayml/base is not in .* .HF_HUB_OFFLINE is set"),
-        ("models--h94--IP-Adapter", "ip_adapter plus: .*the hub's h94/IP-Adapter is not in .* .HF_HUB_OFFLINE is set"),
-        ("models--lllyasviel--depth", "controlnet depth: .*the hub's lllyasviel/depth is not in"),
-        ("models--TencentARC--sketch", "t2i_adapter sketch: .*the hub's TencentARC/sketch is not in"),
-        ("models--guoyww--motion", "motion_adapter: .*the hub's guoyww/motion is not in"),
+        ("models--runwayml--base", "base: .*the hub repository runwayml/base is not in .* .HF_HUB_OFFLINE is set"),
+        (
+            "models--h94--IP-Adapter",
+            "ip_adapter plus: .*the hub repository h94/IP-Adapter is not in .* .HF_HUB_OFFLINE is set",
+        ),
+        ("models--lllyasviel--depth", "controlnet depth: .*the hub repository lllyasviel/depth is not in"),
+        ("models--TencentARC--sketch", "t2i_adapter sketch: .*the hub repository TencentARC/sketch is not in"),
+        ("models--guoyww--motion", "motion_adapter: .*the hub repository guoyww/motion is not in"),
         (
             "models--latent-consistency--lora",
-            "lora latent-consistency/lora: .*the hub's latent-consistency",
+            "lora latent-consistency/lora: .*the hub repository latent-consistency",
         ),
         ("models--runwayml--base/snapshots/*/unet/*.safetensors", "base: no weights in .*runwayml--base.*/unet"),
         ("models--h94--IP-Adapter/snapshots/*/models/image_encoder", "ip_adapter plus: no image encoder at .*h94--IP"),
@@ -156,25 +162,25 @@ def test_everything_comes_from_the_cache(cache: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_not_in_the_cache_is_named(cache: Path, tmp_path: Path, missing: str, said: str) -> None:
-    """Without torch; a download that was broken off leaves links to nowhere."""
+def test_checkpoints_missing_from_the_cache_are_named(cache: Path, tmp_path: Path, missing: str, message: str) -> None:
+    """Torch is not imported. Missing blobs stand for an interrupted download, which leaves dangling links."""
     shutil.copytree(cache, tmp_path / "cache", symlinks=True)
     for path in (tmp_path / "cache").glob(missing):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     done = run(tmp_path, tmp_path / "cache")
     assert done.returncode == 1, done.stderr
     assert done.stdout.endswith(" False\n")
-    assert re.match(said, done.stdout), done.stdout
+    assert re.match(message, done.stdout), done.stdout
 
 
 @pytest.fixture
 def hub(cache: Path) -> Iterator[tuple[str, list[str]]]:
-    """A hub that has what the cache has, and the paths that it was asked for."""
-    asked: list[str] = []
+    """Serve the content of the cache as a hub; return its address and the paths that were requested."""
+    requested: list[str] = []
 
     class Hub(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asked.append(self.path)
+            requested.append(self.path)
             parts = self.path.partition("?")[0].strip("/").split("/")
             api = parts[0] == "api"
             owner, name, *rest = parts[2:] if api else parts
@@ -210,14 +216,14 @@ def hub(cache: Path) -> Iterator[tuple[str, list[str]]]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
+    yield f"http://127.0.0.1:{server.server_port}", requested
     server.shutdown()
     thread.join()
     server.server_close()
 
 
-def test_everything_comes_from_the_hub(hub: tuple[str, list[str]], tmp_path: Path) -> None:
-    """And is in the cache afterwards; a second time without the hub."""
+def test_everything_loads_from_the_hub(hub: tuple[str, list[str]], tmp_path: Path) -> None:
+    """Afterwards everything is in the cache, so that a second run works offline."""
     done = run(tmp_path, tmp_path / "cache", HF_HUB_OFFLINE="0", HF_ENDPOINT=hub[0])
     assert done.stdout.splitlines() == ["['plus', 'plus'] True", "plus depth sketch"], done.stderr
     assert done.stderr == ""
@@ -226,7 +232,7 @@ def test_everything_comes_from_the_hub(hub: tuple[str, list[str]], tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         (("runwayml/base", "runwayml/bsae"), "base: .* the hub has no such repository"),
         (
@@ -235,28 +241,28 @@ def test_everything_comes_from_the_hub(hub: tuple[str, list[str]], tmp_path: Pat
         ),
         (
             ("lllyasviel/depth", "guoyww/motion"),
-            "controlnet depth: guoyww/motion is a motion adapter; wanted is a",
+            "controlnet depth: guoyww/motion is a motion adapter; expected a",
         ),
     ],
 )
-def test_what_the_hub_does_not_have(
-    hub: tuple[str, list[str]], tmp_path: Path, changed: tuple[str, str], said: str
+def test_checkpoints_missing_from_the_hub_are_named(
+    hub: tuple[str, list[str]], tmp_path: Path, changed: tuple[str, str], message: str
 ) -> None:
     done = run(tmp_path, tmp_path / "cache", BUNDLE.replace(*changed), HF_HUB_OFFLINE="0", HF_ENDPOINT=hub[0])
     assert done.stdout.endswith(" False\n"), done.stderr
-    assert re.match(said, done.stdout), done.stdout
+    assert re.match(message, done.stdout), done.stdout
 
 
-def test_no_hub_is_reported_at_once(tmp_path: Path) -> None:
-    """Its library would try for half a minute."""
+def test_unreachable_hub_is_reported_at_once(tmp_path: Path) -> None:
+    """The hub's own library would retry for half a minute."""
     start = time.perf_counter()
     text = BUNDLE.partition("[[")[0]
     done = run(tmp_path, tmp_path / "cache", text, HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9")
-    assert "base: there is no folder runwayml/base beside the bundle file, and model_index.json of" in done.stdout
+    assert "base: there is no folder runwayml/base next to the bundle file, and model_index.json of" in done.stdout
     assert time.perf_counter() - start < 15
 
 
-def test_a_path_is_no_hub_id(tmp_path: Path) -> None:
+def test_paths_are_not_mistaken_for_hub_ids(tmp_path: Path) -> None:
     (tmp_path / "checkpoints/sd15").mkdir(parents=True)
     assert locate("base", tmp_path, "checkpoints/sd15") == str(tmp_path / "checkpoints/sd15")
     for path in ("sd15", "./a/b", "../a", "a/b/c", "/a/b", "checkpoints/sd51", "a//b", "ow ner/name", ""):
@@ -270,7 +276,7 @@ def shapes(content: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in flat(content).items()}
 
 
-def test_shapes_of_pickled_tensors(tmp_path: Path) -> None:
+def test_shapes_are_read_from_pickles(tmp_path: Path) -> None:
     state = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3)).half().state_dict()
     state |= OrderedDict(view=torch.arange(12).reshape(3, 4).t(), parameter=torch.nn.Parameter(torch.ones(2, 1)))
     torch.save({"image_proj": state, "step": 3, "note": "x"}, tmp_path / "a.bin")
@@ -279,7 +285,7 @@ def test_shapes_of_pickled_tensors(tmp_path: Path) -> None:
     assert shapes(found) == shapes({"image_proj": state})
 
 
-def test_an_old_pickle_is_left_to_torch(tmp_path: Path) -> None:
+def test_old_pickles_are_left_to_torch(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2)}, tmp_path / "a.bin", _use_new_zipfile_serialization=False)
     assert tensors("x", tmp_path / "a.bin") is None
 
@@ -298,7 +304,7 @@ def test_code_in_a_pickle_does_not_run(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", pickle.dumps(Malicious())[:-1] + b"x."])
-def test_a_damaged_pickle(tmp_path: Path, content: bytes) -> None:
+def test_damaged_pickles_are_refused(tmp_path: Path, content: bytes) -> None:
     with zipfile.ZipFile(tmp_path / "a.bin", "w") as archive:
         archive.writestr("archive/data.pkl", content)
     with pytest.raises(BundleError, match=r"a\.bin is (damaged|not a file of plain tensors)"):

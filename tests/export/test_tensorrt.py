@@ -1,4 +1,4 @@
-"""TensorRT's engines as far as they can be had without a GPU: TensorRT-RTX builds, and nothing can be run."""
+"""TensorRT engines, as far as they can be tested without a GPU: TensorRT-RTX can build but not run them."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from imprompt_export import BundleError, BundleFile, EngineError, export
 from imprompt_export.backends import tensorrt as tensorrt_backend
 from imprompt_export.backends.tensorrt import (
     Builder,
-    _attention,
+    _attention_layers,
     _digest,
     _network_flags,
-    _tell_of_attention,
+    _report_attention,
     compute_capability,
     driver_version,
     fused_attention,
@@ -67,7 +67,7 @@ PROFILE: Profile = {"x": ((1, 4), (2, 4), (8, 4))}
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle with one of everything, built for compute capability 8.9."""
+    """Export a bundle with one network of every kind, built for compute capability 8.9."""
     folder = tmp_path_factory.mktemp("rtx")
     base.make_sd15(folder / "base", levels=2)
     control.make_motion_adapter(folder / "motion", levels=2)
@@ -92,8 +92,8 @@ def test_every_graph_is_built(repository: Path) -> None:
     assert (report["backend"], report["run_by"]) == ("tensorrt_rtx", "onnxruntime")
 
 
-def test_inputs_outputs_and_ranges_of_the_unet(repository: Path) -> None:
-    """As the builder understood the graph; types between models are float32 (docs/graphs.md)."""
+def test_unet_has_the_declared_inputs_outputs_and_ranges(repository: Path) -> None:
+    """The description comes from the builder; types between models are float32 (docs/graphs.md)."""
     engine = repository / "tiny_denoiser/1/unet.plan"
     info = EngineInfo.load(engine)
     assert (info.target, info.version, info.refit) == ("SM89", trt.__version__, False)
@@ -108,7 +108,7 @@ def test_inputs_outputs_and_ranges_of_the_unet(repository: Path) -> None:
     assert all(name.encode() in content for name in (*info.inputs, *info.outputs))
 
 
-def test_inputs_of_the_others(repository: Path) -> None:
+def test_other_engines_have_the_declared_inputs(repository: Path) -> None:
     info = {file.stem: EngineInfo.load(file) for file in (repository / "tiny_denoiser/1").glob("*.plan")}
     info |= {f.parents[1].name.removeprefix("tiny_"): EngineInfo.load(f) for f in repository.glob("*/1/model.plan")}
     motion = info["motion_unet"].inputs["sample"]
@@ -120,8 +120,8 @@ def test_inputs_of_the_others(repository: Path) -> None:
     assert info["vae_encoder"].inputs["sample"].profiles[0][2] == (2, 3, 128, 96)
 
 
-def test_engines_are_compared_where_they_can_be_run(repository: Path) -> None:
-    """Within the profiles that they were built for, and at sizes that belong together: PyTorch takes them too."""
+def test_engines_are_compared_at_sizes_within_their_profiles(repository: Path) -> None:
+    """The sizes are also consistent with each other: PyTorch accepts them."""
     files = {file.stem: file for file in (repository / "tiny_denoiser/1").glob("*.plan")}
     files |= {file.parents[1].name.removeprefix("tiny_"): file for file in repository.glob("*/1/model.plan")}
     bundle = BundleFile.load(repository.parent / "bundle.toml")
@@ -138,7 +138,7 @@ def test_engines_are_compared_where_they_can_be_run(repository: Path) -> None:
                 graph.run(example)
 
 
-def test_triton_asks_for_no_more_than_an_engine_takes(repository: Path) -> None:
+def test_max_batch_size_matches_the_largest_profile(repository: Path) -> None:
     for engine in repository.glob("*/1/model.plan"):
         parsed = text_format.Parse((engine.parents[1] / "config.pbtxt").read_text(), pb.ModelConfig())
         largest = {tensor.profiles[0][2][0] for tensor in EngineInfo.load(engine).inputs.values()}
@@ -157,8 +157,8 @@ def test_triton_hosts_tensorrt_itself() -> None:
     assert (hosted.backend, hosted.parameters["engine_backend"].string_value) == ("python", "tensorrt")
 
 
-def test_triton_warms_up_what_it_hosts_on_a_gpu() -> None:
-    """Every number of rows at the usual size, and calls of these are preferred."""
+def test_engines_hosted_by_triton_are_warmed_up() -> None:
+    """Triton warms up every bucket of rows at the usual size, and prefers batches of these sizes."""
     tensors = [Tensor("latents", "FP32", (4, -1, -1))], [Tensor("images", "UINT8", (-1, -1, 3))]
     shapes = {"max_batch_size": 6, "usual_dims": {"latents": (4, 64, 64)}}
     made = config.engine("vae", *tensors, backend="tensorrt", host="native", devices=(0,), **shapes)
@@ -169,7 +169,7 @@ def test_triton_warms_up_what_it_hosts_on_a_gpu() -> None:
 
 
 @pytest.mark.parametrize("host", ["native", "python"])
-def test_an_engine_has_an_instance_on_each_gpu_that_is_named(host: str) -> None:
+def test_engine_has_an_instance_on_each_listed_gpu(host: str) -> None:
     tensors = [Tensor("latents", "FP32", (4, -1, -1))], [Tensor("images", "UINT8", (-1, -1, 3))]
     shapes = {"max_batch_size": 2, "usual_dims": {"latents": (4, 64, 64)}}
     made = config.engine("vae", *tensors, backend="tensorrt", host=host, devices=(0, 3), **shapes)
@@ -187,8 +187,8 @@ def test_an_engine_has_an_instance_on_each_gpu_that_is_named(host: str) -> None:
         ("onnxruntime", "python", (1, 2), []),
     ],
 )
-def test_the_gpus_of_an_engine(backend: str, host: str, devices: tuple[int, ...], gpus: list[int]) -> None:
-    """Triton would give what it hosts itself to all GPUs; a process in which nothing is said takes the first."""
+def test_gpus_of_an_engine(backend: str, host: str, devices: tuple[int, ...], gpus: list[int]) -> None:
+    """By default Triton would put engines that it hosts on all GPUs, and a Python process uses the first."""
     spec = msgspec.structs.replace(rig.sd15(rows=4), backend=backend, devices=devices)
     graph = image_projection("plain", torch.nn.Identity(), {"image_embeds": (64,)})
     made = _engine_config(spec, host, graph)
@@ -197,15 +197,15 @@ def test_the_gpus_of_an_engine(backend: str, host: str, devices: tuple[int, ...]
     assert group.kind == (pb.ModelInstanceGroup.KIND_GPU if gpus else pb.ModelInstanceGroup.KIND_CPU)
 
 
-def test_float32_is_float32() -> None:
-    """TensorRT would multiply with 10 bits where it may."""
+def test_float32_engines_do_not_use_tf32() -> None:
+    """By default TensorRT multiplies float32 with a 10-bit mantissa."""
     builder = Builder("tensorrt_rtx", targets=["SM89"])
     made = builder._config(trt.Builder(builder._logger))
     assert not made.get_flag(trt.BuilderFlag.TF32)
 
 
-def test_what_the_runner_calls_is_there() -> None:
-    """Nothing can be run without a GPU, but names can be looked up."""
+def test_names_that_the_runner_uses_exist() -> None:
+    """Without a GPU nothing can run, but names can be looked up."""
     for owner, names in {
         trt.ExecutionContextAllocationStrategy: ("USER_MANAGED",),
         trt.DynamicShapesKernelSpecializationStrategy: ("EAGER",),
@@ -225,7 +225,7 @@ def test_what_the_runner_calls_is_there() -> None:
 
 
 def write(file: Path, weight: float = 1.0, operator: str = "MatMul") -> Path:
-    """A graph of one operator with one weight."""
+    """Write an ONNX file with one operator and one weight."""
     weights = helper.make_tensor("weight", TensorProto.FLOAT, [4, 4], [weight] * 16)
     node = helper.make_node(operator, ["x", "weight"], ["y"])
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4]) for name in "xy"]
@@ -235,16 +235,16 @@ def write(file: Path, weight: float = 1.0, operator: str = "MatMul") -> Path:
     return file
 
 
-def test_a_second_build_is_skipped(tmp_path: Path) -> None:
-    """The same model, settings and version: taken from the cache, without a word of the builder."""
-    told: list[str] = []
+def test_second_build_is_skipped(tmp_path: Path) -> None:
+    """The same model, settings, and version come from the cache, without any status from the builder."""
+    statuses: list[str] = []
     engine = tmp_path / "out/engine.plan"
 
     def build(source: Path, profile: Profile = PROFILE, target: str = "SM89") -> bool:
-        told.clear()
+        statuses.clear()
         builder = Builder("tensorrt_rtx", targets=[target], cache=tmp_path / "cache")
-        builder.build(source, engine, [profile], told.append)
-        return bool(told)
+        builder.build(source, engine, [profile], statuses.append)
+        return bool(statuses)
 
     first = write(tmp_path / "a/one.onnx")
     assert build(first)
@@ -258,15 +258,15 @@ def test_a_second_build_is_skipped(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "cache")
     assert build(first)
     for described in (tmp_path / "cache").glob("*.json"):
-        described.write_bytes(described.read_bytes()[:40])  # a writer of an earlier version was killed
+        described.write_bytes(described.read_bytes()[:40])  # as if an export had been killed while writing
     assert build(first)
     assert not build(first)
     assert EngineInfo.load(engine).target == "SM89"
     assert {file.suffix for file in (tmp_path / "cache").iterdir()} == {".json", ".plan"}
 
 
-def test_engines_that_can_take_each_others_weights(tmp_path: Path) -> None:
-    """Those of equal graphs, built for it. Both building and refitting them needs a GPU; finding them does not."""
+def test_engines_to_refit_are_found(tmp_path: Path) -> None:
+    """They have equal graphs and `refit = true`. Building and refitting them needs a GPU; finding them does not."""
 
     def builder(**arguments: Any) -> Builder:
         return Builder("tensorrt_rtx", targets=["SM89"], cache=tmp_path / "cache", **arguments)
@@ -280,7 +280,7 @@ def test_engines_that_can_take_each_others_weights(tmp_path: Path) -> None:
     assert donor.model != other.model
     engine = tmp_path / "a/net.plan"
     builder().build(files[0], engine, [PROFILE])
-    with pytest.raises(EngineError, match="was made to take weights"):
+    with pytest.raises(EngineError, match=r"was built with engine\.refit = true"):
         builder(refit_from=engine.parent)
     donor.save(engine)
     for name, described in (("damaged", "{"), ("unknown", None)):
@@ -288,21 +288,21 @@ def test_engines_that_can_take_each_others_weights(tmp_path: Path) -> None:
         if described:
             (engine.parent / f"{name}.json").write_text(described)
     refitting = builder(refit_from=engine.parent)
-    with pytest.raises(EngineError, match="no engine there has the architecture of net"):
+    with pytest.raises(EngineError, match="no engine there can take the weights of net"):
         refitting.build(files[2], tmp_path / "out.plan", [PROFILE])
     if not torch.cuda.is_available():
         with pytest.raises(EngineError, match="a refit needs the GPU"):
             refitting.build(files[1], tmp_path / "out.plan", [PROFILE])
-        with pytest.raises(EngineError, match=r"engine\.refit needs the GPU"):
+        with pytest.raises(EngineError, match=r"engine\.refit needs a GPU at the export"):
             builder(refit=True).build(files[0], engine, [PROFILE])
 
 
 class FakeRefit:
-    """In the place of TensorRT, which refits on a GPU alone: what it was asked, in order, and what went in."""
+    """Stands in for TensorRT, which can only refit on a GPU, and records its calls in order."""
 
-    def __init__(self, *, parsed: bool = True, missing: tuple[str, ...] = (), taken: bool = True) -> None:
-        self.parsed, self.missing, self.taken = parsed, list(missing), taken
-        self.asked: list[str] = []
+    def __init__(self, *, parsed: bool = True, missing: tuple[str, ...] = (), accepted: bool = True) -> None:
+        self.parsed, self.missing, self.accepted = parsed, list(missing), accepted
+        self.calls: list[str] = []
 
     def Refitter(self, engine: object, logger: object) -> FakeRefit:  # noqa: N802
         return self
@@ -313,23 +313,23 @@ class FakeRefit:
     num_errors = 0
 
     def refit_from_file(self, source: str) -> bool:
-        self.asked.append("parse")
+        self.calls.append("parse")
         return self.parsed
 
     def get_missing_weights(self) -> list[str]:
-        self.asked.append("missing")
+        self.calls.append("missing")
         return self.missing
 
     def refit_cuda_engine(self) -> bool:
-        self.asked.append("refit")
-        return self.taken
+        self.calls.append("refit")
+        return self.accepted
 
 
-def test_a_refit_is_carried_out() -> None:
-    """The parser has the weights ready; the engine has them after ``refit_cuda_engine``."""
+def test_refit_calls_parser_and_refitter() -> None:
+    """The parser only prepares the weights; the engine has them after `refit_cuda_engine`."""
     fake = FakeRefit()
     refit(fake, None, None, Path("net.onnx"))
-    assert fake.asked == ["parse", "missing", "refit"]
+    assert fake.calls == ["parse", "missing", "refit"]
 
 
 @pytest.mark.parametrize(
@@ -337,16 +337,16 @@ def test_a_refit_is_carried_out() -> None:
     [
         (FakeRefit(parsed=False), "net: no reason given"),
         (FakeRefit(missing=("conv.bias", "other")), r"net lacks 2 weights of the engine, such as conv\.bias"),
-        (FakeRefit(taken=False), "does not take the weights of net"),
+        (FakeRefit(accepted=False), "the engine rejected the weights of net"),
     ],
 )
-def test_a_refit_that_fails(fake: FakeRefit, message: str) -> None:
+def test_failed_refit_raises(fake: FakeRefit, message: str) -> None:
     with pytest.raises(EngineError, match=message):
         refit(fake, None, None, Path("net.onnx"))
 
 
-def test_exported_graphs_are_told_apart(tmp_path: Path) -> None:
-    """The same weights are the same model, others are another model of the same architecture."""
+def test_models_and_architectures_are_distinguished(tmp_path: Path) -> None:
+    """Equal weights make the same model; other weights make another model of the same architecture."""
 
     def info(name: str, seed: int) -> EngineInfo:
         torch.manual_seed(seed)
@@ -364,8 +364,8 @@ def test_exported_graphs_are_told_apart(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
-def test_weights_there_and_back(tmp_path: Path) -> None:
-    """A -> B -> A: each engine computes with the weights that it was given last."""
+def test_weights_can_be_replaced_and_restored(tmp_path: Path) -> None:
+    """After A, B, and A again, each engine computes with the weights that it was given last."""
     if compute_capability() not in TARGETS:
         pytest.skip(f"the engines are for {', '.join(TARGETS)}, and the GPU is an {compute_capability()}")
     sources = {name: write(tmp_path / name / "net.onnx", weight) for name, weight in (("a", 1.0), ("b", 2.0))}
@@ -384,24 +384,24 @@ def test_weights_there_and_back(tmp_path: Path) -> None:
     np.testing.assert_array_equal(answers[2], answers[0])
 
 
-def test_refit_without_an_engine(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"made to take weights \(engine\.refit = true\)"):
+def test_refit_without_an_engine_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"was built with engine\.refit = true"):
         Builder("tensorrt_rtx", targets=["SM89"], refit_from=tmp_path)
     (tmp_path / "base").mkdir()
     (tmp_path / "bundle.toml").write_text('name = "tiny"\nbase = "base"\n')
-    with pytest.raises(BundleError, match=r"--refit-from is for TensorRT.s engines; engine\.backend is onnxruntime"):
+    with pytest.raises(BundleError, match=r"--refit-from only works with TensorRT engines, .* is onnxruntime"):
         export(tmp_path / "bundle.toml", tmp_path / "repository", refit_from=tmp_path)
 
 
-def test_a_graph_that_is_refused(tmp_path: Path) -> None:
+def test_unknown_operator_is_reported(tmp_path: Path) -> None:
     builder = Builder("tensorrt_rtx", targets=["SM89"], cache=tmp_path / "cache")
     with pytest.raises(EngineError, match=r"cannot read broken: .*NoSuchOperator"):
         builder.build(write(tmp_path / "broken.onnx", operator="NoSuchOperator"), tmp_path / "broken.plan", [PROFILE])
 
 
-def test_a_target_that_does_not_exist() -> None:
+def test_unknown_target_is_refused() -> None:
     with pytest.raises(
-        EngineError, match=r"SM70; tensorrt_rtx builds for SM75 \(7\.5\), .*SM89 \(8\.9\), SM120 \(12\.0\)"
+        EngineError, match=r"must be among SM75 \(7\.5\), .*SM89 \(8\.9\), SM120 \(12\.0\).* for tensorrt_rtx, .*SM70"
     ):
         Builder("tensorrt_rtx", targets=["SM89", "SM70"])
 
@@ -416,16 +416,16 @@ def rtx_builder(cache: Path) -> Builder:
     return Builder("tensorrt_rtx", targets=["SM89"], cache=cache)
 
 
-def test_shapes_that_are_refused(tmp_path: Path) -> None:
-    """`set_shape` has no answer: a smallest shape above the usual one shows when the profile is added."""
+def test_invalid_profile_is_refused(tmp_path: Path) -> None:
+    """`set_shape` returns nothing: a minimum above the usual shape only shows when the profile is added."""
     file = write(tmp_path / "net.onnx")
-    with pytest.raises(EngineError, match="does not take optimization profile 1 of net"):
+    with pytest.raises(EngineError, match="rejected optimization profile 1 of net"):
         rtx_builder(tmp_path / "cache").build(file, tmp_path / "net.plan", [PROFILE, {"x": ((4, 4), (2, 4), (8, 4))}])
 
 
 @pytest.mark.parametrize(("version", "flags"), [("10.13.0", 1), ("11.4.0", 0), (trt.__version__, 0)])
 def test_networks_are_strongly_typed(version: str, flags: int) -> None:
-    """By a flag in TensorRT 10; the others have no other kind."""
+    """TensorRT 10 needs a flag; later versions and TensorRT-RTX have no other kind."""
     package = SimpleNamespace(__version__=version, NetworkDefinitionCreationFlag=trt.NetworkDefinitionCreationFlag)
     assert _network_flags(package) == flags
     network = trt.Builder(trt.Logger(trt.Logger.ERROR)).create_network(_network_flags(trt))
@@ -433,17 +433,17 @@ def test_networks_are_strongly_typed(version: str, flags: int) -> None:
 
 
 class FakeTimings:
-    """In the place of TensorRT's settings; `taken` are its answers to `set_timing_cache`, in order."""
+    """Stands in for TensorRT's settings; `accepted` are its answers to `set_timing_cache`, in order."""
 
-    def __init__(self, *taken: bool) -> None:
-        self.taken, self.given = list(taken), list[bytes]()
+    def __init__(self, *accepted: bool) -> None:
+        self.accepted, self.given = list(accepted), list[bytes]()
 
     def create_timing_cache(self, content: bytes) -> bytes:
         return content
 
     def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
         self.given.append(cache)
-        return self.taken.pop(0)
+        return self.accepted.pop(0)
 
     def get_timing_cache(self) -> SimpleNamespace:
         return SimpleNamespace(serialize=lambda: b"new")
@@ -451,7 +451,7 @@ class FakeTimings:
 
 @pytest.fixture
 def timing(tmp_path: Path) -> Builder:
-    """A builder that keeps timings, as TensorRT's do; TensorRT-RTX has none."""
+    """A builder that saves kernel timings, as for TensorRT; for TensorRT-RTX there are none."""
     builder = rtx_builder(tmp_path)
     builder._targets = ()
     return builder
@@ -459,35 +459,35 @@ def timing(tmp_path: Path) -> Builder:
 
 def test_timings_of_another_gpu_are_not_used(timing: Builder) -> None:
     timing._keep_timings(FakeTimings())
-    for taken, given in (([True], [b"new"]), ([False, True], [b"new", b""])):
-        config = FakeTimings(*taken)
+    for accepted, given in (([True], [b"new"]), ([False, True], [b"new", b""])):
+        config = FakeTimings(*accepted)
         timing._set_timings(config)
         assert config.given == given
-    with pytest.raises(EngineError, match="does not take an empty timing cache"):
+    with pytest.raises(EngineError, match="rejected an empty timing cache"):
         timing._set_timings(FakeTimings(False, False))
 
 
-def test_an_engine_is_kept_before_its_timings(
+def test_engine_is_cached_before_its_timings(
     tmp_path: Path, timing: Builder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    there: list[list[str]] = []
+    cached: list[list[str]] = []
     builder = rtx_builder(tmp_path / "cache")
     monkeypatch.setattr(
-        builder, "_keep_timings", lambda _: there.append(sorted(f.suffix for f in (tmp_path / "cache").iterdir()))
+        builder, "_keep_timings", lambda _: cached.append(sorted(f.suffix for f in (tmp_path / "cache").iterdir()))
     )
     builder.build(write(tmp_path / "net.onnx"), tmp_path / "net.plan", [PROFILE])
-    assert there == [[".json", ".plan"]]
+    assert cached == [[".json", ".plan"]]
 
     def full(file: Path, content: bytes) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(tensorrt_backend, "write_whole", full)
+    monkeypatch.setattr(tensorrt_backend, "write_atomically", full)
     timing._keep_timings(FakeTimings())
-    assert "timings of this build are not kept: No space left" in caplog.text
+    assert "cannot save the kernel timings of this build: No space left" in caplog.text
 
 
 class FakeDriver:
-    """In the place of NVML."""
+    """Stands in for NVML."""
 
     def nvmlInit_v2(self) -> int:  # noqa: N802
         return 0
@@ -497,8 +497,8 @@ class FakeDriver:
         return 0
 
 
-def test_driver_and_cuda_are_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(EngineError, match="version of NVIDIA's driver is not to be had"):
+def test_cache_keys_depend_on_driver_and_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(EngineError, match="cannot read the version of NVIDIA's driver"):
         driver_version()
     monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeDriver())
     assert driver_version() == "580.95.05"
@@ -511,7 +511,7 @@ def test_driver_and_cuda_are_in_the_key(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 class FakeEngine:
-    """In the place of an engine, which no GPU here can load; `layers` are what its inspector says."""
+    """Stands in for an engine, which cannot be loaded without a GPU; its inspector returns `layers`."""
 
     def __init__(self, layers: list[Any]) -> None:
         self._layers = layers
@@ -538,23 +538,23 @@ def test_fused_attention_is_counted(layers: list[Any], fused: int) -> None:
     assert fused_attention(trt, None) is None
 
 
-def test_attention_layers_that_are_not_fused(caplog: pytest.LogCaptureFixture) -> None:
+def test_unfused_attention_layers_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     network = trt.Builder(trt.Logger(trt.Logger.ERROR)).create_network(0)
     tensor = network.add_input("x", trt.float32, (2, 4))
     for _ in range(3):
         tensor = network.add_softmax(tensor).get_output(0)
-    assert _attention(trt, network) == 3
+    assert _attention_layers(trt, network) == 3
     fields = ("backend", "version", "target", "model", "architecture", "settings")
     info = EngineInfo(**dict.fromkeys(fields, ""), refit=False)
-    told: list[str] = []
-    _tell_of_attention("unet", msgspec.structs.replace(info, attention=3, fused_attention=3), told.append)
+    statuses: list[str] = []
+    _report_attention("unet", msgspec.structs.replace(info, attention=3, fused_attention=3), statuses.append)
     assert not caplog.records
-    _tell_of_attention("unet", msgspec.structs.replace(info, attention=3, fused_attention=1), told.append)
+    _report_attention("unet", msgspec.structs.replace(info, attention=3, fused_attention=1), statuses.append)
     assert "unet: TensorRT fused 1 of 3 attention layers" in caplog.text
-    assert told == ["3 of 3 attention layers are fused", "1 of 3 attention layers are fused"]
+    assert statuses == ["3 of 3 attention layers are fused", "1 of 3 attention layers are fused"]
 
 
-def test_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_or_old_packages_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EngineError, match=r'"tensorrt" needs tensorrt: pip install "imprompt\[gpu\]"'):
         TENSORRT.package()
     monkeypatch.setattr(trt, "__version__", "1.1.0")
@@ -562,9 +562,9 @@ def test_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         TENSORRT_RTX.package()
 
 
-def test_engines_without_a_gpu(tmp_path: Path, repository: Path) -> None:
+def test_loading_engines_without_a_gpu_is_refused(tmp_path: Path, repository: Path) -> None:
     engine = repository / "tiny_text_encoder/1/model.plan"
     with pytest.raises(EngineError, match=r"model\.plan is an engine of tensorrt_rtx, which needs an NVIDIA GPU"):
         TENSORRT_RTX.load(engine)
-    with pytest.raises(EngineError, match=rf"built by tensorrt_rtx {trt.__version__}, but 9\.9 is installed here"):
+    with pytest.raises(EngineError, match=rf"built by tensorrt_rtx {trt.__version__}, but 9\.9 is installed"):
         EngineInfo.check(engine, "9.9")

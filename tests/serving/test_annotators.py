@@ -1,4 +1,4 @@
-"""Control images from photos."""
+"""Making control images from photos."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.pipeline.annotators import annotate
 
 
-def test_none_leaves_the_picture_alone() -> None:
+def test_none_returns_the_picture_unchanged() -> None:
     picture = Image.new("RGB", (8, 8), "red")
     assert annotate(picture, "none") is picture
 
 
-def test_canny_draws_the_edges_white_on_black() -> None:
+def test_canny_draws_edges_in_white_on_black() -> None:
     pytest.importorskip("cv2", reason="needs the extra `annotators`")
     picture = Image.new("RGB", (32, 32), "black")
     picture.paste("white", (8, 8, 24, 24))

@@ -1,4 +1,4 @@
-"""What an answer says beside its pictures: seeds, warnings and seconds; and mistakes that only a server meets."""
+"""Seeds, warnings, and timings in a response; and errors that only the denoiser finds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMALL: dict[str, Any] = {"prompt": "a photo of a cat", "num_inference_steps": 4}
 
 
 def answer(served: Served, **values: tuple[str, list[Any]]) -> dict[str, np.ndarray]:
-    """All tensors of an answer, by way of tritonclient; values with their types on the wire."""
+    """Call the server with tritonclient, and return all tensors of the response. Values have their KServe types."""
     inputs = []
     for name, (dtype, items) in values.items():
         array = np.array(items, TYPES.get(dtype, object))
@@ -41,7 +41,7 @@ def small(prompt: str = "a cat", **values: tuple[str, list[Any]]) -> dict[str, t
     return given | values
 
 
-def test_seeds_repeat_their_pictures_or_are_not_reported(sd15: Served) -> None:
+def test_reported_seeds_reproduce_their_pictures(sd15: Served) -> None:
     several = {"num_images_per_prompt": ("INT32", [2])}
     assert answer(sd15, **small(**several, seed=("INT64", [7])))["seeds"].tolist() == []
     assert answer(sd15, **small(seed=("INT64", [7])))["seeds"].tolist() == [7]
@@ -53,18 +53,18 @@ def test_seeds_repeat_their_pictures_or_are_not_reported(sd15: Served) -> None:
         assert np.abs(again.astype(int) - drawn["images"][index]).max() <= 2
 
 
-def test_a_prompt_that_is_cut_is_reported(sd15: Served) -> None:
+def test_truncated_prompts_give_warnings(sd15: Served) -> None:
     assert "warnings" not in answer(sd15, **small("a cat"))
     long = "a cat " * 50 + "and a Dog"
     found = answer(sd15, **small(long, negative_prompt=("BYTES", [b"rain " * 90])))["warnings"]
     negative, positive = sorted(line.decode() for line in found)
-    assert positive.startswith("prompt: only 77 tokens are read; cut off: ")
+    assert positive.startswith("prompt: truncated to 77 tokens; cut off: ")
     assert positive.endswith("and a Dog")
-    assert negative.startswith("negative_prompt: only 77 tokens are read; cut off: rain ")
+    assert negative.startswith("negative_prompt: truncated to 77 tokens; cut off: rain ")
     assert len(negative) < 300
 
 
-def test_the_second_prompt_of_sdxl_is_named(served: Any) -> None:
+def test_warnings_name_the_second_prompt_of_sdxl(served: Any) -> None:
     values = small("a cat " * 50)
     sdxl = served("sdxl")
     (line,) = answer(sdxl, **values)["warnings"]
@@ -73,15 +73,15 @@ def test_the_second_prompt_of_sdxl_is_named(served: Any) -> None:
     assert line.startswith(b"prompt_2: ")
 
 
-def test_timings_are_those_of_documented_stages(sd15: Served) -> None:
+def test_timings_have_documented_stages(sd15: Served) -> None:
     seconds = json.loads(answer(sd15, **small())["timings"][0])
     assert set(seconds) <= set(STAGES)
     assert {"admission", "text_encoder", "queue", "denoise", "vae_decoder", "total"} <= set(seconds)
     assert all(0 <= value <= seconds["total"] for value in seconds.values())
 
 
-def test_the_configuration_of_a_diffusers_scheduler(sd15: Served) -> None:
-    """Handed over as it is, infinities, private keys and all: the picture of diffusers."""
+def test_complete_scheduler_configuration_from_diffusers(sd15: Served) -> None:
+    """A configuration passed unchanged, with infinities and private keys, gives the same picture as diffusers."""
     pipe = oracle.pipeline(sd15.bundle.checkpoints / "base", scheduler="DPMSolverMultistepScheduler")
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, use_karras_sigmas=True)
     expected = oracle.generate(pipe, prompt="a cat", num_inference_steps=4)
@@ -96,7 +96,7 @@ def test_the_configuration_of_a_diffusers_scheduler(sd15: Served) -> None:
 
 
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DPMSolverSDEScheduler"])
-def test_large_and_negative_seeds(sd15: Served, scheduler: str) -> None:
+def test_large_and_negative_seeds_are_accepted(sd15: Served, scheduler: str) -> None:
     for seed in (2**63 + 5, -1):
         assert sd15.generate(**SMALL, scheduler=scheduler, seed=seed).images
 
@@ -113,7 +113,7 @@ def test_large_and_negative_seeds(sd15: Served, scheduler: str) -> None:
         ("scheduler_config", {"scheduler_config": {"trained_betas": [0.1] * 10}}),
     ],
 )
-def test_one_job_that_fails_spares_its_neighbours(sd15: Served, parameter: str, arguments: dict[str, Any]) -> None:
+def test_failing_job_does_not_affect_its_neighbors(sd15: Served, parameter: str, arguments: dict[str, Any]) -> None:
     async def together() -> list[Any]:
         good = [asyncio.to_thread(sd15.generate, **{**SMALL, "num_inference_steps": 8}, seed=seed) for seed in range(3)]
         bad = asyncio.to_thread(sd15.generate, **SMALL, **arguments)

@@ -1,4 +1,4 @@
-"""A busy hour in a few seconds: requests that come when they like, of all lengths, some of them given up."""
+"""Random arrivals of requests with mixed lengths, some of them canceled."""
 
 from __future__ import annotations
 
@@ -22,18 +22,17 @@ REQUESTS, CANCELLED_SHARE, RATE_PER_S = 30, 0.2, 8.0
 SCHEDULERS = ("DDIMScheduler", "EulerDiscreteScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler")
 MEGABYTE = 2**20
 LEAK_MB = 24.0
-"""Growth of the denoiser's memory from one round to the next that its allocator may keep; a job's tensors that leak
-would add more."""
+"""Memory that the denoiser's allocator may add between rounds; leaked tensors of jobs would add more."""
 
 
 @dataclass
 class Arrival:
-    """A request of the test, and what became of it."""
+    """A request of the test, and its outcome."""
 
     arguments: dict[str, Any]
     at: float
     leaves_after: int | None
-    """Progress events after which its caller leaves."""
+    """Number of progress events after which the caller cancels."""
     seconds: float = 0.0
     result: Result | None = None
     events: list[Progress] = field(default_factory=list)
@@ -53,7 +52,7 @@ class Arrival:
 
 
 def arrivals(seed: int) -> list[Arrival]:
-    """Poisson arrivals, mixed steps, some cancelled."""
+    """Draw Poisson arrivals with mixed steps, some of them canceled."""
     chance = random.Random(seed)
     photos = images.photos(4, seed=60)
     leaving = set(chance.sample(range(REQUESTS), round(REQUESTS * CANCELLED_SHARE)))
@@ -102,8 +101,8 @@ def ended(served: Served) -> float:
 
 @pytest.mark.timeout(300)
 def test_thirty_arrivals(sd15: Served, record_property: Any) -> None:
-    """All that stay get the picture that they get alone; nothing is left behind."""
-    play(sd15, arrivals(0))  # every size of memory block has been needed once
+    """Completed requests get the same picture as on their own; nothing is left behind."""
+    play(sd15, arrivals(0))  # so that every size of memory block has been allocated once
     time.sleep(0.5)
     memory, count = denoiser_megabytes(sd15), ended(sd15)
     requests = arrivals(0)
@@ -122,10 +121,10 @@ def test_thirty_arrivals(sd15: Served, record_property: Any) -> None:
     deadline = time.monotonic() + 5.0
     while jobs(sd15) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not jobs(sd15), "jobs are left"
+    assert not jobs(sd15), "jobs remain"
     assert ended(sd15) - count == REQUESTS + len(staying), "a job ended twice, or never"
     growth = denoiser_megabytes(sd15) - memory
-    assert growth < LEAK_MB, f"the denoiser keeps {growth:.0f} MB more"
+    assert growth < LEAK_MB, f"the memory of the denoiser grew by {growth:.0f} MB"
 
     seconds = [request.seconds for request in staying]
     p50, p99 = np.percentile(seconds, [50, 99])

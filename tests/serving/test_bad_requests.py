@@ -1,4 +1,4 @@
-"""Whatever is wrong is refused by name, and the server serves on."""
+"""Invalid requests to a server are refused, the errors name the parameter, and the server keeps serving."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def png(image: Image.Image) -> bytes:
 
 
 def huge_png(side: int) -> bytes:
-    """A PNG that says it is ``side`` pixels wide and high; the pixels are never looked at."""
+    """Make a PNG whose header claims `side` x `side` pixels, but which has almost no data."""
     header = b"IHDR" + side.to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
     end = b"IEND"
     chunks = [
@@ -64,14 +64,14 @@ def huge_png(side: int) -> bytes:
     ],
     ids=str,
 )
-def test_bad_requests_are_refused_by_name(sd15: Served, parameter: str, arguments: dict[str, Any]) -> None:
+def test_refusals_name_the_parameter(sd15: Served, parameter: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest) as caught:
         sd15.generate(**{**SMALL, **arguments})
     assert caught.value.parameter == parameter, caught.value
     assert str(caught.value).startswith(f"{parameter}: ")
 
 
-def test_the_server_serves_on(sd15: Served) -> None:
+def test_server_keeps_serving(sd15: Served) -> None:
     picture = np.asarray(sd15.generate(**SMALL, seed=0).images[0])
     assert picture.shape == (64, 64, 3)
     assert picture.std() > 5

@@ -1,4 +1,4 @@
-"""Rows of jobs as the inputs of a call: padding to the numbers of rows that an engine runs."""
+"""Stacking rows of jobs into the inputs of a call, padded to the numbers of rows that an engine runs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def rig() -> Rig:
 
 
 @pytest.mark.parametrize(("jobs", "rows"), [(1, 2), (2, 4), (3, 8), (4, 8)])
-def test_calls_have_a_bucket_of_rows(jobs: int, rows: int) -> None:
-    """The last row of every input again; rows that count are as they would be without."""
+def test_calls_are_padded_to_a_bucket(jobs: int, rows: int) -> None:
+    """The last row of every input is repeated, and the other rows do not change."""
     room = rig()
     parts = [RowSlice(room.job(str(seed), steps=2, size=64, seed=seed), 0, 2) for seed in range(jobs)]
     padded = Batcher(room.bundle, CallRows(8, bucketed=True)).inputs(parts)
@@ -31,7 +31,7 @@ def test_calls_have_a_bucket_of_rows(jobs: int, rows: int) -> None:
 
 
 def test_padding_changes_no_picture() -> None:
-    """Jobs of two rows, three at once: their latents are those of each one alone."""
+    """Three jobs of two rows each have the same latents together as alone."""
     room = rig()
     alone = [room.submit(room.job("alone", steps=3, size=64, seed=seed))() for seed in range(3)]
     waits = [room.submit(room.job(str(seed), steps=3, size=64, seed=seed)) for seed in range(3)]
@@ -55,7 +55,7 @@ class Doubling:
         return {"y": tensors["x"] * 2}
 
 
-def test_an_engine_beside_the_loop_is_padded_too() -> None:
+def test_engines_outside_of_the_loop_are_padded_too() -> None:
     engine, rows = Doubling(), CallRows(6, bucketed=True)
     padded = PaddedEngine(engine, rows)
     for count in (1, 3, 5, 6, 9):

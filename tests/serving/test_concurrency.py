@@ -1,4 +1,4 @@
-"""Many requests at once: each gets the picture that it gets alone, and what leaves takes nothing along."""
+"""Concurrent requests: each gets the same picture as on its own, and canceled ones leave nothing behind."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def request(sd15: Served, arguments: dict[str, Any]) -> np.ndarray:
     return np.stack([np.asarray(image) for image in result.images])
 
 
-def test_a_picture_alone_is_the_picture_among_fifteen_strangers(sd15: Served) -> None:
+def test_pictures_do_not_depend_on_concurrent_requests(sd15: Served) -> None:
     alone = [request(sd15, arguments) for arguments in MIXED]
     with ThreadPoolExecutor(len(MIXED)) as pool:
         together = list(pool.map(lambda arguments: request(sd15, arguments), MIXED))
@@ -66,8 +66,8 @@ def test_a_picture_alone_is_the_picture_among_fifteen_strangers(sd15: Served) ->
 
 
 @pytest.mark.parametrize("way", ["unary", "stream"])
-def test_eight_callers_share_the_calls_of_the_unet(sd15: Served, way: str) -> None:
-    """No step runs alone while others of its shape wait: a call has room for four guided pictures."""
+def test_eight_callers_share_unet_calls(sd15: Served, way: str) -> None:
+    """Calls are full while compatible steps wait: a call has room for four guided pictures."""
     steps, callers = 100, 8
 
     def ask(seed: int) -> None:
@@ -90,8 +90,8 @@ def test_eight_callers_share_the_calls_of_the_unet(sd15: Served, way: str) -> No
     assert rows / calls > 6, f"{rows / calls:.1f} rows a call"
 
 
-def test_bad_requests_do_not_harm_the_good_ones_beside_them(sd15: Served) -> None:
-    """Refused before, while and after the job of the denoiser is made."""
+def test_bad_requests_do_not_affect_concurrent_good_ones(sd15: Served) -> None:
+    """The bad ones fail before, during, and after the creation of the denoiser's job."""
     bad: list[dict[str, Any]] = [
         {"scheduler": "NoScheduler"},
         {"scheduler_config": {"no_such_key": 1}},
@@ -135,7 +135,7 @@ def test_progress_with_previews(sd15: Served) -> None:
 LONG: dict[str, Any] = CAT | {"num_inference_steps": 999, "scheduler": "DDIMScheduler"}
 
 
-def test_a_caller_who_leaves_stops_the_work(sd15: Served) -> None:
+def test_closing_a_stream_stops_the_work(sd15: Served) -> None:
     for event in sd15.client.stream(model="sd15", **LONG):
         assert isinstance(event, Progress)
         break
@@ -143,7 +143,7 @@ def test_a_caller_who_leaves_stops_the_work(sd15: Served) -> None:
 
 
 @pytest.mark.parametrize("seconds", [0.001, 0.05, 0.5])
-def test_a_timeout_stops_the_work(sd15: Served, seconds: float) -> None:
+def test_timeout_stops_the_work(sd15: Served, seconds: float) -> None:
     began = time.monotonic()
     with pytest.raises(DeadlineExceeded):
         sd15.generate(**LONG, timeout=seconds)
@@ -151,18 +151,18 @@ def test_a_timeout_stops_the_work(sd15: Served, seconds: float) -> None:
     assert_idle(sd15)
 
 
-def test_callers_who_leave_at_any_time_leave_nothing(sd15: Served) -> None:
-    """Cancelled while pictures are encoded, while they wait, denoise or are decoded; each gets one answer."""
+def test_timeouts_at_any_stage_leave_nothing_behind(sd15: Served) -> None:
+    """Requests end while they encode, wait, denoise, or decode; each gets one response."""
     answers: list[Any] = []
 
-    def leaves(delay: float) -> None:
+    def time_out(delay: float) -> None:
         try:
             arguments = CAT | {"ip_adapter_image": {"plus": PHOTOS[:3]}, "num_images_per_prompt": 2}
             answers.append(sd15.generate(**arguments, timeout=delay))
         except (DeadlineExceeded, Cancelled) as error:
             answers.append(error)
 
-    threads = [threading.Thread(target=leaves, args=(0.02 * 1.25**index,)) for index in range(20)]
+    threads = [threading.Thread(target=time_out, args=(0.02 * 1.25**index,)) for index in range(20)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -172,7 +172,7 @@ def test_callers_who_leave_at_any_time_leave_nothing(sd15: Served) -> None:
     assert_idle(sd15)
 
 
-def test_forty_callers_do_not_keep_another_from_leaving(sd15: Served) -> None:
+def test_timeout_is_prompt_with_forty_other_callers(sd15: Served) -> None:
     with ThreadPoolExecutor(40) as pool:
         callers = [pool.submit(request, sd15, {"num_inference_steps": 30, "seed": seed}) for seed in range(40)]
         wait_for(sd15, lambda: total(sd15, "imprompt_jobs{") == 40)
@@ -184,7 +184,7 @@ def test_forty_callers_do_not_keep_another_from_leaving(sd15: Served) -> None:
     assert_idle(sd15)
 
 
-def test_a_full_line_refuses_at_once(sd15: Served) -> None:
+def test_full_queue_refuses_at_once(sd15: Served) -> None:
     large = CAT | {"num_images_per_prompt": 64, "num_inference_steps": 300, "timeout": 10.0}
     with ThreadPoolExecutor(2) as pool, Client(sd15.server.grpc_address, max_retries=0) as impatient:
         callers = [pool.submit(sd15.generate, **large) for _ in range(2)]
@@ -202,7 +202,7 @@ def test_a_full_line_refuses_at_once(sd15: Served) -> None:
 
 
 def total(sd15: Served, start: str) -> float:
-    """The sum of the metrics whose names begin so."""
+    """Sum the metrics whose names start with `start`."""
     return sum(value for name, value in sd15.metrics().items() if name.startswith(start))
 
 
@@ -214,7 +214,7 @@ def wait_for(sd15: Served, condition: Callable[[], bool]) -> None:
 
 
 def assert_idle(sd15: Served) -> None:
-    """The denoiser has no job any more, nor has a pipeline a request; and the next caller is served."""
+    """Check that no jobs or requests remain, and that the next request is served."""
     end = time.monotonic() + 5.0
     while busy(sd15) and time.monotonic() < end:
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""What a request becomes for the UNet, without a server."""
+"""The UNet inputs of a request, without a server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 from imprompt_bench import rig
 from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.features import prepare_features
-from imprompt_serving.job import AdapterUse, ControlUse, JobRequest
+from imprompt_serving.job_request import AdapterOptions, ControlOptions, JobRequest
 from imprompt_serving.specs import Residual, Shapes, T2IAdapter
 from jobs import job_request
 
@@ -22,7 +22,7 @@ BUNDLE = msgspec.structs.replace(rig.sd15(rows=2, adapters=("plain",)), shapes=S
 
 
 class Projection:
-    """Counts the pictures of each call."""
+    """An image projection that counts the pictures of each call."""
 
     def __init__(self) -> None:
         self.calls: list[int] = []
@@ -32,8 +32,8 @@ class Projection:
         return {"tokens": np.zeros((self.calls[-1], rig.TOKENS, rig.WIDTH), np.float32)}
 
 
-def request(prompts: int = 1, controls: tuple[ControlUse, ...] = ()) -> JobRequest:
-    return job_request(seeds=(0,) * prompts, adapters=(AdapterUse(name="plain"),), controls=controls)
+def request(prompts: int = 1, controls: tuple[ControlOptions, ...] = ()) -> JobRequest:
+    return job_request(seeds=(0,) * prompts, adapters=(AdapterOptions(name="plain"),), controls=controls)
 
 
 def tensors(pictures: int, *, masked: bool) -> dict[str, torch.Tensor]:
@@ -45,7 +45,7 @@ def tensors(pictures: int, *, masked: bool) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("pictures", "masked"), [(4, False), (2, True)])
-def test_as_many_as_are_served(pictures: int, masked: bool) -> None:
+def test_unused_images_are_not_projected(pictures: int, masked: bool) -> None:
     projection = Projection()
     made = Conditioner(BUNDLE, {"plain": projection})(request(), tensors(pictures, masked=masked))
     assert projection.calls == [pictures, pictures]
@@ -53,7 +53,7 @@ def test_as_many_as_are_served(pictures: int, masked: bool) -> None:
 
 
 class Sketch:
-    """A T2I-Adapter whose features are the pictures themselves; takes two at a time."""
+    """A T2I-Adapter whose features are the pictures themselves. Takes two at a time."""
 
     def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         images = tensors["control_image"]
@@ -68,7 +68,7 @@ def test_control_images_of_many_prompts_take_several_calls() -> None:
         features=(Residual(1, 0),),
     )
     images = torch.arange(5.0)[:, None, None, None].expand(5, 1, 64, 64).contiguous()
-    asked = request(prompts=5, controls=(ControlUse(name="sketch", scale=2.0),))
+    asked = request(prompts=5, controls=(ControlOptions(name="sketch", scale=2.0),))
     (found,) = prepare_features(
         bundle, {"sketch": Sketch()}, asked, {"control_image_sketch": images}, pictures=5, branches=2
     )
@@ -91,13 +91,13 @@ def test_guidance_is_embedded_as_in_diffusers(size: int) -> None:
 
 
 def test_guidance_is_not_embedded_for_clips() -> None:
-    """They run an unconditional branch, and the UNet gets zeros."""
+    """Clips run an unconditional branch, and the UNet gets zeros."""
     bundle = msgspec.structs.replace(rig.sd15(rows=2), time_cond_proj_dim=8)
     found = Conditioner(bundle, {})(job_request(guidance_scale=8.5, frames=4), TEXT).at(0, 4)["timestep_cond"]
     assert torch.equal(found, torch.zeros(2, 8))
 
 
-def test_rows_are_the_negative_prompts_and_then_the_others() -> None:
+def test_rows_of_negative_prompts_come_first() -> None:
     given = {
         "prompt_embeds": torch.tensor([1.0, 2.0])[:, None, None].expand(2, 77, 768),
         "negative_prompt_embeds": torch.tensor([3.0, 4.0])[:, None, None].expand(2, 77, 768),
@@ -110,15 +110,15 @@ def test_rows_are_the_negative_prompts_and_then_the_others() -> None:
 
 
 class Ones:
-    """Image tokens of ones."""
+    """An image projection that returns tokens of ones."""
 
     def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {"tokens": np.ones((len(tensors["image_embeds"]), rig.TOKENS, rig.WIDTH), np.float32)}
 
 
 @pytest.mark.parametrize(("start", "end"), [(0.25, 1.0), (0.0, 0.75), (0.25, 0.75), (0.0, 1.0)])
-def test_an_adapter_is_silent_outside_of_its_steps(start: float, end: float) -> None:
-    use = AdapterUse(name="plain", scale=0.5, start=start, end=end)
+def test_an_adapter_has_no_effect_outside_of_its_steps(start: float, end: float) -> None:
+    use = AdapterOptions(name="plain", scale=0.5, start=start, end=end)
     made = Conditioner(BUNDLE, {"plain": Ones()})(job_request(adapters=(use,)), tensors(1, masked=False))
     scales = [float(made.at(index, 4)["ip_scale_plain"].unique()) for index in range(4)]
     assert scales == [0.5 if start <= index / 4 and (index + 1) / 4 <= end else 0.0 for index in range(4)]
@@ -128,8 +128,8 @@ def test_an_adapter_is_silent_outside_of_its_steps(start: float, end: float) -> 
 
 @pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize("task", ["text-to-image", "image-to-image", "inpainting"])
-def test_sdxl_is_told_sizes(task: str, guided: bool) -> None:
-    """As diffusers' pipelines for the task do: the values beside these are what their own tests use."""
+def test_sdxl_gets_the_sizes_that_diffusers_passes(task: str, guided: bool) -> None:
+    """Compared with the values that diffusers' pipelines pass for the same task."""
     bundle = msgspec.structs.replace(rig.sd15(rows=8), family="sdxl", pooled_size=4)
     given = TEXT | {f"{prefix}pooled_prompt_embeds": torch.zeros(1, 4) for prefix in ("", "negative_")}
 

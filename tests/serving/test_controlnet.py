@@ -1,4 +1,4 @@
-"""ControlNets: the pictures of diffusers' ControlNet pipelines, through a running Triton."""
+"""ControlNets, through a running Triton, compared with diffusers' ControlNet pipelines."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sdxl(served: Callable[[str], Served]) -> Served:
 
 @cache
 def pipeline(served: Served, task: str, nets: tuple[str, ...]) -> Any:
-    """diffusers' ControlNet pipeline over the bundle's checkpoints."""
+    """Load diffusers' ControlNet pipeline with the bundle's checkpoints."""
     family = "StableDiffusionXL" if served.bundle.name.startswith("sdxl") else "StableDiffusion"
     loaded = [ControlNetModel.from_pretrained(served.bundle.checkpoints / net) for net in nets]
     return served.bundle.oracle(
@@ -49,7 +49,7 @@ def pipeline(served: Served, task: str, nets: tuple[str, ...]) -> Any:
 
 
 def both(served: Served, control_image: Any, nets: tuple[str, ...] = ("depth",), task: str = "", **arguments: Any):  # type: ignore[no-untyped-def]
-    """The server's result and the oracle's pictures, with the adapter when the bundle has one."""
+    """Return the pictures of the server and of diffusers, with the IP-Adapter if the bundle has one."""
     pipe = pipeline(served, task, nets)
     arguments = {"prompt": PROMPT, "num_inference_steps": 4, **arguments}
     if served.bundle.adapters:
@@ -94,7 +94,7 @@ def test_all_nets_of_the_bundle_by_default(control: Served) -> None:
 
 
 @pytest.mark.parametrize("net", ["depth", "canny"])
-def test_window(control: Served, net: str) -> None:
+def test_a_net_is_active_within_its_steps(control: Served, net: str) -> None:
     window: dict[str, Any] = {"control_guidance_start": 0.2, "control_guidance_end": 0.7}
     result, expected = both(control, DEPTH, (net,), num_inference_steps=6, **window)
     assert_same(result, expected)
@@ -102,7 +102,7 @@ def test_window(control: Served, net: str) -> None:
     assert_different(result, whole)
 
 
-def test_a_window_for_each_net(control: Served) -> None:
+def test_each_net_has_its_own_steps(control: Served) -> None:
     window: dict[str, Any] = {"control_guidance_start": [0.0, 0.5], "control_guidance_end": [0.5, 1.0]}
     assert_same(*both(control, [DEPTH, CANNY], ("depth", "canny"), **window))
 
@@ -121,7 +121,7 @@ def test_guess_mode_with_two_nets(control: Served) -> None:
 def test_image_to_image(control: Served) -> None:
     result, expected = both(control, DEPTH, task="Img2Img", image=PHOTO, strength=0.6)
     assert_same(result, expected)
-    assert_same(*both(control, DEPTH, task="Img2Img", image=PHOTO))  # the defaults of diffusers
+    assert_same(*both(control, DEPTH, task="Img2Img", image=PHOTO))  # with the defaults of diffusers
 
 
 def test_inpainting(control: Served) -> None:
@@ -140,13 +140,13 @@ def test_inpainting_of_a_crop(control: Served) -> None:
     assert_same(*both(control, relief, task="Inpaint", height=64, width=64, **arguments))
 
 
-def test_control_image_gives_the_size(control: Served) -> None:
+def test_the_control_image_determines_the_size(control: Served) -> None:
     result, expected = both(control, images.control_image("depth", size=(99, 76)))
     assert result.images[0].size == (96, 72)
     assert_same(result, expected)
 
 
-def test_control_image_is_resized_to_the_size_asked_for(control: Served) -> None:
+def test_the_control_image_is_resized_to_the_requested_size(control: Served) -> None:
     assert_same(*both(control, images.control_image("depth", size=(100, 70)), height=72, width=64))
 
 
@@ -174,7 +174,7 @@ def test_t2i_adapter(served: Callable[[str], Served], name: str) -> None:
     one = served(name)
     adapter = T2IAdapter.from_pretrained(one.bundle.checkpoints / "sketch")
     family = "StableDiffusionXL" if name.startswith("sdxl") else "StableDiffusion"
-    cls = getattr(diffusers, f"{family}AdapterPipeline")  # that of SD1.5 takes no IP-Adapter
+    cls = getattr(diffusers, f"{family}AdapterPipeline")  # the pipeline for SD 1.5 takes no IP-Adapter
     pipe = oracle.pipeline(one.bundle.checkpoints / "base", (), cls, scheduler=SCHEDULER, adapter=adapter)
     arguments: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 6}
     expected = oracle.generate(pipe, image=DEPTH, adapter_conditioning_scale=0.8, **arguments)
@@ -183,7 +183,7 @@ def test_t2i_adapter(served: Callable[[str], Served], name: str) -> None:
     result = one.generate(control_image=DEPTH, **arguments)
     assert_same(result, expected)
     assert_different(result, one.generate(control_image=CANNY, **arguments))
-    if name == "sdxl_control":  # that of SD1.5 has no such parameter
+    if name == "sdxl_control":  # the pipeline for SD 1.5 has no such parameter
         half = oracle.generate(
             pipe,
             image=DEPTH,
@@ -197,16 +197,16 @@ def test_t2i_adapter(served: Callable[[str], Served], name: str) -> None:
         assert_different(ended, result)
 
 
-def test_t2i_adapter_beside_a_controlnet(control: Served) -> None:
-    """Both act: taking either out changes the picture."""
+def test_t2i_adapter_with_a_controlnet(control: Served) -> None:
+    """Both have an effect: leaving either out changes the picture."""
     arguments: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 3, "seed": 0}
     both_nets = control.generate(controlnet=["depth", "sketch"], control_image=[DEPTH, CANNY], **arguments)
     for net, image in (("depth", DEPTH), ("sketch", CANNY)):
         assert_different(both_nets, control.generate(controlnet=net, control_image=image, **arguments))
 
 
-def test_neighbours_in_the_batch_change_nothing(control: Served) -> None:
-    """Requests with one net, two nets, a window, guess mode and none, sent together, give what they give alone."""
+def test_pictures_do_not_depend_on_their_neighbors_in_the_batch(control: Served) -> None:
+    """Requests with one net, two nets, some steps, guess mode, or no net give the same pictures together as alone."""
     common: dict[str, Any] = {"prompt": PROMPT, "height": 64, "width": 64, "scheduler": SCHEDULER}
     requests: list[dict[str, Any]] = [
         {"seed": 1, "num_inference_steps": 6, "control_image": DEPTH, "controlnet": "depth"},

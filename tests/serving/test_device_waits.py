@@ -1,4 +1,4 @@
-"""No step of a job waits for its device: on a GPU, ticks are launched ahead. `meta` stands in for one."""
+"""No step of a job waits for the device, because ticks are launched ahead on a GPU. `meta` tensors replace a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from imprompt_serving.denoiser.conditioning import CPU, Conditioner, Conditionin
 from imprompt_serving.denoiser.features import T2IFeatures
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.schedulers import make_scheduler, noise_level, set_timesteps, without_waiting
-from imprompt_serving.job import AdapterUse, ContextWindow
+from imprompt_serving.job_request import AdapterOptions, ContextWindow
 from imprompt_serving.specs import Bundle, Motion, Residual, T2IAdapter
 from jobs import job_request
 from traffic import Traffic
@@ -28,14 +28,14 @@ STEPS = 5
 
 
 class Projection:
-    """In the place of an adapter's projection."""
+    """Replaces the image projection of an adapter."""
 
     def run(self, tensors: Any) -> dict[str, Any]:
         return {"tokens": torch.zeros(len(tensors["image_embeds"]), 4, 768).numpy()}
 
 
 def job(device: torch.device = META, bundle: Bundle | None = None, **changes: Any) -> Job:
-    """A picture in progress, at random, with all that its task needs."""
+    """Make a job with random tensors for everything that its task needs."""
     made = bundle or sd15(rows=4)
     asked = job_request(**{"num_inference_steps": STEPS, **changes})
     generator = torch.Generator().manual_seed(1)
@@ -58,7 +58,7 @@ def job(device: torch.device = META, bundle: Bundle | None = None, **changes: An
 
 
 def waits(one: Job, bundle: Bundle | None = None) -> list[dict[str, int]]:
-    """What waits for the device in each step."""
+    """Count, by name, the operations of each step that wait for the device."""
     batcher, found = Batcher(bundle or sd15(rows=4)), []
     while not one.done:
         with torch.no_grad(), Traffic() as traffic:
@@ -70,7 +70,7 @@ def waits(one: Job, bundle: Bundle | None = None) -> list[dict[str, int]]:
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_no_scheduler_waits(name: str, task: str) -> None:
+def test_no_scheduler_waits_for_the_device(name: str, task: str) -> None:
     found = waits(job(scheduler=name, task=task, strength=0.9))
     assert len(found) >= STEPS - 1
     assert not any(found), found
@@ -110,7 +110,7 @@ def test_clips_in_windows_do_not_wait() -> None:
 
 def test_adapters_that_start_and_end_do_not_wait() -> None:
     bundle = sd15(rows=4, adapters=("plain",))
-    found = waits(job(bundle=bundle, adapters=(AdapterUse(name="plain", start=0.3, end=0.7),)), bundle)
+    found = waits(job(bundle=bundle, adapters=(AdapterOptions(name="plain", start=0.3, end=0.7),)), bundle)
     assert not any(found), found
 
 
@@ -134,8 +134,8 @@ def test_t2i_adapters_that_end_do_not_wait() -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_the_noise_level_is_that_of_the_scheduler(name: str) -> None:
-    """Before the first step and after each one, in which states schedulers find it differently."""
+def test_noise_level_agrees_with_the_scheduler(name: str) -> None:
+    """Before the first step and after each one, because schedulers look it up differently in these states."""
     asked = job_request("inpainting", scheduler=name, num_inference_steps=STEPS)
     scheduler = make_scheduler(sd15(rows=2), asked)
     set_timesteps(scheduler, STEPS)
@@ -151,7 +151,7 @@ def test_the_noise_level_is_that_of_the_scheduler(name: str) -> None:
 
 @pytest.mark.parametrize("seeds", [(3,), (3, 4)])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_pictures_are_the_same_as_with_waiting(name: str, seeds: tuple[int, ...], monkeypatch: Any) -> None:
+def test_pictures_do_not_change_without_waiting(name: str, seeds: tuple[int, ...], monkeypatch: Any) -> None:
     def finished() -> Tensor:
         one = job(CPU, task="inpainting", scheduler=name, seeds=seeds)
         while not one.done:

@@ -1,4 +1,4 @@
-"""A bundle with several denoisers: one for each GPU; on a CPU all of them are there."""
+"""A bundle with several denoisers, one per GPU; here all of them run on the CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL import Image
 
 from imprompt import Progress
 from imprompt_serving.errors import Overloaded, RequestError
-from imprompt_serving.job import Admission
+from imprompt_serving.job_request import Admission
 from imprompt_serving.pipeline.dispatch import Dispatcher
 from imprompt_serving.pipeline.models import Tensors, strings
 from imprompt_serving.specs import Bundle
@@ -42,19 +42,19 @@ def two(served: Callable[[str], Served]) -> Served:
 
 
 def count(two: Served, metric: str, labels: str = "") -> list[float]:
-    """The metric of each denoiser."""
+    """Return the metric of each denoiser."""
     metrics = two.metrics()
     return [metrics[f'{metric}{{model="{name}"{labels}}}'] for name in DENOISERS]
 
 
-def test_engines_are_on_the_disk_once(two: Served) -> None:
+def test_denoisers_share_engine_files(two: Served) -> None:
     files = [two.bundle.repository / name / "1" / "unet.onnx" for name in DENOISERS]
     assert files[0].samefile(files[1])
     assert not (two.bundle.repository / "inpaint_denoiser").exists()
     assert Bundle.load(files[1].parent).denoisers == {DENOISERS[0]: 0, DENOISERS[1]: 1}
 
 
-def test_callers_are_spread_over_the_denoisers(two: Served) -> None:
+def test_requests_are_distributed_over_the_denoisers(two: Served) -> None:
     alone = [np.asarray(two.generate(**REQUEST, seed=seed).images[0]) for seed in range(6)]
     before = count(two, "imprompt_jobs_ended_total", ',outcome="finished"')
     with ThreadPoolExecutor(6) as pool:
@@ -68,7 +68,7 @@ def test_callers_are_spread_over_the_denoisers(two: Served) -> None:
     assert min(ended) >= 2, ended
 
 
-def test_a_cancel_finds_its_job(two: Served) -> None:
+def test_cancellation_reaches_the_denoiser_of_the_job(two: Served) -> None:
     def leave(seed: int) -> None:
         arguments = REQUEST | {"num_inference_steps": 100, "seed": seed}
         stream = two.client.stream(model="inpaint", **arguments)
@@ -88,11 +88,11 @@ def test_a_cancel_finds_its_job(two: Served) -> None:
     assert sum(count(two, "imprompt_jobs", ',state="running"')) == 0
 
 
-class Lines:
-    """Denoisers with a line of so many rows, and what they were told."""
+class Queues:
+    """Fake denoisers with queues of limited length, which record the messages they receive."""
 
-    def __init__(self, room: Mapping[str, int]) -> None:
-        self.room, self.told = dict(room), list[tuple[str, str]]()
+    def __init__(self, rows_left: Mapping[str, int]) -> None:
+        self.rows_left, self.messages = dict(rows_left), list[tuple[str, str]]()
 
     async def call(self, model: str, tensors: Mapping[str, np.ndarray]) -> Tensors:
         raise NotImplementedError
@@ -100,56 +100,56 @@ class Lines:
     async def stream(self, model: str, tensors: Mapping[str, np.ndarray]) -> AsyncIterator[Tensors]:
         await asyncio.sleep(0)
         (what,) = tensors
-        self.told.append((model, what))
+        self.messages.append((model, what))
         if what == "admit":
             rows = msgspec.json.decode(tensors["admit"][0], type=Admission).rows
-            if rows > self.room[model]:
+            if rows > self.rows_left[model]:
                 yield {"error": strings("UNAVAILABLE", f"{model} is full")}
                 return
-            self.room[model] -= rows
+            self.rows_left[model] -= rows
         yield {}
 
 
-def dispatcher(two: Served, room: tuple[int, int]) -> tuple[Dispatcher, Lines]:
-    lines = Lines(dict(zip(DENOISERS, room, strict=True)))
-    return Dispatcher(Bundle.load(Path(two.bundle.repository, DENOISERS[0], "1")), lines), lines
+def dispatcher(two: Served, rows_left: tuple[int, int]) -> tuple[Dispatcher, Queues]:
+    queues = Queues(dict(zip(DENOISERS, rows_left, strict=True)))
+    return Dispatcher(Bundle.load(Path(two.bundle.repository, DENOISERS[0], "1")), queues), queues
 
 
-def asked(rows: int) -> Admission:
+def admission(rows: int) -> Admission:
     return Admission(id="job", rows=rows, steps=1, batch_key="64x64")
 
 
-def test_the_denoiser_with_the_fewest_rows_is_asked(two: Served) -> None:
+def test_dispatcher_prefers_the_denoiser_with_the_fewest_rows(two: Served) -> None:
     async def play() -> list[str]:
-        chosen, _ = dispatcher(two, (100, 100))
-        return list(await asyncio.gather(*(chosen.admit(asked(rows)) for rows in (6, 2, 2, 2, 1))))
+        dispatch, _ = dispatcher(two, (100, 100))
+        return list(await asyncio.gather(*(dispatch.admit(admission(rows)) for rows in (6, 2, 2, 2, 1))))
 
     zero, one = DENOISERS
     assert asyncio.run(play()) == [zero, one, one, one, zero]
 
 
-def test_a_full_line_sends_a_job_to_the_next(two: Served) -> None:
+def test_full_queue_sends_a_job_to_the_next_denoiser(two: Served) -> None:
     async def play() -> None:
-        chosen, lines = dispatcher(two, (1, 2))
-        assert await chosen.admit(asked(2)) == DENOISERS[1]
-        assert await chosen.admit(asked(1)) == DENOISERS[0]
+        dispatch, queues = dispatcher(two, (1, 2))
+        assert await dispatch.admit(admission(2)) == DENOISERS[1]
+        assert await dispatch.admit(admission(1)) == DENOISERS[0]
         with pytest.raises(Overloaded, match="full"):
-            await chosen.admit(asked(1))
-        assert "cancel" not in {what for _, what in lines.told}, "a refused job is not there"
+            await dispatch.admit(admission(1))
+        assert "cancel" not in {what for _, what in queues.messages}, "a refused job needs no cancellation"
 
     asyncio.run(play())
 
 
-def test_a_job_that_is_broken_off_is_cancelled_where_it_is(two: Served) -> None:
+def test_aborted_job_is_canceled_on_its_denoiser(two: Served) -> None:
     async def play() -> None:
-        chosen, lines = dispatcher(two, (9, 9))
-        first, second = asked(4), asked(1)
-        assert await chosen.admit(first) == DENOISERS[0]
-        assert await chosen.admit(second) == DENOISERS[1]
+        dispatch, queues = dispatcher(two, (9, 9))
+        first, second = admission(4), admission(1)
+        assert await dispatch.admit(first) == DENOISERS[0]
+        assert await dispatch.admit(second) == DENOISERS[1]
         with suppress(RequestError):
-            async with chosen.place(DENOISERS[0], first):
-                raise RequestError("gone")
-        assert lines.told[-1] == (DENOISERS[0], "cancel")
-        assert await chosen.admit(asked(1)) == DENOISERS[0], "its rows count no more"
+            async with dispatch.reservation(DENOISERS[0], first):
+                raise RequestError("failed")
+        assert queues.messages[-1] == (DENOISERS[0], "cancel")
+        assert await dispatch.admit(admission(1)) == DENOISERS[0], "its rows still count"
 
     asyncio.run(play())

@@ -1,4 +1,4 @@
-"""FaceID from a picture of a person: the embedding of insightface, and the pictures of diffusers' guide."""
+"""FaceID from pictures of people: the same embeddings as insightface, and the same pictures as the diffusers guide."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def face(served: Any) -> Served:
 
 @pytest.fixture(scope="module")
 def app(face: Served) -> Any:
-    """insightface over the user's folder, prepared as the guide does."""
+    """insightface with the models in the user's folder, prepared as in the guide."""
     from insightface.app import FaceAnalysis
 
     app = FaceAnalysis(name=str(face.bundle.checkpoints / "buffalo"), providers=["CPUExecutionProvider"])
@@ -47,7 +47,7 @@ def app(face: Served) -> Any:
 
 
 def seen(app: Any, picture: Image.Image) -> tuple[np.ndarray, np.ndarray]:
-    """Embedding and crop of the largest face: the lines of the guide, which takes the first."""
+    """Return embedding and crop of the largest face, with the code of the guide, which takes the first face."""
     import cv2
     from insightface.utils import face_align
 
@@ -57,21 +57,21 @@ def seen(app: Any, picture: Image.Image) -> tuple[np.ndarray, np.ndarray]:
 
 
 def with_negative(*embeddings: np.ndarray) -> np.ndarray:
-    """[2 (negative, positive), faces, 1, 512]."""
+    """Return embeddings [2 (negative, positive), faces, 1, 512]."""
     positive = np.stack(embeddings)[:, None]
     return np.stack([np.zeros_like(positive), positive])
 
 
 @needs_insightface
 @pytest.mark.parametrize("adapter", ["portrait", "plus_face"])
-def test_the_embedding_is_that_of_insightface(face: Served, app: Any, adapter: str) -> None:
+def test_embedding_equals_that_of_insightface(face: Served, app: Any, adapter: str) -> None:
     embeds = face.client.encode_image("sd15_face", adapter, [ANNA, BERT])
     assert embeds.shape == (2, 2, 1, 512)
     np.testing.assert_array_equal(embeds, with_negative(seen(app, ANNA)[0], seen(app, BERT)[0]))
 
 
 @needs_insightface
-def test_a_picture_makes_what_its_embedding_makes(face: Served, app: Any) -> None:
+def test_picture_gives_the_same_result_as_its_embedding(face: Served, app: Any) -> None:
     embeds = with_negative(seen(app, ANNA)[0], seen(app, BERT)[0])
     pipe = face.pipe
     pipe.set_ip_adapter_scale([0.6, 0.0])
@@ -87,7 +87,7 @@ def test_a_picture_makes_what_its_embedding_makes(face: Served, app: Any) -> Non
 
 @needs_insightface
 @pytest.mark.parametrize("guidance_scale", [7.5, 1.0])
-def test_face_plus_sees_the_crop_too(face: Served, app: Any, guidance_scale: float) -> None:
+def test_face_plus_also_uses_the_crop(face: Served, app: Any, guidance_scale: float) -> None:
     guidance = guidance_scale > 1
     embedding, crop = seen(app, BERT)
     embeds = torch.from_numpy(with_negative(embedding)[:, :, 0])[0 if guidance else 1 :]
@@ -124,7 +124,7 @@ def test_both_adapters_with_masks(face: Served, app: Any) -> None:
 
 
 @needs_insightface
-def test_of_several_faces_the_largest_is_taken(face: Served, app: Any) -> None:
+def test_largest_of_several_faces_is_used(face: Served, app: Any) -> None:
     found = app.get(np.asarray(CROWD)[..., ::-1].copy())
     assert len(found) == 2
     first, largest = found[0].normed_embedding, seen(app, CROWD)[0]
@@ -134,10 +134,10 @@ def test_of_several_faces_the_largest_is_taken(face: Served, app: Any) -> None:
 
 
 @needs_insightface
-def test_a_photo_is_turned_upright_first(face: Served, app: Any, tmp_path: Path) -> None:
+def test_photo_is_rotated_by_its_exif_orientation(face: Served, app: Any, tmp_path: Path) -> None:
     turned = ANNA.transpose(Image.Transpose.ROTATE_90)
     exif = Image.Exif()
-    exif[0x0112] = 6  # Orientation: to be turned clockwise
+    exif[0x0112] = 6  # Orientation: rotate clockwise
     turned.save(tmp_path / "turned.png", exif=exif)
     embeds = face.client.encode_image("sd15_face", "portrait", [tmp_path / "turned.png"])
     np.testing.assert_array_equal(embeds, with_negative(seen(app, ANNA)[0]))
@@ -145,7 +145,7 @@ def test_a_photo_is_turned_upright_first(face: Served, app: Any, tmp_path: Path)
 
 @needs_insightface
 @pytest.mark.parametrize(
-    ("parameter", "said", "arguments"),
+    ("parameter", "message", "arguments"),
     [
         ("ip_adapter_image", "picture 2 of 3", {"ip_adapter_image": {"portrait": [ANNA, NOBODY, BERT]}}),
         ("ip_adapter_image", "picture 1 of 1", {"ip_adapter_image": {"plus_face": NOBODY}}),
@@ -166,25 +166,29 @@ def test_a_photo_is_turned_upright_first(face: Served, app: Any, tmp_path: Path)
         ),
     ],
 )
-def test_bad_pictures_are_refused_by_name(face: Served, parameter: str, said: str, arguments: dict[str, Any]) -> None:
-    with pytest.raises(InvalidRequest, match=said) as caught:
+def test_refusals_of_pictures_name_the_parameter(
+    face: Served, parameter: str, message: str, arguments: dict[str, Any]
+) -> None:
+    with pytest.raises(InvalidRequest, match=message) as caught:
         face.generate(**SMALL, **arguments)
     assert caught.value.parameter == parameter
 
 
 @needs_insightface
-def test_no_face_to_encode(face: Served) -> None:
-    with pytest.raises(InvalidRequest, match="portrait: no face was found in picture 1 of 1"):
+def test_encode_image_refuses_a_picture_without_a_face(face: Served) -> None:
+    with pytest.raises(InvalidRequest, match="portrait: no face found in picture 1 of 1"):
         face.client.encode_image("sd15_face", "portrait", [NOBODY])
 
 
 @needs_insightface
-def test_capabilities_say_so(face: Served) -> None:
-    told = {a["name"]: (a["takes_images"], a["finds_faces"]) for a in face.client.describe("sd15_face")["ip_adapters"]}
-    assert told == {"portrait": (True, True), "plus_face": (True, True)}
+def test_capabilities_report_face_detection(face: Served) -> None:
+    reported = {
+        a["name"]: (a["takes_images"], a["finds_faces"]) for a in face.client.describe("sd15_face")["ip_adapters"]
+    }
+    assert reported == {"portrait": (True, True), "plus_face": (True, True)}
 
 
-def test_without_a_face_encoder_embeddings_are_asked_for(bundle: Any) -> None:
+def test_bundles_without_a_face_encoder_require_embeddings(bundle: Any) -> None:
     described = Bundle.load(bundle("sd15_face").repository / "sd15_face/1")
     picture = io.BytesIO()
     ANNA.save(picture, "PNG")
@@ -193,7 +197,7 @@ def test_without_a_face_encoder_embeddings_are_asked_for(bundle: Any) -> None:
         "ip_adapter_image": strings(picture.getvalue()),
         "ip_adapter_image_adapter": strings("portrait"),
     }
-    with pytest.raises(errors.InvalidRequest, match="no face_encoder is served") as caught:
+    with pytest.raises(errors.InvalidRequest, match="the bundle has no face_encoder") as caught:
         parse(request, msgspec.structs.replace(described, face_encoder=None))
     assert caught.value.parameter == "ip_adapter_image_embeds"
 

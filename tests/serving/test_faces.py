@@ -1,4 +1,4 @@
-"""FaceID adapters: face embeddings in, the pictures of diffusers out."""
+"""FaceID adapters with face embeddings: the same pictures as diffusers."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def face(served: Any) -> Served:
 
 
 @pytest.mark.parametrize("faces", [1, 2])
-def test_portrait_and_plus_together(face: Served, faces: int) -> None:
-    """Both adapters, as diffusers loads them: the LoRA of the last one is active."""
+def test_portrait_and_plus_adapters_together(face: Served, faces: int) -> None:
+    """Both adapters as diffusers loads them, with the LoRA of the last one active."""
     pipe = face.pipe
     portrait, plus = images.face_embeds(faces, seed=3), images.face_embeds(faces, seed=4)
     crops = images.photos(faces, seed=30)
@@ -38,7 +38,7 @@ def test_portrait_and_plus_together(face: Served, faces: int) -> None:
     assert_different(result, changed)
 
 
-def test_portrait_alone(face: Served) -> None:
+def test_portrait_adapter_alone(face: Served) -> None:
     pipe = face.pipe
     embeds = images.face_embeds(2, seed=3)
     pipe.set_ip_adapter_scale([0.6, 0.0])
@@ -50,7 +50,7 @@ def test_portrait_alone(face: Served) -> None:
     assert_different(result, face.generate(**arguments, ip_adapter_image_embeds={"portrait": images.face_embeds(2, 9)}))
 
 
-def test_without_guidance(face: Served) -> None:
+def test_adapters_without_guidance(face: Served) -> None:
     pipe = face.pipe
     embeds = images.face_embeds(1, seed=3, guidance=False)
     pipe.set_ip_adapter_scale([0.0, 0.7])
@@ -81,7 +81,7 @@ def test_without_guidance(face: Served) -> None:
         ),
     ],
 )
-def test_bad_faces_are_refused_by_name(face: Served, parameter: str, arguments: dict[str, Any]) -> None:
+def test_refusals_of_faces_name_the_parameter(face: Served, parameter: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest) as caught:
         face.generate(**SMALL, **arguments)
     assert caught.value.parameter == parameter

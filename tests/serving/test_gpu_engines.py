@@ -1,4 +1,4 @@
-"""Runners that keep tensors on a device. On the CPU: all that does not need CUDA itself; the rest is marked ``gpu``."""
+"""Engines that keep tensors on a device. Tests that need CUDA are marked `gpu`; the others run on the CPU."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def test_the_first_profile_that_fits(sample: tuple[int, ...], tokens: tuple[int,
 
 
 @pytest.mark.parametrize("sample", [(17, 4, 8), (1, 3, 8), (1, 4, 129), (1, 4)])
-def test_shapes_that_no_profile_takes(sample: tuple[int, ...]) -> None:
+def test_shapes_outside_of_all_profiles_are_refused(sample: tuple[int, ...]) -> None:
     with pytest.raises(
         EngineError, match=r"takes sample of \[1, 4, 8\] to \[16, 4, 64\] or .*, not \[.*see \[shapes\]"
     ):
         profile_for((("sample", sample), ("tokens", (1, 1))), PROFILES)
 
 
-def test_what_was_used_last_is_kept() -> None:
+def test_the_cache_keeps_recently_used_values() -> None:
     made: list[str] = []
     recent: LRUCache[str] = LRUCache(2)
 
@@ -61,7 +61,7 @@ def test_what_was_used_last_is_kept() -> None:
     assert made == ["a", "b", "c", "b"]
 
 
-def test_a_value_that_is_in_use_is_waited_for() -> None:
+def test_the_cache_waits_before_it_drops_a_value() -> None:
     waited: list[str] = []
     recent: LRUCache[str] = LRUCache(1, before_dropping=lambda: waited.append("."))
     for key in "aab":
@@ -69,8 +69,8 @@ def test_a_value_that_is_in_use_is_waited_for() -> None:
     assert waited == ["."]
 
 
-def test_a_value_makes_room_before_the_next_is_made() -> None:
-    """Buffers of a shape are freed before those of another are allocated."""
+def test_the_cache_drops_a_value_before_it_makes_the_next() -> None:
+    """So that buffers of one shape are freed before those of another are allocated."""
     alive: set[int] = set()
 
     class Buffer:
@@ -88,7 +88,7 @@ def test_a_value_makes_room_before_the_next_is_made() -> None:
 
 
 def write(file: Path) -> Path:
-    """y = 2 x, and the mean of x along its last axis; one input that nothing uses is not there."""
+    """Write an engine for y = 2 x, and the mean of x along its last axis. It lacks an input that nothing uses."""
     nodes = [helper.make_node("Mul", ["x", "two"], ["y"]), helper.make_node("ReduceMean", ["x", "last"], ["mean"])]
     constants = [
         helper.make_tensor("two", TensorProto.FLOAT, [], [2.0]),
@@ -102,7 +102,7 @@ def write(file: Path) -> Path:
 
 
 def check(engine: DeviceEngine, device: str) -> None:
-    """Answers of several shapes, one of them twice; earlier ones are not written into again."""
+    """Check outputs of several shapes, one of them twice, and that later calls do not overwrite earlier outputs."""
     answers = []
     for rows, width in ((1, 3), (4, 2), (1, 3), (2, 5)):
         x = torch.randn(width, rows, device=device).T  # not contiguous
@@ -115,14 +115,14 @@ def check(engine: DeviceEngine, device: str) -> None:
 
 
 def test_onnxruntime_on_tensors(tmp_path: Path) -> None:
-    """By IOBinding, as on a GPU, with the CPU for a device."""
+    """With IOBinding as on a GPU, but on the CPU."""
     engine = OnnxRuntimeDeviceEngine(write(tmp_path / "model.onnx"), "cpu")
     check(engine, "cpu")
     x = np.ones((2, 3), np.float32)
     np.testing.assert_array_equal(engine.run({"x": x})["y"], 2 * x)
 
 
-def test_both_kinds_of_engines_are_called_alike(tmp_path: Path) -> None:
+def test_engines_on_arrays_and_on_tensors_are_called_alike(tmp_path: Path) -> None:
     file = write(tmp_path / "model.onnx")
     x = torch.arange(6.0).reshape(2, 3)
     for engine in (get_backend("onnxruntime").load(file), OnnxRuntimeDeviceEngine(file, "cpu")):
@@ -130,22 +130,22 @@ def test_both_kinds_of_engines_are_called_alike(tmp_path: Path) -> None:
 
 
 @without_cuda
-def test_a_gpu_that_onnxruntime_cannot_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would run on the CPU and say nothing; libraries are looked for first, and its errors are shown."""
+def test_a_gpu_that_onnxruntime_cannot_use_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise it would silently run on the CPU. CUDA libraries are preloaded, and its error messages are shown."""
     told: list[object] = []
     monkeypatch.setattr(onnxruntime_engine, "built_for_cuda", lambda: True)
-    monkeypatch.setattr(onnxruntime_engine, "gpu_there", lambda: True)
+    monkeypatch.setattr(onnxruntime_engine, "has_gpu", lambda: True)
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: told.append("libraries"))
     monkeypatch.setattr(onnxruntime, "set_default_logger_severity", told.append)
     with pytest.warns(UserWarning, match="CUDA"), pytest.raises(EngineError, match=r"cannot use the GPU: .*cuDNN"):
         get_backend("onnxruntime").load(write(tmp_path / "model.onnx"))
     assert told == [3, "libraries"]
-    monkeypatch.setattr(onnxruntime_engine, "gpu_there", lambda: False)
+    monkeypatch.setattr(onnxruntime_engine, "has_gpu", lambda: False)
     get_backend("onnxruntime").load(write(tmp_path / "model.onnx"))
 
 
 class FakeSession:
-    """A session on a GPU, in which some nodes are on the CPU."""
+    """A session on a GPU that runs some nodes on the CPU."""
 
     def __init__(self, placed: dict[str, tuple[str, ...]]) -> None:
         self._placed = placed
@@ -161,7 +161,7 @@ class FakeSession:
 
 
 def test_a_session_on_a_gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """What it is asked for; nodes that stray to the CPU are named, those that compute shapes are not."""
+    """Check its options, and that a warning names the nodes on the CPU, except for those that compute shapes."""
     asked: dict[str, str] = {}
     severities: list[int] = []
     placed = {
@@ -177,7 +177,7 @@ def test_a_session_on_a_gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
         return FakeSession(placed)
 
     monkeypatch.setattr(onnxruntime_engine, "built_for_cuda", lambda: True)
-    monkeypatch.setattr(onnxruntime_engine, "gpu_there", lambda: True)
+    monkeypatch.setattr(onnxruntime_engine, "has_gpu", lambda: True)
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
     monkeypatch.setattr(onnxruntime, "set_default_logger_severity", severities.append)
     monkeypatch.setattr(onnxruntime, "InferenceSession", made)
@@ -186,25 +186,25 @@ def test_a_session_on_a_gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
     assert (asked["device_id"], asked["user_compute_stream"], asked["use_tf32"]) == ("1", "4711", "0")
     assert severities == [3, 4]
     (record,) = caplog.records
-    assert record.getMessage().endswith("no kernel on the GPU for 2 Resize, 1 MatMul: these run on the CPU")
+    assert record.getMessage().endswith("no GPU kernel for 2 Resize, 1 MatMul, so these run on the CPU")
 
 
 def test_where_nodes_are_placed(tmp_path: Path) -> None:
-    """As a real session tells it, all of which is on the CPU here."""
+    """As reported by a real session, which runs entirely on the CPU here."""
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     made = onnxruntime.InferenceSession(str(write(tmp_path / "model.onnx")), options, ["CPUExecutionProvider"])
-    assert onnxruntime_engine.computed_on_cpu(made) == {"ReduceMean": 1}  # and `Mul`, which may be of shapes
+    assert onnxruntime_engine.cpu_fallbacks(made) == {"ReduceMean": 1}  # not `Mul`, which may compute shapes
 
 
 @without_cuda
-def test_a_device_for_the_onnxruntime_of_cpus(tmp_path: Path) -> None:
+def test_the_cpu_build_of_onnxruntime_refuses_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="install onnxruntime-gpu"):
         get_backend("onnxruntime").load(write(tmp_path / "model.onnx"), device="cuda:0")
 
 
 class FakeGraph:
-    """In the place of a CUDA graph; ``broken`` is one in which something was launched that cannot be captured."""
+    """Replaces a CUDA graph. If `broken`, something was launched that cannot be captured."""
 
     def __init__(self, told: list[str], *, broken: bool = False) -> None:
         self.told, self.broken = told, broken
@@ -219,8 +219,8 @@ class FakeGraph:
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_a_capture_is_ended(monkeypatch: pytest.MonkeyPatch, broken: bool) -> None:
-    """For torch's allocator too: it waits for the end of captures."""
+def test_a_capture_always_ends(monkeypatch: pytest.MonkeyPatch, broken: bool) -> None:
+    """Also for torch's allocator, which waits for the end of captures."""
     told: list[str] = []
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: FakeGraph(told, broken=broken))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
@@ -235,7 +235,7 @@ def test_a_capture_is_ended(monkeypatch: pytest.MonkeyPatch, broken: bool) -> No
 
 
 class FakeContext:
-    """In the place of an execution context; it refuses what is named."""
+    """Replaces an execution context, and refuses the named setting."""
 
     active_optimization_profile = 0
 
@@ -258,12 +258,12 @@ class FakeContext:
 @pytest.mark.parametrize(
     ("refused", "message"),
     [
-        ("profile", "unet does not take optimization profile 1"),
-        ("sample", r"unet does not take sample of \[2, 4, 128\]"),
+        ("profile", "unet refused optimization profile 1"),
+        ("sample", r"unet refused sample of \[2, 4, 128\]"),
     ],
 )
-def test_settings_that_tensorrt_refuses(refused: str, message: str) -> None:
-    """It answers False, and would run with what was set before."""
+def test_a_refused_setting_is_an_error(refused: str, message: str) -> None:
+    """TensorRT returns False, and would run with the previous setting."""
     engine: Any = object.__new__(TensorRTEngine)
     engine._engine, engine._contexts = FakeContext(refused), None
     engine._path, engine._profiles = Path("unet"), PROFILES
@@ -273,13 +273,13 @@ def test_settings_that_tensorrt_refuses(refused: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(("capability", "runs"), [((9, 0), False), ((10, 0), False), ((8, 9), True)])
-def test_rtx_on_a_data_center_gpu(
+def test_rtx_refuses_data_center_gpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], runs: bool
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(EngineInfo, "check", lambda engine, version: None)
-    message = "(?i)cuda" if runs else "TensorRT-RTX is not for .* data center GPUs"
+    message = "(?i)cuda" if runs else "TensorRT-RTX does not support .* data center GPUs"
     with pytest.raises((EngineError, RuntimeError, AssertionError), match=message):
         TensorRTEngine(tmp_path / "unet.plan", TENSORRT_RTX)
 
@@ -304,7 +304,7 @@ def test_onnxruntime_on_a_gpu(tmp_path: Path) -> None:
 @needs_gpu
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt_rtx"])
 def test_tensorrt_on_a_gpu(tmp_path: Path, backend: str) -> None:
-    """More shapes than graphs are kept, and each answer right."""
+    """With more shapes than graphs are kept, every output is still right."""
     if backend == "tensorrt_rtx" and compute_capability() not in TARGETS:
         pytest.skip(f"the engine is for {', '.join(TARGETS)}, and the GPU is an {compute_capability()}")
     try:

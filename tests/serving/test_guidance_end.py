@@ -1,4 +1,4 @@
-"""Guidance that stops before the last step: the pictures of diffusers' cutoff callbacks, for half the rows."""
+"""Guidance that ends before the last step: the pictures of diffusers' cutoff callbacks, with half the rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffusers.callbacks import PipelineCallback, SDCFGCutoffCallback, SDXLCFGCu
 
 from imprompt_bench.rig import Rig, sd15
 from imprompt_serving.denoiser.job import Job
-from imprompt_serving.job import AdapterUse, ContextWindow
+from imprompt_serving.job_request import AdapterOptions, ContextWindow
 from imprompt_serving.specs import Motion
 from jobs import job_request
 from parity import assert_different, assert_same
@@ -26,7 +26,7 @@ STATUE, DEPTH = images.photo(1), images.control_image("depth")
 SMALL: dict[str, Any] = {
     "prompt": "a photo of a cat",
     "num_inference_steps": 6,
-    "guidance_scale": 15.0,  # so strong that a step more or less shows
+    "guidance_scale": 15.0,  # strong enough that one step more or less changes the picture
     "height": 64,
     "width": 64,
 }
@@ -34,7 +34,7 @@ SCHEDULER = "DDIMScheduler"
 
 
 class Cutoff(PipelineCallback):
-    """diffusers' cutoff for what its own callbacks leave out: several pictures, image prompts and control images."""
+    """diffusers' cutoff for what its own callbacks lack: several pictures, image prompts, and control images."""
 
     def __init__(self, ratio: float, *inputs: str) -> None:
         self.inputs = ("prompt_embeds", *inputs)
@@ -66,7 +66,7 @@ def generate(served: Served, **arguments: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def plain(served: Any) -> Any:
-    """diffusers with the plain adapter."""
+    """Load diffusers with the plain adapter."""
     made = served("sd15").bundle
     pipe = oracle.pipeline(made.checkpoints / "base", made.adapters[:1], scheduler=SCHEDULER)
     pipe.set_ip_adapter_scale(0.6)
@@ -89,13 +89,13 @@ def test_same_picture_with_an_image_prompt(sd15: Served, plain: Any, arguments: 
     assert_same(result, pictures)
 
 
-def test_all_steps_by_default(sd15: Served) -> None:
+def test_guidance_covers_all_steps_by_default(sd15: Served) -> None:
     assert_same(generate(sd15, guidance_end=1.0), oracle.as_array(generate(sd15).images))
 
 
 def test_rows_halve_where_guidance_ends(sd15: Served) -> None:
     names = [f'imprompt_tick_rows_{kind}{{model="sd15_denoiser"}}' for kind in ("count", "sum")]
-    time.sleep(0.3)  # the metrics are told by a thread of their own
+    time.sleep(0.3)  # a separate thread reports the metrics
     before = sd15.metrics()
     generate(sd15, guidance_end=0.5)
     time.sleep(0.3)
@@ -131,7 +131,7 @@ def conditioning_rows(job: Job) -> list[int]:
     return [row for block in job.blocks(0, job.rows) for row in block.conditioning]
 
 
-def test_the_rows_that_stay_are_the_conditional_ones() -> None:
+def test_the_remaining_rows_are_the_conditional_ones() -> None:
     job = Rig(sd15(rows=4), Mock()).job("job", steps=4, size=64, guidance_end=0.25)
     rows = []
     while not job.done:
@@ -149,7 +149,7 @@ def test_windows_of_clips_have_the_same_rows() -> None:
         guidance_end=0.0,
         frames=20,
         context=ContextWindow(length=16),
-        adapters=tuple(AdapterUse(name=adapter.name) for adapter in bundle.adapters),
+        adapters=tuple(AdapterOptions(name=adapter.name) for adapter in bundle.adapters),
     )
     job = Job(request, bundle, rig._conditioner(request, tensors), tensors)
     assert len(job.windows) > 1

@@ -1,4 +1,4 @@
-"""Callers who mean harm, or do it by mistake, reach nothing but their own answer."""
+"""Malicious or faulty callers affect only their own responses."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from tritonclient.utils import InferenceServerException, deserialize_bytes_tenso
 from imprompt_serving.launcher import Server
 from served import Served
 
-# An engine that refuses negative numbers, and 7 for the first time, hosted as those of a bundle are; and a model that
-# calls it for every number as a pipeline does.
+# An engine that refuses negative numbers, and 7 on the first call, hosted like the engines of a bundle; and a model
+# that calls it for every number, like a pipeline.
 ENGINE = """
 import numpy as np
 from imprompt_serving.triton import engine
 
 class Picky:
     tired = True
+
+    def buckets_rows(self, device):
+        return False
 
     def load(self, path, **options):
         return self
@@ -117,36 +120,36 @@ def ask(client: InferenceServerClient, *values: float) -> list[str]:
     return [text.decode() for text in said]
 
 
-def test_a_bad_request_fails_alone_and_its_neighbors_are_served(engine: InferenceServerClient) -> None:
+def test_bad_request_in_a_batch_fails_alone(engine: InferenceServerClient) -> None:
     assert ask(engine, 1, 2, 3, 4) == [f"{y} in a batch of 4" for y in (10, 20, 30, 40)]
     one, bad, two, three = ask(engine, 11, -1, 12, 13)
     assert [one, two, three] == [f"{y} in a batch of 1" for y in (110, 120, 130)]
     assert bad == "ValueError: negative, says <object object>"
 
 
-def test_a_batch_of_bad_requests_leaves_the_server_up(engine: InferenceServerClient) -> None:
+def test_batch_of_bad_requests_does_not_crash_the_server(engine: InferenceServerClient) -> None:
     for _ in range(20):
         assert len(set(ask(engine, -1, -2, -3, -4))) == 1
     assert ask(engine, 5)[0].startswith("50 ")
 
 
 @pytest.mark.parametrize("secret", [b"", b"guess", b":0", b"guess:0", b"\xff"], ids=repr)
-def test_an_engine_takes_no_calls_from_strangers(engine: InferenceServerClient, secret: bytes) -> None:
+def test_engine_refuses_calls_from_outside(engine: InferenceServerClient, secret: bytes) -> None:
     inputs = [tensor("x", [[1.0]]), tensor("secret", np.array([[secret]], dtype=object))]
     with pytest.raises(InferenceServerException, match="internal to its bundle") as error:
         engine.infer("engine", inputs)
     assert error.value.status() == "StatusCode.INVALID_ARGUMENT"
 
 
-def test_a_stranger_cannot_spoil_what_is_cached(engine: InferenceServerClient) -> None:
-    """Triton 2.51 caches a refusal, and answers the next equal call with nothing."""
+def test_outside_calls_do_not_spoil_the_cache(engine: InferenceServerClient) -> None:
+    """Triton 2.51 caches a refusal, and answers the next equal call with an empty response."""
     for _ in range(2):
         with suppress(InferenceServerException):
             engine.infer("engine", [tensor("x", [[21.0]]), tensor("secret", np.array([[b"guess"]], dtype=object))])
     assert ask(engine, 21) == ["210 in a batch of 1"]
 
 
-def test_a_failure_is_not_answered_from_the_cache(engine: InferenceServerClient) -> None:
+def test_failures_are_not_answered_from_the_cache(engine: InferenceServerClient) -> None:
     assert ask(engine, 7) == ["MemoryError: for the moment"]
     assert ask(engine, 7) == ["70 in a batch of 1"]
 
@@ -168,7 +171,9 @@ def test_a_failure_is_not_answered_from_the_cache(engine: InferenceServerClient)
     ],
     ids=["admit", "cancel", "job", "engine"],
 )
-def test_internal_models_of_a_bundle_refuse_strangers(sd15: Served, part: str, tensors: dict[str, Any]) -> None:
+def test_internal_models_of_a_bundle_refuse_calls_from_outside(
+    sd15: Served, part: str, tensors: dict[str, Any]
+) -> None:
     inputs = [tensor(name, np.array(v, dtype=object) if isinstance(v, list) else v) for name, v in tensors.items()]
     message = service_pb2.ModelInferRequest(model_name=f"sd15_{part}")
     for given in inputs:
@@ -177,7 +182,7 @@ def test_internal_models_of_a_bundle_refuse_strangers(sd15: Served, part: str, t
     answers = list(stub(sd15).ModelStreamInfer(iter([message])))
     assert len(answers) == 1
     said = answers[0].error_message or " ".join(error_of(answers[0]))
-    assert "takes no calls from outside" in said
+    assert "accepts no calls from outside" in said
     assert sd15.generate(prompt="a cat", num_inference_steps=1, seed=0).images
 
 
@@ -186,7 +191,7 @@ def stub(served: Served) -> Any:
 
 
 def error_of(answer: Any) -> list[str]:
-    """Status and message of a stream's last answer."""
+    """Return status and message of the last response of a stream."""
     names = [output.name for output in answer.infer_response.outputs]
     raw = answer.infer_response.raw_output_contents[names.index("error")]
     return [text.decode() for text in deserialize_bytes_tensor(raw)]
@@ -204,8 +209,8 @@ def stream_request(steps: int, outputs: tuple[str, ...] = ()) -> Any:
 
 
 @pytest.mark.parametrize("metadata", [(), (("triton_grpc_error", "true"),)], ids=["plain", "triton_grpc_error"])
-def test_a_stream_tells_the_status_of_an_error_in_its_last_answer(sd15: Served, metadata: Any) -> None:
-    """As a tensor: errors of Triton's own crash it when callers ask for their status in a stream."""
+def test_last_response_of_a_stream_has_the_error_status(sd15: Served, metadata: Any) -> None:
+    """It is a tensor: Triton crashes on its own errors if callers ask for their status in a stream."""
     service = stub(sd15)
     for _ in range(20):
         (answer,) = service.ModelStreamInfer(iter([stream_request(0)]), metadata=metadata)
@@ -215,14 +220,14 @@ def test_a_stream_tells_the_status_of_an_error_in_its_last_answer(sd15: Served, 
         assert message.startswith("num_inference_steps: ")
 
 
-def test_requests_of_one_stream_fail_apart(sd15: Served) -> None:
+def test_requests_of_one_stream_fail_separately(sd15: Served) -> None:
     answers = list(stub(sd15).ModelStreamInfer(iter([stream_request(0), stream_request(1), stream_request(-1)])))
     names = [{output.name for output in answer.infer_response.outputs} for answer in answers]
     assert sum("error" in outputs for outputs in names) == 2
     assert sum("images" in outputs for outputs in names) == 1
 
 
-def test_a_stream_that_asks_for_pictures_alone_gets_the_error_all_the_same(sd15: Served) -> None:
+def test_stream_that_requests_only_pictures_still_gets_the_error(sd15: Served) -> None:
     (answer,) = stub(sd15).ModelStreamInfer(iter([stream_request(0, ("images",))]))
     assert answer.error_message.startswith("num_inference_steps: ")
 
@@ -238,7 +243,7 @@ def over_http(served: Served, path: str, body: bytes) -> tuple[int, bytes]:
         connection.close()
 
 
-def test_a_request_id_that_is_not_utf8_is_answered(sd15: Served) -> None:
+def test_request_id_that_is_not_utf8_is_accepted(sd15: Served) -> None:
     body: dict[str, Any] = {
         "id": "@",
         "inputs": [{"name": "prompt", "datatype": "BYTES", "shape": [1], "data": ["a cat"]}],
@@ -266,7 +271,7 @@ def test_a_request_id_that_is_not_utf8_is_answered(sd15: Served) -> None:
         ("repository/models/sd15/unload", {}),
     ],
 )
-def test_the_apis_of_operators_are_closed_over_http(sd15: Served, path: str, body: dict[str, Any]) -> None:
+def test_administrative_apis_are_closed_over_http(sd15: Served, path: str, body: dict[str, Any]) -> None:
     assert over_http(sd15, f"/v2/{path}", json.dumps(body).encode())[0] == 403
 
 
@@ -280,7 +285,7 @@ def test_the_apis_of_operators_are_closed_over_http(sd15: Served, path: str, bod
         ("RepositoryModelUnload", service_pb2.RepositoryModelUnloadRequest(model_name="sd15")),
     ],
 )
-def test_the_apis_of_operators_are_closed_over_grpc(sd15: Served, method: str, message: Any) -> None:
+def test_administrative_apis_are_closed_over_grpc(sd15: Served, method: str, message: Any) -> None:
     with pytest.raises(grpc.RpcError) as error:
         getattr(stub(sd15), method)(message)
     assert "restricted" in error.value.details()

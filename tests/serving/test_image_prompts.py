@@ -1,4 +1,4 @@
-"""Adapters, scales, masks and embeddings: what diffusers makes of them, through a running Triton."""
+"""Adapters, scales, masks, and embeddings on a running Triton: the same pictures as diffusers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ INSTANT_STYLE = {"down": {"block_2": [1.0]}, "up": {"block_1": [0.0, 0.9]}}
 
 @pytest.fixture(scope="module")
 def pipe(served: Any) -> Any:
-    """diffusers with the adapters of the given names, in that order."""
+    """A diffusers pipeline with the named adapters, in that order."""
     made = served("sd15").bundle
     by_name = dict(zip(("plain", "plus", "full_face"), made.adapters, strict=True))
 
@@ -36,7 +36,7 @@ def pipe(served: Any) -> Any:
 
 @pytest.mark.parametrize("adapter", ["plain", "plus", "full_face"])
 @pytest.mark.parametrize("count", [1, 2])
-def test_each_kind(sd15: Served, pipe: Any, adapter: str, count: int) -> None:
+def test_each_kind_of_adapter(sd15: Served, pipe: Any, adapter: str, count: int) -> None:
     loaded = pipe(adapter)
     loaded.set_ip_adapter_scale(0.6)
     expected = oracle.generate(loaded, ip_adapter_image=[PHOTOS[:count]], **SMALL)
@@ -93,7 +93,7 @@ def test_scales_by_block_of_two_adapters(sd15: Served, pipe: Any) -> None:
 
 @pytest.mark.parametrize("size", [(64, 64), (64, 96), (72, 104)], ids=str)
 @pytest.mark.parametrize("adapter", ["plain", "full_face"])
-def test_a_region_for_each_image(sd15: Served, pipe: Any, adapter: str, size: tuple[int, int]) -> None:
+def test_regional_masks(sd15: Served, pipe: Any, adapter: str, size: tuple[int, int]) -> None:
     height, width = size
     masks = [images.mask(side, size=(width, height)) for side in ("left", "right")]
     loaded = pipe(adapter)
@@ -113,7 +113,7 @@ def test_a_region_for_each_image(sd15: Served, pipe: Any, adapter: str, size: tu
     assert_different(result, swapped)
 
 
-def test_masks_in_the_form_of_diffusers(sd15: Served) -> None:
+def test_masks_as_diffusers_tensors(sd15: Served) -> None:
     masks = [images.mask(side) for side in ("left", "right")]
     prepared = IPAdapterMaskProcessor().preprocess(masks, height=64, width=64)
     arguments = {**SMALL, "ip_adapter_image": {"plain": [STATUE, OTHER]}, "seed": 0}
@@ -123,7 +123,7 @@ def test_masks_in_the_form_of_diffusers(sd15: Served) -> None:
 
 
 @pytest.mark.parametrize("adapter", ["plain", "plus"])
-def test_embeddings_are_those_of_diffusers(sd15: Served, pipe: Any, adapter: str) -> None:
+def test_embeddings_equal_those_of_diffusers(sd15: Served, pipe: Any, adapter: str) -> None:
     loaded = pipe(adapter)
     loaded.set_ip_adapter_scale(1.0)
     expected = loaded.prepare_ip_adapter_image_embeds([[STATUE, OTHER]], None, "cpu", 1, True)[0]
@@ -144,7 +144,7 @@ def test_embeddings_without_guidance(sd15: Served, pipe: Any) -> None:
         assert_same(sd15.generate(**arguments, ip_adapter_image_embeds={"plain": given}, seed=0), expected)
 
 
-def test_a_negative_image_prompt(sd15: Served, pipe: Any) -> None:
+def test_negative_image_prompt(sd15: Served, pipe: Any) -> None:
     positive, negative = (
         sd15.client.encode_image(model="sd15", adapter="plus", images=[i])[1] for i in (STATUE, OTHER)
     )
@@ -159,7 +159,7 @@ def test_a_negative_image_prompt(sd15: Served, pipe: Any) -> None:
     assert_different(result, sd15.generate(**arguments))
 
 
-def test_start_and_end(sd15: Served) -> None:
+def test_start_and_end_of_an_adapter(sd15: Served) -> None:
     loaded, steps = (
         oracle.pipeline(sd15.bundle.checkpoints / "base", sd15.bundle.adapters[:1], scheduler="DDIMScheduler"),
         6,
@@ -214,7 +214,7 @@ def test_weight_types(sd15: Served, pipe: Any) -> None:
         ("ip_adapter_weight_type", {"ip_adapter_image": {"plain": STATUE}, "ip_adapter_weight_type": "loud"}),
     ],
 )
-def test_bad_image_prompts_are_refused_by_name(sd15: Served, parameter: str, arguments: dict[str, Any]) -> None:
+def test_refusals_of_image_prompts_name_the_parameter(sd15: Served, parameter: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest) as caught:
         sd15.generate(**SMALL, **arguments)
     assert caught.value.parameter == parameter

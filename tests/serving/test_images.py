@@ -1,4 +1,4 @@
-"""Pictures of callers: what is read, what is refused, and that memory is bounded by their pixels."""
+"""Pictures sent by callers: what is read and refused, and that their pixels bound the memory."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def chunk(name: bytes, body: bytes) -> bytes:
 
 
 def png(width: int, height: int, *chunks: bytes) -> bytes:
-    """A PNG that says it is this large, with ``chunks`` before its few pixels."""
+    """Make a PNG whose header claims this size, with `chunks` before its few pixels."""
     header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
     return b"".join(
         [
@@ -70,12 +70,12 @@ DAMAGED = f"{READABLE}: "
         (GOOD.replace(b"IDAT", b"IDAT" + b"\0" * 40, 1), DAMAGED),
         (png(0, 5), READABLE),
         (png(5, 5, chunk(b"tEXt", b"a\0b"), *[chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**6)))] * 9), DAMAGED),
-        (encoded(images.photo(1), "JPEG") + b"\xff\xda" * 200, "a JPEG picture of more than 100 scans"),
+        (encoded(images.photo(1), "JPEG") + b"\xff\xda" * 200, "a JPEG picture with more than 100 scans"),
         (png(5, 5, *[chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(10**6)))] * 5), "more than 4 color profiles"),
     ],
     ids=range(11),
 )
-def test_what_is_no_picture_is_refused_by_name(data: bytes, message: str) -> None:
+def test_unreadable_pictures_are_refused(data: bytes, message: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         decode_all([GOOD, data], "image")
     assert str(caught.value).startswith("image: picture 2 of 2: ")
@@ -87,12 +87,12 @@ def test_what_is_no_picture_is_refused_by_name(data: bytes, message: str) -> Non
     assert "picture 1" not in str(caught.value)
 
 
-def test_pictures_are_counted_together_by_their_headers() -> None:
+def test_headers_bound_the_pictures_of_a_request() -> None:
     limits = Limits(image_megapixels=1.0, image_aspect_ratio=4.0, images=3)
     check_headers({"image": [png(1024, 512)], "mask_image": [png(512, 1024)]}, limits)
     for given, message in (
         ({"image": [png(1024, 512)], "mask_image": [png(512, 1025)]}, "mask_image: 512x1025 is too large; a request"),
-        ({"image": [GOOD] * 2, "mask_image": [GOOD] * 2}, "mask_image: a request takes at most 3 pictures in all"),
+        ({"image": [GOOD] * 2, "mask_image": [GOOD] * 2}, "mask_image: a request takes at most 3 pictures in total"),
         ({"image": [png(1024, 255)]}, "image: 1024x255 is too elongated"),
         ({"image": [png(30_000, 30_000)]}, "image: too large"),
     ):
@@ -101,7 +101,7 @@ def test_pictures_are_counted_together_by_their_headers() -> None:
         assert str(caught.value).startswith(message)
 
 
-def test_kinds_of_pictures() -> None:
+def test_supported_formats_and_modes_are_decoded() -> None:
     photo = images.photo(1).convert("RGB")
     for kind in ("PNG", "JPEG", "WEBP"):
         assert np.abs(np.asarray(decode(encoded(photo, kind), "image"), int) - np.asarray(photo)).mean() < 8
@@ -113,20 +113,20 @@ def test_kinds_of_pictures() -> None:
 
 
 @pytest.mark.parametrize("large", [65535, 300])
-def test_grey_of_16_bits_is_scaled_to_8(large: int) -> None:
+def test_16_bit_grayscale_is_scaled_to_8_bits(large: int) -> None:
     ramp = np.linspace(0, large, 64 * 64).reshape(64, 64).astype(np.uint16)
     image = decode(encoded(Image.fromarray(ramp)), "control_image")
     assert image.mode == "L"
     assert np.array_equal(np.asarray(image), np.round(ramp / 257.0))
 
 
-def test_transparent_grey_of_16_bits() -> None:
+def test_transparent_16_bit_grayscale_gets_an_alpha_channel() -> None:
     ramp = np.arange(16, dtype=np.uint16).reshape(4, 4)
     image = decode(encoded(Image.fromarray(ramp), transparency=7), "image")
     assert np.array_equal(np.asarray(image)[..., 1] == 0, ramp == 7)
 
 
-def test_texts_in_a_picture_are_not_kept() -> None:
+def test_text_in_a_picture_is_dropped() -> None:
     note = PngImagePlugin.PngInfo()
     note.add_text("note", "x" * 10_000)
     palette = images.photo(1).convert("P")
@@ -135,7 +135,7 @@ def test_texts_in_a_picture_are_not_kept() -> None:
 
 
 @pytest.mark.parametrize("size", [(80_000, 1), (1, 80_000), (60_000, 8)])
-def test_elongated_pictures_take_no_memory(size: tuple[int, int]) -> None:
+def test_elongated_pictures_use_little_memory(size: tuple[int, int]) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert clip_pixels(Image.new("RGB", size, (255, 0, 0)), ENCODER).shape == (3, 224, 224)
     original, mask = Image.new("RGB", size), Image.new("L", size, 255)
@@ -145,7 +145,7 @@ def test_elongated_pictures_take_no_memory(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("size", [(2000, 250), (250, 2000), (1999, 333), (333, 1999)])
-def test_elongated_pictures_are_cropped_as_transformers_does(size: tuple[int, int]) -> None:
+def test_elongated_pictures_are_cropped_like_transformers(size: tuple[int, int]) -> None:
     photo = images.photo(1, size=size).convert("RGB")
     short, long = sorted(size)
     edges = 224, int(224 * long / short)

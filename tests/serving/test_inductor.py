@@ -1,4 +1,4 @@
-"""A bundle of AOTInductor's packages: the pictures of diffusers, through a running Triton."""
+"""A bundle of AOTInductor packages, through a running Triton, compared with diffusers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def inductor(served: Callable[[str], Served]) -> Served:
     return served("inductor")
 
 
-def test_the_repository_holds_code_and_weights_apart(inductor: Served) -> None:
+def test_the_repository_stores_code_and_weights_separately(inductor: Served) -> None:
     files = [file for file in inductor.bundle.repository.rglob("*") if file.is_file()]
     assert not [file for file in files if file.suffix in (".onnx", ".data")]
     denoiser = inductor.bundle.repository / "inductor_denoiser" / "1"
@@ -50,7 +50,7 @@ def test_same_picture(inductor: Served, size: dict[str, int], adapter: str) -> N
 
 
 def test_same_picture_with_a_start_picture(inductor: Served) -> None:
-    """Through the encoder of the VAE."""
+    """This also runs the VAE encoder."""
     pipe = inductor.bundle.oracle(StableDiffusionImg2ImgPipeline, scheduler="DDIMScheduler")
     pipe.set_ip_adapter_scale([0.6, 0.0])
     arguments: dict[str, Any] = {"prompt": "a cat", "num_inference_steps": 6, "image": OTHER.resize((64, 64))}

@@ -1,4 +1,4 @@
-"""A bundle in int8, from its file to its pictures: near to those of fp32, through a running Triton."""
+"""A bundle in int8, from export to pictures, which are close to those in fp32, through a running Triton."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ CAT: dict[str, Any] = {
 
 @pytest.fixture
 def int8(served: Callable[[str], Served]) -> Served:
-    """The bundle `openvino` in another precision."""
+    """Serve the bundle `openvino` in int8."""
     return served("int8")
 
 
-def test_quality_is_kept_beside_the_engines(int8: Served) -> None:
+def test_the_quality_report_is_saved_with_the_engines(int8: Served) -> None:
     report = json.loads(Path(int8.bundle.repository, "int8/export.json").read_text())
     assert {row["engine"] for row in report["int8"]} == {"unet", "controlnet_depth"}
     assert all(row["snr_db"] >= row["min_snr_db"] for row in report["int8"])
     assert int8.client.describe("int8")["precision"] == "int8"
 
 
-def test_its_pictures_are_near_those_of_fp32(int8: Served, served: Callable[[str], Served]) -> None:
+def test_pictures_are_close_to_those_in_fp32(int8: Served, served: Callable[[str], Served]) -> None:
     exact = served("openvino").generate(**CAT, ip_adapter_image=STATUE)
     near, other = (int8.generate(**CAT, ip_adapter_image=image) for image in (STATUE, OTHER))
 

@@ -1,4 +1,4 @@
-"""The launcher, with a real Triton and models of a few lines each."""
+"""The launcher, with a real Triton and models of a few lines."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class TritonPythonModel:
         return [pb_utils.InferenceResponse([pb_utils.Tensor("y", x)]) for x in inputs]
 """
 
-# A pipeline in small: as many steps as x says, each a call of `echo` and an answer.
+# A miniature pipeline: runs x steps, each a call to `echo` and a response.
 STEPS = """
 import asyncio
 import triton_python_backend_utils as pb_utils
@@ -59,7 +59,7 @@ from imprompt_serving.triton.tensors import raise_for_error
 class TritonPythonModel:
     def initialize(self, args):
         self.family = pb_utils.MetricFamily(
-            name=IN_FLIGHT_METRIC, description="requests that are worked on", kind=pb_utils.MetricFamily.GAUGE
+            name=IN_FLIGHT_METRIC, description="requests being served", kind=pb_utils.MetricFamily.GAUGE
         )
         self.in_flight = self.family.Metric(labels={"model": args["model_name"]})
 
@@ -132,7 +132,7 @@ def echo(address: str, *values: float) -> list[float]:
 
 
 class Stream:
-    """One request to `steps`: its answers as they come."""
+    """A request to `steps`, and its responses in order."""
 
     def __init__(self, address: str, steps: int) -> None:
         self._answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
@@ -144,14 +144,14 @@ class Stream:
         self._client.close()
 
     def next(self) -> str:
-        """ "step", "end", or the message of the error."""
+        """Return "step", "end", or the error message."""
         result, error = self._answers.get(timeout=20)
         if error is not None:
             return str(error)
         return "end" if result.get_response().parameters["triton_final_response"].bool_param else "step"
 
     def rest(self) -> list[str]:
-        """All answers up to the last one; and none comes after it."""
+        """Return all responses up to the last one, and check that none follows."""
         answers = [self.next()]
         while answers[-1] == "step":
             answers.append(self.next())
@@ -162,7 +162,7 @@ class Stream:
 
 @dataclass
 class Foreground:
-    """`serve` in a process of its own, and all that belongs to it."""
+    """`serve` in a separate process, with its child processes and files."""
 
     process: subprocess.Popen[str]
     errors: Path
@@ -194,7 +194,7 @@ def alive(process: psutil.Process) -> bool:
 
 
 def leftovers(launcher_pid: int) -> list[Path]:
-    """Shared memory of a launcher."""
+    """List the shared memory regions of a launcher."""
     return list(Path("/dev/shm").glob(f"imprompt_{launcher_pid}_*"))
 
 
@@ -217,7 +217,7 @@ def foreground(repository: Path, *, drain_timeout: float = 20) -> Iterator[Foreg
         assert line.startswith("ready "), errors.read_text()
         grpc_address, metrics = line.split()[1:]
         family = psutil.Process(process.pid).children(recursive=True)
-        assert leftovers(process.pid)  # so that a test that finds none proves something
+        assert leftovers(process.pid)  # so that their absence later proves something
         assert list(scratch.iterdir())
         yield Foreground(process, errors, scratch, Addresses(grpc=grpc_address, metrics=metrics), family)
     finally:
@@ -238,12 +238,12 @@ def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
 
 
 @needs_triton
-def test_serves_on_free_loopback_ports_and_leaves_nothing(
+def test_server_uses_free_loopback_ports_and_cleans_up(
     repository: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "asyncio.py").write_text("raise ImportError('the folder where the user stands')")
+    (tmp_path / "asyncio.py").write_text("raise ImportError('the working directory')")
     monkeypatch.chdir(tmp_path)
-    before = leftovers(os.getpid())  # of servers that other tests keep running
+    before = leftovers(os.getpid())  # from servers that other tests keep running
     with Server(repository) as server:
         assert server.grpc_address.startswith("127.0.0.1:")
         assert echo(server.grpc_address, 1, 2, 3) == [1, 2, 3]
@@ -262,7 +262,7 @@ def test_serves_on_free_loopback_ports_and_leaves_nothing(
 
 
 @needs_triton
-def test_a_running_request_ends_as_usual_after_sigterm_and_a_new_one_is_refused(repository: Path) -> None:
+def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(repository: Path) -> None:
     with foreground(repository) as server:
         running = Stream(server.addresses.grpc, 8)
         assert running.next() == "step"
@@ -270,7 +270,7 @@ def test_a_running_request_ends_as_usual_after_sigterm_and_a_new_one_is_refused(
         time.sleep(0.3)
         before = time.monotonic()
         [refusal] = Stream(server.addresses.grpc, 1).rest()
-        assert "takes no new requests" in refusal
+        assert "accepts no new requests" in refusal
         assert time.monotonic() - before < 1
         assert running.rest() == ["step"] * 7 + ["end"]
         assert server.wait() == 0
@@ -278,20 +278,20 @@ def test_a_running_request_ends_as_usual_after_sigterm_and_a_new_one_is_refused(
 
 
 @needs_triton
-def test_what_the_drain_timeout_cuts_off_gets_one_error(repository: Path) -> None:
+def test_requests_aborted_by_the_drain_timeout_get_one_error(repository: Path) -> None:
     with foreground(repository, drain_timeout=0.5) as server:
         running = Stream(server.addresses.grpc, 1000)
         assert running.next() == "step"
         server.signal(signal.SIGINT)
         *steps, last = running.rest()
         assert set(steps) == {"step"}
-        assert "did not end in the time that was left" in last
+        assert "did not finish before the deadline" in last
         assert server.wait() == 1
         server.assert_nothing_left()
 
 
 @needs_triton
-def test_requests_that_run_when_a_server_stops_without_a_drain_end_by_name(repository: Path) -> None:
+def test_stopping_without_a_drain_ends_running_requests_with_a_clear_error(repository: Path) -> None:
     with Server(repository) as server:
         running = Stream(server.grpc_address, 1000)
         assert running.next() == "step"
@@ -302,7 +302,7 @@ def test_requests_that_run_when_a_server_stops_without_a_drain_end_by_name(repos
 
 
 @needs_triton
-def test_a_second_signal_ends_everything_at_once(repository: Path) -> None:
+def test_second_signal_stops_everything_at_once(repository: Path) -> None:
     with foreground(repository) as server:
         running = Stream(server.addresses.grpc, 1000)
         assert running.next() == "step"
@@ -316,7 +316,7 @@ def test_a_second_signal_ends_everything_at_once(repository: Path) -> None:
 
 
 @needs_triton
-def test_a_dead_model_process_ends_the_server(repository: Path) -> None:
+def test_server_exits_when_a_model_process_dies(repository: Path) -> None:
     with foreground(repository) as server:
         stub = server.stub("echo")
         stub.kill()
@@ -328,17 +328,17 @@ def test_a_dead_model_process_ends_the_server(repository: Path) -> None:
 
 
 @needs_triton
-def test_a_dead_triton_ends_the_server(repository: Path) -> None:
+def test_server_exits_when_triton_dies(repository: Path) -> None:
     with foreground(repository) as server:
         [triton] = [process for process in server.family if process.name() == "tritonserver"]
         triton.kill()
         assert server.wait() == 1
-        assert "Triton ended by itself (killed by SIGKILL)" in server.errors.read_text()
+        assert "Triton stopped unexpectedly (killed by SIGKILL)" in server.errors.read_text()
         server.assert_nothing_left()
 
 
 @needs_triton
-def test_nothing_is_left_of_a_killed_launcher(repository: Path) -> None:
+def test_killed_launcher_leaves_nothing_behind(repository: Path) -> None:
     with foreground(repository) as server:
         server.signal(signal.SIGKILL)
         server.wait()
@@ -347,7 +347,7 @@ def test_nothing_is_left_of_a_killed_launcher(repository: Path) -> None:
 
 
 @needs_triton
-def test_a_signal_before_ready_gives_up(tmp_path: Path) -> None:
+def test_signal_before_ready_aborts_the_start(tmp_path: Path) -> None:
     write_model(tmp_path / "repository", "slow", "import time\n\ntime.sleep(60)\n" + ECHO)
     process = subprocess.Popen([sys.executable, "-c", FOREGROUND, str(tmp_path / "repository"), "1"])
     wait_for(lambda: bool(leftovers(process.pid)))
@@ -357,7 +357,7 @@ def test_a_signal_before_ready_gives_up(tmp_path: Path) -> None:
 
 
 @needs_triton
-def test_a_model_that_does_not_load_is_named_with_its_traceback(repository: Path) -> None:
+def test_error_names_a_model_that_does_not_load_with_its_traceback(repository: Path) -> None:
     write_model(
         repository, "broken", ECHO + "    def initialize(self, args):\n        raise ValueError('no such engine')\n"
     )
@@ -370,7 +370,7 @@ def test_a_model_that_does_not_load_is_named_with_its_traceback(repository: Path
 
 
 @needs_triton
-def test_too_slow_a_start_is_an_error(tmp_path: Path) -> None:
+def test_start_timeout_is_an_error(tmp_path: Path) -> None:
     write_model(tmp_path / "repository", "slow", "import time\n\ntime.sleep(60)\n" + ECHO)
     before = leftovers(os.getpid())
     with pytest.raises(LaunchError, match=r"not ready after 1 s"), Server(tmp_path / "repository", start_timeout=1):
@@ -380,7 +380,7 @@ def test_too_slow_a_start_is_an_error(tmp_path: Path) -> None:
 
 @needs_triton
 @pytest.mark.parametrize("name", ["grpc", "http", "metrics"])
-def test_a_port_in_use_is_named(repository: Path, name: str) -> None:
+def test_error_names_a_port_in_use(repository: Path, name: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         ports: dict[str, Any] = {f"{name}_port": port}
@@ -388,7 +388,7 @@ def test_a_port_in_use_is_named(repository: Path, name: str) -> None:
             Server(repository, **ports).start()
 
 
-def test_a_repository_that_is_not_there_or_empty(tmp_path: Path) -> None:
+def test_missing_or_empty_repository_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match="no such folder"):
         Server(tmp_path / "nowhere")
     with pytest.raises(LaunchError, match=r"config\.pbtxt"):
@@ -401,7 +401,7 @@ def no_triton_on_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_triton_on_path")
-def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_triton_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(LaunchError, match=r"imprompt\[server\]"):
         _triton_install.find_triton()
@@ -409,7 +409,7 @@ def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_triton
 @pytest.mark.usefixtures("no_triton_on_path")
-def test_numpy_2(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numpy_2_is_refused_with_the_pip_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "2.1.0")
     with pytest.raises(LaunchError, match=r"numpy 2\.1\.0 .* needs numpy < 2"):
         _triton_install.find_triton()
@@ -417,7 +417,7 @@ def test_numpy_2(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_triton
 @pytest.mark.usefixtures("no_triton_on_path")
-def test_a_python_without_stub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_without_a_stub_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_triton_install, "PYTHON", "3.99")
     with pytest.raises(LaunchError, match=r"no Python stub for Python 3\.99 \(it has 3\.8, .*3\.11"):
         _triton_install.find_triton()
@@ -425,14 +425,14 @@ def test_a_python_without_stub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_triton
 @pytest.mark.usefixtures("no_triton_on_path")
-def test_a_python_without_shared_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_python_without_a_shared_library_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sysconfig, "get_config_var", lambda name: str(tmp_path) if name == "LIBDIR" else "")
     monkeypatch.setattr(sys, "base_prefix", str(tmp_path))
     with pytest.raises(LaunchError, match="has no shared libpython"):
         _triton_install.find_triton()
 
 
-def test_a_triton_on_path_built_for_another_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_triton_on_path_for_another_python_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     stub = tmp_path / "backends" / "python" / "triton_python_backend_stub"
     stub.parent.mkdir(parents=True)
     stub.write_bytes(b"... libpython3.4.so.1.0 ...")

@@ -1,4 +1,4 @@
-"""The loop of the denoiser, with an engine that the tests stop and let go: joining, leaving, failing."""
+"""The loop of the denoiser, with networks that tests pause and resume: jobs that join, leave, and fail."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WAIT_S = 10.0
 
 
 class FakeJob:
-    """What the loop uses of a job."""
+    """A job with the members that the loop uses."""
 
     def __init__(self, id: str, *, rows: int = 2, steps: int = 3, key: str = "a", timeout: float | None = None) -> None:
         self.id, self.rows, self.steps, self.batch_key = id, rows, steps, key
@@ -60,7 +60,7 @@ class FakeJob:
 
 
 class FakeBatcher:
-    """Rows are tensors of ones; a job's id travels with the call."""
+    """Makes rows of ones, and passes on the ids of the jobs."""
 
     def inputs(self, parts: list[RowSlice]) -> dict[str, torch.Tensor]:
         self.parts = [(part.job.id, part.stop - part.start) for part in parts]
@@ -71,7 +71,7 @@ class FakeBatcher:
 
 
 class Gate:
-    """StepNetworks that compute a call for each ``open``; all at once after ``open(None)``."""
+    """Networks that compute one call for each `open()`, and all calls after `open(None)`."""
 
     def __init__(self, batcher: FakeBatcher) -> None:
         self.batcher, self.calls = batcher, list[list[tuple[str, int]]]()
@@ -84,7 +84,7 @@ class Gate:
         self._turns.release(calls or 1000)
 
     def entered(self) -> None:
-        """Waits until a call has come."""
+        """Wait until a call has arrived."""
         assert self._entered.acquire(timeout=WAIT_S)
 
     def __call__(self, parts: Sequence[RowSlice], inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -98,7 +98,7 @@ class Gate:
 
 
 class Answers(Listener):
-    """Remembers what a job was told."""
+    """Records the answers of a job."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -132,8 +132,8 @@ class CountingMeter(Meter):
         self.refusals.append(reason)
 
 
-class Room:
-    """A denoiser with its gate."""
+class Rig:
+    """A denoiser, and the gate of its networks."""
 
     def __init__(self, limits: Limits | None = None) -> None:
         batcher: Any = FakeBatcher()
@@ -149,148 +149,148 @@ class Room:
 
 
 @pytest.fixture
-def room() -> Iterator[Room]:
-    made = Room()
+def rig() -> Iterator[Rig]:
+    made = Rig()
     yield made
     made.gate.open(None)
     made.denoiser.stop()
 
 
-def test_a_job_runs_to_its_end(room: Room) -> None:
-    answers = room.submit(FakeJob("a"))
-    room.gate.open(None)
+def test_a_job_runs_to_its_end(rig: Rig) -> None:
+    answers = rig.submit(FakeJob("a"))
+    rig.gate.open(None)
     assert answers.final == "finished"
     assert answers.steps == [1, 2]
-    assert room.gate.calls == [[("a", 2)]] * 3
-    assert room.meter.last == Population(0, 0, 0, 0)
+    assert rig.gate.calls == [[("a", 2)]] * 3
+    assert rig.meter.last == Population(0, 0, 0, 0)
 
 
-def test_a_job_joins_at_the_next_tick(room: Room) -> None:
-    first = room.submit(FakeJob("a"))
-    room.gate.entered()
-    second = room.submit(FakeJob("b", steps=1))
-    room.gate.open(None)
+def test_a_job_joins_at_the_next_tick(rig: Rig) -> None:
+    first = rig.submit(FakeJob("a"))
+    rig.gate.entered()
+    second = rig.submit(FakeJob("b", steps=1))
+    rig.gate.open(None)
     assert (first.final, second.final) == ("finished", "finished")
-    assert room.gate.calls == [[("a", 2)], [("a", 2), ("b", 2)], [("a", 2)]]
+    assert rig.gate.calls == [[("a", 2)], [("a", 2), ("b", 2)], [("a", 2)]]
 
 
-def test_a_cancelled_job_leaves_at_the_next_tick(room: Room) -> None:
-    gone, stays = room.submit(FakeJob("a")), room.submit(FakeJob("b"))
-    room.gate.entered()
-    room.denoiser.cancel("a")
-    room.gate.open(1)
+def test_a_cancelled_job_leaves_at_the_next_tick(rig: Rig) -> None:
+    gone, stays = rig.submit(FakeJob("a")), rig.submit(FakeJob("b"))
+    rig.gate.entered()
+    rig.denoiser.cancel("a")
+    rig.gate.open(1)
     assert isinstance(gone.final, Cancelled)
-    room.gate.open(None)
+    rig.gate.open(None)
     assert stays.final == "finished"
-    assert all(("a", 2) not in call for call in room.gate.calls[1:])
+    assert all(("a", 2) not in call for call in rig.gate.calls[1:])
 
 
-def test_a_job_in_the_waiting_line_is_cancelled_within_a_tick(room: Room) -> None:
-    room.submit(FakeJob("large", rows=8, steps=50))
-    room.gate.entered()
-    waiting = room.submit(FakeJob("b", rows=8))
-    room.denoiser.cancel("b")
-    room.gate.open(1)
+def test_a_waiting_job_is_cancelled_within_a_tick(rig: Rig) -> None:
+    rig.submit(FakeJob("large", rows=8, steps=50))
+    rig.gate.entered()
+    waiting = rig.submit(FakeJob("b", rows=8))
+    rig.denoiser.cancel("b")
+    rig.gate.open(1)
     assert isinstance(waiting.final, Cancelled)
     assert waiting.steps == []
-    assert room.meter.last == Population(1, 8, 0, 0)
+    assert rig.meter.last == Population(1, 8, 0, 0)
 
 
-def test_a_deadline_ends_a_job_within_a_tick(room: Room) -> None:
-    late, stays = room.submit(FakeJob("a", timeout=0.05)), room.submit(FakeJob("b"))
-    room.gate.entered()
+def test_a_deadline_ends_a_job_within_a_tick(rig: Rig) -> None:
+    late, stays = rig.submit(FakeJob("a", timeout=0.05)), rig.submit(FakeJob("b"))
+    rig.gate.entered()
     time.sleep(0.06)
-    room.gate.open(1)
+    rig.gate.open(1)
     assert isinstance(late.final, Cancelled)
     assert "0.05 seconds" in str(late.final)
-    room.gate.open(None)
+    rig.gate.open(None)
     assert stays.final == "finished"
 
 
-def test_a_cancellation_may_come_before_its_job(room: Room) -> None:
-    room.denoiser.cancel("a")
+def test_a_cancellation_may_arrive_before_its_job(rig: Rig) -> None:
+    rig.denoiser.cancel("a")
     with pytest.raises(Cancelled):
-        room.denoiser.admit("a", Load(2, 3))
+        rig.denoiser.admit("a", Load(2, 3))
     with pytest.raises(Cancelled):
-        room.submit(FakeJob("a"))
-    assert not room.gate.calls
+        rig.submit(FakeJob("a"))
+    assert not rig.gate.calls
 
 
-def test_a_cancelled_place_is_free_again(room: Room) -> None:
-    room.denoiser.admit("a", Load(2, 3))
-    assert room.meter.last == Population(0, 0, 1, 2)
-    room.denoiser.cancel("a")
-    room.denoiser.admit("b", Load(2, 3))
-    assert room.meter.last == Population(0, 0, 1, 2)
+def test_cancelling_frees_a_reserved_place(rig: Rig) -> None:
+    rig.denoiser.admit("a", Load(2, 3))
+    assert rig.meter.last == Population(0, 0, 1, 2)
+    rig.denoiser.cancel("a")
+    rig.denoiser.admit("b", Load(2, 3))
+    assert rig.meter.last == Population(0, 0, 1, 2)
 
 
-def test_a_second_job_of_one_id_is_refused_and_keeps_no_place(room: Room) -> None:
-    first = room.submit(FakeJob("a"))
+def test_a_second_job_with_the_same_id_is_refused_and_takes_no_place(rig: Rig) -> None:
+    first = rig.submit(FakeJob("a"))
     for _ in range(2):
-        with pytest.raises(RequestError, match="there is a job a already"):
-            room.submit(FakeJob("a"))
-        with pytest.raises(RequestError, match="there is a job a already"):
-            room.denoiser.admit("a", Load(2, 3))
-    room.gate.open(None)
+        with pytest.raises(RequestError, match="a job with the id a is already active"):
+            rig.submit(FakeJob("a"))
+        with pytest.raises(RequestError, match="a job with the id a is already active"):
+            rig.denoiser.admit("a", Load(2, 3))
+    rig.gate.open(None)
     assert first.final == "finished"
-    assert room.meter.last == Population(0, 0, 0, 0)
+    assert rig.meter.last == Population(0, 0, 0, 0)
 
 
-def test_the_engines_error_hits_only_the_job_that_causes_it(room: Room) -> None:
-    room.gate.poison.add("bad")
-    answers = {name: room.submit(FakeJob(name)) for name in ("a", "bad", "c")}
-    room.gate.open(None)
+def test_an_engine_error_only_fails_the_job_that_causes_it(rig: Rig) -> None:
+    rig.gate.poison.add("bad")
+    answers = {name: rig.submit(FakeJob(name)) for name in ("a", "bad", "c")}
+    rig.gate.open(None)
     assert (answers["a"].final, answers["c"].final) == ("finished", "finished")
     assert isinstance(answers["bad"].final, RequestError)
     assert "does not like" in str(answers["bad"].final)
 
 
 @pytest.mark.parametrize("error", [ValueError("odd latents"), InvalidRequest("scheduler", "cannot step")])
-def test_a_failing_step_hits_only_its_job(room: Room, error: Exception) -> None:
+def test_a_failing_step_only_fails_its_job(rig: Rig, error: Exception) -> None:
     bad: Any = FakeJob("bad")
     bad.broken = error
-    good, failed = room.submit(FakeJob("a")), room.submit(bad)
-    room.gate.open(None)
+    good, failed = rig.submit(FakeJob("a")), rig.submit(bad)
+    rig.gate.open(None)
     assert good.final == "finished"
     assert type(failed.final) is (InvalidRequest if isinstance(error, InvalidRequest) else RequestError)
 
 
-def test_a_listener_that_fails_ends_its_job_only(room: Room) -> None:
+def test_a_failing_listener_only_ends_its_job(rig: Rig) -> None:
     def fails(*_: object) -> None:
         raise OSError("nobody listens")
 
-    deaf, other = room.submit(FakeJob("a", steps=10**6), progress=fails), room.submit(FakeJob("b"))
-    unfinished = room.submit(FakeJob("c"), finish=fails)
-    room.gate.open(None)
+    deaf, other = rig.submit(FakeJob("a", steps=10**6), progress=fails), rig.submit(FakeJob("b"))
+    unfinished = rig.submit(FakeJob("c"), finish=fails)
+    rig.gate.open(None)
     assert "nobody listens" in str(deaf.final)
     assert "nobody listens" in str(unfinished.final)
     assert other.final == "finished"
 
 
 def test_exactly_one_final_answer() -> None:
-    """Finishing, cancelling and the deadline at the same time, again and again."""
-    room = Room(Limits(waiting_rows=1000, waiting_seconds=1000.0))
-    room.gate.open(None)
+    """Also if a job finishes, is cancelled, and reaches its deadline at the same time, many times."""
+    rig = Rig(Limits(waiting_rows=1000, waiting_seconds=1000.0))
+    rig.gate.open(None)
     answers = []
     for index in range(200):
-        answers.append(room.submit(FakeJob(f"{index}", steps=2, timeout=0.002 if index % 3 else None)))
+        answers.append(rig.submit(FakeJob(f"{index}", steps=2, timeout=0.002 if index % 3 else None)))
         if index % 2:
-            room.denoiser.cancel(f"{index}")
+            rig.denoiser.cancel(f"{index}")
     for answer in answers:
         assert answer.final is not None
-    room.denoiser.stop()
+    rig.denoiser.stop()
     assert [len(answer.finals) for answer in answers] == [1] * 200
-    assert len(room.meter.outcomes) == 200
+    assert len(rig.meter.outcomes) == 200
 
 
-def test_jobs_are_freed_when_they_end(room: Room) -> None:
+def test_jobs_are_freed_when_they_end(rig: Rig) -> None:
     finished, cancelled = FakeJob("a"), FakeJob("b", steps=10**6)
     references = [weakref.ref(finished), weakref.ref(cancelled)]
-    answers = [room.submit(finished), room.submit(cancelled)]
+    answers = [rig.submit(finished), rig.submit(cancelled)]
     del finished, cancelled
-    room.gate.open(None)
+    rig.gate.open(None)
     assert answers[0].final == "finished"
-    room.denoiser.cancel("b")
+    rig.denoiser.cancel("b")
     assert isinstance(answers[1].final, Cancelled)
     end = time.monotonic() + WAIT_S
     while any(reference() for reference in references) and time.monotonic() < end:
@@ -299,57 +299,57 @@ def test_jobs_are_freed_when_they_end(room: Room) -> None:
     assert not any(reference() for reference in references)
 
 
-def test_a_full_line_refuses_at_once() -> None:
-    room = Room(Limits(waiting_rows=4))
+def test_a_full_queue_refuses_at_once() -> None:
+    rig = Rig(Limits(waiting_rows=4))
     try:
-        first = room.submit(FakeJob("a", rows=8))
-        room.gate.entered()
-        accepted = [room.submit(FakeJob("b")), room.submit(FakeJob("c"))]
+        first = rig.submit(FakeJob("a", rows=8))
+        rig.gate.entered()
+        accepted = [rig.submit(FakeJob("b")), rig.submit(FakeJob("c"))]
         with pytest.raises(Overloaded, match=r"retry in \d+\.\d s"):
-            room.submit(FakeJob("d"))
-        assert room.meter.refusals == ["rows"]
-        room.gate.open(None)
+            rig.submit(FakeJob("d"))
+        assert rig.meter.refusals == ["rows"]
+        rig.gate.open(None)
         assert [answer.final for answer in (first, *accepted)] == ["finished"] * 3
-        assert room.submit(FakeJob("d")).final == "finished"
+        assert rig.submit(FakeJob("d")).final == "finished"
     finally:
-        room.gate.open(None)
-        room.denoiser.stop()
+        rig.gate.open(None)
+        rig.denoiser.stop()
 
 
-def test_whoever_left_takes_no_room_in_the_line() -> None:
-    room = Room(Limits(waiting_rows=4))
+def test_cancelled_jobs_take_no_room_in_the_queue() -> None:
+    rig = Rig(Limits(waiting_rows=4))
     try:
-        room.submit(FakeJob("a", rows=8))
-        room.gate.entered()
-        for index in range(100):  # all within one call
-            left = room.submit(FakeJob(f"{index}", rows=4))
-            room.denoiser.cancel(f"{index}")
-        assert room.meter.last == Population(1, 8, 0, 0)
-        stays = room.submit(FakeJob("b", rows=4))
-        room.gate.open(None)
+        rig.submit(FakeJob("a", rows=8))
+        rig.gate.entered()
+        for index in range(100):  # all during one call
+            left = rig.submit(FakeJob(f"{index}", rows=4))
+            rig.denoiser.cancel(f"{index}")
+        assert rig.meter.last == Population(1, 8, 0, 0)
+        stays = rig.submit(FakeJob("b", rows=4))
+        rig.gate.open(None)
         assert stays.final == "finished"
         assert isinstance(left.final, Cancelled)
     finally:
-        room.gate.open(None)
-        room.denoiser.stop()
+        rig.gate.open(None)
+        rig.denoiser.stop()
 
 
-def test_stopping_does_not_wait_longer_than_asked_for_a_call_that_hangs() -> None:
-    room = Room()
-    answers = room.submit(FakeJob("a"))
-    room.gate.entered()
+def test_stopping_waits_no_longer_than_requested_for_a_hanging_call() -> None:
+    rig = Rig()
+    answers = rig.submit(FakeJob("a"))
+    rig.gate.entered()
     began = time.monotonic()
-    room.denoiser.stop(0.1)
+    rig.denoiser.stop(0.1)
     assert time.monotonic() - began < WAIT_S / 2
-    room.gate.open(None)
+    rig.gate.open(None)
     assert isinstance(answers.final, Overloaded)
 
 
-def test_stopping_tells_those_who_wait() -> None:
-    room = Room()
-    answers = room.submit(FakeJob("a", steps=10**6))
-    room.gate.open(None)
-    room.denoiser.stop()
+def test_stopping_fails_waiting_jobs() -> None:
+    rig = Rig()
+    answers = rig.submit(FakeJob("a", steps=10**6))
+    rig.gate.open(None)
+    rig.denoiser.stop()
     assert isinstance(answers.final, Overloaded)
     with pytest.raises(Overloaded):
-        room.submit(FakeJob("b"))
+        rig.submit(FakeJob("b"))

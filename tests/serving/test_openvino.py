@@ -1,4 +1,4 @@
-"""A bundle for OpenVINO: the pictures of diffusers, through a running Triton."""
+"""A bundle for OpenVINO, through a running Triton, compared with diffusers."""
 
 from __future__ import annotations
 

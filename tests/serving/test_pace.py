@@ -1,4 +1,4 @@
-"""The loop keeps pace with a device that computes later than it is told to, and reports what the device has done."""
+"""The loop keeps pace with a device that computes asynchronously, and reports what the device has finished."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from imprompt_serving.denoiser.answers import Answers, AnswerThreads, Listener
+from imprompt_serving.denoiser import answers as answers_module
+from imprompt_serving.denoiser.answers import Answers, AnswerThreads, Channel, Listener
 from imprompt_serving.denoiser.loop import TICKS_IN_FLIGHT, Denoiser
 from imprompt_serving.denoiser.meter import Meter
 from imprompt_serving.errors import Cancelled, RequestError
@@ -21,18 +22,20 @@ from serving.test_loop import Answers as Told
 
 
 class Device:
-    """Ticks are launched at once and are complete when the test says so."""
+    """A denoiser whose ticks are launched at once, and complete when the test says so."""
 
     def __init__(self) -> None:
         self.launched: list[list[tuple[str, int]]] = []
         self.failure: Exception | None = None
         self._batcher: Any = FakeBatcher()
         self.waited: list[str] = []
-        """Threads that waited, without their numbers."""
+        """Names of the threads that waited, without their numbers."""
         self._turns = threading.Semaphore(0)
         self._changed = threading.Condition()
         self.meter = SecondsMeter()
-        self.denoiser = Denoiser(self._predict, self._batcher, CallRows(8), meter=self.meter, mark=lambda: self._wait)
+        self.denoiser = Denoiser(
+            self._predict, self._batcher, CallRows(8), meter=self.meter, record_launch=lambda: self._wait
+        )
 
     def _predict(self, parts: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         with self._changed:
@@ -86,16 +89,16 @@ def soon(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def test_no_more_ticks_are_launched_than_may_be_in_flight(device: Device) -> None:
+def test_the_number_of_ticks_in_flight_is_limited(device: Device) -> None:
     submit(device, FakeJob("a", steps=10))
     for complete in range(6):
         device.wait_for_launches(complete + TICKS_IN_FLIGHT)
-        time.sleep(0.02)  # time for one too many
+        time.sleep(0.02)  # enough for one more
         assert len(device.launched) == complete + TICKS_IN_FLIGHT
         device.complete()
 
 
-def test_a_new_job_is_in_the_second_next_tick(device: Device) -> None:
+def test_a_new_job_joins_within_two_ticks(device: Device) -> None:
     submit(device, FakeJob("a", steps=10))
     device.wait_for_launches(2)
     submit(device, FakeJob("b"))
@@ -104,15 +107,15 @@ def test_a_new_job_is_in_the_second_next_tick(device: Device) -> None:
     assert device.launched[2] == [("a", 2), ("b", 2)]
 
 
-def test_each_tick_is_waited_for_once_and_on_a_thread_of_its_own(device: Device) -> None:
-    """The launcher and the thread that takes jobs never wait for the device."""
+def test_a_separate_thread_waits_once_for_each_tick(device: Device) -> None:
+    """The launcher and the thread that accepts jobs never wait for the device."""
     told = submit(device, FakeJob("a", steps=20))
     device.complete(20)
     assert told.final == "finished"
     assert device.waited == ["device"] * 20
 
 
-def test_progress_and_the_end_are_reported_when_the_device_is_there(device: Device) -> None:
+def test_progress_and_the_result_are_reported_once_the_device_has_finished_them(device: Device) -> None:
     told = submit(device, FakeJob("a", steps=3))
     device.wait_for_launches(2)
     time.sleep(0.02)
@@ -137,7 +140,7 @@ def test_a_cancelled_job_is_answered_at_once_and_leaves_the_device_within_two_ti
     assert len(device.launched) == 2
 
 
-def test_seconds_are_those_of_the_device(device: Device) -> None:
+def test_measured_seconds_are_those_of_the_device(device: Device) -> None:
     submit(device, FakeJob("a", steps=4))
     for _ in range(4):
         time.sleep(0.05)
@@ -146,7 +149,7 @@ def test_seconds_are_those_of_the_device(device: Device) -> None:
     assert all(0.04 < seconds < 0.5 for seconds in device.meter.seconds)
 
 
-def test_an_error_of_the_device_ends_the_jobs_of_its_tick(device: Device) -> None:
+def test_a_device_error_fails_the_jobs_of_its_tick(device: Device) -> None:
     device.failure = RuntimeError("out of memory")
     told = submit(device, FakeJob("a"))
     device.complete(100)
@@ -155,7 +158,7 @@ def test_an_error_of_the_device_ends_the_jobs_of_its_tick(device: Device) -> Non
     assert submit(device, FakeJob("b")).final == "finished"
 
 
-def test_answers_of_a_job_keep_their_order() -> None:
+def test_the_answers_of_a_job_stay_in_order() -> None:
     told: list[int] = []
     ended = threading.Event()
     threads = AnswerThreads(4)
@@ -169,7 +172,7 @@ def test_answers_of_a_job_keep_their_order() -> None:
     threads.close(WAIT_S)
 
 
-def test_closing_sends_all_that_is_queued_for_a_job() -> None:
+def test_closing_sends_queued_answers() -> None:
     threads, release, told = AnswerThreads(2), threading.Event(), list[str]()
     listener = Listener(lambda *_: bool(release.wait(WAIT_S)), lambda _: None, lambda error: told.append(str(error)))
     answers = Answers(listener, threads, Meter())
@@ -180,7 +183,7 @@ def test_closing_sends_all_that_is_queued_for_a_job() -> None:
     assert told == ["stopping"]
 
 
-def test_sends_that_hang_do_not_hold_up_others() -> None:
+def test_hanging_sends_do_not_block_others() -> None:
     threads, release = AnswerThreads(2, send_limit=0.05), threading.Event()
     hung = [
         Answers(Listener(lambda *_: None, lambda _: None, lambda _: bool(release.wait(WAIT_S))), threads, Meter())
@@ -193,4 +196,24 @@ def test_sends_that_hang_do_not_hold_up_others() -> None:
     Answers(Listener(lambda *_: None, lambda _: sent.set(), lambda _: None), threads, Meter()).finish(FakeJob("a"))
     assert sent.wait(WAIT_S / 2)
     release.set()
+    threads.close(WAIT_S)
+
+
+def test_a_thread_that_recovers_may_be_replaced_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers_module, "_MAX_REPLACED", 1)
+    threads = AnswerThreads(1, send_limit=0.0)
+    for _ in range(3):
+        hanging, release, sent = list[threading.Thread](), threading.Event(), threading.Event()
+
+        def hang(hanging: list[threading.Thread] = hanging, release: threading.Event = release) -> None:
+            hanging.append(threading.current_thread())
+            release.wait(WAIT_S)
+
+        threads.send(Channel(), hang)
+        soon(lambda hanging=hanging: bool(hanging))  # type: ignore[misc]
+        threads.send(Channel(), sent.set)
+        assert sent.wait(WAIT_S / 2)
+        release.set()
+        hanging[0].join(WAIT_S)
+        assert not hanging[0].is_alive()
     threads.close(WAIT_S)

@@ -1,4 +1,4 @@
-"""What a request may say, without a server: each mistake is refused by name before anything is decoded or encoded."""
+"""Request parsing, without a server: invalid requests are refused before any work, and errors name the parameter."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ NUMPY = {"FP64": np.float64, "FP32": np.float32, "INT32": np.int32, "INT64": np.
 
 
 def tensors(bundle: Bundle, values: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Values as Triton hands them over: arrays as they are, others as the protocol's table says."""
+    """Turn values into tensors as Triton passes them: arrays unchanged, others by the table of parameters."""
     types = {tensor.name: tensor.dtype for tensor in request_tensors(bundle, stream=True)}
 
     def tensor(name: str, value: Any) -> np.ndarray:
@@ -152,7 +152,7 @@ NESTED = "[" * 900 + "]" * 900
     ],
     ids=str,
 )
-def test_mistakes_are_refused_by_name(parameter: str, values: dict[str, Any]) -> None:
+def test_refusals_name_the_parameter(parameter: str, values: dict[str, Any]) -> None:
     assert refused(**values).parameter == parameter
 
 
@@ -175,7 +175,7 @@ def test_mistakes_are_refused_by_name(parameter: str, values: dict[str, Any]) ->
         "[" * 99,
     ],
 )
-def test_any_json_as_scales_by_block(text: str) -> None:
+def test_invalid_json_scales_are_refused(text: str) -> None:
     bundle = msgspec.structs.replace(BUNDLE, limits=Limits())
     assert refused(bundle, **PROMPTED, ip_adapter_scale_config=text).parameter == "ip_adapter_scale_config"
 
@@ -185,15 +185,15 @@ def test_any_json_as_scales_by_block(text: str) -> None:
     [
         ('{"up": {"block_9": 1.0}}', "no up.block_9"),
         ('{"sideways": 1.0}', "no sideways"),
-        ('{"up": {"block_1": [1, 2]}}', "up.block_1 takes 3 numbers, or one for all of its layers; got 2"),
-        ('{"down": [1, 2, 3]}', "down.block_0 takes 2 numbers, or one for all of its layers; got 3"),
+        ('{"up": {"block_1": [1, 2]}}', "up.block_1 takes 3 numbers (one per layer), or one for all; got 2"),
+        ('{"down": [1, 2, 3]}', "down.block_0 takes 2 numbers (one per layer), or one for all; got 3"),
         ('{"mid": [1, 2]}', "mid takes one number; got 2"),
         ('{"mid": {"block_0": 1.0}}', "mid has no block_0"),
         ("[[0.1, 0.2]]", "a list needs masks"),
         ('{"up": {"block_1": [[0.1, 0.2]]}}', "a list needs masks"),
     ],
 )
-def test_scales_that_do_not_fit_the_bundle(text: str, message: str) -> None:
+def test_scales_that_do_not_fit_the_unet_are_refused(text: str, message: str) -> None:
     error = refused(**PROMPTED, ip_adapter_scale_config=text)
     assert error.parameter == "ip_adapter_scale"
     assert message in str(error)
@@ -212,7 +212,7 @@ def test_scales_that_do_not_fit_the_bundle(text: str, message: str) -> None:
     ],
     ids=lambda config: str(config)[:60],
 )  # fmt: skip
-def test_configurations_of_schedulers_are_bounded(config: Any) -> None:
+def test_scheduler_configurations_are_bounded(config: Any) -> None:
     text = config if isinstance(config, str) else json.dumps(config)
     bundle = msgspec.structs.replace(BUNDLE, limits=msgspec.structs.replace(LIMITS, json_characters=100_000))
     assert refused(bundle, scheduler_config=text).parameter == "scheduler_config"
@@ -222,7 +222,7 @@ def test_json_is_bounded() -> None:
     assert "at most 2000" in str(refused(scheduler_config=json.dumps({"beta_start": [0.0] * 1000})))
 
 
-def test_configurations_that_are_taken() -> None:
+def test_valid_scheduler_configurations_are_accepted() -> None:
     config = {"lambda_min_clipped": float("-inf"), "trained_betas": None, "noise_sampler_seed": 2**64 - 1}
     request = parsed(scheduler_config=json.dumps(config))
     assert request.settings.scheduler_config == config | {"lambda_min_clipped": "-inf"}
@@ -241,8 +241,8 @@ def test_configurations_that_are_taken() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"ip_adapter_image": [b"x"] * 7}, "ip_adapter_image: a request takes at most 6 pictures in all"),
-        ({"ip_adapter_image": [b"x"] * 4, "image": [b"x"] * 3}, "image: a request takes at most 6 pictures in all"),
+        ({"ip_adapter_image": [b"x"] * 7}, "ip_adapter_image: a request takes at most 6 pictures in total"),
+        ({"ip_adapter_image": [b"x"] * 4, "image": [b"x"] * 3}, "image: a request takes at most 6 pictures in total"),
         (
             {"ip_adapter_image": [SMALL] * 5, "ip_adapter_image_adapter": ["plain"] * 5},
             "5 pictures for plain make 20 image tokens; at most 16",
@@ -256,29 +256,29 @@ def test_configurations_that_are_taken() -> None:
             },
             "3 masks; at most 2",
         ),
-        ({"image": [SMALL] * 2}, "2 pictures cannot be spread over 1 results"),
+        ({"image": [SMALL] * 2}, "2 pictures cannot be divided among 1 results"),
         ({"image": [picture(400, 400)] * 2, "num_images_per_prompt": 2}, "image: picture 2 of 2: 400x400 is too large"),
         ({"image": picture(400, 400), "mask_image": picture(400, 400)}, "mask_image: 400x400 is too large"),
-        ({"image": picture(90, 10)}, "image: 90x10 is too elongated; the longer side may be 8 times"),
+        ({"image": picture(90, 10)}, "image: 90x10 is too elongated; the longer side may be at most 8 times"),
         ({"image": SMALL, "height": 100}, "height: must be a multiple of 8"),
-        ({"image": SMALL, "scheduler": "none"}, "scheduler: 'none' is none of DDIMScheduler"),
+        ({"image": SMALL, "scheduler": "none"}, "scheduler: 'none' is not one of DDIMScheduler"),
     ],
 )
-def test_nothing_is_decoded_for_a_request_that_is_refused(
+def test_refused_requests_decode_no_pictures(
     monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], message: str
 ) -> None:
     monkeypatch.setattr(images, "decode", lambda *_: pytest.fail("decoded"))
     assert message in str(refused(**values))
 
 
-def test_embeddings_are_no_way_around_the_limit_of_image_tokens() -> None:
+def test_limit_of_image_tokens_also_applies_to_embeddings() -> None:
     embeds = np.zeros((2, 5, 1024), np.float32)
     assert "5 pictures for plain make 20 image tokens" in str(refused(ip_adapter_image_embeds_plain=embeds))
     many = {"ip_adapter_image": [SMALL] * 5, "ip_adapter_image_adapter": ["plain"] * 5}
-    assert len(parsed(**many, encode_image="plain").image_prompts[0].images) == 5  # which end in no UNet
+    assert len(parsed(**many, encode_image="plain").image_prompts[0].images) == 5  # which never reach the UNet
 
 
-def test_engines_for_ranges_take_no_long_list_beside_masks() -> None:
+def test_engines_built_for_ranges_refuse_many_pictures_next_to_masks() -> None:
     given = {
         "ip_adapter_image": [SMALL] * 4,
         "ip_adapter_image_adapter": ["plain"] * 2 + ["other"] * 2,
@@ -287,15 +287,15 @@ def test_engines_for_ranges_take_no_long_list_beside_masks() -> None:
     }
     assert len(parsed(**given).image_prompts) == 2
     for_ranges = msgspec.structs.replace(BUNDLE, backend="tensorrt")
-    assert "at most 4 are served beside several masks" in str(refused(for_ranges, **given))
+    assert "at most 4 are supported next to several masks" in str(refused(for_ranges, **given))
 
 
 @pytest.mark.parametrize(("given", "kept"), [(None, 60.0), (5.0, 5.0), (1e9, 60.0)])
-def test_a_timeout_can_only_be_shortened(given: float | None, kept: float) -> None:
+def test_requests_can_only_shorten_the_timeout(given: float | None, kept: float) -> None:
     assert parsed(**({} if given is None else {"timeout": given})).timeout == kept
 
 
-def test_seeds_are_drawn_below_two_to_the_32() -> None:
+def test_random_seeds_are_below_2_to_the_32() -> None:
     seeds = parsed(num_images_per_prompt=50).seeds
     assert len(set(seeds)) == 50
     assert max(seeds) < 2**32
@@ -315,33 +315,33 @@ def test_seeds_are_drawn_below_two_to_the_32() -> None:
         (8, {"image": SMALL, "mask_image": picture(101, 75)}, (64, 64)),
     ],
 )
-def test_default_sizes(factor: int, values: dict[str, Any], size: tuple[int, int]) -> None:
-    """Rounded down to what height and width must be multiples of (`VaeImageProcessor.get_default_height_width`)."""
+def test_default_size_comes_from_the_picture(factor: int, values: dict[str, Any], size: tuple[int, int]) -> None:
+    """Sizes are rounded down to the required multiple (`VaeImageProcessor.get_default_height_width`)."""
     request = parsed(msgspec.structs.replace(BUNDLE, vae_scale_factor=factor), **values)
     assert (request.settings.height, request.settings.width) == size
 
 
 @pytest.mark.parametrize("name", ["image", "control_image"])
-def test_a_picture_outside_the_range_of_sizes(name: str) -> None:
+def test_pictures_outside_the_range_of_sizes_are_refused(name: str) -> None:
     error = refused(**{name: picture(300, 300)}, **({"controlnet": "depth"} if name == "control_image" else {}))
     assert error.parameter == name
-    assert "a picture of 300x300 makes height 296, and 64 to 128 are served" in str(error)
+    assert "a picture of 300x300 gives height 296, but it must be 64 to 128" in str(error)
     assert "set height and width, or resize the picture" in str(error)
 
 
-def test_sizes_that_engines_were_built_for_one_by_one() -> None:
-    """As on a GPU with AOTInductor: the pairs alone, however their sides are given."""
+def test_sizes_without_engines_are_refused() -> None:
+    """AOTInductor on a GPU builds engines for single sizes: only these are accepted, however the sides are given."""
     bundle = msgspec.structs.replace(BUNDLE, sizes=((64, 64), (64, 128)))
     assert parsed(bundle, width=128).settings.width == 128
     for values in ({"height": 128}, {"height": 128, "width": 128}, {"image": picture(101, 75)}):
-        with pytest.raises(InvalidRequest, match=r"height.*64x64, 64x128 \(height x width\) are served, not "):
+        with pytest.raises(InvalidRequest, match=r"height: with width: must be 64x64, 64x128 \(height x width\), got "):
             parsed(bundle, **values)
 
 
-def test_unusual_prompts_are_taken() -> None:
+def test_unusual_prompts_are_accepted() -> None:
     assert parsed(prompt=["", "\x00", "👩🏽‍🎨"]).prompts == (("", "\x00", "👩🏽‍🎨"),)
 
 
-def test_the_pipeline_needs_no_torch() -> None:
+def test_pipeline_imports_no_torch() -> None:
     code = "import sys, imprompt_serving.pipeline.flow; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""The policy of the denoiser: cases, and a simulation over random arrivals."""
+"""The policy of the denoiser: single cases, and simulations of random arrivals."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from imprompt_serving.denoiser.policy import (
 from imprompt_serving.specs import CallRows
 
 
-def begun(key: str = "a", pending: int = 2, last_served_tick: int = 0, priority: int = DEFAULT_PRIORITY) -> Candidate:
+def started(key: str = "a", pending: int = 2, last_served_tick: int = 0, priority: int = DEFAULT_PRIORITY) -> Candidate:
     return Candidate(key, pending, pending, last_served_tick, True, priority)
 
 
@@ -40,24 +40,26 @@ def test_nothing_to_do() -> None:
     assert plan([], CallRows(8)) == []
 
 
-def test_all_of_a_key_share_a_call() -> None:
-    assert served([begun(), begun(), new()]) == {0: 2, 1: 2, 2: 2}
+def test_jobs_with_the_same_key_share_a_call() -> None:
+    assert served([started(), started(), new()]) == {0: 2, 1: 2, 2: 2}
 
 
-def test_rows_of_a_call_are_of_the_leaders_key() -> None:
-    assert served([begun("a", last_served_tick=3), begun("b", last_served_tick=2), begun("b", last_served_tick=3)]) == {
+def test_all_rows_of_a_call_have_the_key_of_the_leader() -> None:
+    assert served(
+        [started("a", last_served_tick=3), started("b", last_served_tick=2), started("b", last_served_tick=3)]
+    ) == {
         1: 2,
         2: 2,
     }
 
 
-def test_those_served_longest_ago_come_first_and_the_last_one_gets_what_is_left() -> None:
+def test_jobs_served_longest_ago_come_first_and_the_last_one_gets_the_remaining_rows() -> None:
     assert plan(
         [
-            begun(last_served_tick=2),
-            begun(pending=3, last_served_tick=1),
-            begun(last_served_tick=1),
-            begun(last_served_tick=3),
+            started(last_served_tick=2),
+            started(pending=3, last_served_tick=1),
+            started(last_served_tick=1),
+            started(last_served_tick=3),
         ],
         CallRows(8),
     ) == [
@@ -68,44 +70,44 @@ def test_those_served_longest_ago_come_first_and_the_last_one_gets_what_is_left(
     ]
 
 
-def test_a_job_that_has_begun_goes_before_one_of_another_key_for_a_while() -> None:
-    assert served([new("b", last_served_tick=0), begun(last_served_tick=START_PATIENCE - 1)]) == {1: 2}
-    assert served([new("b", last_served_tick=0), begun(last_served_tick=START_PATIENCE + 1)]) == {0: 2}
+def test_a_running_job_goes_before_a_new_one_with_another_key_for_a_while() -> None:
+    assert served([new("b", last_served_tick=0), started(last_served_tick=START_PATIENCE - 1)]) == {1: 2}
+    assert served([new("b", last_served_tick=0), started(last_served_tick=START_PATIENCE + 1)]) == {0: 2}
 
 
-def test_a_job_does_not_begin_while_others_of_its_key_fill_a_call() -> None:
-    line = [new(last_served_tick=0), begun(last_served_tick=900), begun(last_served_tick=901)]
+def test_a_job_does_not_start_while_others_with_its_key_fill_a_call() -> None:
+    line = [new(last_served_tick=0), started(last_served_tick=900), started(last_served_tick=901)]
     assert not_yet_startable(line, CallRows(4)) == {0}
     assert served(line, limit=4) == {1: 2, 2: 2}
     assert not_yet_startable(line, CallRows(5)) == set()
     assert served(line, limit=5) == {0: 2, 1: 2, 2: 1}
 
 
-def test_those_who_wait_begin_in_their_order() -> None:
+def test_waiting_jobs_start_in_order() -> None:
     assert not_yet_startable(
-        [new(last_served_tick=3), begun(), new(last_served_tick=1), new(last_served_tick=2)], CallRows(4)
+        [new(last_served_tick=3), started(), new(last_served_tick=1), new(last_served_tick=2)], CallRows(4)
     ) == {0, 3}
 
 
-def test_jobs_wait_for_those_of_their_priority_only() -> None:
-    line = [begun(), begun(), new(priority=FIRST_PRIORITY), new(), new(priority=LAST_PRIORITY)]
+def test_jobs_only_wait_for_those_of_their_priority() -> None:
+    line = [started(), started(), new(priority=FIRST_PRIORITY), new(), new(priority=LAST_PRIORITY)]
     assert not_yet_startable(line, CallRows(4)) == {3, 4}
 
 
-def test_jobs_of_few_rows_do_not_wait_for_those_of_many() -> None:
-    assert not_yet_startable([begun(pending=64), begun(pending=64), new(), new(pending=64)], CallRows(8)) == {3}
+def test_small_jobs_do_not_wait_for_large_ones() -> None:
+    assert not_yet_startable([started(pending=64), started(pending=64), new(), new(pending=64)], CallRows(8)) == {3}
 
 
-def test_what_a_call_has_left_goes_to_those_who_wait() -> None:
+def test_waiting_jobs_get_the_remaining_rows_of_a_call() -> None:
     line = [Candidate("a", 64, 3, 0, True), new(pending=64)]
     assert not_yet_startable(line, CallRows(8)) == {1}
     assert served(line) == {0: 3, 1: 5}
 
 
-def test_a_job_of_many_rows_leaves_half_of_a_call_to_small_ones() -> None:
+def test_a_large_job_leaves_half_of_a_call_to_small_ones() -> None:
     assert served(
         [
-            begun(pending=64, last_served_tick=0),
+            started(pending=64, last_served_tick=0),
             new(last_served_tick=5),
             new(last_served_tick=6),
             new(last_served_tick=7),
@@ -113,23 +115,23 @@ def test_a_job_of_many_rows_leaves_half_of_a_call_to_small_ones() -> None:
     ) == {0: 4, 1: 2, 2: 2}
 
 
-def test_a_job_of_many_rows_gets_what_small_ones_leave() -> None:
-    assert served([begun(pending=64, last_served_tick=0), new(last_served_tick=5)]) == {0: 6, 1: 2}
+def test_a_large_job_gets_the_rows_that_small_ones_leave() -> None:
+    assert served([started(pending=64, last_served_tick=0), new(last_served_tick=5)]) == {0: 6, 1: 2}
 
 
-def test_large_jobs_go_one_after_the_other() -> None:
-    assert served([begun(pending=8, last_served_tick=0), begun(pending=8, last_served_tick=1)]) == {0: 8}
+def test_large_jobs_run_one_after_the_other() -> None:
+    assert served([started(pending=8, last_served_tick=0), started(pending=8, last_served_tick=1)]) == {0: 8}
 
 
 def test_priority_decides_who_goes_first() -> None:
-    line = [begun(priority=FIRST_PRIORITY, last_served_tick=9), begun(), begun(priority=LAST_PRIORITY)]
+    line = [started(priority=FIRST_PRIORITY, last_served_tick=9), started(), started(priority=LAST_PRIORITY)]
     assert served(line[1:], limit=2) == {0: 2}
     assert served([line[0], line[2]], limit=2) == {0: 2}
 
 
 @dataclass
 class SimulatedJob:
-    """A job of the simulation: rows of its current step that are open, and what became of it."""
+    """A job of the simulation: the pending rows of its current step, and its history."""
 
     batch_key: str
     rows: int
@@ -138,20 +140,20 @@ class SimulatedJob:
     last_served_tick: int
     pending: int = 0
     frames: int = 1
-    begun: bool = False
+    started: bool = False
     bound: int = 0
 
     def candidate(self) -> Candidate:
         return Candidate(
-            self.batch_key, self.rows, self.pending, self.last_served_tick, self.begun, self.priority, self.frames
+            self.batch_key, self.rows, self.pending, self.last_served_tick, self.started, self.priority, self.frames
         )
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_simulation_of_random_arrivals(seed: int) -> None:
-    """No starvation with the bound that the policy states, the row limit kept, work conserved, no step alone.
+    """No job waits longer than the policy promises, calls keep the row limit, and no call is emptier than necessary.
 
-    And no more is begun at a time than calls can hold, however long the line.
+    No more jobs are started at a time than calls can hold, however long the queue.
     """
     random_ = random.Random(seed)
     limit = random_.choice([1, 2, 8, 12, 16])
@@ -170,10 +172,10 @@ def test_simulation_of_random_arrivals(seed: int) -> None:
             jobs.append(SimulatedJob(key, rows, steps, priority, tick, pending=rows, frames=frames))
             arrivals -= 1
         candidates = [job.candidate() for job in jobs]
-        shares = plan(candidates, call_rows)
-        _check_call(candidates, shares, call_rows)
-        _serve(jobs, shares, tick, call_rows)
-        _check_begun(jobs, limit)
+        grants = plan(candidates, call_rows)
+        _check_call(candidates, grants, call_rows)
+        _serve(jobs, grants, tick, call_rows)
+        _check_started(jobs, limit)
         finished += [job for job in jobs if not job.steps]
         jobs = [job for job in jobs if job.steps]
         tick += 1
@@ -181,19 +183,19 @@ def test_simulation_of_random_arrivals(seed: int) -> None:
     assert all(not job.steps for job in finished)
 
 
-def _check_call(candidates: list[Candidate], shares: list[RowGrant], call_rows: CallRows) -> None:
-    rows = dict(shares)
-    assert len(rows) == len(shares), "each job once"
-    assert bool(shares) == bool(candidates)
-    assert all(0 < given <= candidates[index].pending for index, given in shares)
+def _check_call(candidates: list[Candidate], grants: list[RowGrant], call_rows: CallRows) -> None:
+    rows = dict(grants)
+    assert len(rows) == len(grants), "each job once"
+    assert bool(grants) == bool(candidates)
+    assert all(0 < given <= candidates[index].pending for index, given in grants)
     assert len({candidates[index].batch_key for index in rows}) <= 1
     open_rows = Counter[str]()
     for candidate in candidates:
         open_rows[str(candidate.batch_key)] += candidate.pending
-    if shares:
-        # Never alone, never half empty: all the rows of the key that there are, or as many as a call holds. With
-        # buckets, at least three quarters of what is computed.
-        leader = candidates[shares[0].index]
+    if grants:
+        # A call has all pending rows with its key, or as many as it holds. With buckets, at least three quarters of the
+        # computed rows are not padding.
+        leader = candidates[grants[0].index]
         sizes, pending = call_rows.of_frames(leader.frames), open_rows[str(leader.batch_key)]
         if call_rows.bucketed:
             assert sum(rows.values()) <= sizes.most
@@ -202,21 +204,21 @@ def _check_call(candidates: list[Candidate], shares: list[RowGrant], call_rows: 
             assert sum(rows.values()) == min(sizes.most, pending)
 
 
-def _check_begun(jobs: list[SimulatedJob], limit: int) -> None:
-    """Of each key and priority those of few rows that have begun are a call full, and one job that ends beyond it."""
-    begun = Counter[tuple[str, int]]()
+def _check_started(jobs: list[SimulatedJob], limit: int) -> None:
+    """Check that the started small jobs of each key and priority fill one call, except for the last job of it."""
+    started = Counter[tuple[str, int]]()
     for job in jobs:
         room = max(limit // job.frames, 1)
-        if job.begun and job.rows <= room // 2:
-            begun[job.batch_key, job.priority] += job.rows
-            assert begun[job.batch_key, job.priority] < room + room // 2
+        if job.started and job.rows <= room // 2:
+            started[job.batch_key, job.priority] += job.rows
+            assert started[job.batch_key, job.priority] < room + room // 2
 
 
-def _serve(jobs: list[SimulatedJob], shares: list[RowGrant], tick: int, call_rows: CallRows) -> None:
-    rows = dict(shares)
+def _serve(jobs: list[SimulatedJob], grants: list[RowGrant], tick: int, call_rows: CallRows) -> None:
+    rows = dict(grants)
     waiting = not_yet_startable([job.candidate() for job in jobs], call_rows)
     for index, job in enumerate(jobs):
-        # Jobs that come after the tick at which this one is due are due later, so only those that are there now count.
+        # Jobs that arrive after the tick at which this one is due are due later, so only the present ones count.
         due = job.last_served_tick + patience(job.candidate())
         if tick <= due + 1 or index in waiting:
             job.bound = max(due, tick) + 1 + len(jobs)
@@ -226,14 +228,14 @@ def _serve(jobs: list[SimulatedJob], shares: list[RowGrant], tick: int, call_row
             f"waited {tick - job.last_served_tick} ticks, {job.bound - job.last_served_tick} are promised"
         )
         job.pending -= rows[index]
-        job.last_served_tick, job.begun = tick, True
+        job.last_served_tick, job.started = tick, True
         if not job.pending:
             job.steps, job.pending = job.steps - 1, job.rows
 
 
 @pytest.mark.parametrize("crowd", [1, 8])
-def test_small_jobs_run_on_beside_one_of_many_rows(crowd: int) -> None:
-    """Every small job takes a step in most ticks, and the large one goes on too."""
+def test_small_jobs_continue_next_to_a_large_one(crowd: int) -> None:
+    """Every small job takes a step in most ticks, and the large one makes progress too."""
     jobs = [SimulatedJob("a", 64, 40, DEFAULT_PRIORITY, 0, pending=64)]
     jobs += [SimulatedJob("a", 2, 40, DEFAULT_PRIORITY, 0, pending=2) for _ in range(crowd)]
     tick = 0
@@ -246,7 +248,7 @@ def test_small_jobs_run_on_beside_one_of_many_rows(crowd: int) -> None:
 
 
 def test_jobs_of_equal_size_finish_one_after_the_other() -> None:
-    """Eight that fill a call, then eight more: the first ones do not wait for the others."""
+    """Eight jobs fill a call, then eight more arrive: the first ones do not wait for the others."""
     jobs = [SimulatedJob("a", 1, 50, DEFAULT_PRIORITY, 0, pending=1) for _ in range(16)]
     ends: list[int] = []
     for tick in range(100):
@@ -265,13 +267,13 @@ def test_rows_that_would_spill_into_the_next_bucket_wait_unless_padding_is_cheap
     assert rows_to_call(pending, CallRows(16)) == min(pending, 16)
 
 
-def test_who_was_served_last_is_left_to_the_next_call() -> None:
-    line = [begun(pending=1, last_served_tick=index) for index in range(9)]
+def test_the_job_served_last_is_left_to_the_next_call() -> None:
+    line = [started(pending=1, last_served_tick=index) for index in range(9)]
     assert dict(plan(line, CallRows(16, True))) == dict.fromkeys(range(8), 1)
 
 
-def test_what_was_left_goes_first_in_the_next_call() -> None:
-    jobs = [SimulatedJob("a", 1, 40, DEFAULT_PRIORITY, 0, pending=1, begun=True) for _ in range(9)]
+def test_rows_left_over_come_first_in_the_next_call() -> None:
+    jobs = [SimulatedJob("a", 1, 40, DEFAULT_PRIORITY, 0, pending=1, started=True) for _ in range(9)]
     for tick in range(1, 11):
         _serve(jobs, plan([job.candidate() for job in jobs], CallRows(16, True)), tick, CallRows(16, True))
         assert all(job.last_served_tick >= tick - 1 for job in jobs), "a job waited for two calls"
@@ -279,7 +281,7 @@ def test_what_was_left_goes_first_in_the_next_call() -> None:
 
 
 def spent(seed: int, rate: float, call_rows: CallRows, count: int = 80) -> tuple[float, float]:
-    """What random arrivals cost on an engine that pads to buckets: the end of the last job, and the mean time of one.
+    """Simulate an engine that pads to buckets: return when the last job ends, and the mean time of a job.
 
     The unit is the time of a row.
     """
@@ -297,9 +299,9 @@ def spent(seed: int, rate: float, call_rows: CallRows, count: int = 80) -> tuple
             at, rows, steps = arrivals.pop(0)
             active.append((at, SimulatedJob("a", rows, steps, DEFAULT_PRIORITY, tick, pending=rows)))
         jobs = [job for _, job in active]
-        shares = plan([job.candidate() for job in jobs], call_rows)
-        _serve(jobs, shares, tick, call_rows)
-        now, tick = now + engine.padded(sum(given for _, given in shares)) + CALL_OVERHEAD, tick + 1
+        grants = plan([job.candidate() for job in jobs], call_rows)
+        _serve(jobs, grants, tick, call_rows)
+        now, tick = now + engine.padded(sum(given for _, given in grants)) + CALL_OVERHEAD, tick + 1
         total += sum(now - at for at, job in active if not job.steps)
         active = [(at, job) for at, job in active if job.steps]
     return now, total / count
@@ -307,13 +309,13 @@ def spent(seed: int, rate: float, call_rows: CallRows, count: int = 80) -> tuple
 
 @pytest.mark.parametrize("rate", [1 / 200, 1 / 80, 1 / 10])
 def test_a_policy_that_knows_of_padding_serves_more(rate: float) -> None:
-    """Light load, nearly full, and more than can be served: against filling every call as far as it goes."""
+    """Compared with always filling calls, under light load, near capacity, and under overload."""
     aware, unaware = ([spent(seed, rate, CallRows(16, bucketed)) for seed in range(4)] for bucketed in (True, False))
     (end, mean), (end_unaware, mean_unaware) = (map(sum, zip(*made, strict=True)) for made in (aware, unaware))
     assert end <= end_unaware
     assert mean < mean_unaware
 
 
-def test_rows_of_clips_take_the_place_of_their_frames() -> None:
+def test_a_row_of_a_clip_counts_as_many_rows_as_it_has_frames() -> None:
     assert plan([Candidate("clip", 5, 5, 0, True, frames=4)], CallRows(8)) == [RowGrant(0, 2)]
     assert plan([Candidate("clip", 2, 2, 0, True, frames=16)], CallRows(8)) == [RowGrant(0, 1)]

@@ -1,4 +1,4 @@
-"""Previews: the clean latents are what they should be with every scheduler, and become small pictures."""
+"""Previews: clean latents are right with every scheduler, and become small pictures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_lin
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_clean_latents_from_a_perfect_prediction(name: str, prediction: str) -> None:
-    """Whatever a scheduler's scale of noise, the latents that noise was added to come out again."""
+    """With every scheduler, a perfect prediction gives back the latents before noise was added."""
     config = {**CONFIG, "prediction_type": prediction}
     bundle = msgspec.structs.replace(sd15(rows=2), scheduler=name, scheduler_config=config)
     scheduler = make_scheduler(bundle, job_request())
@@ -37,7 +37,7 @@ def test_clean_latents_from_a_perfect_prediction(name: str, prediction: str) -> 
     alpha = scheduler.alphas_cumprod[timestep.round().long()]
     output = noise if prediction == "epsilon" else alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
     predicted = predicted_latents(scheduler, timestep, model_input, output)
-    # Timesteps between two whole numbers (Karras-like spacing) are rounded: a preview need not be closer.
+    # Fractional timesteps (Karras-like spacing) are rounded, which is close enough for a preview.
     assert (predicted - clean).abs().mean() < 0.02
 
 
@@ -45,7 +45,7 @@ def test_clean_latents_from_a_perfect_prediction(name: str, prediction: str) -> 
     ("size", "expected"), [((8, 8), (64, 64)), ((64, 64), (256, 256)), ((32, 96), (256, 85)), ((64, 48), (192, 256))]
 )
 def test_size_of_previews(size: tuple[int, int], expected: tuple[int, int]) -> None:
-    """Latents [h, w] -> width and height."""
+    """Sizes of latents [h, w], and the expected width and height."""
     (data,) = previews(torch.zeros(1, 4, *size), SD15)
     image = Image.open(io.BytesIO(data))
     assert image.format == "JPEG"
@@ -68,5 +68,5 @@ def test_a_clip_shows_its_first_frame() -> None:
     assert previews(clip, SD15) == previews(clip[:, :, 0], SD15)
 
 
-def test_numbers_that_are_none_do_not_fail() -> None:
+def test_latents_that_are_nan_still_give_a_preview() -> None:
     assert len(previews(torch.full((1, 4, 8, 8), float("nan")), SD15)) == 1

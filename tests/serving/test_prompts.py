@@ -1,4 +1,4 @@
-"""Prompts as embeddings, with an encoder that answers at once."""
+"""Tokenizing and encoding prompts, with a fake text encoder."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PromptTokenizer:
         ("a " * 200 + "end", "a " * 125 + "end"),
     ],
 )
-def test_the_part_that_does_not_fit(tokenizer: PromptTokenizer, prompt: str, rest: str | None) -> None:
+def test_tokenizer_returns_the_part_that_does_not_fit(
+    tokenizer: PromptTokenizer, prompt: str, rest: str | None
+) -> None:
     ids, cut = tokenizer.with_rest(prompt)
     assert ids.shape == (1, 77)
     assert np.array_equal(ids, tokenizer(prompt))
@@ -52,7 +54,7 @@ def test_the_part_that_does_not_fit(tokenizer: PromptTokenizer, prompt: str, res
 
 
 class Encoder:
-    """In the place of the text encoder."""
+    """Replaces the text encoder; responds at once."""
 
     async def call(self, model: str, tensors: Mapping[str, np.ndarray]) -> Tensors:
         return {"hidden_states": np.zeros((1, 77, 768), np.float32)}
@@ -61,7 +63,7 @@ class Encoder:
         raise NotImplementedError
 
 
-def test_tokenizing_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokenizing_does_not_block_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     class Slow:
         def __init__(self, *_: object) -> None:
             pass

@@ -1,4 +1,4 @@
-"""Engines that run few numbers of rows, with the real ones of a bundle: what they are asked for, and equal pictures."""
+"""Engines that only run certain numbers of rows, tested with a real bundle: shapes of calls, and equal pictures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bundles import Made
+from bundles import ExportedBundle
 from imprompt_serving.backends import Engine, get_backend
 from imprompt_serving.denoiser import warm_up as denoiser_warm_up
 from imprompt_serving.denoiser.answers import Outcome
@@ -19,7 +19,7 @@ from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.loop import Denoiser
 from imprompt_serving.denoiser.networks import StepNetworks
-from imprompt_serving.job import AdapterUse, ControlUse
+from imprompt_serving.job_request import AdapterOptions, ControlOptions
 from imprompt_serving.specs import Bundle
 from jobs import job_request
 
@@ -28,7 +28,7 @@ NAMES = ("unet", "motion_unet", "controlnet_depth", "controlnet_canny", "control
 
 
 class Counting:
-    """An engine that remembers the shapes of its calls, by the first of its inputs."""
+    """An engine that records the shape of the first input of each call."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -42,9 +42,9 @@ class Counting:
 
 
 class Bucketed:
-    """The denoiser of a bundle on the CPU, told to run few numbers of rows, or any."""
+    """The denoiser of a bundle on the CPU, with or without buckets of rows."""
 
-    def __init__(self, made: Made, *, bucketed: bool) -> None:
+    def __init__(self, made: ExportedBundle, *, bucketed: bool) -> None:
         folder = made.repository / "control_denoiser/1"
         self.bundle = Bundle.load(folder)
         self.engines: dict[str, Counting] = {}
@@ -61,18 +61,18 @@ class Bucketed:
         return {name: {shape[0] for shape in engine.shapes} for name, engine in self.engines.items()}
 
     def jobs(self) -> list[Job]:
-        """A guided picture with image prompt and ControlNet, three that are not guided, and one alone."""
+        """Make jobs for a guided picture with image prompt and ControlNet, three unguided pictures, and one more."""
         conditioner, _ = self.parts
-        controls = (ControlUse(name="depth"), ControlUse(name="sketch"))
+        controls = (ControlOptions(name="depth"), ControlOptions(name="sketch"))
         cases: list[dict[str, Any]] = [
-            {"adapters": (AdapterUse(name="plain"),), "controls": controls},
+            {"adapters": (AdapterOptions(name="plain"),), "controls": controls},
             {"num_images_per_prompt": 3, "guidance_scale": 1.0, "seeds": (1, 2, 3)},
             {"guidance_scale": 1.0, "controls": controls[:1]},
         ]
         made = []
         for index, case in enumerate(cases):
             request = job_request(id=str(index), **case)
-            tensors = denoiser_warm_up._tensors(denoiser_warm_up.Round(size=(64, 64)), self.bundle)
+            tensors = denoiser_warm_up._tensors(denoiser_warm_up.WarmUpJob(size=(64, 64)), self.bundle)
             tensors = {
                 name: torch.randn(tensor.shape, generator=torch.Generator().manual_seed(index))
                 for name, tensor in tensors.items()
@@ -81,7 +81,7 @@ class Bucketed:
         return made
 
     def run(self, jobs: list[Job]) -> list[torch.Tensor]:
-        """Latents of ``jobs``, which share calls."""
+        """Return the latents of `jobs`, which share calls."""
         denoiser = Denoiser(self.parts[1], Batcher(self.bundle, self.call_rows), self.call_rows)
         outcomes = [Outcome() for _ in jobs]
         for job, outcome in zip(jobs, outcomes, strict=True):
@@ -94,12 +94,12 @@ class Bucketed:
 
 
 @pytest.fixture(scope="module")
-def made(bundle: Callable[[str], Made]) -> Made:
+def made(bundle: Callable[[str], ExportedBundle]) -> ExportedBundle:
     return bundle("control")
 
 
-def test_pictures_are_those_without_padding(made: Made) -> None:
-    """Jobs of one, two and three rows, alone and together: six rows are a call of eight, or of four and of two."""
+def test_padding_does_not_change_pictures(made: ExportedBundle) -> None:
+    """Jobs of one, two, and three rows, alone and together: six rows are padded to eight, or run as four and two."""
     plain, bucketed = (Bucketed(made, bucketed=value) for value in (False, True))
     expected = [plain.run([job])[0] for job in plain.jobs()]
     assert 3 in plain.rows()["unet"]
@@ -111,8 +111,8 @@ def test_pictures_are_those_without_padding(made: Made) -> None:
     assert all(rows <= set(bucketed.call_rows.buckets) for rows in bucketed.rows().values())
 
 
-def test_every_bucket_is_warmed_up(made: Made) -> None:
-    """At the default size, in every network; what callers then ask for has been run before."""
+def test_every_bucket_is_warmed_up(made: ExportedBundle) -> None:
+    """At the default size, in every network, so that later calls have shapes that have run before."""
     room = Bucketed(made, bucketed=True)
     denoiser_warm_up.warm_up(room.bundle, *room.parts, CPU, room.call_rows)
     size = room.bundle.default_height // room.bundle.vae_scale_factor
@@ -124,7 +124,7 @@ def test_every_bucket_is_warmed_up(made: Made) -> None:
     assert {shape[0] for shape in room.engines["motion_unet"].shapes} == {1}
 
 
-def test_engines_that_take_any_number_of_rows_are_warmed_up_once(made: Made) -> None:
+def test_engines_without_buckets_are_warmed_up_once(made: ExportedBundle) -> None:
     room = Bucketed(made, bucketed=False)
     denoiser_warm_up.warm_up(room.bundle, *room.parts, CPU, room.call_rows)
     assert len(room.engines["unet"].shapes) == 1

@@ -1,4 +1,4 @@
-"""Schedulers as diffusers' pipelines have them: each corrects other values of an outdated configuration."""
+"""Schedulers as diffusers' pipelines make them, with the corrections of each pipeline to outdated configurations."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.schedulers import make_scheduler, set_timesteps
 from imprompt_serving.errors import InvalidRequest
-from imprompt_serving.job import ControlUse, JobRequest
+from imprompt_serving.job_request import ControlOptions, JobRequest
 from imprompt_serving.pipeline.request import parse
 from imprompt_serving.specs import Bundle
 from jobs import job_request
@@ -43,12 +43,12 @@ PIPELINES: dict[str, tuple[Any, dict[str, Any]]] = {
     "text-to-image": (StableDiffusionPipeline, {}),
     "image-to-image": (StableDiffusionImg2ImgPipeline, {}),
     "inpainting": (StableDiffusionInpaintPipeline, {}),
-    "control": (StableDiffusionControlNetPipeline, {"controls": (ControlUse(name="depth"),)}),
+    "control": (StableDiffusionControlNetPipeline, {"controls": (ControlOptions(name="depth"),)}),
 }
 
 
 def diffusers_scheduler(pipeline: Any, name: str, config: dict[str, Any]) -> Any:
-    """The scheduler of an otherwise empty pipeline."""
+    """Return the scheduler of an otherwise empty diffusers pipeline."""
     parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "unet", "safety_checker", "feature_extractor"))
     if pipeline is StableDiffusionControlNetPipeline:
         small = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "norm_num_groups": 1}
@@ -71,7 +71,7 @@ def test_the_scheduler_of_each_task(name: str, case: str, config: str) -> None:
     assert settings(other) == settings(LCMScheduler.from_config(expected.config))
 
 
-def test_infinite_values_of_a_configuration_stay(tmp_path: Path) -> None:
+def test_infinite_values_of_a_configuration_are_kept(tmp_path: Path) -> None:
     config = OUTDATED | {"lambda_min_clipped": float("-inf")}
     bundle = msgspec.structs.replace(sd15(rows=2), scheduler="DPMSolverMultistepScheduler", scheduler_config=config)
     bundle.save(tmp_path)
@@ -81,21 +81,21 @@ def test_infinite_values_of_a_configuration_stay(tmp_path: Path) -> None:
 
 
 def settings(scheduler: Any) -> dict[str, Any]:
-    """Its class, and its configuration without diffusers' own notes."""
+    """Return its class, and its configuration without diffusers' private entries."""
     values = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     return {"class": type(scheduler).__name__, **values}
 
 
 def saved_config(name: str) -> dict[str, Any]:
-    """`dict(pipe.scheduler.config)` of a scheduler that diffusers made from the configuration of another one."""
+    """Return `dict(pipe.scheduler.config)` of a scheduler that was made from the configuration of another class."""
     loaded = {**OUTDATED, "_class_name": "DDIMScheduler", "_diffusers_version": "0.6.0", "set_alpha_to_one": False}
     return dict(getattr(diffusers, name).from_config(diffusers.DDIMScheduler.from_config(loaded).config).config)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("other", [None, "EulerDiscreteScheduler", "UniPCMultistepScheduler"])
-def test_a_saved_configuration_is_taken_whole(name: str, other: str | None) -> None:
-    """As `Class.from_config` takes it, whatever the bundle's own scheduler is; by way of JSON and of the pipeline."""
+def test_a_saved_configuration_replaces_the_bundles_own(name: str, other: str | None) -> None:
+    """Sent as JSON and parsed by the pipeline, it has the effect of `Class.from_config`, whatever the bundle has."""
     saved = saved_config(name)
     wire = {"prompt": b"a", "scheduler_config": json.dumps(saved).encode()} | (
         {"scheduler": other.encode()} if other else {}
@@ -134,7 +134,7 @@ def test_infinities_of_a_callers_configuration(infinity: Any) -> None:
 
 
 def job(scheduler: str | None, config: dict[str, Any], device: str = "cpu", **changes: Any) -> Job:
-    """A job whose scheduler the caller chose."""
+    """Make a job with the scheduler that a caller chose."""
     bundle = sd15(rows=2)
     asked = job_request(scheduler=scheduler, scheduler_config=config, guidance_scale=1.0, **changes)
     tensors = {
@@ -179,7 +179,7 @@ def run(job: Job) -> torch.Tensor:
         ("scheduler_config", "LCMScheduler", {"original_inference_steps": 0}, {}),
         ("scheduler_config", "LCMScheduler", {"original_inference_steps": 2}, {}),
         ("scheduler_config", "DPMSolverSDEScheduler", {"prediction_type": "sample"}, {}),
-        ("scheduler_config", "DPMSolverSDEScheduler", {"beta_end": 5}, {}),  # once an endless search
+        ("scheduler_config", "DPMSolverSDEScheduler", {"beta_end": 5}, {}),  # used to search forever
         ("scheduler_config", "DPMSolverSDEScheduler", {"beta_start": 0, "beta_end": 0}, {}),
         ("scheduler_config", "EulerDiscreteScheduler", {"beta_start": -0.5}, {}),
         ("scheduler_config", "PNDMScheduler", {"trained_betas": [0.1] * 10}, {"task": "image-to-image"}),
@@ -190,7 +190,7 @@ def run(job: Job) -> torch.Tensor:
     ],
     ids=str,
 )  # fmt: skip
-def test_what_a_scheduler_refuses_names_what_the_caller_gave(
+def test_errors_of_a_scheduler_name_the_callers_parameter(
     parameter: str, scheduler: str | None, config: dict[str, Any], changes: dict[str, Any]
 ) -> None:
     with pytest.raises(InvalidRequest) as caught:
@@ -198,7 +198,7 @@ def test_what_a_scheduler_refuses_names_what_the_caller_gave(
     assert caught.value.parameter == parameter
 
 
-def test_a_fault_of_ours_is_not_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_internal_errors_are_not_blamed_on_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = job(None, {})
     monkeypatch.setattr(broken._scheduler, "step", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -206,22 +206,22 @@ def test_a_fault_of_ours_is_not_the_callers(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_seed_means_what_torch_takes(name: str) -> None:
-    """Signed or not: -1 is 2**64 - 1, and 2**63 + 5 comes from the wire as a negative number."""
+def test_seeds_mean_the_same_as_in_torch(name: str) -> None:
+    """Seeds may be signed: -1 is 2**64 - 1, and 2**63 + 5 arrives as a negative number."""
     first, second = (run(job(name, {}, seeds=(seed,))) for seed in (-1, 2**64 - 1))
     assert torch.equal(first, second)
     assert not torch.equal(first, run(job(name, {}, seeds=(2**63 + 5 - 2**64,))))
 
 
-def test_the_seed_of_each_picture_repeats_it() -> None:
-    """`DPMSolverSDEScheduler` draws noise at each step from seeds of its own."""
+def test_the_seed_of_a_picture_reproduces_it() -> None:
+    """Also with `DPMSolverSDEScheduler`, which draws noise at each step with separate seeds."""
     together = run(job("DPMSolverSDEScheduler", {}, seeds=(3, 8)))
     for picture, seed in zip(together, (3, 8), strict=True):
         assert torch.allclose(picture, run(job("DPMSolverSDEScheduler", {}, seeds=(seed,)))[0], atol=1e-5)
 
 
 def test_noise_is_drawn_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same as diffusers draws there; `meta` stands in for a GPU."""
+    """The noise is the same as in diffusers on the CPU. `meta` tensors replace a GPU."""
     asked: list[torch.Tensor] = []
 
     class Sampler(sde.BrownianTreeNoiseSampler):
@@ -248,7 +248,7 @@ def test_noise_is_drawn_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("steps", "refused"), [(999, False), (1000, True)])
-def test_the_last_timestep_is_one_that_the_model_knows(steps: int, refused: bool) -> None:
+def test_timesteps_beyond_training_are_refused(steps: int, refused: bool) -> None:
     made = make_scheduler(sd15(rows=2), job_request())
     if refused:
         with pytest.raises(ValueError, match="reach timestep 1000 of a model trained on 1000"):
@@ -259,7 +259,7 @@ def test_the_last_timestep_is_one_that_the_model_knows(steps: int, refused: bool
 
 WITHOUT_NOISE = (
     "DEISMultistepScheduler",
-    "DPMSolverSDEScheduler",  # has a seed of its own
+    "DPMSolverSDEScheduler",  # has a separate seed
     "HeunDiscreteScheduler",
     "KDPM2DiscreteScheduler",
     "LMSDiscreteScheduler",
@@ -269,7 +269,7 @@ WITHOUT_NOISE = (
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_step_gets_the_arguments_that_it_takes(name: str) -> None:
+def test_a_step_gets_the_arguments_that_it_accepts(name: str) -> None:
     made, generator = make_scheduler(sd15(rows=2), job_request(scheduler=name)), torch.Generator()
     expected: dict[str, Any] = {"eta": 0.5} if name in ("DDIMScheduler", "TCDScheduler") else {}
     expected |= {} if name in WITHOUT_NOISE else {"generator": generator}

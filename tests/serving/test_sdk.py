@@ -50,7 +50,7 @@ def test_describe(sd15: Served) -> None:
     assert sd15.client.models() == ["sd15"]
 
 
-def test_stream_gives_progress_and_then_the_picture(sd15: Served) -> None:
+def test_stream_yields_progress_and_then_the_result(sd15: Served) -> None:
     *progress, result = sd15.client.stream(**SMALL)
     assert all(isinstance(event, Progress) for event in progress)
     assert [(event.step, event.steps) for event in progress] == [(1, 4), (2, 4), (3, 4), (4, 4)]
@@ -69,7 +69,7 @@ def test_async_client(sd15: Served) -> None:
     assert_same(events[-1], pictures(results[0]))
 
 
-def test_a_raw_caller_gets_the_outputs_it_names(sd15: Served) -> None:
+def test_raw_client_gets_the_outputs_that_it_requests(sd15: Served) -> None:
     prompt = tritonclient.grpc.InferInput("prompt", [1], "BYTES")
     prompt.set_data_from_numpy(np.array([b"a cat"], dtype=object))
     steps = tritonclient.grpc.InferInput("num_inference_steps", [1], "INT32")
@@ -90,14 +90,14 @@ def test_timeout(sd15: Served) -> None:
     assert idle(sd15)
 
 
-def test_a_stream_that_is_left_stops_its_work(sd15: Served) -> None:
+def test_closing_a_stream_stops_its_work(sd15: Served) -> None:
     stream = sd15.client.stream(**LONG)
     next(stream)
     stream.close()
     assert idle(sd15)
 
 
-def test_an_async_task_that_is_cancelled_stops_its_work(sd15: Served) -> None:
+def test_canceling_an_async_task_stops_its_work(sd15: Served) -> None:
     async def run() -> None:
         async with AsyncClient(sd15.server.grpc_address) as client:
             task = asyncio.create_task(client.generate(**LONG))
@@ -111,7 +111,7 @@ def test_an_async_task_that_is_cancelled_stops_its_work(sd15: Served) -> None:
 
 
 def idle(sd15: Served) -> bool:
-    """Whether a short request is served at once: nothing long is left in the denoiser."""
+    """Return whether a short request is served at once, so no long job is left in the denoiser."""
     for _ in range(100):
         start = time.monotonic()
         sd15.client.generate(**{**SMALL, "num_inference_steps": 2})
@@ -135,9 +135,7 @@ def test_generate_from_the_shell(sd15: Served, tmp_path: Path) -> None:
     assert "height" in bad.output
 
 
-def test_refusals_in_streams_keep_their_status_and_leave_the_log_alone(
-    sd15: Served, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_refusals_in_streams_keep_their_status_and_log_nothing(sd15: Served, capfd: pytest.CaptureFixture[str]) -> None:
     capfd.readouterr()
     for _ in range(20):
         with pytest.raises(InvalidRequest, match="num_inference_steps: ") as caught:
@@ -148,13 +146,13 @@ def test_refusals_in_streams_keep_their_status_and_leave_the_log_alone(
     assert "HandleCancellation" not in capfd.readouterr().err
 
 
-def test_the_time_of_a_stream_ends_it(sd15: Served) -> None:
+def test_timeout_ends_a_stream(sd15: Served) -> None:
     with pytest.raises(DeadlineExceeded, match=r"timeout: .*0\.5 s"):
         list(sd15.client.stream(**LONG, timeout=0.5))
     assert idle(sd15)
 
 
-def test_what_triton_itself_finds_in_a_stream_is_the_callers_mistake(sd15: Served) -> None:
+def test_errors_that_triton_finds_in_a_stream_are_invalid_requests(sd15: Served) -> None:
     client = Client(sd15.server.grpc_address)
     served = client._model("sd15", client._budget(), stream=True)
     wrong = {**served.inputs, "foo": Input(name="foo", dtype="INT32", dims=(1,))}
@@ -164,13 +162,13 @@ def test_what_triton_itself_finds_in_a_stream_is_the_callers_mistake(sd15: Serve
     assert caught.value.parameter == "foo"
 
 
-def test_large_seeds_come_back_as_they_were_given(sd15: Served) -> None:
+def test_large_seeds_are_reported_unchanged(sd15: Served) -> None:
     result = sd15.client.generate(**{**SMALL, "seed": 2**64 - 1})
     assert result.seeds == [2**64 - 1]
     assert_same(result, pictures(sd15.client.generate(**{**SMALL, "seed": -1})))
 
 
-def test_a_proxy_of_the_environment_is_not_asked(sd15: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxy_from_the_environment_is_ignored(sd15: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "https_proxy", "grpc_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
@@ -179,7 +177,7 @@ def test_a_proxy_of_the_environment_is_not_asked(sd15: Served, monkeypatch: pyte
         assert client.models() == ["sd15"]
 
 
-def test_the_metrics_port_is_not_that_of_grpc(sd15: Served) -> None:
+def test_metrics_port_is_refused_as_the_address(sd15: Served) -> None:
     with (
         Client(sd15.server.metrics_address) as client,
         pytest.raises(ConnectionFailed, match="the address must be the host:port of the server's gRPC endpoint"),
@@ -187,7 +185,7 @@ def test_the_metrics_port_is_not_that_of_grpc(sd15: Served) -> None:
         client.models()
 
 
-def test_bench_goes_on_without_metrics(
+def test_bench_runs_without_metrics(
     sd15: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(target, "METRICS_PORT", 1)
@@ -208,7 +206,7 @@ def test_models_from_the_shell(sd15: Served) -> None:
     assert json.loads(outcome.output)["sd15"]["family"] == "sd15"
 
 
-def test_the_export_is_documented_in_the_repository(sd15: Served) -> None:
+def test_export_writes_its_report_to_the_repository(sd15: Served) -> None:
     report = json.loads((sd15.bundle.repository / "sd15/export.json").read_text())
     rows = report["engines"]
     assert {"unet", "vae_decoder", "text_encoder", "image_encoder_plain"} <= {row["engine"] for row in rows}

@@ -1,4 +1,4 @@
-"""SDXL with an image prompt: the pictures of diffusers, through a running Triton."""
+"""SDXL with image prompts on a running Triton: the same pictures as diffusers."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_scales_by_block(sdxl: Served, scale: dict[str, Any]) -> None:
     assert_different(result, sdxl.generate(**SMALL, ip_adapter_image={"plain": STATUE}, ip_adapter_scale=1.0, seed=0))
 
 
-def test_style_is_the_blocks_of_instant_style(sdxl: Served) -> None:
+def test_weight_type_style_uses_the_instantstyle_blocks(sdxl: Served) -> None:
     arguments = {**SMALL, "ip_adapter_image": {"plain": STATUE}, "seed": 0}
     style = sdxl.generate(**arguments, ip_adapter_weight_type="style")
     pipe = load(sdxl, scale={"up": {"block_0": [0.0, 1.0, 0.0]}})
@@ -106,7 +106,7 @@ def test_inpainting(sdxl: Served) -> None:
     assert_same(sdxl.generate(**arguments, ip_adapter_image={"plain": STATUE}, ip_adapter_scale=0.6, seed=0), expected)
 
 
-def test_an_adapter_with_the_vit_h_encoder(sdxl: Served) -> None:
+def test_adapter_with_the_vit_h_encoder(sdxl: Served) -> None:
     pipe = load(sdxl, adapter=1)
     styles = images.photos(3, seed=50)
     arguments = {**SMALL, "ip_adapter_scale": 0.6, "seed": 0}

@@ -1,4 +1,4 @@
-"""What a family owns when it is served, and that a further one takes no change elsewhere."""
+"""What a family defines for serving, and that a new family needs no changes elsewhere."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.schedulers import make_scheduler
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.families import get_family, sd15
-from imprompt_serving.job import JobRequest, Task
+from imprompt_serving.job_request import JobRequest, Task
 from imprompt_serving.parameters import ROWS, Group
 from imprompt_serving.pipeline.request import parse
 from imprompt_serving.specs import Bundle, CrossAttention
@@ -34,7 +34,7 @@ XL = msgspec.structs.replace(PLAIN, family="sdxl", text_encoders=PLAIN.text_enco
 
 
 def by_diffusers(family: str, task: Task, parameter: str, *, controlled: bool) -> Any:
-    """The default of diffusers' pipeline for a task."""
+    """Return the default in diffusers' pipeline for a task."""
     name = f"{PREFIXES[family]}{'ControlNet' * controlled}{SUFFIXES[task]}Pipeline"
     return inspect.signature(getattr(diffusers, name).__call__).parameters[parameter].default
 
@@ -42,7 +42,7 @@ def by_diffusers(family: str, task: Task, parameter: str, *, controlled: bool) -
 @pytest.mark.parametrize("family", PREFIXES)
 @pytest.mark.parametrize("task", SUFFIXES)
 @pytest.mark.parametrize("controlled", [False, True])
-def test_defaults_are_those_of_diffusers(family: str, task: Task, controlled: bool) -> None:
+def test_defaults_equal_those_of_diffusers(family: str, task: Task, controlled: bool) -> None:
     made = get_family(family)
     guidance_scale = by_diffusers(family, task, "guidance_scale", controlled=controlled)
     assert made.default_guidance_scale(task, controlled=controlled) == guidance_scale
@@ -54,8 +54,8 @@ def test_defaults_are_those_of_diffusers(family: str, task: Task, controlled: bo
         assert made.default_conditioning_scale(task) == scale
 
 
-def test_rows_of_the_table_name_a_family() -> None:
-    """A row that no family takes, or that a family takes and the table lacks, would never be checked."""
+def test_family_parameters_match_the_table() -> None:
+    """No check would notice a row that no family accepts, or a parameter of a family without a row."""
     rows = {row.name for row in ROWS if row.group is Group.FAMILY}
     assert rows == {name for family in families.NAMES for name in get_family(family).parameters}
 
@@ -79,13 +79,13 @@ ALL = layers(
         ("sdxl", ("up_blocks.1.attentions.1.",)),
     ],
 )
-def test_layers_of_style_and_composition(family: str, style: tuple[str, ...]) -> None:
-    parts = get_family(family).parts(ALL)
+def test_layer_roles_of_style_and_composition(family: str, style: tuple[str, ...]) -> None:
+    parts = get_family(family).layer_roles(ALL)
     assert parts["composition"] == {layer.name for layer in ALL if layer.name.startswith("down_blocks.2.")}
     assert parts["style"] == {layer.name for layer in ALL if layer.name.startswith(style)}
 
 
-def test_latents_have_the_mean_and_the_deviation_of_their_vae() -> None:
+def test_latents_are_normalized_with_the_statistics_of_their_vae() -> None:
     vae: dict[str, Any] = {"vae_latents_mean": (0.0, 1.0, 2.0, 3.0), "vae_latents_std": (1.0, 2.0, 4.0, 8.0)}
     bundle = msgspec.structs.replace(XL, vae_scaling_factor=0.5, **vae)
     latents = get_family("sdxl").scale_latents(torch.ones(1, 4, 1, 1), bundle)
@@ -94,7 +94,7 @@ def test_latents_have_the_mean_and_the_deviation_of_their_vae() -> None:
 
 
 def text(bundle: Bundle, prompts: int = 1) -> dict[str, torch.Tensor]:
-    """Text embeddings of both branches: ones, and zeros for the negative branch."""
+    """Make text embeddings of both branches: ones, and zeros for the negative branch."""
     shapes = get_family(bundle.family).text_shapes(bundle)
     positive = {name: torch.ones(prompts, *shape) for name, shape in shapes.items()}
     return positive | {f"negative_{name}": torch.zeros_like(value) for name, value in positive.items()}
@@ -105,7 +105,7 @@ def inputs(bundle: Bundle, request: JobRequest) -> Any:
 
 
 @pytest.mark.parametrize("bundle", [PLAIN, XL], ids=lambda bundle: bundle.family)
-def test_the_denoiser_takes_what_the_text_encoders_give(bundle: Bundle) -> None:
+def test_denoiser_accepts_the_embeddings_of_the_text_encoders(bundle: Bundle) -> None:
     family = get_family(bundle.family)
     answers = [{"hidden_states": np.zeros((1, 77, rig.WIDTH)), "text_embeds": np.zeros((1, 8))}] * 2
     joined = family.join_text(answers[: len(bundle.text_encoders)])
@@ -115,7 +115,7 @@ def test_the_denoiser_takes_what_the_text_encoders_give(bundle: Bundle) -> None:
         assert sent[name] == sent[f"negative_{name}"] == (-1, *shape)
 
 
-def test_sizes_are_inputs_of_sdxl_alone() -> None:
+def test_only_sdxl_takes_sizes_as_inputs() -> None:
     request = job_request(original_size=(96, 80), negative_original_size=(32, 32), negative_target_size=(16, 16))
     assert inputs(PLAIN, request).keys() == {"encoder_hidden_states"}
     made = inputs(XL, request)
@@ -124,7 +124,7 @@ def test_sizes_are_inputs_of_sdxl_alone() -> None:
 
 
 class Toy(sd15.SD15):
-    """SD 1.5 that differs from it in each thing that a family owns."""
+    """A family that differs from SD 1.5 in everything that a family defines."""
 
     def default_guidance_scale(self, task: Task, *, controlled: bool) -> float:
         return 3.25
@@ -136,13 +136,13 @@ class Toy(sd15.SD15):
     def scheduler_corrections(self, config: Any, request: Any) -> dict[str, Any]:
         return {"steps_offset": 3}
 
-    def parts(self, layers: Sequence[CrossAttention]) -> dict[str, frozenset[str]]:
+    def layer_roles(self, layers: Sequence[CrossAttention]) -> dict[str, frozenset[str]]:
         return dict.fromkeys(("style", "composition"), frozenset(layer.name for layer in layers))
 
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> Bundle:
-    """A bundle of a family that is registered as any other: its name in the list, and its module."""
+    """A bundle of a family that is registered like any other, with its name in the list and its module."""
     module = ModuleType("toy")
     module.FAMILY = Toy(prompts=("prompt",), parameters=("target_size",))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "imprompt_serving.families.toy", module)
@@ -150,7 +150,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Bundle:
     return msgspec.structs.replace(PLAIN, family="toy")
 
 
-def test_a_further_family_parses_its_requests(toy: Bundle) -> None:
+def test_new_family_parses_its_requests(toy: Bundle) -> None:
     request = parse({"prompt": np.array([b"a cat"], object), "target_size": np.array([64, 32], np.int32)}, toy)
     assert (request.settings.guidance_scale, request.settings.target_size) == (3.25, (64, 32))
     taken, usual = ({tensor.name for tensor in request_tensors(b, stream=False)} for b in (toy, PLAIN))
@@ -159,13 +159,13 @@ def test_a_further_family_parses_its_requests(toy: Bundle) -> None:
         parse({name: np.array([b"a cat"], object) for name in ("prompt", "prompt_2")}, toy)
 
 
-def test_a_further_family_conditions_its_jobs(toy: Bundle) -> None:
+def test_new_family_conditions_its_jobs(toy: Bundle) -> None:
     made = inputs(toy, job_request())
     assert made["tone"].shape == (2, rig.WIDTH)
     assert made["tone"][:, 0].tolist() == [0, 2]
     assert make_scheduler(toy, job_request()).config.steps_offset == 3
 
 
-def test_a_family_that_is_not_there_is_refused(toy: Bundle) -> None:
-    with pytest.raises(ValueError, match="no family 'other'; there are sd15, sdxl, toy"):
+def test_unknown_family_is_refused(toy: Bundle) -> None:
+    with pytest.raises(ValueError, match="unknown family 'other'; known families are sd15, sdxl, toy"):
         msgspec.structs.replace(toy, family="other")

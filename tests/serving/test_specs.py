@@ -1,4 +1,4 @@
-"""A bundle's description as it is kept beside its models."""
+"""A bundle's description on disk, and the rows of its calls."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from imprompt_bench.rig import sd15
 from imprompt_serving.specs import FILE_NAME, Bundle, CallRows
 
 
-def test_a_bundle_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_bundle_survives_a_round_trip(tmp_path: Path) -> None:
     bundle = sd15(rows=4, adapters=("plain",))
     bundle.save(tmp_path)
     assert Bundle.load(tmp_path) == bundle
 
 
-def test_a_bundle_of_another_version_says_what_to_do(tmp_path: Path) -> None:
+def test_bundle_from_another_version_says_what_to_do(tmp_path: Path) -> None:
     sd15(rows=4).save(tmp_path)
     content = json.loads((tmp_path / FILE_NAME).read_text())
     del content["preview_factors"]
     (tmp_path / FILE_NAME).write_text(json.dumps(content))
     with pytest.raises(
-        ValueError, match=r"bundle\.json is of another version .* export the bundle again: .*preview_factors"
+        ValueError, match=r"bundle\.json was written by another version .* export the bundle again: .*preview_factors"
     ):
         Bundle.load(tmp_path)
 
@@ -32,8 +32,8 @@ def test_a_bundle_of_another_version_says_what_to_do(tmp_path: Path) -> None:
     ("most", "buckets"),
     [(1, (1,)), (2, (1, 2)), (6, (1, 2, 4, 6)), (8, (1, 2, 4, 8)), (16, (1, 2, 4, 8, 16)), (17, (1, 2, 4, 8, 16, 17))],
 )
-def test_rows_of_a_call(most: int, buckets: tuple[int, ...]) -> None:
-    """The next bucket above, the last one below; any number where rows are not bucketed."""
+def test_call_rows_pad_to_the_next_bucket(most: int, buckets: tuple[int, ...]) -> None:
+    """`padded` rounds up to a bucket and `unpadded` down; without buckets, both keep the number."""
     sizes, any_number = CallRows(most, bucketed=True), CallRows(most)
     assert sizes.buckets == buckets
     for rows in range(1, most + 1):
@@ -42,6 +42,6 @@ def test_rows_of_a_call(most: int, buckets: tuple[int, ...]) -> None:
         assert any_number.padded(rows) == any_number.unpadded(rows) == rows
 
 
-def test_rows_of_a_clip_take_the_place_of_its_frames() -> None:
+def test_row_of_a_clip_counts_as_its_frames() -> None:
     assert CallRows(16, bucketed=True).of_frames(5).buckets == (1, 2, 3)
     assert CallRows(16, bucketed=True).of_frames(32).buckets == (1,)

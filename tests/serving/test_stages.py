@@ -1,4 +1,4 @@
-"""Seconds by stage."""
+"""Measuring the seconds of each stage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from imprompt_serving.pipeline.stages import Stages
 
 
-def test_time_in_which_calls_of_a_stage_overlap_counts_once() -> None:
+def test_overlapping_calls_of_a_stage_count_once() -> None:
     stages = Stages()
 
     async def call(delay: float, seconds: float) -> None:
@@ -24,7 +24,7 @@ def test_time_in_which_calls_of_a_stage_overlap_counts_once() -> None:
     assert stages.seconds["image_encoder"] == pytest.approx(0.25, abs=0.045)
 
 
-def test_a_stage_that_fails_is_measured() -> None:
+def test_failing_stage_is_measured() -> None:
     stages = Stages()
     for _ in range(2):
         with pytest.raises(ValueError, match="no"), stages.measure("vae_decoder"):

@@ -1,4 +1,4 @@
-"""Image-to-image and inpainting with an image prompt: the pictures of diffusers, through a running Triton."""
+"""Image-to-image and inpainting with an image prompt on a running Triton: the same pictures as diffusers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SMALL: dict[str, Any] = {"prompt": "a photo of a cat", "num_inference_steps": 6}
 
 
 def load(served: Served, cls: Any, scheduler: str | None = None) -> Any:
-    """diffusers with the first adapter of the bundle at scale 0.6."""
+    """Load a diffusers pipeline with the first adapter of the bundle at scale 0.6."""
     pipe = oracle.pipeline(served.bundle.checkpoints / "base", served.bundle.adapters[:1], cls, scheduler)
     pipe.set_ip_adapter_scale(0.6)
     return pipe
@@ -76,13 +76,13 @@ def test_inpainting(served: Any, name: str, scheduler: str, arguments: dict[str,
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "RGB"])
-def test_a_mask_of_another_size_is_resized(sd15: Served, mode: str) -> None:
+def test_mask_of_another_size_is_resized(sd15: Served, mode: str) -> None:
     arguments = {**SMALL, "image": SCENE, "mask_image": images.mask("circle", size=(40, 40)).convert(mode)}
     expected = oracle.generate(load(sd15, StableDiffusionInpaintPipeline), ip_adapter_image=STATUE, **arguments)
     assert_same(generate(sd15, **arguments), expected)
 
 
-def test_unmasked_pixels_stay(sd15: Served) -> None:
+def test_unmasked_pixels_are_kept(sd15: Served) -> None:
     scene = SCENE.resize((64, 64))
     result = sd15.generate(**SMALL, image=scene, mask_image=images.mask("left"), padding_mask_crop=0, seed=0)
     difference = np.abs(np.asarray(result.images[0]).astype(int) - np.asarray(scene.convert("RGB")))
@@ -104,12 +104,12 @@ def test_unmasked_pixels_stay(sd15: Served) -> None:
         ("mask_image", {"image": SCENE, "mask_image": images.mask("left", size=(40, 40)), "padding_mask_crop": 4}),
     ],
 )
-def test_bad_start_images_are_refused_by_name(sd15: Served, parameter: str, arguments: dict[str, Any]) -> None:
+def test_refusals_of_start_images_name_the_parameter(sd15: Served, parameter: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest) as caught:
         sd15.generate(**SMALL, **arguments)
     assert caught.value.parameter == parameter
 
 
-def test_an_inpainting_model_needs_a_mask(served: Any) -> None:
+def test_inpainting_model_requires_a_mask(served: Any) -> None:
     with pytest.raises(InvalidRequest, match="mask_image"):
         served("inpaint").generate(**SMALL)

@@ -1,4 +1,4 @@
-"""Which ControlNet acts on which row of a batch, and what a step with ControlNets copies. Without engines."""
+"""Which rows of a batch each ControlNet affects, and how much a step with ControlNets copies. Without engines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from imprompt_serving.denoiser.conditioning import Conditioning
 from imprompt_serving.denoiser.control import PreparedControlNet
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.networks import StepNetworks
-from imprompt_serving.job import ContextWindow
+from imprompt_serving.job_request import ContextWindow
 from imprompt_serving.specs import Bundle, ControlNet, Motion, Residual, level_size
 from jobs import job_request
 from traffic import Traffic
@@ -31,12 +31,12 @@ SD15 = (
     *(Residual(1280, 2),) * 2,
     *(Residual(1280, 3),) * 4,
 )
-"""What ControlNets of SD 1.5 add."""
+"""The residuals of ControlNets for SD 1.5."""
 SMALL = (Residual(2, 0), Residual(3, 1), Residual(2, 2))
 
 
 def bundle(residuals: tuple[Residual, ...] = SMALL, *, rows: int = 8) -> Bundle:
-    """Two ControlNets, one that adds planes and one that adds a number a channel; clips of up to 8 frames at once."""
+    """Describe a bundle with two ControlNets, one of which pools its residuals, and clips of up to 8 frames at once."""
     nets = (ControlNet(name="depth"), ControlNet(name="shuffle", global_pool=True), ControlNet(name="canny"))
     return msgspec.structs.replace(
         sd15(rows=rows), controlnets=nets, residuals=residuals, motion=Motion(window=8), pooled_size=None
@@ -44,7 +44,7 @@ def bundle(residuals: tuple[Residual, ...] = SMALL, *, rows: int = 8) -> Bundle:
 
 
 class Net:
-    """A ControlNet whose residuals say what it was given for each row."""
+    """A ControlNet whose residuals encode its inputs, row by row."""
 
     def __init__(self, made: Bundle, name: str, dtype: torch.dtype = torch.float32) -> None:
         self._made, self._net, self._dtype = made, made.controlnet(name), dtype
@@ -69,7 +69,7 @@ class Net:
 
 
 def _marks(tensors: Mapping[str, Tensor], net: int) -> Tensor:
-    """A number for each row and residual that depends on all that a ControlNet takes."""
+    """Return a number for each row and residual that depends on all inputs of a ControlNet."""
     rows = {name: tensors[name].flatten(1) for name in ("sample", "control_embedding", "encoder_hidden_states")}
     marks = rows["sample"].mean(1) + 3 * rows["control_embedding"].mean(1) + 7 * rows["encoder_hidden_states"].mean(1)
     marks = marks + net * tensors["timestep"]
@@ -77,7 +77,7 @@ def _marks(tensors: Mapping[str, Tensor], net: int) -> Tensor:
 
 
 class UNet:
-    """Keeps the residuals that it is given."""
+    """A UNet that keeps the residuals that it gets."""
 
     def __init__(self) -> None:
         self.given: dict[str, Tensor] = {}
@@ -109,7 +109,7 @@ def job(made: Bundle, *controls: PreparedControlNet, pictures: int = 1, seed: in
 
 
 def expected(jobs: list[Job], made: Bundle) -> dict[str, Tensor]:
-    """Residuals of a step of the whole of `jobs`, row by row and frame by frame."""
+    """Compute the residuals of a step of all `jobs`, row by row and frame by frame."""
     found: dict[str, list[Tensor]] = {name: [] for name in made.residual_names}
     for one in jobs:
         sample, timesteps = one.model_input()
@@ -144,7 +144,7 @@ def expected(jobs: list[Job], made: Bundle) -> dict[str, Tensor]:
 
 
 def run(made: Bundle, jobs: list[Job], *, bucketed: bool = False) -> dict[str, Net]:
-    """All steps of `jobs` in calls that they share, each checked against `expected`."""
+    """Run all steps of `jobs` in shared calls, and compare each with `expected`."""
     call_rows = made.shapes.call_rows(bucketed=bucketed)
     unet = UNet()
     nets = {net.name: Net(made, net.name) for net in made.controlnets}
@@ -174,7 +174,7 @@ def test_nets_add_up() -> None:
     run(made, [job(made, control("depth", 1), control("shuffle", 1), control("canny", 1))])
 
 
-def test_the_other_order_and_a_net_that_pools_alone() -> None:
+def test_the_order_of_nets_does_not_matter_and_a_pooling_net_may_be_alone() -> None:
     made = bundle()
     run(made, [job(made, control("shuffle", 1), control("depth", 1))])
     run(made, [job(made, control("shuffle", 1))])
@@ -182,7 +182,7 @@ def test_the_other_order_and_a_net_that_pools_alone() -> None:
 
 @pytest.mark.parametrize("bucketed", [False, True])
 def test_each_job_has_its_own_controls(bucketed: bool) -> None:
-    """With and without control, guess mode, windows of steps, and guidance that ends, in one call."""
+    """With and without ControlNets, guess mode, limited steps, and guidance that ends, in one call."""
     made = bundle(rows=16)
     jobs = [
         job(made, seed=1),
@@ -196,7 +196,7 @@ def test_each_job_has_its_own_controls(bucketed: bool) -> None:
     assert max(nets["canny"].rows) == (8 if bucketed else 5)
 
 
-def test_no_more_rows_at_a_time_than_an_engine_takes() -> None:
+def test_large_batches_are_split_at_the_row_limit() -> None:
     made = bundle(rows=3)
     jobs = [job(made, control("depth", 1), control("canny", 1)), job(made), job(made, control("canny", 1), seed=3)]
     nets = run(made, jobs)
@@ -231,8 +231,8 @@ def test_clips_in_windows() -> None:
     run(made, jobs)
 
 
-def test_part_of_a_job() -> None:
-    """The rows of a job that others left no room for come in a later call."""
+def test_some_rows_of_a_job() -> None:
+    """Rows of a job that do not fit into a call run in a later one."""
     made, unet = bundle(), UNet()
     one = job(made, control("depth", 3, first_row=3), pictures=3)
     wanted = expected([one], made)
@@ -283,7 +283,7 @@ def test_memory_is_freed_with_the_first_job() -> None:
 
 
 class Silent:
-    """A ControlNet at full size that copies nothing itself."""
+    """A full-size ControlNet that copies nothing itself."""
 
     def __init__(self, made: Bundle) -> None:
         self._made = made
@@ -300,7 +300,7 @@ class Silent:
 
 
 def traffic(layout: list[tuple[str, ...]], step: int = 1, *, bucketed: bool = False) -> Traffic:
-    """What step `step` of guided pictures of SD 1.5 at 512 x 512 copies, each job with these nets."""
+    """Measure the copies in step `step` of guided pictures of SD 1.5 at 512 x 512, with these nets for each job."""
     made = msgspec.structs.replace(bundle(SD15, rows=16), motion=None)
     jobs = []
     for seed, names in enumerate(layout):
@@ -337,13 +337,13 @@ def traffic(layout: list[tuple[str, ...]], step: int = 1, *, bucketed: bool = Fa
         ([("depth",)], 0, 0),
         ([("depth",)] * 4, 0, 0),
         ([("depth", "canny")], 0, 0),
-        # The residuals of the net, beside the zeros of the other rows, and the latents and timesteps in between.
+        # The residuals of the net, next to the zeros of other rows, and the latents and timesteps in between.
         ([(), ("depth",)], 13, 53.7),
         ([("depth",), (), ("depth",)], 28, 107.7),
         ([()], 0, 0),
     ],
 )
-def test_what_a_step_copies(layout: list[tuple[str, ...]], copies: int, megabytes: float) -> None:
+def test_copies_of_a_step(layout: list[tuple[str, ...]], copies: int, megabytes: float) -> None:
     counted = traffic(layout)
     assert counted.copies.total() == copies, counted.copies
     assert counted.bytes / 1e6 == pytest.approx(megabytes, abs=0.1)

@@ -1,4 +1,4 @@
-"""Text-to-image with an image prompt: the pictures of diffusers, through a running Triton."""
+"""Text-to-image with an image prompt on a running Triton: the same pictures as diffusers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tiny import images, oracle
 
 STATUE, OTHER = images.photo(1), images.photo(2, size=(120, 80))
 UNSEEDED = {"DPMSolverSDEScheduler"}
-"""diffusers draws its noise from a generator of its own, at random unless ``noise_sampler_seed`` is set."""
+"""diffusers draws their noise from a separate generator, randomly seeded unless `noise_sampler_seed` is set."""
 
 
 @pytest.fixture(scope="module")
 def plain(served: Any) -> Any:
-    """diffusers with the plain adapter only, by scheduler."""
+    """A diffusers pipeline with only the plain adapter, for a given scheduler."""
     made = served("sd15").bundle
 
     def pipe(scheduler: str = "DDIMScheduler", scale: float = 0.6, **config: Any) -> Any:
@@ -84,7 +84,7 @@ def test_same_picture(sd15: Served, plain: Any, arguments: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("layers", [1, 3])
 def test_clip_skip(sd15: Served, plain: Any, layers: int) -> None:
-    """Up to all three layers; the negative prompt keeps them."""
+    """Skips up to all three layers; the negative prompt skips none."""
     pipe = plain()
     object.__setattr__(pipe.text_encoder, "text_model", pipe.text_encoder)  # where diffusers 0.42 looks for its norm
     arguments = {**SMALL, "clip_skip": layers, "negative_prompt": "dark, blurry"}
@@ -93,19 +93,19 @@ def test_clip_skip(sd15: Served, plain: Any, layers: int) -> None:
     assert_same(sd15.generate(**arguments, scheduler="DDIMScheduler"), expected)
 
 
-def test_scale_0_with_the_bundles_own_scheduler(sd15: Served) -> None:
+def test_scale_0_with_the_default_scheduler(sd15: Served) -> None:
     pipe = oracle.pipeline(sd15.bundle.checkpoints / "base", sd15.bundle.adapters[:1])
     pipe.set_ip_adapter_scale(0.0)
     result = sd15.generate(**SMALL, ip_adapter_image={"plain": STATUE}, ip_adapter_scale=0.0, seed=0)
     assert_same(result, oracle.generate(pipe, ip_adapter_image=STATUE, **SMALL))
 
 
-def test_no_image_prompt_at_all(sd15: Served) -> None:
+def test_no_image_prompt(sd15: Served) -> None:
     pipe = oracle.pipeline(sd15.bundle.checkpoints / "base")
     assert_same(sd15.generate(**SMALL, seed=0), oracle.generate(pipe, **SMALL))
 
 
-def test_several_images_in_the_prompt(sd15: Served, plain: Any) -> None:
+def test_several_images_in_one_image_prompt(sd15: Served, plain: Any) -> None:
     expected = oracle.generate(plain(), ip_adapter_image=[[STATUE, OTHER]], **SMALL)
     result = sd15.generate(
         **SMALL, ip_adapter_image={"plain": [STATUE, OTHER]}, ip_adapter_scale=0.6, scheduler="DDIMScheduler", seed=0
@@ -122,7 +122,7 @@ def test_scheduler_config(sd15: Served, plain: Any) -> None:
     assert_different(result, sd15.generate(**arguments, scheduler="DPMSolverMultistepScheduler"))
 
 
-def test_a_wrong_ingredient_would_be_noticed(sd15: Served) -> None:
+def test_wrong_inputs_would_be_noticed(sd15: Served) -> None:
     arguments = {**SMALL, "ip_adapter_image": {"plain": STATUE}, "ip_adapter_scale": 0.6, "seed": 0}
     result = sd15.generate(**arguments)
     for other in (
@@ -137,7 +137,7 @@ def test_a_wrong_ingredient_would_be_noticed(sd15: Served) -> None:
         assert_different(result, sd15.generate(**{**arguments, **other}))
 
 
-def test_seeds_that_were_drawn_give_the_same_pictures_again(sd15: Served) -> None:
+def test_reported_random_seeds_reproduce_the_pictures(sd15: Served) -> None:
     first = sd15.generate(**SMALL, num_images_per_prompt=2)
     assert len(set(first.seeds)) == 2
     again = sd15.generate(**SMALL, num_images_per_prompt=2, seed=first.seeds)
@@ -155,7 +155,7 @@ def test_latents_and_timings(sd15: Served) -> None:
     assert timings["denoise"] <= timings["total"]
 
 
-def test_concurrent_requests_give_the_pictures_they_give_alone(sd15: Served) -> None:
+def test_concurrent_requests_do_not_affect_each_other(sd15: Served) -> None:
     requests: list[dict[str, Any]] = [
         {**SMALL, "seed": 1, "ip_adapter_image": {"plain": STATUE}, "ip_adapter_scale": 0.8},
         {**SMALL, "seed": 2, "num_inference_steps": 7, "scheduler": "EulerDiscreteScheduler"},

@@ -1,4 +1,4 @@
-"""Clips: the frames of diffusers' AnimateDiff pipelines, through a running Triton that serves pictures too."""
+"""Clips on a running Triton that also serves pictures: the same frames as diffusers' AnimateDiff pipelines."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from diffusers import ControlNetModel, MotionAdapter
 from PIL import Image
 
 from imprompt import InvalidRequest, Progress, Result
-from parity import MAX_LEVELS, MEAN_LEVELS, TELLABLE, assert_different, assert_same
+from parity import MAX_LEVELS, MEAN_LEVELS, NOTICEABLE, assert_different, assert_same
 from served import Served
 from tiny import images, oracle
 
 STATUE = images.photo(1)
 PROMPT = "a photo of a cat"
 GUIDE = {"clip_sample": False, "timestep_spacing": "linspace", "beta_schedule": "linear", "steps_offset": 1}
-"""Scheduler options of the video example in diffusers' IP-Adapter guide."""
+"""Scheduler options in the video example of diffusers' IP-Adapter guide."""
 FRAMES = 6
 RELIEFS = [images.control_image("depth", index) for index in range(FRAMES)]
 
@@ -35,7 +35,7 @@ def control(served: Callable[[str], Served]) -> Served:
 
 @cache
 def pipeline(served: Served, cls: str, nets: tuple[str, ...] = ()) -> Any:
-    """A pipeline of diffusers over the bundle's checkpoints, with the guide's scheduler."""
+    """Load a diffusers pipeline from the bundle's checkpoints, with the scheduler of the guide."""
     components: dict[str, Any] = {"motion_adapter": MotionAdapter.from_pretrained(served.bundle.checkpoints / "motion")}
     loaded = [ControlNetModel.from_pretrained(served.bundle.checkpoints / net) for net in nets]
     if loaded:
@@ -56,11 +56,11 @@ def assert_same_clip(result: Any, expected: Any) -> None:
 
 
 def assert_other_clip(result: Any, other: Any) -> None:
-    assert oracle.picture_distance(frames(result), other)[1] >= TELLABLE
+    assert oracle.picture_distance(frames(result), other)[1] >= NOTICEABLE
 
 
 def both(served: Served, cls: str, nets: tuple[str, ...] = (), **arguments: Any) -> tuple[Any, Any]:
-    """The server's clip and diffusers' frames. Control images are those of all frames, net by net."""
+    """Generate a clip with the server and with diffusers. `control_image` lists all frames of each net in turn."""
     pipe = pipeline(served, cls, nets)
     pipe.set_ip_adapter_scale(0.6)
     arguments = {"prompt": PROMPT, "num_inference_steps": 3, "ip_adapter_image": STATUE, **arguments}
@@ -90,14 +90,14 @@ def test_text_to_video_with_an_image_prompt(control: Served) -> None:
     assert_other_clip(result, frames(other))
 
 
-def test_frames_know_of_each_other(control: Served) -> None:
-    """Motion modules mix the frames: with another video in the last frames, the first ones change, too."""
+def test_frames_depend_on_each_other(control: Served) -> None:
+    """Motion modules mix frames: if the last frames of the video change, so do the first frames of the result."""
     arguments: dict[str, Any] = {"seed": 0, "strength": 0.6, "num_inference_steps": 4}
     video = images.video(FRAMES)
     one = generate(control, video=video, **arguments)
     other = generate(control, video=[*video[:3], *images.video(3, seed=5)], **arguments)
     assert_other_clip(one, frames(other))
-    assert oracle.picture_distance(frames(one)[:, :3], frames(other)[:, :3])[1] >= TELLABLE / 3
+    assert oracle.picture_distance(frames(one)[:, :3], frames(other)[:, :3])[1] >= NOTICEABLE / 3
 
 
 @pytest.mark.parametrize(
@@ -148,20 +148,20 @@ def test_two_controlnets_on_frames(control: Served) -> None:
     assert_same_clip(*both(control, "AnimateDiffControlNetPipeline", both_nets, **arguments))
 
 
-def test_controlnet_on_the_frames_of_a_video(control: Served) -> None:
+def test_controlnet_with_video_to_video(control: Served) -> None:
     arguments = {"video": images.video(FRAMES), "control_image": RELIEFS, "strength": 0.7}
     assert_same_clip(*both(control, "AnimateDiffVideoToVideoControlNetPipeline", ("depth",), **arguments))
 
 
-def test_a_clip_within_the_window_is_as_without_one(control: Served) -> None:
+def test_window_has_no_effect_on_shorter_clips(control: Served) -> None:
     arguments: dict[str, Any] = {"num_frames": FRAMES, "seed": 0}
     alone = generate(control, **arguments)
     windowed = generate(control, context_length=FRAMES, context_overlap=2, **arguments)
     assert_same_clip(windowed, frames(alone))
 
 
-def test_a_clip_longer_than_the_window(control: Served) -> None:
-    """It has all frames, each like its neighbours (as in clips of one window), and noise does not shine through."""
+def test_clip_longer_than_the_window_is_smooth(control: Served) -> None:
+    """It has all frames, each as close to its neighbors as in a clip of one window, and no visible noise."""
     short = frames(generate(control, num_frames=16, seed=0))[0]
     long = frames(generate(control, num_frames=40, seed=0))[0]
     assert len(long) == 40
@@ -173,8 +173,8 @@ def _largest_jump(clip: Any) -> float:
     return max(float(np.abs(a.astype(float) - b).mean()) for a, b in pairwise(clip))
 
 
-def test_windows_with_control_images_and_a_video(control: Served) -> None:
-    """A window gets the control images of its own frames: with windows of one look, all is as in a single window."""
+def test_windows_use_the_control_images_of_their_frames(control: Served) -> None:
+    """One image equals that image for every frame; other images in the second half change mainly the last frames."""
     still = [RELIEFS[0]] * 20
     common: dict[str, Any] = {"controlnet": "depth", "num_frames": 20, "seed": 0, "context_length": 8}
     one = generate(control, control_image=RELIEFS[0], **common)
@@ -204,7 +204,7 @@ def test_pictures_and_clips_at_the_same_time(control: Served) -> None:
     assert_different(together[1], together[3])
 
 
-def test_latents(control: Served) -> None:
+def test_latents_of_a_clip(control: Served) -> None:
     result = generate(control, num_frames=3, seed=0, output_type="latent")
     assert result.latents is not None
     assert result.latents.shape == (1, 4, 3, 8, 8)
@@ -220,17 +220,18 @@ def test_progress_with_previews(control: Served) -> None:
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp"])
-def test_clips_as_files(control: Served, kind: str) -> None:
+def test_clips_as_encoded_files(control: Served, kind: str) -> None:
     raw = generate(control, num_frames=3, seed=0)
     result = generate(control, num_frames=3, seed=0, output_format=kind)
     assert result.encoded is not None
     assert Image.open(io.BytesIO(result.encoded[0])).format == kind.upper()
     assert frames(result).shape == frames(raw).shape
-    assert np.abs(frames(result).astype(float) - frames(raw)).mean() < 40  # both lose some, gif most of the colours
+    # Both formats are lossy; GIF loses most of the colors.
+    assert np.abs(frames(result).astype(float) - frames(raw)).mean() < 40
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
-def test_pictures_as_files(control: Served, kind: str) -> None:
+def test_pictures_as_encoded_files(control: Served, kind: str) -> None:
     raw = generate(control, seed=0, num_images_per_prompt=2)
     result = generate(control, seed=0, num_images_per_prompt=2, output_format=kind)
     assert [Image.open(io.BytesIO(data)).format for data in result.encoded] == [kind.upper()] * 2
@@ -258,7 +259,7 @@ def test_pictures_as_files(control: Served, kind: str) -> None:
         ("num_images_per_prompt", {"num_frames": 64, "num_images_per_prompt": 5}),
     ],
 )
-def test_bad_parameters_are_refused_by_name(control: Served, parameter: str, arguments: dict[str, Any]) -> None:
+def test_refusals_of_clips_name_the_parameter(control: Served, parameter: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest) as caught:
         control.generate(prompt=PROMPT, num_inference_steps=1, **arguments)
     assert caught.value.parameter == parameter, caught.value

@@ -1,4 +1,7 @@
-"""Backends: how engines are made. One module each, light to import: bundle files are checked before torch loads."""
+"""Build engines: one module per backend.
+
+Importing a backend must be quick, because bundle files are checked before torch is imported.
+"""
 
 from __future__ import annotations
 
@@ -20,136 +23,149 @@ if TYPE_CHECKING:
     from imprompt_export.graphs import Axes, Graph
     from imprompt_export.int8 import Quality
 
-Tell = Callable[[str], None]
-"""Takes a line about what is being done."""
+StatusCallback = Callable[[str], None]
+"""Shows one line of text about the current work."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Made:
-    """An engine: a file, with others beside it whose names begin alike, in a folder that holds nothing else."""
+class BuiltEngine:
+    """A built engine: a file in a folder of its own, next to companion files whose names share its stem."""
 
     file: Path
     source: Path
-    """What a backend other than its own runs in its place for the comparison: an ONNX file."""
+    """The file (ONNX) that another backend can run for the comparison if this one cannot run here."""
     seconds: float
-    built: int = 0
-    kept: int = 0
-    """Packages of machine code that were built, and those that an earlier export had built."""
+    packages_built: int = 0
+    """Packages of machine code that were compiled."""
+    packages_reused: int = 0
+    """Packages of machine code that came from an earlier export."""
 
 
-class Make(Protocol):
-    def __call__(self, graph: Graph, folder: Path, bundle: Bundle, tell: Tell) -> Callable[[], Made]:
-        """Begin to make the engine of `graph` in the new `folder`; what is returned waits until it is made.
+class StartBuild(Protocol):
+    def __call__(
+        self, graph: Graph, folder: Path, bundle: Bundle, show_status: StatusCallback
+    ) -> Callable[[], BuiltEngine]:
+        """Start to build the engine for `graph` in the new `folder`; return a function that waits for the engine.
 
         Raises:
-            EngineError: the graph is refused; now or by what is returned.
+            EngineError: the backend rejects the graph; raised here or by the returned function.
         """
         ...
 
 
-class Compile(Protocol):
-    def __call__(self, graph: Graph, source: Path, bundle: Bundle, tell: Tell) -> Path:
-        """Make the engine of `graph` from its ONNX file; returns the engine, whose folder has nothing else in it.
+class CompileOnnx(Protocol):
+    def __call__(self, graph: Graph, source: Path, bundle: Bundle, show_status: StatusCallback) -> Path:
+        """Compile the ONNX file `source` of `graph`; return the engine, which has its folder to itself.
 
         Raises:
-            EngineError: the graph is refused.
+            EngineError: the backend rejects the graph.
         """
         ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportBackend:
-    """How engines of one backend are made, and compared with PyTorch. As it is here: ONNX files are the engines."""
+    """Builds the engines of one backend and compares them with PyTorch.
+
+    By default the ONNX files themselves are the engines; a backend overrides what it does differently.
+    """
 
     name: str
     distributions: tuple[str, ...]
-    """What `pip` calls the packages that make its engines; the report has their versions."""
+    """The pip packages that build the engines; the report records their versions."""
     refittable: bool = False
     """Whether an engine's weights can be replaced (`engine.refit`, `--refit-from`)."""
 
     def check(self, engine: EngineSection) -> None:
-        """Refuse values of `[engine]` that do not go with this backend.
+        """Refuse values of `[engine]` that this backend does not support.
 
         Raises:
-            BundleError: names the key, and what it may be.
+            BundleError: names the key and its allowed values.
         """
         served = get_backend(self.name)
         one_of(f"engine.precision (with {self.name})", engine.precision, served.precisions)
         one_of(f"engine.host (with {self.name})", engine.host, served.hosts)
         if engine.refit and not self.refittable:
-            raise BundleError(f"engine.refit: is for TensorRT's engines; {self.name} has nothing to refit")
+            raise BundleError(f"engine.refit: only TensorRT engines can be refitted, not those of {self.name}")
 
     def check_installed(self, engine: EngineSection) -> None:
-        """Refuse an export for which packages are missing, or too old.
+        """Check that the packages that this backend needs are installed and recent enough.
 
         Raises:
-            BundleError, EngineError: says what to install.
+            BundleError, EngineError: names what to install.
         """
 
     @contextmanager
-    def maker(self, engine: EngineSection, refit_from: Path | None) -> Iterator[Make]:
-        """What makes the engines of one export. As it is here: exports ONNX files, and gives each to `compiler`.
+    def builder(self, engine: EngineSection, refit_from: Path | None) -> Iterator[StartBuild]:
+        """Yield the function that builds the engines of one export.
+
+        By default it exports each graph to ONNX and passes the file to `onnx_compiler`.
 
         Raises:
-            EngineError: engines cannot be made here, or there is nothing to refit in `refit_from`.
+            EngineError: engines cannot be built on this machine, or `refit_from` holds none to refit.
         """
         from imprompt_export.onnx_graph import export_onnx
         from imprompt_export.precision import dtype_of
 
-        compile_onnx = self.compiler(engine, refit_from)
+        compile_onnx = self.onnx_compiler(engine, refit_from)
 
-        def make(graph: Graph, folder: Path, bundle: Bundle, tell: Tell) -> Callable[[], Made]:
-            def wait() -> Made:
+        def make(graph: Graph, folder: Path, bundle: Bundle, show_status: StatusCallback) -> Callable[[], BuiltEngine]:
+            def wait() -> BuiltEngine:
                 start, source = time.perf_counter(), folder / f"{graph.name}.onnx"
                 export_onnx(graph, source, dtype_of(graph, engine.precision))
-                file = compile_onnx(graph, source, bundle, tell)
-                return Made(file=file, source=source, seconds=time.perf_counter() - start)
+                file = compile_onnx(graph, source, bundle, show_status)
+                return BuiltEngine(file=file, source=source, seconds=time.perf_counter() - start)
 
             return wait
 
         yield make
 
-    def compiler(self, engine: EngineSection, refit_from: Path | None) -> Compile:
-        """What makes engines from ONNX files.
+    def onnx_compiler(self, engine: EngineSection, refit_from: Path | None) -> CompileOnnx:
+        """Return the function that compiles ONNX files; by default the ONNX file is the engine.
 
         Raises:
-            EngineError: engines cannot be made here, or there is nothing to refit in `refit_from`.
+            EngineError: engines cannot be built on this machine, or `refit_from` holds none to refit.
         """
-        return lambda graph, source, bundle, tell: source
+        return lambda graph, source, bundle, show_status: source
 
-    def runner(self, engine: EngineSection) -> str | None:
-        """The backend that can run these engines here, for the comparison; None if there is none.
+    def comparison_backend(self, engine: EngineSection) -> str | None:
+        """Return the backend that runs the engines for the comparison on this machine; None if none can.
 
-        A backend other than this one gets `Made.source`.
+        A backend other than this one runs `BuiltEngine.source`.
         """
         return self.name
 
     def check_axes(self, graph: Graph, bundle: Bundle) -> tuple[Axes, ...]:
-        """Sizes at which an engine is compared with PyTorch."""
+        """Return the sizes at which an engine is compared with PyTorch."""
         return graph.checks
 
     def sizes(self, shapes: Shapes) -> tuple[tuple[int, int], ...]:
-        """Heights and widths of pictures that the engines are built for one by one; none: all within `shapes`."""
+        """Return the heights and widths of pictures that engines are built for; empty if any size in `shapes` works."""
         return ()
 
     def max_batch_size(self, graph: Graph, bundle: Bundle) -> int:
-        """The most rows that Triton may put into one call of an engine."""
-        from imprompt_export.profiles import batch
+        """Return the maximum number of rows that Triton may put into one call of an engine."""
+        from imprompt_export.profiles import batch_range
 
-        return batch(graph, bundle).max
+        return batch_range(graph, bundle).max
 
     def finish(
-        self, engine: EngineSection, bundle: Bundle, checkpoints: Checkpoints, files: Mapping[str, Path], tell: Tell
+        self,
+        engine: EngineSection,
+        bundle: Bundle,
+        checkpoints: Checkpoints,
+        files: Mapping[str, Path],
+        show_status: StatusCallback,
     ) -> tuple[Mapping[str, Path], list[Quality]]:
-        """Work on all engines together, when each has been compared; returns the files to serve, and their quality.
+        """Process all engines together after each has been compared; return the files to serve and their int8 quality.
 
         Raises:
-            QualityError: an engine has lost too much.
+            QualityError: an engine has lost too much precision.
         """
         return files, []
 
 
 def export_backend(name: str) -> ExportBackend:
-    """The backend called `name`, a key of `imprompt_serving.backends.MODULES`."""
+    """Return the backend called `name`, a key of `imprompt_serving.backends.MODULES`."""
     found: ExportBackend = import_module(f"{__name__}.{MODULES[name]}").BACKENDS[name]
     return found

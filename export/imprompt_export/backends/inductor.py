@@ -1,4 +1,4 @@
-"""`torch.export` program -> packages of AOTInductor: machine code alone, with the weights once beside them.
+"""AOTInductor: compile `torch.export` programs to packages of machine code; the weights are in one file next to them.
 
 https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html
 """
@@ -20,7 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imprompt_export.backends import ExportBackend, Made, Make, Tell
+from imprompt_export.backends import BuiltEngine, ExportBackend, StartBuild, StatusCallback
 from imprompt_export.errors import BundleError, one_line
 from imprompt_serving.backends import EngineError
 from imprompt_serving.backends.inductor import WEIGHTS, EngineInfo, Package, target
@@ -33,21 +33,21 @@ if TYPE_CHECKING:
     from imprompt_export.graphs import Axes, Graph
 
 _RECIPE = 1
-"""How packages are made: another number where it changes, so that those that were kept are not taken any more."""
+"""Version of the way packages are built; increase it whenever that changes, so that cached packages are not reused."""
 _OPTIONS: dict[str, Any] = {
     "aot_inductor.package_constants_in_so": False,
-    # Or small constants would become literals in the code, and others be folded into it.
+    # Otherwise small constants would become literals in the code, and others would be folded into it.
     "always_keep_tensor_constants": True,
-    # The file that calls the kernels is large, and g++ takes minutes to optimize it for nothing.
+    # The file that calls the kernels is large: g++ takes minutes to optimize it, without any gain.
     "aot_inductor.compile_wrapper_opt_level": "O1",
     "aot_inductor.enable_line_tables": False,
-    # Code for the instructions that `target` names, whatever else this CPU has.
+    # Only use the instructions that `target` names, even if this CPU has more.
     "cpp.march": "",
 }
 _WORKER_BYTES = 3 << 30
-"""Memory for building one package: 1 GiB for a small UNet was measured, and g++ takes about as much beside it."""
+"""Memory to build one package: torch used 1 GiB for a small UNet, and g++ takes about as much on top."""
 _WORKER_GPU_BYTES = 8 << 30
-"""Memory of the GPU for the same: SDXL's UNet has 5 GB of weights in half precision, which a worker makes room for."""
+"""GPU memory to build one package: a worker allocates the weights, 5 GB for SDXL's UNet in half precision."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,12 +56,12 @@ class Inductor(ExportBackend):
         compiler = os.environ.get("CXX", "g++")
         if shutil.which(compiler) is None:
             raise BundleError(
-                f'engine.backend = "{self.name}" compiles C++ where it exports, and there is no {compiler} here: '
-                "install g++, or name another compiler by the variable CXX"
+                f'engine.backend = "{self.name}" compiles C++ during the export, but {compiler} is not installed: '
+                "install g++, or name another compiler in the variable CXX"
             )
 
     @contextmanager
-    def maker(self, engine: EngineSection, refit_from: Path | None) -> Iterator[Make]:
+    def builder(self, engine: EngineSection, refit_from: Path | None) -> Iterator[StartBuild]:
         packager = Packager(engine.precision, threads=engine.threads, exact=_on_gpu())
         try:
             yield packager.start
@@ -74,7 +74,11 @@ class Inductor(ExportBackend):
         return picture_sizes(shapes) if _on_gpu() else ()
 
     def check_axes(self, graph: Graph, bundle: Bundle) -> tuple[Axes, ...]:
-        """Those of the graph, and one row, which packages are not traced with; on a GPU the sizes of its packages."""
+        """Return the sizes at which to compare.
+
+        On the CPU these are the graph's own and a single row, which packages are not traced with; on a GPU they are the
+        sizes that packages are built for.
+        """
         if not _on_gpu():
             return (*graph.checks, graph.checks[0] | ({"batch": 1} if "batch" in graph.checks[0] else {}))
         from imprompt_export.profiles import exact_axes
@@ -83,22 +87,22 @@ class Inductor(ExportBackend):
 
 
 def _on_gpu() -> bool:
-    """Whether packages are built for a GPU: the one of this machine."""
+    """Return whether packages are built for this machine's GPU."""
     import torch
 
     return torch.cuda.is_available()
 
 
 class Packager:
-    """Builds packages in worker processes, and keeps what they built.
+    """Builds packages in worker processes and caches them between exports.
 
     Args:
         precision: `engine.precision`.
-        threads: `engine.threads`. Code for any number of them would start them for every kernel, however small: the
-            UNet of the test bundle was 1.5 times slower by that in one thread, and many times on a busy machine.
-        exact: whether there is a package for each size of pictures and number of rows (`profiles.exact_axes`), or one
-            for all sizes.
-        cache: where packages are kept between exports.
+        threads: `engine.threads`. Code for any number of threads would start them for every kernel, even a small one:
+            the UNet of the test bundle then took 1.5 times as long in one thread, and far longer on a busy machine.
+        exact: whether to build a package for each picture size and number of rows (`profiles.exact_axes`) instead of
+            one for all sizes.
+        cache: the folder in which packages are cached.
     """
 
     def __init__(self, precision: str, *, threads: int = 0, exact: bool = False, cache: Path | None = None) -> None:
@@ -113,11 +117,13 @@ class Packager:
         self._building: dict[Path, Future[float]] = {}
 
     def close(self) -> None:
-        """End the workers; what they have not begun stays undone."""
+        """Stop the workers; builds that have not started are cancelled."""
         self._workers.shutdown(cancel_futures=True)
 
-    def start(self, graph: Graph, folder: Path, bundle: Bundle, tell: Tell = lambda _: None) -> Callable[[], Made]:
-        """Trace `graph`, write its weights, and have its packages built; what is returned waits for them."""
+    def start(
+        self, graph: Graph, folder: Path, bundle: Bundle, show_status: StatusCallback = lambda _: None
+    ) -> Callable[[], BuiltEngine]:
+        """Trace `graph`, write its weights, and queue its packages; return a function that waits for the engine."""
         from imprompt_export.precision import cast, dtype_of
         from imprompt_export.profiles import exact_axes
         from imprompt_export.programs import trace, trace_axes
@@ -129,7 +135,7 @@ class Packager:
         on_gpu, packaged, before = self._kind == "cuda", [], len(self._building)
         with cast(graph.module, dtype, self._kind, channels_last=on_gpu):
             for number, axes in enumerate(variants, 1):
-                tell(f"tracing {number} of {len(variants)}")
+                show_status(f"tracing {number} of {len(variants)}")
                 sizes = trace_axes(graph) | axes
                 program = trace(graph, dtype, axes=sizes, exact=axes, device=self._kind)
                 if number == 1:
@@ -137,10 +143,10 @@ class Packager:
                 packaged.append(self._package(f"{graph.name}.{number}", program, folder))
         traced, built = time.perf_counter() - begun, len(self._building) - before
 
-        def wait() -> Made:
+        def wait() -> BuiltEngine:
             seconds, packages = traced, []
             for number, (kept, axes) in enumerate(zip(packaged, variants, strict=True), 1):
-                tell(f"package {number} of {len(variants)}")
+                show_status(f"package {number} of {len(variants)}")
                 seconds += self._building[kept].result() if kept in self._building else 0.0
                 packages.append(Package(suffix=f".{number}.pt2", axes={axis: int(size) for axis, size in axes.items()}))
                 shutil.copyfile(kept, folder / f"{graph.name}.{number}.pt2")
@@ -152,12 +158,17 @@ class Packager:
                 packages=tuple(packages),
                 channels_last=on_gpu,
             ).save(file)
-            return Made(file=file, source=file, seconds=seconds, built=built, kept=len(variants) - built)
+            return BuiltEngine(
+                file=file, source=file, seconds=seconds, packages_built=built, packages_reused=len(variants) - built
+            )
 
         return wait
 
     def _package(self, name: str, program: torch.export.ExportedProgram, work: Path) -> Path:
-        """Where the package of `program` is kept, or will be: networks of one architecture share theirs."""
+        """Return the cache path of the package for `program`, and queue its build if necessary.
+
+        Networks of the same architecture share a package.
+        """
         import torch
 
         kept = self._cache / f"{self._key(program)}.pt2"
@@ -165,7 +176,7 @@ class Packager:
             return kept
         self._cache.mkdir(parents=True, exist_ok=True)
         source = work.parent / f"{name}.pt2"
-        # The worker needs to know how weights lie in memory, not what they are.
+        # The worker needs the memory layout of the weights, not their values.
         for key, weight in program.state_dict.items():
             program.state_dict[key] = _empty_like(weight, "meta")
         torch.export.save(program, source)
@@ -173,7 +184,7 @@ class Packager:
         return kept
 
     def _key(self, program: torch.export.ExportedProgram) -> str:
-        """A hash of all that a package depends on: not of the weights, but for constants of the graph itself."""
+        """Hash everything that a package depends on: constants of the graph by value, weights only by layout."""
         import torch
 
         lines = [line for line in str(program).splitlines() if not line.lstrip().startswith("#")]
@@ -197,18 +208,18 @@ class Packager:
 
 
 def _save_weights(program: torch.export.ExportedProgram, file: Path) -> None:
-    """Write the weights that `program` uses, by their names in it: of a whole VAE, those of one half."""
+    """Write the weights that `program` uses, by their names in it: only one half of a VAE, for example."""
     from safetensors.torch import save_file
 
     tensors, signature = program.state_dict | program.constants, program.graph_signature
     names = signature.inputs_to_parameters | signature.inputs_to_buffers | signature.inputs_to_lifted_tensor_constants
     used = [names[node.name] for node in program.graph.nodes if node.users and node.name in names]
     save_file({name: tensors[name].detach().cpu().contiguous() for name in used}, file)
-    file.chmod(0o644)  # safetensors would leave it to its owner, who may not be the server
+    file.chmod(0o644)  # safetensors lets only the owner read it, but the server may be another user
 
 
 def _worker_count(*, on_gpu: bool) -> int:
-    """As many processes as there are cores and memory for."""
+    """Return the number of worker processes that the cores and the memory allow."""
     import torch
 
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -219,7 +230,7 @@ def _worker_count(*, on_gpu: bool) -> int:
 
 
 def _begin() -> None:
-    """Prepare a worker: it has one core, and nothing to say."""
+    """Set up a worker: one thread, no warnings."""
     import logging
     import warnings
 
@@ -231,10 +242,10 @@ def _begin() -> None:
 
 
 def _build(source: Path, kept: Path, device: str, options: dict[str, Any]) -> float:
-    """Compile the program in `source` into the package `kept`, which appears whole; returns the seconds it took.
+    """Compile the program in `source` into the package `kept`, written atomically; return the seconds it took.
 
     Raises:
-        EngineError: the compiler refuses the program.
+        EngineError: the compiler rejects the program.
     """
     import torch
 
@@ -247,7 +258,7 @@ def _build(source: Path, kept: Path, device: str, options: dict[str, Any]) -> fl
         with torch.no_grad():
             torch._inductor.aoti_compile_and_package(program, package_path=str(draft), inductor_configs=options)
         draft.replace(kept)
-    except Exception as error:  # the compiler has many of its own, some of which no other process can read
+    except Exception as error:  # the compiler raises many types, some of which cannot be pickled to the parent process
         raise EngineError(f"AOTInductor cannot build {source.stem}: {one_line(str(error), 600)}") from None
     finally:
         draft.unlink(missing_ok=True)
@@ -255,7 +266,7 @@ def _build(source: Path, kept: Path, device: str, options: dict[str, Any]) -> fl
 
 
 def _empty_like(weight: torch.Tensor, device: str) -> torch.Tensor:
-    """Memory of the same kind, which nothing is written to and which therefore costs nothing."""
+    """Allocate a tensor of the same layout; its memory is never written and so takes up no RAM."""
     import torch
 
     empty = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=device)

@@ -1,4 +1,4 @@
-"""ONNX Runtime: an ONNX file is the engine, with its own operator for attention."""
+"""ONNX Runtime: the ONNX file is the engine, after its attention layers have been fused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from imprompt_export.backends import Compile, ExportBackend, Tell
+from imprompt_export.backends import CompileOnnx, ExportBackend, StatusCallback
 from imprompt_export.errors import BundleError
 from imprompt_serving.backends.onnxruntime import DISTRIBUTIONS
 from imprompt_serving.specs import Bundle
@@ -25,8 +25,8 @@ class OnnxRuntime(ExportBackend):
                 'engine: ONNX Runtime is not installed: pip install "imprompt[export,cpu]", or "imprompt[export,gpu]"'
             )
 
-    def compiler(self, engine: EngineSection, refit_from: Path | None) -> Compile:
-        def fuse(graph: Graph, source: Path, bundle: Bundle, tell: Tell) -> Path:
+    def onnx_compiler(self, engine: EngineSection, refit_from: Path | None) -> CompileOnnx:
+        def fuse(graph: Graph, source: Path, bundle: Bundle, show_status: StatusCallback) -> Path:
             from imprompt_export.fused_attention import fuse_attention
 
             fuse_attention(source)
@@ -34,8 +34,8 @@ class OnnxRuntime(ExportBackend):
 
         return fuse
 
-    def runner(self, engine: EngineSection) -> str | None:
-        """It has no bf16 on the CPU."""
+    def comparison_backend(self, engine: EngineSection) -> str | None:
+        """Return None for bf16 without a GPU: ONNX Runtime has no bf16 on the CPU."""
         import torch
 
         return self.name if engine.precision != "bf16" or torch.cuda.is_available() else None

@@ -1,4 +1,4 @@
-"""ONNX file -> OpenVINO's own format, whose weights are mapped when an engine starts; int8 on request."""
+"""OpenVINO: convert ONNX files to its own format, whose weights are memory-mapped at start, and optionally to int8."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from imprompt_export.backends import Compile, ExportBackend, Tell
+from imprompt_export.backends import CompileOnnx, ExportBackend, StatusCallback
 from imprompt_export.errors import BundleError
 from imprompt_serving.specs import Bundle
 
@@ -27,33 +27,38 @@ class OpenVino(ExportBackend):
             install = f'pip install "imprompt[export,{",".join(extras[package] for package in missing)}]"'
             raise BundleError(f"engine: {', '.join(missing)} is not installed: {install}")
 
-    def compiler(self, engine: EngineSection, refit_from: Path | None) -> Compile:
-        return lambda graph, source, bundle, tell: convert(source)
+    def onnx_compiler(self, engine: EngineSection, refit_from: Path | None) -> CompileOnnx:
+        return lambda graph, source, bundle, show_status: convert(source)
 
     def finish(
-        self, engine: EngineSection, bundle: Bundle, checkpoints: Checkpoints, files: Mapping[str, Path], tell: Tell
+        self,
+        engine: EngineSection,
+        bundle: Bundle,
+        checkpoints: Checkpoints,
+        files: Mapping[str, Path],
+        show_status: StatusCallback,
     ) -> tuple[Mapping[str, Path], list[Quality]]:
-        """Quantize to int8, if that is the precision: it wants denoising runs, and so all engines."""
+        """Quantize to int8 if that is the precision; calibration runs the denoising loop and so needs all engines."""
         if engine.precision != "int8":
             return files, []
         from imprompt_export.int8 import check_quality, quantize_bundle
 
-        tell("quantizing to int8")
-        checkpoints.pipeline.unet.to("meta")  # its weights are in the engine; quantization wants the memory
+        show_status("quantizing to int8")
+        checkpoints.pipeline.unet.to("meta")  # the engine has its weights, and quantization needs the memory
         quantized, quality = quantize_bundle(bundle, checkpoints, files, engine.min_snr_db)
         check_quality(quality)
         return quantized, quality
 
 
 def convert(file: Path) -> Path:
-    """Write `file` as `.xml` and `.bin` beside it, in its own precision, and remove it with its external data."""
+    """Replace an ONNX file and its external data by `.xml` and `.bin` of the same precision; return the `.xml`."""
     import openvino
 
     target = file.with_suffix(".xml")
     before = list(file.parent.iterdir())
     model = openvino.Core().read_model(file)
     openvino.save_model(model, target, compress_to_fp16=False)
-    del model  # it maps the external data
+    del model  # it has mapped the external data, which is deleted next
     for old in before:
         old.unlink()
     return target

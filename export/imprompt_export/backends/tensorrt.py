@@ -1,7 +1,8 @@
-"""ONNX file -> TensorRT or TensorRT-RTX engine, or an engine whose weights are replaced.
+"""TensorRT and TensorRT-RTX: compile ONNX files to engines, or replace the weights of an existing engine.
 
-Networks are strongly typed: types are those of the ONNX graph (https://docs.nvidia.com/deeplearning/tensorrt/).
-TensorRT builds for the GPU that it runs on. TensorRT-RTX needs none: its engines are finished where they run.
+Networks are strongly typed: they compute in the types of the ONNX graph
+(https://docs.nvidia.com/deeplearning/tensorrt/). TensorRT builds for the GPU that it runs on. TensorRT-RTX needs no
+GPU to build: its engines are completed on the GPU that runs them.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from imprompt_export.backends import Compile, ExportBackend, Tell
+from imprompt_export.backends import CompileOnnx, ExportBackend, StatusCallback
 from imprompt_export.errors import one_line
 from imprompt_serving.backends import EngineError
 from imprompt_serving.backends import tensorrt as serving
-from imprompt_serving.backends.files import write_whole
+from imprompt_serving.backends.files import write_atomically
 from imprompt_serving.backends.tensorrt import EngineInfo, EngineTensor
 from imprompt_serving.specs import Bundle
 
@@ -37,11 +38,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _RECIPE = 3
-"""How engines are made: another number where it changes, so that those that were kept are not taken any more."""
+"""Version of the way engines are built; increase it whenever that changes, so that cached engines are not reused."""
 _FUSED = re.compile(r"(?<![a-z])f?mha(?![a-z])", re.IGNORECASE)
-"""In names of layers, such as `_gemm_mha_v2_myl3_6`: attention in one kernel (NVIDIA/TensorRT issue 3243)."""
+"""Matches names of fused attention layers, such as `_gemm_mha_v2_myl3_6` (NVIDIA/TensorRT issue 3243)."""
 _PROFILE = re.compile(r"\[profile (\d+)\]$")
-"""What ends the name of a layer of any profile but the first."""
+"""Matches the end of a layer's name in every profile but the first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,22 +52,22 @@ class TensorRT(ExportBackend):
     def check_installed(self, engine: EngineSection) -> None:
         serving.BACKENDS[self.name].package()
 
-    def compiler(self, engine: EngineSection, refit_from: Path | None) -> Compile:
+    def onnx_compiler(self, engine: EngineSection, refit_from: Path | None) -> CompileOnnx:
         from imprompt_export.profiles import profiles
 
         builder = Builder(self.name, targets=engine.targets, refit=engine.refit, refit_from=refit_from)
 
-        def build(graph: Graph, source: Path, bundle: Bundle, tell: Tell) -> Path:
+        def build(graph: Graph, source: Path, bundle: Bundle, show_status: StatusCallback) -> Path:
             file = source.parent / "engine" / f"{graph.name}.plan"
-            builder.build(source, file, profiles(graph, bundle), tell)
+            builder.build(source, file, profiles(graph, bundle), show_status)
             return file
 
         return build
 
-    def runner(self, engine: EngineSection) -> str | None:
-        """Engines that no GPU here can run are compared by their ONNX files, in the same types, on the CPU.
+    def comparison_backend(self, engine: EngineSection) -> str | None:
+        """Return this backend, or ONNX Runtime if no GPU here can run the engines.
 
-        ONNX Runtime has no bf16 there.
+        ONNX Runtime then runs the ONNX files in the same types on the CPU. It has no bf16 there, hence None.
         """
         import torch
 
@@ -82,14 +83,15 @@ class TensorRT(ExportBackend):
 
 
 class Builder:
-    """Builds engines for one backend, and keeps what it built.
+    """Builds engines for one backend and caches them between exports.
 
     Args:
+        backend: `tensorrt` or `tensorrt_rtx`.
         targets: compute capabilities for TensorRT-RTX, such as `SM89`.
         refit: whether the weights of the engines can be replaced later.
-        refit_from: a folder, such as a repository; an engine in it that differs in its weights alone is given the new
-            weights instead of being built again.
-        cache: where engines and timings are kept between exports.
+        refit_from: a folder of engines, such as a repository; an engine in it that only differs in its weights gets the
+            new weights instead of being built again.
+        cache: the folder in which engines and kernel timings are cached.
     """
 
     def __init__(
@@ -105,42 +107,44 @@ class Builder:
         self._backend, self._refit = backend, refit or refit_from is not None
         self._package = served.package()
         self._logger = self._package.Logger(self._package.Logger.ERROR)
-        self._targets = self._known(targets) if served.finishes_on_gpu else ()
+        self._targets = self._checked_targets(targets) if served.finishes_on_gpu else ()
         self._target = "+".join(self._targets) or gpu_name()
         self._platform = "" if self._targets else platform()
         self._cache = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "imprompt", "engines")
         self._donors = dict(_engines(refit_from)) if refit_from else {}
 
-    def _known(self, targets: Sequence[str]) -> tuple[str, ...]:
+    def _checked_targets(self, targets: Sequence[str]) -> tuple[str, ...]:
         for name in targets:
             serving.refuse_data_center_gpu(name)
         known = [name for name in self._package.ComputeCapability.__members__ if name.startswith("SM")]
         if not targets or not set(targets) <= set(known):
             allowed = ", ".join(f"{name} ({serving.capability(name)})" for name in known)
-            asked = ", ".join(targets) or "none"
-            raise EngineError(f"engine.targets: {asked}; {self._backend} builds for {allowed}")
+            requested = ", ".join(targets) or "none"
+            raise EngineError(f"engine.targets: must be among {allowed} for {self._backend}, got {requested}")
         return tuple(targets)
 
-    def build(self, source: Path, engine: Path, profiles: Sequence[Profile], report: Tell = lambda _: None) -> None:
-        """Compile `source`, whose inputs have the ranges of `profiles`, into the file `engine`.
+    def build(
+        self, source: Path, engine: Path, profiles: Sequence[Profile], show_status: StatusCallback = lambda _: None
+    ) -> None:
+        """Compile the ONNX file `source` into the file `engine`, for the input ranges in `profiles`.
 
-        An engine of the same model, settings, versions and GPU that was built before is taken as it is.
+        An engine that an earlier export built from the same model, settings, versions, and GPU is reused.
 
         Raises:
-            EngineError: the graph was refused, or there is no such engine to take the other weights of.
+            EngineError: TensorRT rejects the graph, or `refit_from` has no engine that can take its weights.
         """
         info = self._info(source, profiles)
         kept = self._cache / f"{_digest(info)}.plan"
-        described = _kept_info(kept) if kept.exists() else None
+        described = _load_info(kept) if kept.exists() else None
         if described is None:
             self._cache.mkdir(parents=True, exist_ok=True)
-            build = self._refitted(source, info) or self._built(source, info, profiles, report)
+            build = self._refitted(source, info) or self._build_engine(source, info, profiles, show_status)
             described = build.info
             described.save(kept)
-            write_whole(kept, build.content)  # last: where it is, all is there
+            write_atomically(kept, build.content)  # last: where this file exists, the others do too
             self._keep_timings(build.config)
         if described.fused_attention is not None:
-            _tell_of_attention(source.stem, described, report)
+            _report_attention(source.stem, described, show_status)
         engine.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(kept, engine)
         described.save(engine)
@@ -157,7 +161,9 @@ class Builder:
             refit=self._refit,
         )
 
-    def _built(self, source: Path, info: EngineInfo, profiles: Sequence[Profile], report: Tell) -> _Build:
+    def _build_engine(
+        self, source: Path, info: EngineInfo, profiles: Sequence[Profile], show_status: StatusCallback
+    ) -> _Build:
         trt = self._package
         builder = trt.Builder(self._logger)
         network = builder.create_network(_network_flags(trt))
@@ -168,19 +174,21 @@ class Builder:
         made = [_profile(builder, network, profile) for profile in profiles]
         for index, profile in enumerate(made):
             added = config.add_optimization_profile(profile)
-            _check(added == index, f"optimization profile {index} of {source.stem}")
-        if not self._targets:  # TensorRT-RTX times nothing before it runs
+            _require(added == index, f"optimization profile {index} of {source.stem}")
+        if not self._targets:  # TensorRT-RTX only times kernels where it runs
             self._set_timings(config)
-        monitor = config.progress_monitor = _monitor(trt, report)
+        monitor = config.progress_monitor = _monitor(trt, show_status)
         engine = builder.build_serialized_network(network, config)
         if engine is None:
-            hint = " (engine.refit needs the GPU to be there)" if self._refit and self._targets else ""
+            hint = " (engine.refit needs a GPU at the export)" if self._refit and self._targets else ""
             raise EngineError(f"{self._backend} cannot build {source.stem}{hint}; see its messages above")
         del monitor  # must outlive the build
-        described = _described(info, network, made)
+        described = _with_tensors(info, network, made)
         if not self._targets:
             fused = fused_attention(trt, trt.Runtime(self._logger).deserialize_cuda_engine(engine))
-            described = msgspec.structs.replace(described, attention=_attention(trt, network), fused_attention=fused)
+            described = msgspec.structs.replace(
+                described, attention=_attention_layers(trt, network), fused_attention=fused
+            )
         return _Build(content=engine, info=described, config=config)
 
     @property
@@ -188,45 +196,45 @@ class Builder:
         return self._cache / f"{_digest([self._package.__version__, self._target, self._platform])}.timings"
 
     def _set_timings(self, config: Any) -> None:
-        """Give a build the timings of earlier ones; none of them if they are damaged, or not of this GPU."""
+        """Load the kernel timings of earlier builds, or none if they are damaged or belong to another GPU."""
         kept = config.create_timing_cache(self._timings.read_bytes()) if self._timings.exists() else None
         if kept is None or not config.set_timing_cache(kept, False):
-            _check(config.set_timing_cache(config.create_timing_cache(b""), False), "an empty timing cache")
+            _require(config.set_timing_cache(config.create_timing_cache(b""), False), "an empty timing cache")
 
     def _keep_timings(self, config: Any) -> None:
-        """Keep the timings of a build for the next one; an engine that was built is not lost if that fails."""
+        """Save the kernel timings of a build for the next one; a failure must not lose the engine."""
         cache = None if config is None or self._targets else config.get_timing_cache()
         content = cache and cache.serialize()
         if content is None:
             return
         try:
-            write_whole(self._timings, bytes(content))
+            write_atomically(self._timings, bytes(content))
         except OSError as error:
-            logger.warning("the timings of this build are not kept: %s", error)
+            logger.warning("cannot save the kernel timings of this build: %s", error)
 
     def _config(self, builder: Any) -> Any:
-        """Settings of a build, without its profiles."""
+        """Return the settings of a build, without its profiles."""
         trt = self._package
         config = builder.create_builder_config()
-        config.clear_flag(trt.BuilderFlag.TF32)  # whose 10 bits are not what float32 promises
+        config.clear_flag(trt.BuilderFlag.TF32)  # its 10-bit mantissa is less than float32 promises
         if self._refit:
             config.set_flag(trt.BuilderFlag.REFIT)
         if self._targets:
             config.num_compute_capabilities = len(self._targets)
             for index, target in enumerate(self._targets):
                 taken = config.set_compute_capability(trt.ComputeCapability.__members__[target], index)
-                _check(taken, f"engine.targets: {target}")
+                _require(taken, f"engine.targets: {target}")
         return config
 
     def _refitted(self, source: Path, info: EngineInfo) -> _Build | None:
-        """A donor's engine with the weights of `source`; None without donors."""
+        """Return a donor's engine with the weights of `source`; None if there are no donors."""
         if not self._donors:
             return None
-        wanted = _kind(info)
+        wanted = _refit_key(info)
         if wanted not in self._donors:
             raise EngineError(
-                f"--refit-from: no engine there has the architecture of {source.stem}, the same [shapes], "
-                f"was made to take weights (engine.refit), and by {info.backend} {info.version} for {info.target}"
+                f"--refit-from: no engine there can take the weights of {source.stem}: it needs the same architecture "
+                f"and [shapes], engine.refit = true, and {info.backend} {info.version} for {info.target}"
             )
         trt = self._package
         engine = trt.Runtime(self._logger).deserialize_cuda_engine(self._donors[wanted].read_bytes())
@@ -240,52 +248,55 @@ class Builder:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Build:
-    """An engine, what it says of itself, and the settings that have its timings; None of a refit, which times none."""
+    """A serialized engine, its description, and its build settings with the kernel timings (None after a refit)."""
 
     content: Any
     info: EngineInfo
     config: Any
 
 
-def _check(done: bool, what: str) -> None:
-    """Raise for a setting that TensorRT refused: it says so by its answer, not by an exception."""
-    if not done:
-        raise EngineError(f"TensorRT does not take {what}; see its message above")
+def _require(accepted: bool, what: str) -> None:
+    """Raise if TensorRT rejected a setting, which it reports as a return value, not as an exception."""
+    if not accepted:
+        raise EngineError(f"TensorRT rejected {what}; see its message above")
 
 
 def _network_flags(trt: Any) -> int:
-    """Flags of a strongly typed network; TensorRT 11 and TensorRT-RTX have no other kind."""
+    """Return the flags of a strongly typed network; TensorRT 11 and TensorRT-RTX have no other kind."""
     if trt.__version__.split(".")[0] != "10":
         return 0
     return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
 
-def _attention(trt: Any, network: Any) -> int:
-    """Attention layers of a network, by their softmaxes."""
+def _attention_layers(trt: Any, network: Any) -> int:
+    """Count the attention layers of a network by their softmaxes."""
     layers = (network.get_layer(index) for index in range(network.num_layers))
     return sum(layer.type == trt.LayerType.SOFTMAX for layer in layers)
 
 
 def fused_attention(trt: Any, engine: Any) -> int | None:
-    """Attention layers that are one kernel, in the profile that has fewest; None if the engine cannot be inspected."""
+    """Count the attention layers that became one kernel, in the profile with the fewest.
+
+    None if the engine cannot be inspected.
+    """
     if engine is None:
         return None
     inspector = engine.create_engine_inspector()
     layers = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))["Layers"]
     counts: Counter[str] = Counter()
     for layer in layers:
-        name = layer["Name"] if isinstance(layer, dict) else layer  # by how much the builder was told to keep
+        name = layer["Name"] if isinstance(layer, dict) else layer  # depends on how verbose the build was
         profile = _PROFILE.search(name)
         counts[profile[1] if profile else "0"] += bool(_FUSED.search(name))
     return min(counts.values(), default=0)
 
 
-def _tell_of_attention(name: str, info: EngineInfo, report: Tell) -> None:
+def _report_attention(name: str, info: EngineInfo, show_status: StatusCallback) -> None:
     fused = info.fused_attention or 0
-    report(f"{min(fused, info.attention)} of {info.attention} attention layers are fused")
+    show_status(f"{min(fused, info.attention)} of {info.attention} attention layers are fused")
     if fused < info.attention:
         logger.warning(
-            "%s: TensorRT fused %d of %d attention layers; the others store their scores, which takes time and memory",
+            "%s: TensorRT fused %d of %d attention layers; the others store their scores, which costs time and memory",
             name,
             fused,
             info.attention,
@@ -293,43 +304,43 @@ def _tell_of_attention(name: str, info: EngineInfo, report: Tell) -> None:
 
 
 def platform() -> str:
-    """Versions of the driver and of CUDA, which decide what kernels an engine can have."""
+    """Return the versions of the driver and of CUDA, which determine the kernels that an engine can have."""
     import torch
 
     return f"driver {driver_version()}, CUDA {torch.version.cuda}"
 
 
 def driver_version() -> str:
-    """That of NVIDIA's driver, such as `580.95.05`.
+    """Return the version of NVIDIA's driver, such as `580.95.05`.
 
     Raises:
-        EngineError: the driver does not tell.
+        EngineError: NVML is missing or does not respond.
     """
     answer = ctypes.create_string_buffer(80)  # NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError as error:
-        raise EngineError(f"the version of NVIDIA's driver is not to be had: {error}") from None
+        raise EngineError(f"cannot read the version of NVIDIA's driver: {error}") from None
     if library.nvmlInit_v2() != 0 or library.nvmlSystemGetDriverVersion(answer, len(answer)) != 0:
-        raise EngineError("the version of NVIDIA's driver is not to be had: NVML does not answer")
+        raise EngineError("cannot read the version of NVIDIA's driver: NVML does not respond")
     return answer.value.decode()
 
 
 def gpu_name() -> str:
-    """Name and compute capability of the first GPU.
+    """Return the name and compute capability of the first GPU.
 
     Raises:
-        EngineError: there is none.
+        EngineError: this machine has no GPU.
     """
     import torch
 
     if not torch.cuda.is_available():
-        raise EngineError("TensorRT builds engines on the GPU that they are for, and there is none here")
+        raise EngineError("TensorRT builds engines on the GPU that will run them, but this machine has none")
     return f"{torch.cuda.get_device_name()} {compute_capability()}"
 
 
 def compute_capability() -> str:
-    """That of the first GPU, as `engine.targets` has it: `SM89`, say."""
+    """Return the compute capability of the first GPU in the form of `engine.targets`, such as `SM89`."""
     import torch
 
     major, minor = torch.cuda.get_device_capability()
@@ -337,13 +348,14 @@ def compute_capability() -> str:
 
 
 def refit(trt: Any, logger: Any, engine: Any, source: Path) -> None:
-    """Give `engine` the weights of `source`: the parser only lays them out, the refitter puts them in.
+    """Replace the weights of `engine` by those of the ONNX file `source`.
 
     Raises:
-        EngineError: weights are of other names or shapes, or missing.
+        EngineError: weights are missing, or have other names or shapes.
     """
     refitter = trt.Refitter(engine, logger)
-    parser = trt.OnnxParserRefitter(refitter, logger)  # holds the weights until they are in
+    # The parser only prepares the weights, and must stay alive until the refitter has copied them.
+    parser = trt.OnnxParserRefitter(refitter, logger)
     if not parser.refit_from_file(str(source)):
         raise EngineError(f"--refit-from: {source.stem}: {_errors(parser)}")
     missing = refitter.get_missing_weights()
@@ -352,11 +364,11 @@ def refit(trt: Any, logger: Any, engine: Any, source: Path) -> None:
             f"--refit-from: {source.stem} lacks {len(missing)} weights of the engine, such as {missing[0]}"
         )
     if not refitter.refit_cuda_engine():
-        raise EngineError(f"--refit-from: the engine does not take the weights of {source.stem}; see the message above")
+        raise EngineError(f"--refit-from: the engine rejected the weights of {source.stem}; see the message above")
 
 
 def _serialized(trt: Any, engine: Any) -> Any:
-    """All of an engine: its weights, and that it takes others."""
+    """Serialize an engine together with its weights and its ability to be refitted."""
     config = engine.create_serialization_config()
     config.clear_flag(trt.SerializationFlag.EXCLUDE_WEIGHTS)
     config.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
@@ -364,16 +376,16 @@ def _serialized(trt: Any, engine: Any) -> Any:
 
 
 def _profile(builder: Any, network: Any, profile: Profile) -> Any:
-    """`profile` for the inputs that the graph has; the exporter drops those that it does not use."""
+    """Create an optimization profile for the inputs that `network` has; the exporter drops unused ones."""
     made = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         name = network.get_input(index).name
-        made.set_shape(name, *profile[name])  # has no answer: what is wrong shows when the profile is added
+        made.set_shape(name, *profile[name])  # returns nothing: an error only shows when the profile is added
     return made
 
 
-def _described(info: EngineInfo, network: Any, profiles: Sequence[Any]) -> EngineInfo:
-    """`info` with the inputs and outputs of `network`."""
+def _with_tensors(info: EngineInfo, network: Any, profiles: Sequence[Any]) -> EngineInfo:
+    """Return `info` with the inputs and outputs of `network` added."""
     inputs, outputs = {}, {}
     for tensor in (network.get_input(index) for index in range(network.num_inputs)):
         ranges = tuple(tuple(tuple(shape) for shape in profile.get_shape(tensor.name)) for profile in profiles)
@@ -383,8 +395,8 @@ def _described(info: EngineInfo, network: Any, profiles: Sequence[Any]) -> Engin
     return msgspec.structs.replace(info, inputs=inputs, outputs=outputs)
 
 
-def _monitor(trt: Any, report: Tell) -> Any:
-    """The builder's phases as lines."""
+def _monitor(trt: Any, show_status: StatusCallback) -> Any:
+    """Return a progress monitor that shows each phase of the build as a line."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
@@ -395,7 +407,7 @@ def _monitor(trt: Any, report: Tell) -> Any:
             self._steps[phase_name] = num_steps
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            report(f"{phase_name} {step + 1}/{self._steps.get(phase_name, step + 1)}")
+            show_status(f"{phase_name} {step + 1}/{self._steps.get(phase_name, step + 1)}")
             return True
 
         def phase_finish(self, phase_name: str) -> None:
@@ -405,32 +417,32 @@ def _monitor(trt: Any, report: Tell) -> Any:
 
 
 def _engines(folder: Path) -> list[tuple[str, Path]]:
-    """Engines under `folder` that take weights, by what they have in common with those that can give them."""
+    """List the engines under `folder` that can be refitted, each with its `_refit_key`."""
     found = []
     for file in sorted(folder.rglob("*.plan")):
-        info = _kept_info(file)
+        info = _load_info(file)
         if info is not None and info.refit:
-            found.append((_kind(info), file))
+            found.append((_refit_key(info), file))
     if not found:
-        raise EngineError(f"--refit-from: no engine in {folder} was made to take weights (engine.refit = true)")
+        raise EngineError(f"--refit-from: no engine in {folder} was built with engine.refit = true")
     return found
 
 
-def _kept_info(engine: Path) -> EngineInfo | None:
-    """What `engine` says of itself; None where that is missing or damaged."""
+def _load_info(engine: Path) -> EngineInfo | None:
+    """Load the description of `engine`; None if it is missing or damaged."""
     try:
         return EngineInfo.load(engine)
     except (OSError, msgspec.DecodeError):
         return None
 
 
-def _kind(info: EngineInfo) -> str:
-    """What engines must agree in to take each other's weights."""
+def _refit_key(info: EngineInfo) -> str:
+    """Hash what two engines must have in common to exchange their weights."""
     return _digest([info.backend, info.version, info.target, info.architecture, info.settings])
 
 
 def _architecture(source: Path) -> str:
-    """A hash of the graph in `source` without the values of its weights."""
+    """Hash the graph in `source` without the values of its weights."""
     import onnx
 
     model = onnx.load(source, load_external_data=False)
@@ -441,7 +453,7 @@ def _architecture(source: Path) -> str:
 
 
 def _file_hash(source: Path) -> str:
-    """A hash of an ONNX file and its external data."""
+    """Hash an ONNX file and its external data."""
     digest = hashlib.sha256()
     for file in sorted(source.parent.glob(f"{source.name}*")):
         with file.open("rb") as opened:

@@ -1,4 +1,4 @@
-"""Model families: what is exported of each, and which bases belong to it. One light module each, without torch."""
+"""Model families: what to export for each, and which bases belong to it. One module per family, without torch."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from imprompt_serving.families import NAMES
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportFamily:
-    """How the checkpoints of one family become graphs, and what goes with them."""
+    """What the export needs to know about one family of checkpoints."""
 
     name: str
     title: str
-    """What messages call it."""
+    """The name of the family in messages."""
     pipelines: tuple[str, ...]
-    """Pipelines of diffusers that a base may name; the tasks are the server's own, whichever it names."""
+    """diffusers pipelines that a base may name; they all offer the same tasks."""
     text_encoders: tuple[tuple[str, str], ...]
-    """Components of the pipeline: each text encoder, after which its engine is named, and its tokenizer."""
+    """Pipeline components: each text encoder, which also names its engine, with its tokenizer."""
     adapter_files: str
-    """The IP-Adapter files that are made for it, as a pattern."""
+    """Pattern of the IP-Adapter files for this family."""
     penultimate: bool = False
-    """Whether text embeddings are hidden states of the last layer but one, without the final norm."""
+    """Whether text embeddings are the hidden states before the last layer, without the final norm."""
     pooled: bool = False
-    """Whether the last text encoder gives a pooled embedding too."""
+    """Whether the last text encoder also produces a pooled embedding."""
     adapts_middle: bool = False
-    """Whether T2I-Adapters add to the middle block too, as a `full_adapter_xl` does."""
+    """Whether T2I-Adapters also add to the middle block, as a `full_adapter_xl` does."""
     clips: bool = False
-    """Whether motion adapters go with it."""
+    """Whether the family supports motion adapters."""
 
     def check_base(self, index: Mapping[str, Any]) -> None:
-        """Refuse a base by its `model_index.json`.
+        """Check a base by its `model_index.json`.
 
         Raises:
             BundleError: a text encoder is missing.
@@ -45,7 +45,7 @@ class ExportFamily:
 
 
 def export_family(name: str) -> ExportFamily:
-    """The family called `name`, one of `imprompt_serving.families.NAMES`."""
+    """Return the family called `name`, one of `imprompt_serving.families.NAMES`."""
     found: ExportFamily = import_module(f"{__name__}.{name}").FAMILY
     return found
 
@@ -55,12 +55,12 @@ def all_families() -> tuple[ExportFamily, ...]:
 
 
 def family_of(pipeline: str | None) -> ExportFamily:
-    """The family of a base whose `model_index.json` names the class `pipeline`.
+    """Return the family of a base whose `model_index.json` names the class `pipeline`.
 
     Raises:
-        BundleError: no family has it.
+        BundleError: no family has this pipeline.
     """
-    by_pipeline = {served: family for family in all_families() for served in family.pipelines}
+    by_pipeline = {supported: family for family in all_families() for supported in family.pipelines}
     if pipeline not in by_pipeline:
-        raise BundleError(f"base: {pipeline} is not served; folders of {', '.join(sorted(by_pipeline))} are")
+        raise BundleError(f"base: {pipeline} is not supported; expected one of {', '.join(sorted(by_pipeline))}")
     return by_pipeline[pipeline]

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL; its refiner is a family of its own, which is not served."""
+"""Stable Diffusion XL. Its refiner would be a separate family, which is not supported."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class SDXL(ExportFamily):
     def check_base(self, index: Mapping[str, Any]) -> None:
         if not all(index.get("text_encoder") or (None,)) or index.get("requires_aesthetics_score"):
             raise BundleError(
-                "base: an SDXL refiner (one text encoder, an aesthetics score) is not served; its base is"
+                "base: an SDXL refiner (one text encoder, an aesthetics score) is not supported; use the SDXL base"
             )
-        # Not super(): the class that `slots` makes is another one than this body belongs to.
+        # Not super(): with `slots`, dataclass creates a new class, which super() in this body does not know.
         ExportFamily.check_base(self, index)
 
 

@@ -1,4 +1,4 @@
-"""Backends: how engines are run. One light module each; heavy packages are imported when an engine is loaded."""
+"""Backends that run engines, each in one light module. Heavy packages are only imported when an engine is loaded."""
 
 from __future__ import annotations
 
@@ -21,54 +21,54 @@ MODULES = {
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "tensorrt",
 }
-"""The values of `engine.backend`, and the module of each: of this package, and of `imprompt_export.backends`."""
+"""The values of `engine.backend`, and the module of each in this package and in `imprompt_export.backends`."""
 FLOATS = ("fp32", "fp16", "bf16")
 
 
 class EngineError(RuntimeError):
-    """An engine cannot be built, loaded or run; the message says what to do about it."""
+    """An engine cannot be built, loaded, or run; the message says what to do."""
 
 
 class Engine(Protocol):
-    """A graph, ready to run. Tensors go in and come out by name."""
+    """A graph that is ready to run, with named inputs and outputs."""
 
     def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """One call; inputs are C-contiguous, outputs are the caller's to keep."""
+        """Run one call. Inputs are C-contiguous; the caller owns the outputs."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Backend(ABC):
-    """What engines of one backend can do, and how they are loaded."""
+    """Describes what the engines of one backend can do, and loads them."""
 
     name: str
     precisions: tuple[str, ...]
     suffix: str
-    """Of an engine's file."""
+    """The suffix of an engine's file."""
     extra: str
-    """The extra of imprompt that is needed where the engines run."""
+    """The extra of imprompt that must be installed where the engines run."""
     triton_platform: str | None = None
-    """What Triton calls these files when it hosts them itself; None where it cannot."""
+    """Triton's name for these files if it can host them itself, or None."""
     builds_for_ranges: bool = False
-    """Whether an engine takes only the ranges of shapes that it was built for (`imprompt_export.profiles`)."""
+    """Whether an engine only takes the ranges of shapes that it was built for (`imprompt_export.profiles`)."""
     needs_gpu: bool = False
-    """Whether an engine runs on an NVIDIA GPU alone."""
+    """Whether an engine only runs on an NVIDIA GPU."""
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        """The values of `engine.host` that go with it."""
+        """The values of `engine.host` that this backend supports."""
         return ("python", "native") if self.triton_platform else ("python",)
 
     def load(self, path: Path, *, threads: int = 0, device: str = "") -> Engine:
-        """Load the engine at `path`, adding the suffix of its file.
-
-        Given a CUDA `device` of torch's (`cuda:0`), the engine is a `DeviceEngine` of `imprompt_serving.gpu` too.
+        """Load the engine at `path`, adding the backend's file suffix.
 
         Args:
-            threads: threads of one call on the CPU; 0 for one a core.
+            threads: threads for one call on the CPU; 0 for one per core.
+            device: a torch device. With a CUDA device (`cuda:0`), the engine may also be a
+                `imprompt_serving.gpu.DeviceEngine`.
 
         Raises:
-            EngineError: a package is not installed, or the engine cannot run here.
+            EngineError: a package is not installed, or the engine cannot run on this machine.
         """
         try:
             return self._load(path.with_suffix(self.suffix), threads, device)
@@ -76,7 +76,7 @@ class Backend(ABC):
             raise EngineError(f"{error}: install imprompt[{self.extra}] where the engines run") from None
 
     def buckets_rows(self, device: str) -> bool:
-        """Whether engines on `device` (as for `load`) run few numbers of rows alone (`specs.CallRows`)."""
+        """Return whether engines on `device` (as in `load`) only run certain numbers of rows (`specs.CallRows`)."""
         return self.needs_gpu or device.startswith("cuda")
 
     @abstractmethod
@@ -84,10 +84,10 @@ class Backend(ABC):
 
     @abstractmethod
     def device(self, index: int = 0) -> torch.device:
-        """Where the denoiser keeps its tensors beside these engines: the GPU of this number, or the CPU."""
+        """Return where the denoiser keeps its tensors with these engines: the GPU with this index, or the CPU."""
 
 
 def get_backend(name: str) -> Backend:
-    """The backend called `name`, a key of `MODULES`."""
+    """Return the backend called `name`, a key of `MODULES`."""
     found: Backend = import_module(f"{__name__}.{MODULES[name]}").BACKENDS[name]
     return found

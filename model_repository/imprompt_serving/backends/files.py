@@ -1,4 +1,4 @@
-"""Files that several processes read and write: caches, and what is kept for the next start."""
+"""Write files that several processes share, such as caches."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import uuid
 from pathlib import Path
 
 
-def write_whole(file: Path, content: bytes) -> None:
-    """Write beside `file` and rename: a reader sees all of it or the one before, also when the writer is killed."""
+def write_atomically(file: Path, content: bytes) -> None:
+    """Write a temporary file and rename it to `file`, so that readers see the old or the new content, never a part.
+
+    That also holds if the writer is killed.
+    """
     draft = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
         draft.write_bytes(content)

@@ -1,4 +1,4 @@
-"""AOTInductor: networks compiled by torch itself, and what their packages say of themselves."""
+"""Load networks that torch compiled ahead of time (AOTInductor), and describe their packages."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import msgspec
 import numpy as np
 
 from imprompt_serving.backends import FLOATS, Backend, Engine, EngineError
-from imprompt_serving.backends.files import write_whole
+from imprompt_serving.backends.files import write_atomically
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 WEIGHTS = ".safetensors"
-"""Suffix of the weights, which all packages of an engine share."""
+"""The suffix of the weights, which all packages of an engine share."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,36 +42,37 @@ BACKENDS = {"inductor": Inductor(name="inductor", precisions=FLOATS, suffix=".js
 
 
 class Package(msgspec.Struct, frozen=True, kw_only=True):
-    """A file of machine code, named by what follows the engine's name, and the sizes of axes that it is for."""
+    """A file of machine code, and the sizes of axes that it was compiled for."""
 
     suffix: str
+    """What follows the engine's name in the file name."""
     axes: dict[str, int] = {}
-    """Axes that are not there may have any size."""
+    """Sizes by name; other axes may have any size."""
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """An engine: the file that is loaded, with packages and weights beside it."""
+    """Description of an engine: the JSON file that is loaded, next to its packages and weights."""
 
     version: str
-    """Of torch, whose internal functions the packages call."""
+    """The version of torch, whose internal functions the packages call."""
     target: str
-    """Instructions of the CPU, or compute capability of the GPU, that the packages are for (`target`)."""
+    """The CPU instructions or the compute capability that the packages were compiled for (see `target`)."""
     inputs: dict[str, tuple[int | str, ...]]
-    """Their shapes, in the order of the call; axes that are strings have names."""
+    """Shapes of the inputs, in the order of the call. An axis is a size or a name."""
     outputs: tuple[str, ...]
     packages: tuple[Package, ...]
     channels_last: bool = False
-    """Whether the weights of convolutions lie in this order, on which the packages rely."""
+    """Whether the packages expect convolution weights in this memory format."""
 
     def save(self, file: Path) -> None:
-        write_whole(file, msgspec.json.format(msgspec.json.encode(self)) + b"\n")
+        write_atomically(file, msgspec.json.format(msgspec.json.encode(self)) + b"\n")
 
     @classmethod
     def load(cls, file: Path) -> EngineInfo:
-        """Read `file`.
+        """Read `file`, and check that its packages can run on this machine.
 
         Raises:
-            EngineError: the packages cannot run here.
+            EngineError: they cannot.
         """
         import torch
 
@@ -79,18 +80,20 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
         engine = file.stem
         if info.version != torch.__version__:
             raise EngineError(
-                f"{engine} was built by torch {info.version}, but {torch.__version__} is installed here: export the "
+                f"{engine} was built with torch {info.version}, but {torch.__version__} is installed: export the "
                 "bundle again, or install that version"
             )
         if info.target.startswith("cuda") and not torch.cuda.is_available():
-            raise EngineError(f"{engine} was built for an NVIDIA GPU ({info.target}); there is none here")
+            raise EngineError(f"{engine} was built for an NVIDIA GPU ({info.target}); this machine has none")
         here = target(info.target.split()[0])
         if info.target != here:
-            raise EngineError(f"{engine} was built for {info.target}, but here is {here}: export the bundle here")
+            raise EngineError(
+                f"{engine} was built for {info.target}, but this machine is {here}: export the bundle on it"
+            )
         return info
 
     def axes_of(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-        """Sizes of the named axes in a call with inputs of these shapes."""
+        """Return the sizes of the named axes in a call with inputs of these shapes."""
         return {
             axis: size
             for name, declared in self.inputs.items()
@@ -99,25 +102,25 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
         }
 
     def package_for(self, axes: Mapping[str, int]) -> int:
-        """Number of the package that takes a call of these sizes.
+        """Return the index of the package that takes a call with these sizes.
 
         Raises:
-            EngineError: none does; the message says which there are.
+            EngineError: none does; the message lists the sizes that the engine was built for.
         """
         for index, package in enumerate(self.packages):
             if all(axes[axis] == size for axis, size in package.axes.items()):
                 return index
-        asked = {axis: axes[axis] for axis in self.packages[0].axes}
-        built = "; ".join(dict.fromkeys(_shown(package.axes) for package in self.packages))
-        raise EngineError(f"the engine takes {built}, not {_shown(asked)}; see [shapes]")
+        requested = {axis: axes[axis] for axis in self.packages[0].axes}
+        built = "; ".join(dict.fromkeys(_format_axes(package.axes) for package in self.packages))
+        raise EngineError(f"the engine takes {built}, not {_format_axes(requested)}; see [shapes]")
 
 
-def _shown(axes: Mapping[str, int]) -> str:
+def _format_axes(axes: Mapping[str, int]) -> str:
     return " ".join(f"{axis}={size}" for axis, size in axes.items())
 
 
 def target(kind: str) -> str:
-    """What code of this `kind` (`cpu` or `cuda`) is compiled for on this machine."""
+    """Return what code of this `kind` (`cpu` or `cuda`) is compiled for on this machine."""
     import torch
 
     if kind == "cpu":
@@ -127,10 +130,10 @@ def target(kind: str) -> str:
 
 
 def load_packages(file: Path, info: EngineInfo, weights: Mapping[str, Tensor], index: int = -1) -> list[Any]:
-    """The packages of an engine, all of them on the same `weights`; the caller keeps these alive.
+    """Load the packages of an engine, which share `weights`. The caller must keep the weights alive.
 
     Args:
-        index: the GPU.
+        index: the index of the GPU; -1 for the CPU.
     """
     import torch
 
@@ -141,20 +144,20 @@ def load_packages(file: Path, info: EngineInfo, weights: Mapping[str, Tensor], i
             package = torch._inductor.aoti_load_package(str(part), device_index=index)
             wanted = {name: weights[name] for name in package.get_constant_fqns()}
         except (RuntimeError, KeyError) as error:
-            raise EngineError(f"{part.name} cannot be loaded: {error}") from None
+            raise EngineError(f"cannot load {part.name}: {error}") from None
         package.load_constants(wanted, check_full_update=True, user_managed=True)
         packages.append(package)
     return packages
 
 
 class InductorEngine:
-    """Packages on the CPU, with weights that are mapped from their file; safe to call from several threads."""
+    """Packages on the CPU, with memory-mapped weights. Safe to call from several threads."""
 
     def __init__(self, file: Path, info: EngineInfo, *, threads: int = 0) -> None:
         import torch
         from safetensors.torch import load_file
 
-        # The packages run on torch's own threads, which the processes inside Triton otherwise limit to one.
+        # The packages run on torch's threads, which processes inside Triton otherwise limit to one.
         torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
         self._info = info
         self._weights = load_file(file.with_suffix(WEIGHTS))
@@ -167,7 +170,7 @@ class InductorEngine:
         return {name: value.numpy() for name, value in answer.items()}
 
     def run_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same on tensors, without copies."""
+        """Run one call on tensors, without copies."""
         given = {name: tensors[name].contiguous() for name in self._info.inputs}
         axes = self._info.axes_of({name: tuple(tensor.shape) for name, tensor in given.items()})
         answer = self._packages[self._info.package_for(axes)](*given.values())

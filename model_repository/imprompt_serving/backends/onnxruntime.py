@@ -1,4 +1,4 @@
-"""ONNX Runtime: on the CPU, and on NVIDIA GPUs where it is built for them."""
+"""Run ONNX files with ONNX Runtime, on the CPU or with the GPU build on NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 CUDA = "CUDAExecutionProvider"
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
-"""What `pip` calls ONNX Runtime for CPUs, and for GPUs."""
+"""The pip packages of ONNX Runtime for CPUs and for GPUs."""
 CUDA_OPTIONS = {
-    "use_tf32": "0",  # whose 10 bits are not what float32 promises
-    # Trying every algorithm takes seconds for each new shape; cuDNN's own estimate takes none.
+    "use_tf32": "0",  # TF32 has only 10 bits of mantissa, too few for fp32 engines
+    # An exhaustive search takes seconds for each new shape; cuDNN's heuristic returns at once.
     "cudnn_conv_algo_search": "HEURISTIC",
-    "cudnn_conv_use_max_workspace": "1",  # or the faster algorithms may not fit
+    "cudnn_conv_use_max_workspace": "1",  # otherwise the faster algorithms may not fit
 }
 """https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html"""
 _LOG_ERROR, _LOG_FATAL = 3, 4
@@ -37,7 +37,7 @@ _ON_SHAPES = {
     *("Add", "Sub", "Mul", "Div", "Mod", "Floor", "Min", "Max", "Where", "Equal", "Less", "Greater", "Expand"),
     *("ConstantOfShape", "ReduceProd"),
 }
-"""Operators that compute shapes: ONNX Runtime keeps those on the CPU, beside the host that needs the answers."""
+"""Operators that compute shapes. ONNX Runtime keeps them on the CPU, because the host needs their results."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,8 +50,8 @@ class OnnxRuntime(Backend):
         return OnnxRuntimeEngine(file, threads=threads)
 
     def buckets_rows(self, device: str) -> bool:
-        """On a GPU, whatever the device of the tensors: CUDA's convolutions are searched for at each new shape."""
-        return built_for_cuda() and gpu_there()
+        """Return whether ONNX Runtime uses a GPU, wherever the tensors are: it picks convolution kernels per shape."""
+        return built_for_cuda() and has_gpu()
 
     def device(self, index: int = 0) -> torch.device:
         import torch
@@ -62,18 +62,18 @@ class OnnxRuntime(Backend):
 
 
 def check_one_installed() -> None:
-    """Refuse an environment with the ONNX Runtime for CPUs and the one for GPUs.
+    """Check that only one of the two ONNX Runtime packages is installed.
 
-    Both are the module `onnxruntime`: the files of one lie over those of the other, and which works is chance.
+    Both provide the module `onnxruntime` and overwrite each other's files, so which one works is undefined.
 
     Raises:
-        EngineError: says which to remove.
+        EngineError: both are installed; the message says how to remove one.
     """
     if all(_is_installed(distribution) for distribution in DISTRIBUTIONS):
         raise EngineError(
             "onnxruntime and onnxruntime-gpu are both installed, and overwrite each other's files; for the GPU: "
             "pip uninstall onnxruntime && pip install --force-reinstall --no-deps onnxruntime-gpu; "
-            "for the CPU the other way around"
+            "for the CPU, the other way around"
         )
 
 
@@ -86,21 +86,21 @@ def _is_installed(distribution: str) -> bool:
 
 
 def built_for_cuda() -> bool:
-    """Whether the ONNX Runtime that is installed is the one for GPUs."""
+    """Return whether the installed ONNX Runtime is the GPU build."""
     import onnxruntime
 
-    # Newer builds have CUDA as a plugin, which may not be listed before its libraries are found.
+    # In newer builds CUDA is a plugin, which may not be listed before its libraries are found.
     return CUDA in onnxruntime.get_available_providers() or bool(onnxruntime.cuda_version)
 
 
 def check_cuda() -> None:
-    """Raise where tensors on a GPU could not be used."""
+    """Raise `EngineError` if the installed ONNX Runtime cannot use tensors on a GPU."""
     if not built_for_cuda():
-        raise EngineError("ONNX Runtime is the one for CPUs here: install onnxruntime-gpu in the place of onnxruntime")
+        raise EngineError("the CPU build of ONNX Runtime is installed: install onnxruntime-gpu instead of onnxruntime")
 
 
-def gpu_there() -> bool:
-    """Whether there is an NVIDIA GPU, by its driver: processes that ask this do without torch."""
+def has_gpu() -> bool:
+    """Return whether there is an NVIDIA GPU. Asks the driver, because some callers do not import torch."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -110,13 +110,15 @@ def gpu_there() -> bool:
 
 
 def session(path: Path, *, threads: int = 0, gpu: int = 0, stream: int = 0) -> onnxruntime.InferenceSession:
-    """A session on the GPU where ONNX Runtime has been built for one and there is one, or else on the CPU.
+    """Create a session on the GPU if there is one and ONNX Runtime is the GPU build, or else on the CPU.
 
     Args:
-        stream: handle of the CUDA stream that all work goes to; 0 for one of the session's own.
+        threads: threads for one call on the CPU; 0 for one per core.
+        gpu: the index of the GPU.
+        stream: the handle of the CUDA stream to use; 0 lets the session create one.
 
     Raises:
-        EngineError: ONNX Runtime cannot use the GPU; by itself it would go on with the CPU, and say nothing.
+        EngineError: ONNX Runtime cannot use the GPU. By default it would silently fall back to the CPU.
     """
     import onnxruntime
 
@@ -124,39 +126,39 @@ def session(path: Path, *, threads: int = 0, gpu: int = 0, stream: int = 0) -> o
     options.log_severity_level = _LOG_ERROR
     if threads:
         options.intra_op_num_threads = threads
-    # Sessions of several processes share the cores: a spinning pool would take them from the others.
+    # Several processes share the cores: threads that spin while idle would slow down the others.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if not (built_for_cuda() and gpu_there()):
+    if not (built_for_cuda() and has_gpu()):
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    # Every session warns that CUDA is no plugin ("No registered plugin EP device"), by the process's logger.
+    # The process-wide logger warns for every session that CUDA is not a plugin ("No registered plugin EP device").
     onnxruntime.set_default_logger_severity(_LOG_ERROR)
-    onnxruntime.preload_dlls()  # CUDA's libraries out of pip's packages, which only torch would have loaded
+    onnxruntime.preload_dlls()  # CUDA libraries from pip packages, which otherwise only torch loads
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     chosen = CUDA_OPTIONS | {"device_id": str(gpu)} | ({"user_compute_stream": str(stream)} if stream else {})
-    made = onnxruntime.InferenceSession(str(path), options, providers=[(CUDA, chosen), "CPUExecutionProvider"])
-    if CUDA not in made.get_providers():
+    created = onnxruntime.InferenceSession(str(path), options, providers=[(CUDA, chosen), "CPUExecutionProvider"])
+    if CUDA not in created.get_providers():
         raise EngineError(
             f"ONNX Runtime {onnxruntime.__version__} cannot use the GPU: the CUDA and cuDNN libraries that it is built "
             "for are missing (the CUDA build of torch brings its own), or the driver is too old; see its message above"
         )
-    # That logger has an error line for each plan of a convolution that cuDNN refuses before another is taken. What
-    # fails for good is raised, with the same text.
+    # The same logger prints an error for every convolution plan that cuDNN rejects before it accepts another. Real
+    # failures are raised with the same text.
     onnxruntime.set_default_logger_severity(_LOG_FATAL)
-    strays = computed_on_cpu(made)
-    if strays:
-        named = ", ".join(f"{count} {operator}" for operator, count in strays.most_common())
-        logger.warning("%s: ONNX Runtime has no kernel on the GPU for %s: these run on the CPU", path, named)
-    return made
+    fallbacks = cpu_fallbacks(created)
+    if fallbacks:
+        named = ", ".join(f"{count} {operator}" for operator, count in fallbacks.most_common())
+        logger.warning("%s: ONNX Runtime has no GPU kernel for %s, so these run on the CPU", path, named)
+    return created
 
 
-def computed_on_cpu(made: onnxruntime.InferenceSession) -> Counter[str]:
-    """Operators of a session on the CPU that do more than compute shapes, with how many there are of each.
+def cpu_fallbacks(created: onnxruntime.InferenceSession) -> Counter[str]:
+    """Count the operators of a session that run on the CPU and do more than compute shapes.
 
-    (`session.disable_cpu_ep_fallback` would refuse the shapes too.)
+    The option `session.disable_cpu_ep_fallback` does not help, as it also refuses operators that compute shapes.
     """
     return Counter(
         node.op_type
-        for part in made.get_provider_graph_assignment_info()
+        for part in created.get_provider_graph_assignment_info()
         if part.ep_name == "CPUExecutionProvider"
         for node in part.get_nodes()
         if node.op_type not in _ON_SHAPES
@@ -164,7 +166,7 @@ def computed_on_cpu(made: onnxruntime.InferenceSession) -> Counter[str]:
 
 
 class OnnxRuntimeEngine:
-    """An `InferenceSession` behind the engine interface; safe to call from several threads."""
+    """An `InferenceSession` behind the engine interface. Safe to call from several threads."""
 
     def __init__(self, path: Path, *, threads: int = 0) -> None:
         self._session = session(path, threads=threads)
@@ -172,7 +174,7 @@ class OnnxRuntimeEngine:
         self._outputs = [value.name for value in self._session.get_outputs()]
 
     def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        # The exporter drops inputs that a graph does not use (the tokens of an encoder without image prompts, say).
+        # The exporter drops inputs that a graph does not use, such as image tokens without image prompts.
         feeds = {name: value for name, value in tensors.items() if name in self._inputs}
         return dict(zip(self._outputs, self._session.run(None, feeds), strict=True))
 

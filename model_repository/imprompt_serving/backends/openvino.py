@@ -1,4 +1,4 @@
-"""OpenVINO, on the CPU."""
+"""Run OpenVINO models on the CPU."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 SETTINGS: dict[str, Any] = {
     "PERFORMANCE_HINT": "LATENCY",  # one call at a time, on all cores
-    # Arithmetic as the weights are: CPUs with bfloat16 or AMX would otherwise round everything to it.
+    # Compute in the precision of the weights; otherwise OpenVINO rounds to bfloat16 on CPUs that support it.
     "INFERENCE_PRECISION_HINT": "f32",
-    # Sessions of several processes share the cores: pinned threads of two of them would wait for the same one.
+    # Several processes share the cores: their pinned threads would compete for the same ones.
     "ENABLE_CPU_PINNING": False,
-    # Kernels that OpenVINO 2026.4 generates for a call with one query (a UNet at its smallest) are taken for later
-    # calls with more, and give wrong answers. Others are no slower.
+    # OpenVINO 2026.4 reuses a kernel that it generated for a call with one query (a UNet at its smallest size) for
+    # later calls with more queries, and returns wrong results. Other kernels are not slower.
     "SNIPPETS_MODE": "DISABLE",
 }
 
@@ -39,9 +39,9 @@ class OpenVino(Backend):
 
 
 class OpenVinoEngine:
-    """A model behind the engine interface; safe to call from several threads, one after the other.
+    """An OpenVINO model behind the engine interface. A lock serializes calls from several threads.
 
-    Weights stay in the file that is mapped, but for those that the CPU wants in another order.
+    Weights are memory-mapped, except for those that the CPU needs in a different layout.
     """
 
     def __init__(self, path: Path, *, threads: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""Padding and warm-up, for engines that run few numbers of rows."""
+"""Pad and warm up engines that only run certain numbers of rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from imprompt_serving.specs import CallRows
 
 
 class PaddedEngine:
-    """An engine whose calls are padded to `rows` by repeating their last row; its answers are cut again."""
+    """Pads the calls of an engine to `rows` by repeating the last row, and drops the outputs of the padding."""
 
     def __init__(self, engine: Engine, rows: CallRows) -> None:
         self._engine, self._rows = engine, rows
@@ -26,6 +26,6 @@ class PaddedEngine:
 
 
 def warm_up(engine: Engine, row: Mapping[str, np.ndarray], rows: CallRows) -> None:
-    """Run `engine` once with each number of rows that it runs: `row` (one row of each input) so many times."""
+    """Run `engine` once with each of its numbers of rows, by repeating `row`, which has one row of each input."""
     for count in rows.buckets:
         engine.run({name: value.repeat(count, 0) for name, value in row.items()})

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX: two packages with one interface, and what an engine file says of itself."""
+"""Load TensorRT and TensorRT-RTX, two packages with the same interface, and describe their engines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from imprompt_serving.backends import FLOATS, Backend, Engine, EngineError
-from imprompt_serving.backends.files import write_whole
+from imprompt_serving.backends.files import write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -21,14 +21,14 @@ class TensorRT(Backend):
     builds_for_ranges: bool = True
     needs_gpu: bool = True
     modules: tuple[str, ...]
-    """Names that the package may be imported by."""
+    """Names under which the package may be imported."""
     oldest: tuple[int, int]
-    """The first version that has everything used here."""
+    """The oldest supported version."""
     finishes_on_gpu: bool = False
-    """Whether kernels are compiled by the GPU that runs an engine, so that building one needs no GPU."""
+    """Whether kernels are compiled where an engine runs, so that building one needs no GPU."""
 
     def package(self) -> Any:
-        """The Python module.
+        """Import the Python module.
 
         Raises:
             EngineError: it is not installed, or too old; the message says what to install.
@@ -82,73 +82,79 @@ DATA_CENTER_GPUS = {
     "SM100": "Blackwell data center GPUs (B200, GB200)",
     "SM103": "Blackwell Ultra data center GPUs (B300, GB300)",
 }
-"""Those that TensorRT-RTX does not build for, by compute capability."""
+"""GPUs that TensorRT-RTX does not support, by compute capability."""
 
 
 def refuse_data_center_gpu(target: str) -> None:
-    """Raise for a GPU that TensorRT-RTX will never run on; what else runs there is in the message."""
+    """Raise `EngineError` for a GPU that TensorRT-RTX does not support. The message names backends that do."""
     if target in DATA_CENTER_GPUS:
         raise EngineError(
-            f"TensorRT-RTX is not for {DATA_CENTER_GPUS[target]}, compute capability {capability(target)}: "
+            f"TensorRT-RTX does not support {DATA_CENTER_GPUS[target]}, compute capability {capability(target)}: "
             'use engine.backend = "tensorrt", "inductor" or "onnxruntime"'
         )
 
 
 def capability(target: str) -> str:
-    """`SM89` -> `8.9`."""
+    """Format a target such as `SM89` as a compute capability, `8.9`."""
     digits = target.removeprefix("SM")
     return f"{digits[:-1]}.{digits[-1:]}"
 
 
 class EngineTensor(msgspec.Struct, frozen=True, kw_only=True):
-    """An input or output: its type, its shape (-1: dynamic), and of inputs [min, opt, max] in each profile."""
+    """An input or output of an engine."""
 
     dtype: str
     shape: tuple[int, ...]
+    """Dynamic axes are -1."""
     profiles: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    """For inputs, the shapes [min, opt, max] in each profile."""
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine was built from and for; kept as JSON beside it.
-
-    `model` is a hash of the graph with its weights, `architecture` one without: engines of equal architecture can
-    take each other's weights. `target` is the name of the GPU, or the compute capabilities that were asked for.
-    """
+    """What an engine was built from and for, saved as a JSON file next to it."""
 
     backend: str
     version: str
+    """The version of the package that built it."""
     target: str
+    """The name of the GPU, or the requested compute capabilities."""
     model: str
+    """A hash of the graph with its weights."""
     architecture: str
+    """A hash of the graph without its weights. Engines with equal architectures can take each other's weights."""
     settings: str
     """A hash of the profiles, of whether the weights can be replaced, and of how this version of imprompt builds."""
     refit: bool
+    """Whether the weights can be replaced."""
     inputs: dict[str, EngineTensor] = {}
+    """Inputs of the engine, as the builder understood the graph, without those that the graph does not use."""
     outputs: dict[str, EngineTensor] = {}
-    """As the builder understood the graph. Inputs that a graph does not use are not there."""
     platform: str = ""
-    """Versions of the driver and of CUDA that it was built with; empty for TensorRT-RTX, which builds without."""
+    """The versions of the driver and of CUDA that built it; empty for TensorRT-RTX, which needs neither to build."""
     attention: int = 0
+    """The number of attention layers in the graph."""
     fused_attention: int | None = None
-    """Attention layers of the graph, and how many are one kernel. TensorRT-RTX chooses kernels where it runs: None."""
+    """How many of them are one kernel; None for TensorRT-RTX, which chooses kernels where it runs."""
 
     def save(self, engine: Path) -> None:
-        write_whole(_beside(engine), msgspec.json.format(msgspec.json.encode(self)) + b"\n")
+        """Save this description next to `engine`."""
+        write_atomically(_info_file(engine), msgspec.json.format(msgspec.json.encode(self)) + b"\n")
 
     @classmethod
     def load(cls, engine: Path) -> EngineInfo:
-        return msgspec.json.decode(_beside(engine).read_bytes(), type=cls)
+        """Read the description of `engine`."""
+        return msgspec.json.decode(_info_file(engine).read_bytes(), type=cls)
 
     @classmethod
     def check(cls, engine: Path, version: str) -> None:
-        """Raise for an engine that another version of the package has built."""
+        """Raise `EngineError` if another version of the package built `engine`."""
         info = cls.load(engine)
         if info.version != version:
             raise EngineError(
-                f"{engine.name} was built by {info.backend} {info.version}, but {version} is installed here: "
+                f"{engine.name} was built by {info.backend} {info.version}, but {version} is installed: "
                 "export the bundle again, or install that version"
             )
 
 
-def _beside(engine: Path) -> Path:
+def _info_file(engine: Path) -> Path:
     return engine.with_suffix(".json")

@@ -1,1 +1,1 @@
-"""The UNet loop of all active requests: jobs, schedulers, batching of their steps."""
+"""Runs the UNet loop for all active requests: jobs, schedulers, and batching of their steps."""

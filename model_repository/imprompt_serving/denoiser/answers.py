@@ -1,4 +1,4 @@
-"""Callbacks of jobs, called on threads of their own: neither the loop nor other jobs wait for a slow receiver."""
+"""Call the callbacks of jobs on separate threads, so that a slow receiver blocks neither the loop nor other jobs."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ logger = logging.getLogger(__name__)
 
 THREADS = 4
 SEND_LIMIT_S = 10.0
-"""A send that takes longer is given up: its thread is replaced, and ends when the send does."""
-_MOST_REPLACED = 64
+"""If a send takes longer, another thread takes over; the stuck thread ends when its send does."""
+_MAX_REPLACED = 64
 
 
 class Listener:
     """Callbacks for one job: any number of `progress`, then exactly one of `finish` or `fail`.
 
-    They are called on other threads than the loop's, in order. `progress` gets the steps done, the steps in all, and
-    the picture as the UNet sees it so far (latents) if the job asks for previews.
+    They are called in order, never on the loop's thread. `progress` receives the number of finished steps, the total
+    number of steps, and the clean latents that the last step predicted if the job wants a preview.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Listener:
 
 
 class Outcome(Listener):
-    """Lets a thread wait for the job to end: `ended` is set then, and `error` is what went wrong, if anything."""
+    """Lets a thread wait for the job to end: sets `ended`, and `error` if the job failed."""
 
     def __init__(self) -> None:
         self.ended = threading.Event()
@@ -62,7 +62,7 @@ class Answers:
 
     def progress(self, step: int, steps: int, preview: Tensor | None, on_error: Callable[[Exception], None]) -> None:
         """Report a step. If the listener raises, `on_error` gets the exception."""
-        # Previews may take longer than a tick: one at a time, or they would pile up.
+        # A preview may take longer than a tick. Skip it while another answer is on its way, or previews would pile up.
         preview = None if self._channel.scheduled else preview
         self._send(self._progress, step, steps, preview, on_error)
 
@@ -88,7 +88,7 @@ class Answers:
         except RequestError as error:
             self._fail(error)
         except Exception as error:
-            logger.exception("the result of job %s was not taken", job.id)
+            logger.exception("could not deliver the result of job %s", job.id)
             self._fail(unexpected(error))
 
     def _fail(self, error: RequestError) -> None:
@@ -96,11 +96,11 @@ class Answers:
         try:
             self._listener.fail(error)
         except Exception:
-            logger.exception("the error of a job was not delivered: %s", error)
+            logger.exception("could not deliver the error of a job: %s", error)
 
 
 class Channel:
-    """The answers of one job. They are sent in order, one at a time."""
+    """The queued answers of one job, sent in order and one at a time."""
 
     def __init__(self) -> None:
         self.calls: deque[Callable[[], None]] = deque()
@@ -108,7 +108,7 @@ class Channel:
 
 
 class AnswerThreads:
-    """Calls the functions given to `send`, on several threads; those of one channel one after the other."""
+    """Calls the functions passed to `send` on several threads; calls of the same channel never overlap."""
 
     def __init__(self, threads: int = THREADS, send_limit: float = SEND_LIMIT_S) -> None:
         self._send_limit = send_limit
@@ -119,7 +119,7 @@ class AnswerThreads:
         self._threads = [self._start() for _ in range(threads)]
 
     def send(self, channel: Channel, call: Callable[[], None]) -> None:
-        """Queue `call` behind the others of `channel`; returns at once."""
+        """Queue `call` behind earlier calls of `channel`, and return at once."""
         with self._lock:
             self._replace_stuck()
             channel.calls.append(call)
@@ -129,17 +129,17 @@ class AnswerThreads:
         self._ready.put(channel)
 
     def close(self, timeout: float | None = None) -> None:
-        """Send what is queued, then end the threads; waits `timeout` seconds for them at most."""
-        until = None if timeout is None else time.monotonic() + timeout
+        """Send what is queued, then end the threads. Wait at most `timeout` seconds for them."""
+        deadline = None if timeout is None else time.monotonic() + timeout
         with self._lock:
             working = [thread for thread in self._threads if thread not in self._replaced]
         for _ in working:
             self._ready.put(None)
         for thread in working:
-            thread.join(None if until is None else max(until - time.monotonic(), 0.0))
+            thread.join(None if deadline is None else max(deadline - time.monotonic(), 0.0))
 
     def _start(self) -> threading.Thread:
-        # A daemon: a send that hangs must not keep the process from ending.
+        # A daemon thread, because a send that hangs must not keep the process alive.
         thread = threading.Thread(target=self._work, name="answers", daemon=True)
         thread.start()
         return thread
@@ -151,7 +151,7 @@ class AnswerThreads:
                 try:
                     call()
                 except Exception:
-                    logger.exception("an answer was not sent")
+                    logger.exception("could not send an answer")
                 del call  # it may hold the last reference to a finished job
             del channel
             with self._lock:
@@ -161,7 +161,7 @@ class AnswerThreads:
                     return
 
     def _next(self, channel: Channel, thread: threading.Thread) -> Callable[[], None] | None:
-        """The next call of `channel`, which `thread` starts now; None when there are no more."""
+        """Return the next call of `channel`, for `thread` to make now, or None if there are no more."""
         with self._lock:
             self._sending.pop(thread, None)
             if not channel.calls:
@@ -171,10 +171,10 @@ class AnswerThreads:
             return channel.calls.popleft()
 
     def _replace_stuck(self) -> None:
-        """With the lock held: start a thread in place of each one whose send takes too long."""
+        """Start another thread for each one whose send takes too long. The caller holds the lock."""
         latest = time.monotonic() - self._send_limit
         for thread, began in self._sending.items():
-            if began < latest and thread not in self._replaced and len(self._replaced) < _MOST_REPLACED:
-                logger.error("an answer has not been taken for %g seconds", self._send_limit)
+            if began < latest and thread not in self._replaced and len(self._replaced) < _MAX_REPLACED:
+                logger.error("an answer has been blocked for more than %g s", self._send_limit)
                 self._replaced.add(thread)
                 self._threads.append(self._start())

@@ -1,4 +1,4 @@
-"""The parts of a denoiser, with their engines loaded."""
+"""Load the engines of a denoiser and put its parts together."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from imprompt_serving.specs import Bundle, CallRows
 def assemble(
     bundle: Bundle, engine: Callable[[str], Engine], device: torch.device = CPU, call_rows: CallRows | None = None
 ) -> tuple[Conditioner, StepNetworks]:
-    """What runs once a request, and what runs at each step, on ``device``; ``engine`` gives the engine of a name."""
+    """Build what runs once per request, and what runs at every step, on `device`.
+
+    Args:
+        engine: loads the engine of a name.
+        call_rows: the numbers of rows that engines run; by default any, up to the bundle's limit.
+    """
     controlnets, t2i_adapters = bundle.controlnets, bundle.t2i_adapters
     call_rows = call_rows or bundle.shapes.call_rows()
 
@@ -25,7 +30,7 @@ def assemble(
 
     conditioner = Conditioner(
         bundle,
-        {adapter.name: padded(f"image_projection_{adapter.name}", bundle.most_images) for adapter in bundle.adapters},
+        {adapter.name: padded(f"image_projection_{adapter.name}", bundle.max_images) for adapter in bundle.adapters},
         {net.name: padded(f"controlnet_embedding_{net.name}") for net in controlnets},
         {adapter.name: padded(f"t2i_adapter_{adapter.name}") for adapter in t2i_adapters},
         device,

@@ -1,4 +1,4 @@
-"""Rows of several jobs as the inputs of one UNet call."""
+"""Stack the rows of several jobs into the inputs of one UNet call."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from imprompt_serving import tensor_names
-from imprompt_serving.denoiser.image_prompts import pad
+from imprompt_serving.denoiser.image_prompts import pad_image_prompt
 from imprompt_serving.denoiser.protocol import LoopJob
 from imprompt_serving.specs import Bundle, CallRows
 
 
 class RowSlice(NamedTuple):
-    """Rows ``start`` to ``stop`` of a job."""
+    """Rows `start` to `stop` of a job."""
 
     job: LoopJob
     start: int
@@ -23,7 +23,10 @@ class RowSlice(NamedTuple):
 
 
 class Batcher:
-    """Stacks rows, padded to what a call runs; conditioning once for each composition of a batch, not at each step."""
+    """Stacks rows and pads them to the number of rows that a call runs.
+
+    Conditioning is stacked again only when the composition of the batch changes, not at every step.
+    """
 
     def __init__(self, bundle: Bundle, call_rows: CallRows | None = None) -> None:
         self._bucket, self._call_rows = bundle.shapes.bucket, call_rows or bundle.shapes.call_rows()
@@ -35,16 +38,16 @@ class Batcher:
         self._composition: list[tuple[RowSlice, int]] = []
         self._conditioning: dict[str, Tensor] = {}
 
-    def inputs(self, parts: list[RowSlice]) -> dict[str, Tensor]:
-        """UNet inputs of ``parts``, one after the other; the last row is repeated where a call has to have more."""
-        sources = [part.job.conditioning() for part in parts]
-        composition = [(part, id(source)) for part, source in zip(parts, sources, strict=True)]
+    def inputs(self, slices: list[RowSlice]) -> dict[str, Tensor]:
+        """Return the UNet inputs of `slices`, in order. Repeat the last row where a call must have more rows."""
+        sources = [part.job.conditioning() for part in slices]
+        composition = [(part, id(source)) for part, source in zip(slices, sources, strict=True)]
         if composition != self._composition:
-            self._conditioning = self._stack(parts, sources)
+            self._conditioning = self._stack(slices, sources)
             self._composition = composition
-        count = self._count(parts)
-        latents, timesteps = zip(*(part.job.model_input() for part in parts), strict=True)
-        rows = [slice(part.start, part.stop) for part in parts]
+        count = self._count(slices)
+        latents, timesteps = zip(*(part.job.model_input() for part in slices), strict=True)
+        rows = [slice(part.start, part.stop) for part in slices]
         return {
             "sample": stack([tensor[r] for tensor, r in zip(latents, rows, strict=True)], count),
             "timestep": stack([tensor[r] for tensor, r in zip(timesteps, rows, strict=True)], count),
@@ -52,39 +55,39 @@ class Batcher:
         }
 
     def forget(self) -> None:
-        """Let go of the last composition's tensors."""
+        """Free the tensors of the last composition."""
         self._composition, self._conditioning = [], {}
 
-    def _stack(self, parts: list[RowSlice], sources: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def _stack(self, slices: list[RowSlice], sources: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         sizes = {adapter: self._widest(adapter, sources) for adapter in set(self._adapters.values())}
-        count = self._count(parts)
+        count = self._count(slices)
         blocks = [
             (source, block.conditioning)
-            for part, source in zip(parts, sources, strict=True)
+            for part, source in zip(slices, sources, strict=True)
             for block in part.job.blocks(part.start, part.stop)
         ]
         stacked = {}
         for name in sources[0]:
             rows = [source[name][rows.start : rows.stop] for source, rows in blocks]
             if name in self._adapters:
-                rows = [pad(tensor, name, *sizes[self._adapters[name]]) for tensor in rows]
+                rows = [pad_image_prompt(tensor, name, *sizes[self._adapters[name]]) for tensor in rows]
             stacked[name] = stack(rows, count)
         return stacked
 
-    def _count(self, parts: list[RowSlice]) -> int:
-        """Rows of a call that computes ``parts``."""
-        call_rows = self._call_rows.of_frames(parts[0].job.frames)
-        return call_rows.padded(sum(part.stop - part.start for part in parts))
+    def _count(self, slices: list[RowSlice]) -> int:
+        """Return the number of rows, padding included, of a call that computes `slices`."""
+        call_rows = self._call_rows.of_frames(slices[0].job.frames)
+        return call_rows.padded(sum(part.stop - part.start for part in slices))
 
     def _widest(self, adapter: str, sources: list[Mapping[str, Tensor]]) -> tuple[int, int]:
-        """Groups, and tokens up to the next padding bucket."""
+        """Return the largest number of groups, and of tokens rounded up to the next bucket."""
         shapes = [source[tensor_names.ip_tokens(adapter)].shape for source in sources]
         tokens = max(shape[2] for shape in shapes)
         return max(shape[1] for shape in shapes), self._bucket(tokens) if tokens > 1 else 1
 
 
 def stack(tensors: Sequence[Tensor], count: int) -> Tensor:
-    """The rows of ``tensors`` one after the other, and the last one again until there are ``count``."""
+    """Concatenate the rows of `tensors`, and repeat the last row until there are `count`."""
     missing, last = count - sum(map(len, tensors)), tensors[-1][-1:]
     if missing:
         tensors = [*tensors, last.expand(missing, *last.shape[1:])]

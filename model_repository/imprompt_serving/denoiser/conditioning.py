@@ -1,4 +1,4 @@
-"""Request -> what the UNet takes beside latents and timestep, with a row for each row of the job."""
+"""Prepare the UNet inputs of a job besides latents and timestep, with one row for each row of the job."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 from imprompt_serving import tensor_names
 from imprompt_serving.backends import Engine
 from imprompt_serving.denoiser.control import PreparedControlNet, is_active, prepare_controls
-from imprompt_serving.denoiser.features import T2IFeatures, prepare_features, total
+from imprompt_serving.denoiser.features import T2IFeatures, prepare_features, sum_features
 from imprompt_serving.denoiser.image_prompts import absent_inputs, adapter_inputs, group_scales, has_regions
 from imprompt_serving.families import get_family
 from imprompt_serving.gpu import upload
-from imprompt_serving.job import JobRequest
+from imprompt_serving.job_request import JobRequest
 from imprompt_serving.specs import Adapter, Bundle
 
 CPU = torch.device("cpu")
 
 
 class Conditioning:
-    """The conditioning of one job, on ``device``. Adapters with a start or an end have no effect outside of it."""
+    """The conditioning of one job, on `device`. An adapter has no effect before its start or after its end."""
 
     def __init__(
         self,
@@ -50,27 +50,28 @@ class Conditioning:
 
     @property
     def regions(self) -> bool:
-        """Whether an adapter has several groups of image tokens, each with a mask."""
+        """Whether some adapter has several groups of image tokens, each with a mask."""
         return has_regions(self._bundle, self._inputs)
 
     def at(self, index: int, count: int) -> Mapping[str, Tensor]:
-        """UNet inputs of call ``index`` of ``count``; equal conditioning is the same object."""
-        active = tuple(is_active(*window, index, count) for window in self._windows.values())
-        features = tuple(is_active(part.start, part.end, index, count) for part in self._features)
-        if (*active, *features) not in self._variants:
-            switched = zip(self._windows, active, strict=True)
-            silent = {name: torch.zeros_like(self._inputs[name]) for name, on in switched if not on}
-            acting = [part for part, on in zip(self._features, features, strict=True) if on]
+        """Return the UNet inputs of call `index` of `count`: the same object while they do not change."""
+        adapters_on = tuple(is_active(*window, index, count) for window in self._windows.values())
+        features_on = tuple(is_active(part.start, part.end, index, count) for part in self._features)
+        variant = (*adapters_on, *features_on)
+        if variant not in self._variants:
+            scales = zip(self._windows, adapters_on, strict=True)
+            off = {name: torch.zeros_like(self._inputs[name]) for name, on in scales if not on}
+            active = [part for part, on in zip(self._features, features_on, strict=True) if on]
             rows = len(self._inputs["encoder_hidden_states"])
-            added = total(self._bundle, acting, rows, self._size, self._device)
-            self._variants[*active, *features] = {**self._inputs, **silent, **added}
-        return self._variants[*active, *features]
+            features = sum_features(self._bundle, active, rows, self._size, self._device)
+            self._variants[variant] = {**self._inputs, **off, **features}
+        return self._variants[variant]
 
 
 class Conditioner:
-    """Lays out what the UNet takes beside the latents.
+    """Prepares the `Conditioning` of each request.
 
-    Image embeddings are projected to tokens and control images embedded here, once a request.
+    Projects image embeddings to tokens, and embeds control images, once per request.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Conditioner:
         self._control_embeddings, self._t2i_adapters = control_embeddings or {}, t2i_adapters or {}
 
     def __call__(self, request: JobRequest, tensors: Mapping[str, Tensor]) -> Conditioning:
-        """The conditioning of ``request``, from its text and image embeddings."""
+        """Return the conditioning of `request`, from its text and image embeddings."""
         bundle = self._bundle
         prefixes = (tensor_names.NEGATIVE, "") if bundle.guided(request) else ("",)
         pictures = len(tensors["prompt_embeds"]) * request.settings.num_images_per_prompt
@@ -134,7 +135,7 @@ class Conditioner:
 
 
 def guidance_embedding(guidance_scale: float, size: int) -> Tensor:
-    """Guidance as an input of distilled UNets [1, size] (diffusers' ``get_guidance_scale_embedding``)."""
+    """Embed the guidance scale for distilled UNets [1, size] (diffusers' `get_guidance_scale_embedding`)."""
     half = size // 2
     frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000.0) / (half - 1)))
     angles = torch.tensor([[guidance_scale - 1]], dtype=torch.float32) * 1000.0 * frequencies[None]

@@ -1,4 +1,4 @@
-"""The ControlNets of one job: embedded control images, scales, and the steps at which they act."""
+"""The ControlNets of one job: embedded control images, scales, and the steps at which they are active."""
 
 from __future__ import annotations
 
@@ -11,21 +11,25 @@ from torch import Tensor
 from imprompt_serving import tensor_names
 from imprompt_serving.backends import Engine
 from imprompt_serving.gpu import upload
-from imprompt_serving.job import ControlUse, JobRequest
+from imprompt_serving.job_request import ControlOptions, JobRequest
 from imprompt_serving.specs import Bundle
 
 
 def is_active(start: float, end: float, index: int, count: int) -> bool:
-    """Whether call ``index`` of ``count`` is among those from ``start`` to ``end`` (diffusers: ``controlnet_keep``)."""
+    """Return whether call `index` of `count` is within fractions `start` to `end` (diffusers' `controlnet_keep`)."""
     return start <= index / count and (index + 1) / count <= end
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PreparedControlNet:
-    """A ControlNet in one job, as its engine takes it. Equal to itself alone, for it holds tensors.
+    """A ControlNet of one job: the inputs of its engine, and when it is active. Instances compare by identity.
 
-    Shapes: ``embedding`` [pictures, F, C, h, w] (F is 1 for pictures), ``scale`` [R] (a number for each residual).
-    Rows before ``first_row`` are left alone: those of the unconditional branch in guess mode.
+    Attributes:
+        embedding: the embedded control images [pictures, F, C, h, w]; F is 1 for pictures.
+        scale: one number for each residual [R].
+        first_row: the first row that it affects: in guess mode, the unconditional branch is left out.
+        start: fraction of the steps at which it becomes active.
+        end: fraction of the steps at which it stops.
     """
 
     name: str
@@ -36,7 +40,7 @@ class PreparedControlNet:
     end: float
 
     def to(self, device: torch.device) -> PreparedControlNet:
-        """The same on ``device``."""
+        """Return a copy on `device`."""
         return replace(self, embedding=upload(self.embedding, device), scale=upload(self.scale, device))
 
 
@@ -48,11 +52,11 @@ def prepare_controls(
     pictures: int,
     branches: int,
 ) -> tuple[PreparedControlNet, ...]:
-    """Embed the control images of ``request``, once for all of its steps."""
+    """Embed the control images of `request`, once for all its steps."""
     uses = [use for use in request.controls if use.name in embeddings]
     if not uses:
         return ()
-    # As in diffusers: the first net decides for all of them.
+    # As in diffusers, the first ControlNet decides for all of them.
     guess = request.settings.guess_mode or bundle.controlnet(uses[0].name).global_pool
     return tuple(
         PreparedControlNet(
@@ -70,9 +74,9 @@ def prepare_controls(
 
 
 def _embed(engine: Engine, images: Tensor, request: JobRequest, bundle: Bundle, pictures: int) -> Tensor:
-    """Features of the control images [pictures, F, C, h, w].
+    """Embed the control images as [pictures, F, C, h, w].
 
-    One image serves all pictures, or each prompt has its own; clips: one serves all frames, or each has its own.
+    There is one image for all pictures or one per prompt; for clips, one for all frames or one per frame.
     """
     parts = images.split(bundle.shapes.rows.max)
     features = torch.cat(
@@ -85,8 +89,8 @@ def _embed(engine: Engine, images: Tensor, request: JobRequest, bundle: Bundle, 
     return features.repeat_interleave(request.settings.num_images_per_prompt, dim=0)[:, None]
 
 
-def _scales(bundle: Bundle, use: ControlUse, guess: bool) -> Tensor:
-    """The scale of each residual [R]; in guess mode it grows from a tenth (``ControlNetModel.forward``)."""
+def _scales(bundle: Bundle, use: ControlOptions, guess: bool) -> Tensor:
+    """Return the scale of each residual [R]; in guess mode it increases from a tenth (`ControlNetModel.forward`)."""
     count = len(bundle.residuals)
     if guess and not bundle.controlnet(use.name).global_pool:
         return torch.logspace(-1, 0, count) * use.scale

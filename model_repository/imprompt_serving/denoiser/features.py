@@ -1,4 +1,4 @@
-"""What T2I-Adapters add within the blocks of the UNet: computed once a request, the same at each step they act."""
+"""T2I-Adapter features, which the UNet adds inside its blocks: computed once per request, for all active steps."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 from imprompt_serving import tensor_names
 from imprompt_serving.backends import Engine
 from imprompt_serving.gpu import upload
-from imprompt_serving.job import JobRequest
+from imprompt_serving.job_request import JobRequest
 from imprompt_serving.specs import Bundle, level_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class T2IFeatures:
-    """The features of one T2I-Adapter, scaled, a row for each row of the job; active from ``start`` to ``end``."""
+    """The scaled features of one T2I-Adapter, one row for each row of the job; active from `start` to `end`."""
 
     tensors: dict[str, Tensor]
     start: float
     end: float
 
     def to(self, device: torch.device) -> T2IFeatures:
-        """The same on `device`."""
+        """Return a copy on `device`."""
         return replace(self, tensors={name: upload(tensor, device) for name, tensor in self.tensors.items()})
 
 
@@ -36,13 +36,13 @@ def prepare_features(
     pictures: int,
     branches: int,
 ) -> tuple[T2IFeatures, ...]:
-    """Run the T2I-Adapters of ``request``; one control image serves all pictures, or each prompt has its own."""
+    """Run the T2I-Adapters of `request`. There is one control image for all pictures, or one per prompt."""
     found = []
     for use in request.controls:
         if use.name not in adapters:
             continue
         images = tensors[tensor_names.control_image(use.name)]
-        # No more at a time than an engine takes that is built for ranges.
+        # Engines that are built for ranges take no more rows at a time.
         parts = [adapters[use.name].run({"control_image": p.numpy()}) for p in images.split(bundle.shapes.rows.max)]
         each = pictures if len(images) == 1 else request.settings.num_images_per_prompt
         scaled = {}
@@ -53,15 +53,15 @@ def prepare_features(
     return tuple(found)
 
 
-def total(
+def sum_features(
     bundle: Bundle, features: Sequence[T2IFeatures], rows: int, size: tuple[int, int], device: torch.device
 ) -> dict[str, Tensor]:
-    """The sum of `features` as inputs of the UNet, for latents of `size` (height and width); zeros of none."""
-    made = {}
+    """Add up `features` as UNet inputs, for latents of `size` (height and width). Return zeros if there are none."""
+    inputs = {}
     for name, (channels, level) in zip(bundle.feature_names, bundle.features, strict=True):
         if features:
             first, *others = (part.tensors[name] for part in features)
-            made[name] = sum(others, start=first)
+            inputs[name] = sum(others, start=first)
         else:
-            made[name] = torch.zeros(rows, channels, *(level_size(side, level) for side in size), device=device)
-    return made
+            inputs[name] = torch.zeros(rows, channels, *(level_size(side, level) for side in size), device=device)
+    return inputs

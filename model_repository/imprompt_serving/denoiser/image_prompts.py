@@ -1,4 +1,4 @@
-"""Image prompts of one job as the UNet takes them: tokens, padding bias, scales and masks."""
+"""The image prompts of one job as UNet inputs: tokens, padding bias, scales, and masks."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales_for_on
 from torch import Tensor
 
 from imprompt_serving import tensor_names
-from imprompt_serving.job import AdapterUse
+from imprompt_serving.job_request import AdapterOptions
 from imprompt_serving.specs import Bundle, level_size
 from imprompt_serving.weight_types import layer_weights
 
-PADDING = -1e4
-"""Bias of a padding token: its share of the softmax is exactly zero, in half precision too."""
+PADDING_BIAS = -1e4
+"""Attention bias of padding tokens. It makes their softmax weight exactly zero, also in half precision."""
 
 
-def group_scales(bundle: Bundle, use: AdapterUse, groups: int) -> Tensor:
-    """The scale of one adapter for each group of image tokens and each cross-attention layer [G, L].
+def group_scales(bundle: Bundle, use: AdapterOptions, groups: int) -> Tensor:
+    """Return the scale of one adapter for each group of image tokens and each cross-attention layer [G, L].
 
-    Scales by block are expanded by diffusers' own function; a list is one number for each group.
+    diffusers' own function expands scales by block. A list has one number for each group.
     """
-    columns = [value if isinstance(value, list) else [value] * groups for value in _expanded(bundle, use)]
+    columns = [value if isinstance(value, list) else [value] * groups for value in _layer_scales(bundle, use)]
     return torch.tensor(columns, dtype=torch.float32).T * torch.tensor(layer_weights(bundle, use.weight_type))
 
 
-def _expanded(bundle: Bundle, use: AdapterUse) -> list[Any]:
-    """The scale of each layer: a number, or one for each group."""
+def _layer_scales(bundle: Bundle, use: AdapterOptions) -> list[Any]:
+    """Return the scale of each layer: a number, or a list with one for each group."""
     if not isinstance(use.scale, dict):
         return [use.scale for _ in bundle.layers]
     names = [layer.name for layer in bundle.layers]
@@ -49,14 +49,14 @@ def _expanded(bundle: Bundle, use: AdapterUse) -> list[Any]:
 def adapter_inputs(
     bundle: Bundle, name: str, branches: list[Tensor], scale: Tensor, size: tuple[int, int], masks: Tensor | None
 ) -> dict[str, Tensor]:
-    """UNet inputs of adapter ``name`` with a row for each guidance branch.
+    """Return the UNet inputs of adapter `name`, with one row for each guidance branch.
 
     Args:
-        branches: image tokens [images, T, D] of each branch. Without ``masks`` all images form one group, with masks
-            each image is a group of its own, as in diffusers.
-        scale: [G, L].
+        branches: image tokens [images, T, D] of each branch. As in diffusers, all images form one group without
+            `masks`, and each image forms its own group with masks.
+        scale: scale per group and layer [G, L].
         size: height and width of the latents.
-        masks: one for each image [images, H, W], 0 or 1.
+        masks: one mask for each image [images, H, W], 0 or 1.
     """
     if masks is None:
         tokens = torch.stack([branch.flatten(0, 1)[None] for branch in branches])
@@ -76,33 +76,34 @@ def adapter_inputs(
 
 
 def absent_inputs(bundle: Bundle, name: str, branches: int, features: int, size: tuple[int, int]) -> dict[str, Tensor]:
-    """UNet inputs of an adapter that a job does not use: one token, scale 0."""
+    """Return the UNet inputs of an adapter that a job does not use: one token with scale 0."""
     tokens = [torch.zeros(1, 1, features)] * branches
     return adapter_inputs(bundle, name, tokens, torch.zeros(1, len(bundle.layers)), size, None)
 
 
 def has_regions(bundle: Bundle, inputs: Mapping[str, Tensor]) -> bool:
-    """Whether an adapter has several groups in these UNet inputs."""
+    """Return whether an adapter has several groups in these UNet inputs."""
     return any(inputs[tensor_names.ip_tokens(adapter.name)].shape[1] > 1 for adapter in bundle.adapters)
 
 
 def _downsample(masks: Tensor, queries: int) -> Tensor:
-    """Masks at the resolution of one attention level [images, q], by diffusers' own function."""
+    """Resize masks to the resolution of one attention level [images, q], by diffusers' own function."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # about the aspect ratio, for the author of the request only
+        warnings.simplefilter("ignore", UserWarning)  # the aspect ratio concerns the caller, not the server's log
         return torch.cat([IPAdapterMaskProcessor.downsample(mask[None], 1, queries, 1)[:, :, 0] for mask in masks])
 
 
-def pad(tensor: Tensor, name: str, groups: int, tokens: int) -> Tensor:
-    """Widen one of the inputs above to ``groups`` and ``tokens``, so that rows of several jobs can be stacked.
+def pad_image_prompt(tensor: Tensor, name: str, groups: int, tokens: int) -> Tensor:
+    """Pad the input `name` of an adapter to `groups` and `tokens`, so that rows of several jobs can be stacked.
 
-    Padding tokens get a bias that takes them out of the softmax; padding groups get scale 0.
+    Padding tokens get a bias that takes them out of the softmax. Padding groups get scale 0.
     """
     kind = name.split("_")[1]
-    missing = groups - tensor.shape[1]
-    short = tokens - tensor.shape[2] if kind in ("tokens", "bias") else 0
-    if not missing and not short:
+    more_groups = groups - tensor.shape[1]
+    more_tokens = tokens - tensor.shape[2] if kind in ("tokens", "bias") else 0
+    if not more_groups and not more_tokens:
         return tensor
-    value = PADDING if kind == "bias" else 0.0
-    widths = {"tokens": (0, 0, 0, short, 0, missing), "bias": (0, short, 0, missing)}.get(kind, (0, 0, 0, missing))
-    return torch.nn.functional.pad(tensor, widths, value=value)
+    value = PADDING_BIAS if kind == "bias" else 0.0
+    # From the last axis to the first, as torch takes them.
+    widths = {"tokens": (0, 0, 0, more_tokens, 0, more_groups), "bias": (0, more_tokens, 0, more_groups)}
+    return torch.nn.functional.pad(tensor, widths.get(kind, (0, 0, 0, more_groups)), value=value)

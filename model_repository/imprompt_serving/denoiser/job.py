@@ -1,4 +1,4 @@
-"""One request in the denoiser: latents, scheduler and conditioning, advanced a step at a time."""
+"""One request in the denoiser: latents, scheduler, and conditioning, advanced one step at a time."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from imprompt_serving.denoiser.admission import Load
 from imprompt_serving.denoiser.conditioning import CPU, Conditioning
 from imprompt_serving.denoiser.control import PreparedControlNet, is_active
+from imprompt_serving.denoiser.initial_latents import generators, make_initial_latents
 from imprompt_serving.denoiser.preview import predicted_latents
 from imprompt_serving.denoiser.protocol import RowBlock
 from imprompt_serving.denoiser.schedulers import (
@@ -23,24 +24,25 @@ from imprompt_serving.denoiser.schedulers import (
     step_arguments,
     without_waiting,
 )
-from imprompt_serving.denoiser.start import generators, start
-from imprompt_serving.denoiser.windows import Window, frames_of, merge, windows
+from imprompt_serving.denoiser.windows import Window, merge, select_frames, windows
 from imprompt_serving.errors import InvalidRequest, RequestError
 from imprompt_serving.gpu import download, upload
-from imprompt_serving.job import JobRequest, batch_key
+from imprompt_serving.job_request import JobRequest, batch_key
 from imprompt_serving.specs import Bundle
 from imprompt_serving.tensor_names import NEGATIVE, image_embeds
 
-_USUAL_SCALE, _USUAL_EMBEDDING = 100.0, 1000.0
-"""What no sensible scale, and no output of an image encoder, exceeds."""
+_LARGEST_USUAL_SCALE, _LARGEST_USUAL_EMBEDDING = 100.0, 1000.0
+"""No sensible scale, and no output of an image encoder, exceeds these."""
 
 
 class Job:
-    """A row is one latent sample in one guidance branch: the unconditional rows of all pictures, then the others.
+    """One request as the loop runs it (see `protocol.LoopJob`).
 
-    Where guidance ends before the last step, the steps after that have the other rows only.
-    A picture may be a clip; one that runs in windows has these rows for each window, one window after the other.
-    Latents live on ``device``; noise is drawn on the CPU, so that a seed means the same picture everywhere.
+    A row is one latent sample in one guidance branch: first the unconditional rows of all pictures, then the
+    conditional ones. Once guidance has ended, only conditional rows remain. A "picture" may be a clip; a clip that
+    runs in windows has these rows for each window, one window after the other.
+
+    Latents are kept on `device`. Noise is drawn on the CPU, so that a seed gives the same picture on every device.
     """
 
     def __init__(
@@ -59,27 +61,27 @@ class Job:
         self.deadline = None if request.timeout is None else self.arrived + request.timeout
         self.started: float | None = None
         self.last_served_tick = 0
-        """Tick that last served this job, or in which it came."""
+        """The tick that last served this job, or in which it arrived."""
 
         self._scheduler = make_scheduler(bundle, request)
         with blame_caller(request, "num_inference_steps"):
             set_timesteps(self._scheduler, request.settings.num_inference_steps)
         generator = generators(request.seeds)
         self._step_arguments = step_arguments(self._scheduler, eta=request.settings.eta, generator=generator)
-        first = start(request, bundle, tensors, self._scheduler, generator, self.pictures)
+        initial = make_initial_latents(request, bundle, tensors, self._scheduler, generator, self.pictures)
         with blame_caller(request):
-            draw_noise_on_cpu(self._scheduler, first.latents, device)
-        self._start = first.to(device)
-        self._suspect = suspect(request, tensors)
-        self.latents = self._start.latents
-        self._timesteps = self._start.timesteps
-        self._timesteps_there = upload(self._timesteps.to(torch.float32), device)
+            draw_noise_on_cpu(self._scheduler, initial.latents, device)
+        self._initial = initial.to(device)
+        self._likely_cause = likely_cause(request, tensors)
+        self.latents = self._initial.latents
+        self._timesteps = self._initial.timesteps
+        self._device_timesteps = upload(self._timesteps.to(torch.float32), device)
         self._conditioning = conditioning
         self._index = 0
         self.windows = self._windows()
-        """Frames of the windows of the current step; a single one of all frames for most clips; empty for pictures."""
+        """The windows of the current step: for most clips one window with all frames; empty for pictures."""
         self.frames = len(self.windows[0]) if self.windows else 1
-        """Frames of a row."""
+        """Frames per row; 1 for pictures."""
         self.batch_key = batch_key(
             bundle,
             request.settings.height,
@@ -90,14 +92,14 @@ class Job:
         )
         """Jobs with equal keys can share a call."""
 
-        self._computed: list[Tensor] = []
+        self._output_rows: list[Tensor] = []
         self._model_input: Tensor | None = None
         self.predicted: Tensor | None = None
-        """The clean latents as the last step predicted them [pictures, C, h, w], for jobs that want previews."""
+        """The clean latents that the last step predicted [pictures, C, h, w], for jobs that want previews."""
 
     @property
     def branches(self) -> int:
-        """Guidance branches of the current step: as with diffusers' `SDCFGCutoffCallback`, which acts after a step."""
+        """Guidance branches of the current step, as with diffusers' `SDCFGCutoffCallback`, which acts after a step."""
         ended = self._index > int(len(self._timesteps) * self.request.settings.guidance_end)
         return 2 if self._guided and not ended else 1
 
@@ -109,11 +111,11 @@ class Job:
     @property
     def pending(self) -> int:
         """Rows of the current step that no call has computed yet."""
-        return self.rows - sum(len(rows) for rows in self._computed)
+        return self.rows - sum(len(rows) for rows in self._output_rows)
 
     @property
     def load(self) -> Load:
-        """What it still needs of the UNet."""
+        """The work that it still needs from the UNet."""
         return Load(self.rows * self.frames, len(self._timesteps) - self._index, self.batch_key)
 
     @property
@@ -122,23 +124,24 @@ class Job:
 
     @property
     def steps(self) -> int:
-        """Denoising steps in all; fewer than asked for where ``strength`` skips some."""
-        return self._start.steps
+        """The total number of denoising steps; fewer than requested if `strength` skips some."""
+        return self._initial.steps
 
     @property
     def step(self) -> int:
-        """Denoising steps done, counted as diffusers' progress bar does (a scheduler may call the UNet more often)."""
+        """The number of finished steps, as diffusers' progress bar counts them: a step may take several UNet calls."""
         if self.done:
             return self.steps
         order = self._scheduler.order
-        return min(max(self._index - (len(self._timesteps) - self.steps * order), 0) // order, self.steps)
+        warm_up_calls = max(len(self._timesteps) - self.steps * order, 0)
+        return min(max(self._index - warm_up_calls, 0) // order, self.steps)
 
     def conditioning(self) -> Mapping[str, Tensor]:
-        """UNet inputs of the current step beside latents and timestep, a row each; the same object while they stay."""
+        """Return the conditioning rows of the current step by input name: the same object until they change."""
         return self._conditioning.at(self._index, len(self._timesteps))
 
     def blocks(self, start: int, stop: int) -> Iterator[RowBlock]:
-        """Rows `start` to `stop` of the current step, cut where a guidance branch or a window ends."""
+        """Split rows `start` to `stop` of the current step where a guidance branch or a window ends."""
         first_branch = 1 if self._guided and self.branches == 1 else 0
         for block in range(start // self.pictures, -(-stop // self.pictures)):
             window, branch = divmod(block, self.branches)
@@ -149,33 +152,35 @@ class Job:
             yield RowBlock(conditioning, pictures, self.windows[window] if len(self.windows) > 1 else None)
 
     def controls(self) -> list[PreparedControlNet]:
-        """The ControlNets that act in the current step."""
+        """Return the ControlNets that are active in the current step."""
         count = len(self._timesteps)
-        return [use for use in self._conditioning.controls if is_active(use.start, use.end, self._index, count)]
+        return [net for net in self._conditioning.controls if is_active(net.start, net.end, self._index, count)]
 
     def model_input(self) -> tuple[Tensor, Tensor]:
-        """Latents [rows, C, h, w] (clips: [rows, C, F, h, w]) and timesteps [rows] of the current step."""
+        """Return the latents [rows, C, h, w] (clips: [rows, C, F, h, w]) and timesteps [rows] of the current step."""
         timestep = self._timesteps[self._index]
         if self._model_input is None:
             with blame_caller(self.request):
                 scaled = self._scheduler.scale_model_input(self.latents, timestep)
-            if self._start.channels is not None:
-                scaled = torch.cat([scaled, self._start.channels], dim=1)
-            views = [scaled] if len(self.windows) < 2 else [frames_of(scaled, window, 2) for window in self.windows]
+            if self._initial.channels is not None:
+                scaled = torch.cat([scaled, self._initial.channels], dim=1)
+            views = [scaled]
+            if len(self.windows) > 1:
+                views = [select_frames(scaled, window, axis=2) for window in self.windows]
             self._model_input = torch.cat([view for view in views for _ in range(self.branches)])
-        return self._model_input, self._timesteps_there[self._index].expand(self.rows)
+        return self._model_input, self._device_timesteps[self._index].expand(self.rows)
 
     def add_output_rows(self, noise_pred: Tensor) -> None:
-        """Take the UNet's output for the next ``len(noise_pred)`` pending rows; steps when it was the last.
+        """Add the UNet's output for the next `len(noise_pred)` pending rows. Once no rows are pending, take the step.
 
-        The tensor is kept: multistep schedulers look back at earlier outputs, so nobody may write into it again.
+        Multistep schedulers keep earlier outputs, so the caller must not write to the tensor afterwards.
         """
-        self._computed.append(noise_pred)
+        self._output_rows.append(noise_pred)
         if not self.pending:
             self._step()
 
     def _step(self) -> None:
-        noise_pred = self._computed[0] if len(self._computed) == 1 else torch.cat(self._computed)
+        noise_pred = self._output_rows[0] if len(self._output_rows) == 1 else torch.cat(self._output_rows)
         if len(self.windows) > 1:
             noise_pred = merge(noise_pred, self.windows, self.latents.shape[2])
         if self.branches == 2:
@@ -184,42 +189,41 @@ class Job:
             if self.request.settings.guidance_rescale > 0:
                 noise_pred = rescale_guided(noise_pred, conditional, self.request.settings.guidance_rescale)
         timestep = self._timesteps[self._index]
-        request = self.request
-        arguments = self._step_arguments
-        with blame_caller(request):
-            if self._shows_next_step():
+        with blame_caller(self.request):
+            if self._previews_this_step():
                 model_input = self._scheduler.scale_model_input(self.latents, timestep)
                 self.predicted = predicted_latents(self._scheduler, timestep, model_input, noise_pred)
             with without_waiting(self.latents.device):
-                step = self._scheduler.step(noise_pred, timestep, self.latents, **arguments, return_dict=False)
-            self.latents = step[0]
+                self.latents, *_ = self._scheduler.step(
+                    noise_pred, timestep, self.latents, **self._step_arguments, return_dict=False
+                )
         self._index += 1
         self.windows = self._windows()
-        self._computed = []
+        self._output_rows = []
         self._model_input = None
-        if self._start.blend is not None:
-            self._keep_unmasked(*self._start.blend)
+        if self._initial.blend is not None:
+            self._restore_unmasked(*self._initial.blend)
 
-    def _shows_next_step(self) -> bool:
-        """Whether a progress answer with a preview follows the current step."""
+    def _previews_this_step(self) -> bool:
+        """Return whether a progress answer with a preview follows the current step."""
         settings = self.request.settings
         due = (self.step + 1) % settings.progress_every == 0
         return self.request.reports_progress and settings.preview and due
 
     def result(self) -> Tensor:
-        """The latents of a job that the device is done with, on the CPU. Waits for the copy.
+        """Copy the final latents to the CPU, and wait for the copy. The device must have finished computing them.
 
         Raises:
-            InvalidRequest: the numbers overflowed with a value that the caller gave.
+            InvalidRequest: the latents overflowed, and the caller gave a value that probably caused it.
             RequestError: they overflowed, and the caller gave no such value.
         """
         latents = download(self.latents)
         if latents.isfinite().all():
             return latents
-        problem = "the latents became infinite or undefined numbers"
-        if self._suspect is None:
+        problem = "the latents overflowed (infinity or NaN)"
+        if self._likely_cause is None:
             raise RequestError(problem)
-        raise InvalidRequest(self._suspect, f"{problem} with this value")
+        raise InvalidRequest(self._likely_cause, f"{problem} with this value")
 
     def _windows(self) -> list[Window]:
         request = self.request
@@ -227,8 +231,8 @@ class Job:
             return []
         return windows(self._index, request.frames, request.context)
 
-    def _keep_unmasked(self, noise: Tensor, image: Tensor, mask: Tensor) -> None:
-        """Outside of the mask: the original picture, at the noise level of the next step."""
+    def _restore_unmasked(self, noise: Tensor, image: Tensor, mask: Tensor) -> None:
+        """Put the original picture back outside of the mask, at the noise level of the next step."""
         if not self.done:
             with blame_caller(self.request):
                 level = noise_level(self._scheduler, self._timesteps[self._index : self._index + 1])
@@ -236,33 +240,34 @@ class Job:
         self.latents = (1 - mask) * image + mask * self.latents
 
 
-def suspect(request: JobRequest, tensors: Mapping[str, Tensor]) -> str | None:
-    """The parameter that is most likely to blame if the numbers of a job overflow; None if the caller gave none."""
+def likely_cause(request: JobRequest, tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the parameter most likely to blame if the latents overflow, or None if the caller set no such value."""
     if request.settings.scheduler_config:
         return "scheduler_config"
-    if abs(request.settings.guidance_scale) > _USUAL_SCALE:
+    if abs(request.settings.guidance_scale) > _LARGEST_USUAL_SCALE:
         return "guidance_scale"
-    if any(_largest(use.scale) > _USUAL_SCALE for use in request.adapters):
+    if any(_largest(use.scale) > _LARGEST_USUAL_SCALE for use in request.adapters):
         return "ip_adapter_scale"
-    if any(abs(use.scale) > _USUAL_SCALE for use in request.controls):
+    if any(abs(use.scale) > _LARGEST_USUAL_SCALE for use in request.controls):
         return "controlnet_conditioning_scale"
     embeds = [prefix + image_embeds(use.name) for use in request.adapters for prefix in ("", NEGATIVE)]
-    if any(tensors[name].abs().max() > _USUAL_EMBEDDING for name in embeds if name in tensors):
+    if any(tensors[name].abs().max() > _LARGEST_USUAL_EMBEDDING for name in embeds if name in tensors):
         return "ip_adapter_image_embeds"
     return None if request.settings.scheduler is None else "scheduler"
 
 
 def _largest(scale: Any) -> float:
-    """The largest number anywhere in a scale."""
+    """Return the largest absolute value in a scale, which may be nested."""
     if isinstance(scale, dict):
         scale = list(scale.values())
     return max(map(_largest, scale), default=0.0) if isinstance(scale, list) else abs(scale)
 
 
 def rescale_guided(noise_pred: Tensor, conditional: Tensor, share: float) -> Tensor:
-    """Bring the guided noise back to the standard deviation of the conditional one (https://arxiv.org/abs/2305.08891).
+    """Rescale guided noise to the standard deviation of the conditional noise (https://arxiv.org/abs/2305.08891).
 
-    diffusers' ``rescale_noise_cfg``, whose module would load the whole pipeline with its text models.
+    A copy of diffusers' `rescale_noise_cfg`, because importing its module loads the whole pipeline with its text
+    models.
     """
     axes = tuple(range(1, noise_pred.ndim))
     rescaled = noise_pred * (conditional.std(dim=axes, keepdim=True) / noise_pred.std(dim=axes, keepdim=True))

@@ -1,4 +1,4 @@
-"""What the loop tells about itself, for those who want to measure it."""
+"""The interface through which the loop reports metrics."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Population(NamedTuple):
-    """Jobs that have begun and jobs that wait, with their rows."""
+    """The number of running and waiting jobs, and of their rows."""
 
     running_jobs: int
     running_rows: int
@@ -15,16 +15,19 @@ class Population(NamedTuple):
 
 
 class Meter:
-    """Called by the loop, at times with its lock held: to be quick. This one does not listen."""
+    """Receives the loop's metrics. This class ignores them; subclasses override methods.
+
+    Methods are called on the thread that owns the jobs, or on those that send answers, and must return quickly.
+    """
 
     def population(self, population: Population) -> None:
-        """Somebody came, began or left."""
+        """Record that a job arrived, started, or left."""
 
     def ticked(self, rows: int, seconds: float) -> None:
-        """A call of the UNet, with the scheduler steps after it."""
+        """Record a tick: a UNet call for `rows` rows, and the scheduler steps after it."""
 
     def ended(self, outcome: str) -> None:
-        """A job has got its final answer: ``finished``, ``cancelled`` or ``failed``."""
+        """Record that a job received its final answer: `finished`, `cancelled`, or `failed`."""
 
     def refused(self, reason: str) -> None:
-        """A job was not let in, for ``rows`` or ``seconds``."""
+        """Record that a job was refused because of `rows` or `seconds`."""

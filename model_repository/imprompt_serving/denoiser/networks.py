@@ -1,4 +1,4 @@
-"""The networks of one denoising step: ControlNets, then a UNet, all in this process."""
+"""Run the networks of one denoising step in this process: ControlNets, then a UNet."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 
 from imprompt_serving.backends import Engine
 from imprompt_serving.denoiser.batch import RowSlice
-from imprompt_serving.denoiser.control_plan import ControlPlan, Tensors, uses_of
+from imprompt_serving.denoiser.control_plan import ControlPlan, Tensors, controlled_rows
 from imprompt_serving.denoiser.protocol import LoopJob
 from imprompt_serving.gpu import run_on_tensors
 from imprompt_serving.specs import Bundle, CallRows
 
 
 class StepNetworks:
-    """The UNets of a bundle (that for pictures, and that for clips) and its ControlNets, by name.
+    """The UNets of a bundle (`unet` for pictures, `motion_unet` for clips) and its ControlNets, by name.
 
-    Rows without control share the call of rows with it, with residuals of zero: adding them costs next to nothing,
-    while a call of its own would cost a whole pass over the weights.
+    Rows without a ControlNet share the UNet call of rows with one, with residuals of zero. Adding zeros costs next to
+    nothing, while a separate call would read all weights again.
     """
 
     def __init__(
@@ -32,30 +32,30 @@ class StepNetworks:
         self._bundle, self._unets, self._controlnets = bundle, unets, controlnets
         self._call_rows = call_rows or bundle.shapes.call_rows()
         self._plan: WeakKeyDictionary[LoopJob, ControlPlan] = WeakKeyDictionary()
-        """The plan of the last step, by the first job of its batch: its memory is freed with that job."""
+        """The plan of the last step, keyed by the first job of its batch, so that its memory is freed with that job."""
 
-    def __call__(self, parts: Sequence[RowSlice], inputs: Mapping[str, Tensor]) -> Tensor:
-        """The noise that the UNet predicts for `inputs`: the rows of `parts` one after the other, and padding."""
+    def __call__(self, slices: Sequence[RowSlice], inputs: Mapping[str, Tensor]) -> Tensor:
+        """Predict the noise for `inputs`: the rows of `slices` in order, and padding after them."""
         tensors = dict(inputs)
         clips = tensors["sample"].ndim == 5
         if self._bundle.controlnets:
-            tensors |= self._residuals(self._planned(parts, tensors), tensors)
+            tensors |= self._residuals(self._current_plan(slices, tensors), tensors)
         unet = self._unets["motion_unet" if clips else "unet"]
         return run_on_tensors(unet, tensors)["noise_pred"]
 
-    def _planned(self, parts: Sequence[RowSlice], tensors: Tensors) -> ControlPlan:
-        """What the ControlNets of a step do; the plan of the last step while its rows and prompts stay."""
-        uses, job = uses_of(parts), parts[0].job
-        if job not in self._plan or not self._plan[job].fits(uses, tensors):
-            self._plan.clear()  # first, so that its memory is there for the new one
-            rows = sum(part.stop - part.start for part in parts)
-            self._plan[job] = ControlPlan(self._bundle, self._call_rows, uses, rows, tensors)
+    def _current_plan(self, slices: Sequence[RowSlice], tensors: Tensors) -> ControlPlan:
+        """Return the plan of the last step if rows and prompts are still the same, or else make a new one."""
+        controlled, job = controlled_rows(slices), slices[0].job
+        if job not in self._plan or not self._plan[job].fits(controlled, tensors):
+            self._plan.clear()  # frees its memory before the new plan needs some
+            rows = sum(part.stop - part.start for part in slices)
+            self._plan[job] = ControlPlan(self._bundle, self._call_rows, controlled, rows, tensors)
         return self._plan[job]
 
     def _residuals(self, plan: ControlPlan, tensors: Tensors) -> Tensors:
-        """What the ControlNets of all rows add: inputs of the UNet, with an axis of frames for clips.
+        """Run the ControlNets and return the sum of their residuals as UNet inputs, with an axis of frames for clips.
 
-        Each net runs once over the rows that use it, or as often as its limit of rows demands.
+        Each net runs once over the rows that use it, or several times if these exceed the limit of rows per call.
         """
         limit = self._call_rows.most
         total: Tensors = {}
@@ -64,13 +64,13 @@ class StepNetworks:
             for first in range(0, net.rows, limit):
                 rows = {name: value[first : first + limit] for name, value in inputs.items()}
                 answer = run_on_tensors(self._controlnets[net.name], rows)
-                if not total and plan.is_whole(net, answer):
-                    total = answer  # the answers of an engine are the caller's own: later nets add to them
+                if not total and plan.covers_batch(net, answer):
+                    total = answer  # the caller of an engine owns its outputs, so later nets may add to them
                     continue
-                total = total or plan.cleared(answer)
-                for there, here in net.places(first, len(rows["sample"])):
+                total = total or plan.residual_buffers(answer)
+                for batch_rows, own_rows in net.destinations(first, len(rows["sample"])):
                     for name, value in answer.items():
-                        target = total[name][there]
+                        target = total[name][batch_rows]
                         # The first net overwrites what the last step left in its rows.
-                        target.copy_(value[here]) if net is plan.nets[0] else target.add_(value[here])
-        return plan.by_row(total or plan.cleared({}))
+                        target.copy_(value[own_rows]) if net is plan.nets[0] else target.add_(value[own_rows])
+        return plan.unet_inputs(total or plan.residual_buffers({}))

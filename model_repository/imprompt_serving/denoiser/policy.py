@@ -1,14 +1,15 @@
-"""Decides which rows the next call of the UNet computes: a pure function of the jobs.
+"""Decide which rows the next call of the UNet computes, as a pure function of the jobs.
 
-Every job has a tick at which it is due. The job that is due first leads: its batch key names the call, and other jobs
-of that key ride along while there are rows left. Serving a job moves it behind those that were not served.
+Every job has a tick at which it is due. The job that is due first leads: its batch key determines the call, and other
+jobs with that key fill the remaining rows. Serving a job moves it behind those that were not served.
 
-- A job starts when the started jobs of its key leave room in a call (`not_yet_startable` tells which have to wait).
-  Under load, pictures then finish one after the other instead of all late. Small jobs do not wait for large ones, nor
-  jobs of high priority for others.
-- No job starves: once a job is due, every job that is served instead moves behind it, so it waits at most
-  `patience(...)` ticks plus one for each other job. A job that has not started lets other keys go first for a while.
-- No row of a call stays empty while a job of its key has one to compute. Where calls are padded, rows that would
+- A job starts when the running jobs with its key leave room in a call (`not_yet_startable` returns those that must
+  wait). Under load, pictures then finish one after the other instead of all late. Small jobs do not wait for large
+  ones, and jobs of high priority do not wait for others.
+- No job starves. Once a job is due, every job that is served instead moves behind it, so it waits at most
+  `patience(...)` ticks plus one tick for each other job. A job that has not started lets other keys go first for a
+  while.
+- No row of a call stays empty while a job with its key has rows to compute. Where calls are padded, rows that would
   spill into the next bucket may be left to the next call (`rows_to_call`).
 - A large job leaves half of a call to small ones.
 """
@@ -22,30 +23,30 @@ from typing import NamedTuple
 from imprompt_serving.specs import CallRows
 
 FIRST_PRIORITY, DEFAULT_PRIORITY, LAST_PRIORITY = 1, 5, 9
-"""As with Triton's own request priorities, 1 goes first."""
+"""As with Triton's request priorities, 1 is the highest."""
 PRIORITY_PATIENCE = 4
-"""Ticks that a job lets others go first, for each level of priority that it is behind them."""
+"""Ticks that a job lets others go first, for each level that its priority is lower than theirs."""
 START_PATIENCE = 16
-"""Ticks that a job which has not begun lets others go first: a good part of a job of usual size."""
+"""Ticks that a job which has not started lets others go first: a large part of a job of usual length."""
 
 CALL_OVERHEAD = 1
-"""What a call takes beside its rows, in rows: on an H200 1.6 for SD 1.5 at 512 x 512, 0.2 for SDXL at 1024 x 1024."""
+"""Fixed cost of a call, in rows. Measured on an H200: 1.6 for SD 1.5 at 512 x 512, 0.2 for SDXL at 1024 x 1024."""
 
 
 class Candidate(NamedTuple):
-    """A job as the policy sees it: the rows of its step, and how many of them are still to be computed.
-
-    `last_served_tick` is the tick in which it came until it is served. A row of `frames` frames takes as much room as
-    that many rows of one frame.
-    """
+    """A job as the policy sees it."""
 
     batch_key: Hashable
     rows: int
+    """Rows of the current step."""
     pending: int
+    """Rows of the current step that are still to be computed."""
     last_served_tick: int
-    begun: bool
+    """Until the job is first served, the tick in which it arrived."""
+    started: bool
     priority: int = DEFAULT_PRIORITY
     frames: int = 1
+    """Frames per row. A row takes as much room in a call as this many rows of one frame."""
 
 
 class RowGrant(NamedTuple):
@@ -56,28 +57,28 @@ class RowGrant(NamedTuple):
 
 
 def patience(candidate: Candidate) -> int:
-    """Ticks after `last_served_tick` at which `candidate` is due."""
-    waits = PRIORITY_PATIENCE * (candidate.priority - FIRST_PRIORITY)
-    return waits if candidate.begun else waits + START_PATIENCE
+    """Return how many ticks after `last_served_tick` the candidate is due."""
+    ticks = PRIORITY_PATIENCE * (candidate.priority - FIRST_PRIORITY)
+    return ticks if candidate.started else ticks + START_PATIENCE
 
 
 def plan(candidates: Sequence[Candidate], call_rows: CallRows) -> list[RowGrant]:
-    """Rows for the next call: all of one batch key, and at most `call_rows.most` frames in all or a single row.
+    """Choose the rows of the next call: all with one batch key, and at most `call_rows.most` frames or a single row.
 
-    Jobs that are due at the same tick are ordered by size, small ones first, then as in `candidates`.
+    Jobs that are due at the same tick are ordered by size, small ones first, and then as in `candidates`.
     """
     if not candidates:
         return []
     order, waiting = _order(candidates), not_yet_startable(candidates, call_rows)
     leader = next(index for index in order if index not in waiting)
-    riders = [index for index in order if candidates[index].batch_key == candidates[leader].batch_key]
+    sharing = [index for index in order if candidates[index].batch_key == candidates[leader].batch_key]
     call_rows = call_rows.of_frames(candidates[leader].frames)
     limit = call_rows.most
-    small = [i for i in riders if i not in (leader, *waiting) and candidates[i].pending <= limit // 2]
-    riders.sort(key=lambda index: index in waiting)
+    small = [i for i in sharing if i not in (leader, *waiting) and candidates[i].pending <= limit // 2]
+    sharing.sort(key=lambda index: index in waiting)
     rows = {leader: min(candidates[leader].pending, limit - limit // 2 if small else limit)}
     room = limit - rows[leader]
-    for index in (*small, *riders):
+    for index in (*small, *sharing):
         if not room:
             break
         given = rows.get(index, 0)
@@ -89,17 +90,17 @@ def plan(candidates: Sequence[Candidate], call_rows: CallRows) -> list[RowGrant]
 
 
 def rows_to_call(pending: int, call_rows: CallRows) -> int:
-    """How many of `pending` rows that can share a call the next one computes: as many as it holds, if not padded.
+    """Return how many of `pending` rows the next call computes. All of them can share a call.
 
-    With buckets, as many as fill one, if the rest is then computed no later than with padding: 9 rows are a call of 8
-    and one of 1, not one of 16; 7 rows are one of 8.
+    Without buckets, it computes as many as fit. With buckets, it fills one exactly, if the remaining rows then finish
+    no later than with padding: 9 rows are computed as 8 and 1, not padded to 16, but 7 rows are padded to 8.
     """
     rows = min(pending, call_rows.most)
     return rows if _cost(rows, call_rows) == _cost_together(rows, call_rows) else call_rows.unpadded(rows)
 
 
 def _cost(rows: int, call_rows: CallRows) -> int:
-    """Cost of the cheapest calls for `rows` rows: one with padding, or a full bucket and calls for the rest."""
+    """Return the cost of the cheapest calls for `rows` rows: one padded call, or a full bucket and then the rest."""
     together, full = _cost_together(rows, call_rows), call_rows.unpadded(rows)
     return together if full == rows else min(together, full + CALL_OVERHEAD + _cost(rows - full, call_rows))
 
@@ -109,7 +110,7 @@ def _cost_together(rows: int, call_rows: CallRows) -> int:
 
 
 def _first(rows: Mapping[int, int], count: int) -> Iterator[RowGrant]:
-    """The first `count` of `rows` (by index of a candidate)."""
+    """Grant the first `count` of `rows`, which maps indices of candidates to numbers of rows."""
     for index, given in rows.items():
         if count:
             granted = min(given, count)
@@ -118,18 +119,18 @@ def _first(rows: Mapping[int, int], count: int) -> Iterator[RowGrant]:
 
 
 def not_yet_startable(candidates: Sequence[Candidate], call_rows: CallRows) -> set[int]:
-    """Jobs that cannot start yet, because jobs of their key that have started, or start before them, fill a call.
+    """Return the jobs that cannot start yet: other jobs with their key, running or starting earlier, fill a call.
 
-    Only jobs of at least their priority count, and only small ones for small jobs and large ones for large jobs.
+    A job only waits for jobs of the same or a higher priority; a small job only for small ones, a large one for large.
     """
     rows = Counter[Hashable]()
     waiting = set()
-    # Started jobs first: what they take is taken before another one starts.
-    for index in sorted(_order(candidates), key=lambda i: not candidates[i].begun):
+    # Running jobs first: they already hold their rows when another job starts.
+    for index in sorted(_order(candidates), key=lambda i: not candidates[i].started):
         candidate, room = candidates[index], call_rows.of_frames(candidates[index].frames).most
         crowd = (candidate.batch_key, candidate.rows > room // 2)
         before = sum(rows[crowd, priority] for priority in range(FIRST_PRIORITY, candidate.priority + 1))
-        if not candidate.begun and before >= room:
+        if not candidate.started and before >= room:
             waiting.add(index)
         else:
             rows[crowd, candidate.priority] += candidate.rows

@@ -1,4 +1,4 @@
-"""What a job's pictures look like so far: small, rough and cheap, without the VAE."""
+"""Previews of a job's pictures: small, rough, and cheap, because they do not need the VAE."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from imprompt_serving.gpu import download
 from imprompt_serving.specs import Bundle
 
 LONGEST_SIDE = 256
+"""Of a preview, in pixels."""
 QUALITY = 80
 
 
 def predicted_latents(scheduler: Any, timestep: Tensor, model_input: Tensor, noise_pred: Tensor) -> Tensor:
-    """The clean latents that a UNet's output stands for.
+    """Return the clean latents that the UNet's output predicts.
 
-    Whatever the scheduler, ``scale_model_input`` makes the UNet's input ``sqrt(a) x + sqrt(1 - a) noise`` with
-    ``a = alphas_cumprod[timestep]``.
+    With every scheduler, `scale_model_input` makes the UNet's input `sqrt(a) x + sqrt(1 - a) noise` with
+    `a = alphas_cumprod[timestep]`.
     """
     alpha = scheduler.alphas_cumprod[timestep.round().long().clamp(0, len(scheduler.alphas_cumprod) - 1).cpu()]
     signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
@@ -32,7 +33,7 @@ def predicted_latents(scheduler: Any, timestep: Tensor, model_input: Tensor, noi
 
 
 def previews(latents: Tensor, bundle: Bundle) -> list[bytes]:
-    """JPEG of each picture of ``latents`` [N, C, h, w]; of clips [N, C, F, h, w] the first frame."""
+    """Return a JPEG of each picture of `latents` [N, C, h, w], or of the first frame of each clip [N, C, F, h, w]."""
     if latents.ndim == 5:
         latents = latents[:, :, 0]
     factors, offset = torch.tensor(bundle.preview_factors), torch.tensor(bundle.preview_offset)
@@ -42,7 +43,7 @@ def previews(latents: Tensor, bundle: Bundle) -> list[bytes]:
 
 
 def _jpeg(image: Image.Image) -> bytes:
-    """Enlarged (a latent stands for 8 x 8 pixels) as far as ``LONGEST_SIDE`` allows."""
+    """Encode a picture, enlarged up to 8 times (a latent stands for 8 x 8 pixels) as far as `LONGEST_SIDE` allows."""
     scale = min(8.0, LONGEST_SIDE / max(image.size))
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""A job as the loop sees it: rows, steps and named tensors. Nothing here says what the tensors mean."""
+"""A job as the loop sees it: rows, steps, and named tensors, whose meaning the loop does not know."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ if TYPE_CHECKING:
     from imprompt_serving.denoiser.admission import Load
     from imprompt_serving.denoiser.control import PreparedControlNet
     from imprompt_serving.denoiser.windows import Window
-    from imprompt_serving.job import JobRequest
+    from imprompt_serving.job_request import JobRequest
 
 
 class RowBlock(NamedTuple):
-    """Rows of a job within one guidance branch and one window.
-
-    Their rows of `LoopJob.conditioning`, their pictures, and the frames that they see of a clip that runs in windows.
-    """
+    """Consecutive rows of a job within one guidance branch and one window."""
 
     conditioning: range
+    """Their rows of `LoopJob.conditioning`."""
     pictures: range
+    """Their pictures."""
     window: Window | None
+    """Their frames, for clips that run in windows."""
 
 
 class LoopJob(Protocol):
-    """What the loop, the batcher and the networks of a step ask of a job; `job.Job` is the one that is served.
+    """What the loop, the batcher, and the networks need from a job. `job.Job` implements it.
 
-    A family whose denoising works otherwise brings another class with these members. A row is one latent sample in one
-    guidance branch. A step may be computed by several calls, each of some of its rows.
+    A family with a different way of denoising adds another class with these members. A row is one latent sample in one
+    guidance branch. Several calls may compute a step, each some of its rows.
     """
 
     started: float | None
-    """When the first call took rows of it (monotonic seconds); the loop sets it."""
+    """When the first call took rows of it, in monotonic seconds. Set by the loop."""
     last_served_tick: int
-    """Tick that last served it, or in which it came; the loop sets it."""
+    """The tick that last served it, or in which it arrived. Set by the loop."""
 
     @property
     def id(self) -> str: ...
@@ -45,15 +45,15 @@ class LoopJob(Protocol):
 
     @property
     def arrived(self) -> float:
-        """Monotonic seconds."""
+        """When it arrived, in monotonic seconds."""
 
     @property
     def deadline(self) -> float | None:
-        """Monotonic seconds."""
+        """When its time is up, in monotonic seconds; None without a limit."""
 
     @property
     def batch_key(self) -> str:
-        """Jobs with equal keys can share a call: their tensors have the same names, and stack after padding."""
+        """Jobs with equal keys can share a call: their tensors have the same names and can be stacked after padding."""
 
     @property
     def rows(self) -> int:
@@ -65,51 +65,51 @@ class LoopJob(Protocol):
 
     @property
     def frames(self) -> int:
-        """Frames of a row; 1 for pictures."""
+        """Frames per row; 1 for pictures."""
 
     @property
     def load(self) -> Load:
-        """What it still needs of the networks."""
+        """The work that it still needs from the networks."""
 
     @property
     def step(self) -> int:
-        """Denoising steps done."""
+        """The number of finished denoising steps."""
 
     @property
     def steps(self) -> int:
-        """Denoising steps in all."""
+        """The total number of denoising steps."""
 
     @property
     def done(self) -> bool: ...
 
     @property
     def predicted(self) -> Tensor | None:
-        """The clean latents as the last step predicted them, for jobs that want previews."""
+        """The clean latents that the last step predicted, for jobs that want previews."""
 
     def model_input(self) -> tuple[Tensor, Tensor]:
-        """Latents and timesteps of the current step, a row each."""
+        """Return the latents and timesteps of the current step, one per row."""
         ...
 
     def conditioning(self) -> Mapping[str, Tensor]:
-        """The other inputs of the current step by name; the same object until they change."""
+        """Return the other inputs of the current step by name: the same object until they change."""
         ...
 
     def blocks(self, start: int, stop: int) -> Iterable[RowBlock]:
-        """Rows `start` to `stop` of the current step, cut where a guidance branch or a window ends."""
+        """Split rows `start` to `stop` of the current step where a guidance branch or a window ends."""
         ...
 
     def controls(self) -> Iterable[PreparedControlNet]:
-        """The ControlNets that act in the current step."""
+        """Return the ControlNets that are active in the current step."""
         ...
 
     def add_output_rows(self, noise_pred: Tensor) -> None:
-        """Take the networks' output for the next `len(noise_pred)` pending rows; steps when it was the last."""
+        """Add the output for the next `len(noise_pred)` pending rows. Once no rows are pending, take the step."""
         ...
 
     def result(self) -> Tensor:
-        """The latents of a job that the device is done with, on the CPU.
+        """Copy the final latents to the CPU. The device must have finished computing them.
 
         Raises:
-            RequestError: they are not numbers.
+            RequestError: they are infinite or NaN.
         """
         ...

@@ -1,4 +1,4 @@
-"""Small jobs before the first real one, so that no caller pays for what is loaded, searched or built at first use."""
+"""Run small jobs before the first real one, so that no caller waits for what is loaded or compiled at first use."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from imprompt_serving.denoiser.networks import StepNetworks
 from imprompt_serving.denoiser.preview import previews
 from imprompt_serving.errors import RequestError
 from imprompt_serving.families import get_family
-from imprompt_serving.job import AdapterUse, ContextWindow, ControlUse, JobRequest
+from imprompt_serving.job_request import AdapterOptions, ContextWindow, ControlOptions, JobRequest
 from imprompt_serving.parameters import Settings
 from imprompt_serving.specs import Bundle, CallRows
 
 WAIT_S = 600.0
 STOP_S = 10.0
-"""How long a warm-up that failed waits for its thread to end."""
+"""How long a failed warm-up waits for its threads to end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Round:
+class WarmUpJob:
     """A job of one step: a picture or clip for each of `prompts`, in one guidance branch unless `guided`."""
 
     size: tuple[int, int]
@@ -41,36 +41,36 @@ class Round:
     controls: bool = False
 
 
-def rounds(bundle: Bundle, call_rows: CallRows) -> Iterator[Round]:
-    """A picture of the smallest size with every adapter and mask.
+def warm_up_jobs(bundle: Bundle, call_rows: CallRows) -> Iterator[WarmUpJob]:
+    """Yield the jobs to run: first a picture of the smallest size, with every adapter and mask.
 
-    Where rows are bucketed, also every bucket at the default size: with image prompts and ControlNets, and without. Of
-    clips those of the usual length, with as many rows as then have room.
+    If rows are bucketed, jobs for every bucket at the default size follow, with image prompts and ControlNets, and
+    without; also for clips of the usual length, with as many rows as then fit.
     """
-    yield Round(size=(bundle.shapes.height.min, bundle.shapes.width.min), guided=True, masks=True)
+    yield WarmUpJob(size=(bundle.shapes.height.min, bundle.shapes.width.min), guided=True, masks=True)
     if not call_rows.bucketed:
         return
     usual = bundle.default_height, bundle.default_width
     clip = None if bundle.motion is None else min(bundle.shapes.frames.opt, bundle.motion.window)
     for frames in (None, clip)[: 1 if clip is None else 2]:
         for rows in call_rows.of_frames(frames or 1).buckets:
-            yield Round(size=usual, prompts=rows, frames=frames, controls=True)
+            yield WarmUpJob(size=usual, prompts=rows, frames=frames, controls=True)
             if bundle.adapters:
-                yield Round(size=usual, prompts=rows, frames=frames, adapters=False)
+                yield WarmUpJob(size=usual, prompts=rows, frames=frames, adapters=False)
 
 
 def warm_up(
     bundle: Bundle, conditioner: Conditioner, networks: StepNetworks, device: torch.device, call_rows: CallRows
 ) -> None:
-    """Run every job of `rounds`, one after the other.
+    """Run all `warm_up_jobs`, one after the other.
 
     Raises:
-        RequestError: the engines do not work.
+        RequestError: an engine failed, or a job took too long.
     """
     denoiser = Denoiser(networks, Batcher(bundle, call_rows), call_rows)
     try:
-        for made in rounds(bundle, call_rows):
-            request, tensors = _request(made, bundle), _tensors(made, bundle)
+        for planned in warm_up_jobs(bundle, call_rows):
+            request, tensors = _request(planned, bundle), _tensors(planned, bundle)
             _run(denoiser, Job(request, bundle, conditioner(request, tensors), tensors, device), bundle)
     finally:
         denoiser.stop(STOP_S)
@@ -80,7 +80,7 @@ def _run(denoiser: Denoiser, job: Job, bundle: Bundle) -> None:
     outcome = Outcome()
     denoiser.submit(job, outcome)
     if not outcome.ended.wait(WAIT_S):
-        raise RequestError(f"the first step was not done after {WAIT_S:g} seconds")
+        raise RequestError(f"the warm-up did not finish a step within {WAIT_S:g} seconds")
     if outcome.error:
         raise outcome.error
     job.result()
@@ -88,46 +88,46 @@ def _run(denoiser: Denoiser, job: Job, bundle: Bundle) -> None:
         previews(job.predicted, bundle)
 
 
-def _request(made: Round, bundle: Bundle) -> JobRequest:
+def _request(job: WarmUpJob, bundle: Bundle) -> JobRequest:
     takes_mask = bundle.unet_channels != bundle.latent_channels
-    nets = bundle.net_names if made.frames is None else tuple(net.name for net in bundle.controlnets)
+    nets = bundle.net_names if job.frames is None else tuple(net.name for net in bundle.controlnets)
     return JobRequest(
         id="warm-up",
-        task="inpainting" if takes_mask and made.frames is None else "text-to-image",
+        task="inpainting" if takes_mask and job.frames is None else "text-to-image",
         settings=Settings.with_defaults(
-            height=made.size[0],
-            width=made.size[1],
+            height=job.size[0],
+            width=job.size[1],
             num_inference_steps=1,
-            guidance_scale=7.5 if made.guided else 1.0,
+            guidance_scale=7.5 if job.guided else 1.0,
             strength=1.0,
             preview=True,
         ),
         seeds=(0,),
-        adapters=tuple(AdapterUse(name=adapter.name) for adapter in bundle.adapters if made.adapters),
-        controls=tuple(ControlUse(name=name) for name in nets if made.controls),
-        frames=made.frames,
-        context=None if made.frames is None else ContextWindow(length=made.frames),
+        adapters=tuple(AdapterOptions(name=adapter.name) for adapter in bundle.adapters if job.adapters),
+        controls=tuple(ControlOptions(name=name) for name in nets if job.controls),
+        frames=job.frames,
+        context=None if job.frames is None else ContextWindow(length=job.frames),
         reports_progress=True,
     )
 
 
-def _tensors(made: Round, bundle: Bundle) -> dict[str, Tensor]:
+def _tensors(job: WarmUpJob, bundle: Bundle) -> dict[str, Tensor]:
     texts = get_family(bundle.family).text_shapes(bundle)
-    latent = [size // bundle.vae_scale_factor for size in made.size]
+    latent = [size // bundle.vae_scale_factor for size in job.size]
     moments = torch.zeros(1, 2 * bundle.latent_channels, *latent)
     tensors = {"mask": torch.ones(1, 1, *latent), "image_moments": moments, "masked_image_moments": moments}
     for prefix in ("", tensor_names.NEGATIVE):
-        tensors |= {prefix + name: torch.zeros(made.prompts, *shape) for name, shape in texts.items()}
+        tensors |= {prefix + name: torch.zeros(job.prompts, *shape) for name, shape in texts.items()}
         for adapter in bundle.adapters:
             tensors[prefix + tensor_names.image_embeds(adapter.name)] = torch.zeros(1, *adapter.embed_shape)
             if adapter.clip_shape:
                 tensors[prefix + tensor_names.clip_embeds(adapter.name)] = torch.zeros(1, *adapter.clip_shape)
-    if made.masks:
+    if job.masks:
         for adapter in bundle.adapters:
-            tensors[tensor_names.adapter_masks(adapter.name)] = torch.ones(1, *made.size)
-    # Of each prompt its own, or of each frame: as many as an engine that embeds them takes.
+            tensors[tensor_names.adapter_masks(adapter.name)] = torch.ones(1, *job.size)
+    # One control image per prompt or frame: the most rows that the engines which embed them take.
     channels = dict.fromkeys((net.name for net in bundle.controlnets), 3)
     channels |= {adapter.name: adapter.channels for adapter in bundle.t2i_adapters}
     for name, count in channels.items():
-        tensors[tensor_names.control_image(name)] = torch.zeros(made.frames or made.prompts, count, *made.size)
+        tensors[tensor_names.control_image(name)] = torch.zeros(job.frames or job.prompts, count, *job.size)
     return tensors

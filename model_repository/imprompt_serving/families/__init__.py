@@ -1,6 +1,7 @@
-"""Model families: what sets the checkpoints of one family apart when they are served. One light module each.
+"""Model families: what serving needs to know about the checkpoints of a family, in one light module each.
 
-Methods that make tensors import torch themselves: the pipeline asks for defaults and names, and runs without it.
+Methods that make tensors import torch themselves, because the pipeline, which needs defaults and names, runs without
+it.
 """
 
 from __future__ import annotations
@@ -16,69 +17,70 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from imprompt_serving.job import Task
-    from imprompt_serving.specs import Asked, Bundle, CrossAttention
+    from imprompt_serving.job_request import Task
+    from imprompt_serving.specs import Bundle, CrossAttention, GuidanceInputs
 
 NAMES = ("sd15", "sdxl")
-"""The values of `family` in `bundle.json`, and the module of each: of this package, and of `imprompt_export.families`.
-"""
+"""Values of `family` in `bundle.json`; each is also a module here and in `imprompt_export.families`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family(ABC):
-    """What the pipeline and the denoiser ask of a family: defaults, text conditioning, latents, attention layers.
+    """A family as the pipeline and the denoiser see it: defaults, text conditioning, latents, attention layers.
 
-    Defaults are those of diffusers' pipelines; `controlled` tells whether a request uses ControlNets or T2I-Adapters.
+    Defaults are those of diffusers' pipelines; `controlled` says whether a request uses ControlNets or T2I-Adapters.
     """
 
     prompts: tuple[str, ...]
-    """Request parameters that hold the prompt of each text encoder; the first is required, and stands in for others."""
+    """The prompt parameter of each text encoder. The first is required, and is the default for the others."""
     parameters: tuple[str, ...] = ()
-    """Rows of `parameters.Group.FAMILY` that its requests take."""
+    """Names of the `parameters.Group.FAMILY` rows that requests accept."""
 
     @abstractmethod
-    def default_guidance_scale(self, task: Task, *, controlled: bool) -> float: ...
+    def default_guidance_scale(self, task: Task, *, controlled: bool) -> float:
+        """Return the default `guidance_scale`."""
 
     @abstractmethod
-    def default_strength(self, task: Task, *, controlled: bool) -> float: ...
+    def default_strength(self, task: Task, *, controlled: bool) -> float:
+        """Return the default `strength`."""
 
     @abstractmethod
     def default_conditioning_scale(self, task: Task) -> float:
-        """Of a ControlNet; clips have 1 in every family."""
+        """Return the default `controlnet_conditioning_scale` for pictures; for clips it is 1 in every family."""
 
     @abstractmethod
     def text_shapes(self, bundle: Bundle) -> dict[str, tuple[int, ...]]:
-        """The text embeddings of one branch, which the pipeline sends to the denoiser: shapes for one prompt."""
+        """Return the shapes, for one prompt, of the text embeddings that the pipeline sends for each branch."""
 
     @abstractmethod
-    def join_text(self, answers: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """Make these embeddings from the answers of the text encoders."""
+    def join_text(self, outputs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Build the embeddings of `text_shapes` from the outputs of the text encoders."""
 
     @abstractmethod
     def text_inputs(
-        self, request: Asked, embeds: Callable[[str], Tensor], *, pictures: int, guided: bool
+        self, request: GuidanceInputs, embeds: Callable[[str], Tensor], *, pictures: int, guided: bool
     ) -> dict[str, Tensor]:
-        """Text as inputs of the denoising network, a row for each row of the job.
+        """Build the text inputs of the denoising network, with one row per row of the job.
 
         Args:
-            embeds: gives the rows of an embedding by its name in `text_shapes`.
-            guided: whether the rows of an unconditional branch come first.
+            embeds: returns the rows of an embedding by its name in `text_shapes`.
+            guided: whether the job starts with the rows of an unconditional branch.
         """
 
     @abstractmethod
     def scale_latents(self, latents: Tensor, bundle: Bundle) -> Tensor:
-        """Latents of the VAE as the denoising network knows them."""
+        """Scale latents of the VAE to those of the denoising network."""
 
     @abstractmethod
-    def scheduler_corrections(self, config: Mapping[str, Any], request: Asked) -> dict[str, Any]:
-        """What diffusers' pipeline for `request` changes in an outdated scheduler configuration."""
+    def scheduler_corrections(self, config: Mapping[str, Any], request: GuidanceInputs) -> dict[str, Any]:
+        """Return what diffusers' pipeline for `request` corrects in an outdated scheduler configuration."""
 
     @abstractmethod
-    def parts(self, layers: Sequence[CrossAttention]) -> dict[str, frozenset[str]]:
-        """Names of the cross-attention layers that carry `style` and `composition` (InstantStyle)."""
+    def layer_roles(self, layers: Sequence[CrossAttention]) -> dict[str, frozenset[str]]:
+        """Name the cross-attention layers that carry `style` and `composition` (InstantStyle)."""
 
 
 def get_family(name: str) -> Family:
-    """The family called `name`, one of `NAMES`."""
-    found: Family = import_module(f"{__name__}.{name}").FAMILY
-    return found
+    """Load the family `name`, one of `NAMES`."""
+    family: Family = import_module(f"{__name__}.{name}").FAMILY
+    return family

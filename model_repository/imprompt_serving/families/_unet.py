@@ -1,4 +1,4 @@
-"""Cross-attention layers by block, in UNets of diffusers (`down_blocks.1.attentions.0...`)."""
+"""Select cross-attention layers of diffusers UNets by block (`down_blocks.1.attentions.0...`)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from imprompt_serving.specs import CrossAttention
 
 
 def last_down_block(layers: Sequence[CrossAttention]) -> frozenset[str]:
-    """The layers of the last down block that has any."""
+    """Name the layers of the last down block that has any."""
     return _block("down_blocks", max(_indices("down_blocks", layers), default=0), layers)
 
 
 def first_up_block(layers: Sequence[CrossAttention]) -> frozenset[str]:
-    """The layers of the first up block that has any."""
+    """Name the layers of the first up block that has any."""
     return _block("up_blocks", min(_indices("up_blocks", layers), default=0), layers)
 
 

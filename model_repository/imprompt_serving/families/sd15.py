@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x: one text encoder; defaults of `StableDiffusionPipeline` and its kin."""
+"""Stable Diffusion 1.x: one text encoder; defaults of `StableDiffusionPipeline` and related pipelines."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 
 from imprompt_serving.families import Family
 from imprompt_serving.families._unet import first_up_block, last_down_block
-from imprompt_serving.specs import Asked, Bundle, CrossAttention
+from imprompt_serving.specs import Bundle, CrossAttention, GuidanceInputs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from imprompt_serving.job import Task
+    from imprompt_serving.job_request import Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,27 +33,27 @@ class SD15(Family):
         (encoder,) = bundle.text_encoders
         return {"prompt_embeds": (encoder.max_length, encoder.hidden_size)}
 
-    def join_text(self, answers: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        return {"prompt_embeds": answers[0]["hidden_states"]}
+    def join_text(self, outputs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        return {"prompt_embeds": outputs[0]["hidden_states"]}
 
     def text_inputs(
-        self, request: Asked, embeds: Callable[[str], Tensor], *, pictures: int, guided: bool
+        self, request: GuidanceInputs, embeds: Callable[[str], Tensor], *, pictures: int, guided: bool
     ) -> dict[str, Tensor]:
         return {"encoder_hidden_states": embeds("prompt_embeds")}
 
     def scale_latents(self, latents: Tensor, bundle: Bundle) -> Tensor:
         return latents * bundle.vae_scaling_factor
 
-    def scheduler_corrections(self, config: Mapping[str, Any], request: Asked) -> dict[str, Any]:
-        """The pipelines of ControlNets and clips change nothing."""
+    def scheduler_corrections(self, config: Mapping[str, Any], request: GuidanceInputs) -> dict[str, Any]:
+        """Return the corrections; the pipelines for ControlNets and clips make none."""
         if request.controls or request.frames is not None:
             return {}
-        wrong = {"steps_offset": 1}
-        wrong |= {"skip_prk_steps": True} if request.task == "inpainting" else {"clip_sample": False}
-        return {name: value for name, value in wrong.items() if config.get(name, value) != value}
+        corrected = {"steps_offset": 1}
+        corrected |= {"skip_prk_steps": True} if request.task == "inpainting" else {"clip_sample": False}
+        return {name: value for name, value in corrected.items() if config.get(name, value) != value}
 
-    def parts(self, layers: Sequence[CrossAttention]) -> dict[str, frozenset[str]]:
-        """The layers that the community settled on (https://github.com/cubiq/ComfyUI_IPAdapter_plus)."""
+    def layer_roles(self, layers: Sequence[CrossAttention]) -> dict[str, frozenset[str]]:
+        """Name the layers that ComfyUI IPAdapter Plus uses (https://github.com/cubiq/ComfyUI_IPAdapter_plus)."""
         composition, names = last_down_block(layers), frozenset(layer.name for layer in layers)
         return {"composition": composition, "style": names - composition - first_up_block(layers)}
 

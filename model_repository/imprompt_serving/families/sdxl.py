@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two text encoders, sizes as conditions, defaults of `StableDiffusionXLPipeline` and its kin."""
+"""Stable Diffusion XL: two text encoders, size conditioning, defaults of `StableDiffusionXLPipeline` and others."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 
 from imprompt_serving.families import Family
 from imprompt_serving.families._unet import first_up_block, last_down_block
-from imprompt_serving.specs import Asked, Bundle, CrossAttention
+from imprompt_serving.specs import Bundle, CrossAttention, GuidanceInputs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from imprompt_serving.job import Task
+    from imprompt_serving.job_request import Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,21 +33,21 @@ class SDXL(Family):
 
     def text_shapes(self, bundle: Bundle) -> dict[str, tuple[int, ...]]:
         width = sum(encoder.hidden_size for encoder in bundle.text_encoders)
-        assert bundle.pooled_size is not None  # every bundle of this family has it
+        assert bundle.pooled_size is not None  # set in every bundle of this family
         return {
             "prompt_embeds": (bundle.text_encoders[0].max_length, width),
             "pooled_prompt_embeds": (bundle.pooled_size,),
         }
 
-    def join_text(self, answers: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """Hidden states side by side; the pooled embedding is that of the second encoder."""
+    def join_text(self, outputs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Concatenate the hidden states; the pooled embedding comes from the second encoder."""
         return {
-            "prompt_embeds": np.concatenate([answer["hidden_states"] for answer in answers], axis=-1),
-            "pooled_prompt_embeds": answers[-1]["text_embeds"],
+            "prompt_embeds": np.concatenate([output["hidden_states"] for output in outputs], axis=-1),
+            "pooled_prompt_embeds": outputs[-1]["text_embeds"],
         }
 
     def text_inputs(
-        self, request: Asked, embeds: Callable[[str], Tensor], *, pictures: int, guided: bool
+        self, request: GuidanceInputs, embeds: Callable[[str], Tensor], *, pictures: int, guided: bool
     ) -> dict[str, Tensor]:
         import torch
 
@@ -65,24 +65,24 @@ class SDXL(Family):
         mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (bundle.vae_latents_mean, bundle.vae_latents_std))
         return (latents - mean) * bundle.vae_scaling_factor / std
 
-    def scheduler_corrections(self, config: Mapping[str, Any], request: Asked) -> dict[str, Any]:
+    def scheduler_corrections(self, config: Mapping[str, Any], request: GuidanceInputs) -> dict[str, Any]:
         return {}
 
-    def parts(self, layers: Sequence[CrossAttention]) -> dict[str, frozenset[str]]:
-        """InstantStyle's own layers (https://arxiv.org/abs/2404.02733)."""
+    def layer_roles(self, layers: Sequence[CrossAttention]) -> dict[str, frozenset[str]]:
+        """Name the layers that InstantStyle uses (https://arxiv.org/abs/2404.02733)."""
         style = frozenset(name for name in first_up_block(layers) if name.split(".")[2:4] == ["attentions", "1"])
         return {"composition": last_down_block(layers), "style": style}
 
 
-def _time_ids(request: Asked, pictures: int, *, guided: bool) -> list[tuple[int, ...]]:
-    """Size conditions [rows, 6], as diffusers' pipeline for the task has them (`_get_add_time_ids`).
+def _time_ids(request: GuidanceInputs, pictures: int, *, guided: bool) -> list[tuple[int, ...]]:
+    """Build the size conditioning [rows, 6] like diffusers' pipeline for the task (`_get_add_time_ids`).
 
-    From text alone the negative ones count only when both of their sizes are given, and rows of several pictures take
-    turns. From a picture each negative size counts by itself, with the positive crop; ControlNets that inpaint have
-    none.
+    For text-to-image, negative sizes apply only if both are given, and negative and positive rows alternate. With a
+    start picture, each negative size applies on its own, with the positive crop; inpainting with ControlNets ignores
+    them.
     """
-    sizes, own = request.settings, (request.settings.height, request.settings.width)
-    original, target = sizes.original_size or own, sizes.target_size or own
+    sizes, actual = request.settings, (request.settings.height, request.settings.width)
+    original, target = sizes.original_size or actual, sizes.target_size or actual
     positive: tuple[int, ...] = (*original, *sizes.crops_coords_top_left, *target)
     negative_original, negative_target = sizes.negative_original_size, sizes.negative_target_size
     negative = positive

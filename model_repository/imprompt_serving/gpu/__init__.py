@@ -1,4 +1,4 @@
-"""Engine runners on a GPU: tensors stay on the device between calls. Loads torch; lighter processes do without."""
+"""Run engines on a GPU with tensors that stay on the device between calls. Imports torch, unlike `backends`."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from torch import Tensor
 
 from imprompt_serving.backends import Engine
 
-Shapes = tuple[tuple[str, tuple[int, ...]], ...]
-"""Names and shapes of a call's inputs: calls that are alike in them can share buffers and CUDA graphs."""
+CallShapes = tuple[tuple[str, tuple[int, ...]], ...]
+"""Names and shapes of a call's inputs. Calls with equal shapes can share buffers and CUDA graphs."""
 
 
 @runtime_checkable
 class DeviceEngine(Protocol):
-    """An engine that takes and gives tensors where they are."""
+    """An engine that takes and returns torch tensors on its device."""
 
     def run_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One call on the engine's device. The answer is the caller's own."""
+        """Run one call on the engine's device. The caller owns the outputs."""
         ...
 
 
 def cuda_or_cpu(index: int) -> torch.device:
-    """The GPU of this number; the CPU where there is no GPU."""
+    """Return the GPU with this index, or the CPU if there is no GPU."""
     return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def mark(device: torch.device) -> Callable[[], None] | None:
-    """What waits until `device` has done all that was launched on it so far; None for the CPU, which has already."""
+def record_launch(device: torch.device) -> Callable[[], None] | None:
+    """Return a function that waits for everything launched on `device` so far, or None for the CPU."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event(blocking=True)
@@ -39,40 +39,40 @@ def mark(device: torch.device) -> Callable[[], None] | None:
     return event.synchronize
 
 
-def beside(device: torch.device) -> AbstractContextManager[object]:
-    """Within, what this thread launches on `device` runs beside the loop, which launches on the default stream."""
-    return torch.cuda.stream(_stream(device, "beside")) if device.type == "cuda" else nullcontext()
+def preparation_stream(device: torch.device) -> AbstractContextManager[object]:
+    """Launch work of this thread on a separate stream within the context. The loop uses the default stream."""
+    return torch.cuda.stream(_stream(device, "preparation")) if device.type == "cuda" else nullcontext()
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy `tensor` from the CPU to `device`, for the loop: what it launches next waits for the copy.
+    """Copy `tensor` from the CPU to `device` for the loop, whose next launches wait for the copy.
 
-    The host does not. A copy out of memory that is not pinned would wait for all that the device has been given to do.
+    The host does not wait. From memory that is not pinned, it would wait for everything that is queued on the device.
     """
     if device.type != "cuda":
         return tensor.to(device, non_blocking=True)
     stream, loop = _stream(device, "upload"), torch.cuda.default_stream(device)
     with torch.cuda.stream(stream):
-        there = tensor.pin_memory().to(device, non_blocking=True)
+        copied = tensor.pin_memory().to(device, non_blocking=True)
     loop.wait_stream(stream)
-    there.record_stream(loop)
-    return there
+    copied.record_stream(loop)
+    return copied
 
 
 def download(tensor: Tensor) -> Tensor:
-    """`tensor` on the host; waits for the copy, and for nothing that was launched after `tensor` was complete.
+    """Copy `tensor` to the host and wait for the copy, but not for any later work on the device.
 
-    It has to be complete: what `mark` gave for the tick that computes it has returned.
+    The tensor must be complete: the function from `record_launch` for the tick that computes it has returned.
     """
     if not tensor.is_cuda:
         return tensor
     stream = _stream(tensor.device, "download")
     with torch.cuda.stream(stream):
-        here = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        here.copy_(tensor, non_blocking=True)
+        on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        on_host.copy_(tensor, non_blocking=True)
         copied = stream.record_event(torch.cuda.Event(blocking=True))
     copied.synchronize()
-    return here
+    return on_host
 
 
 @cache
@@ -81,12 +81,13 @@ def _stream(device: torch.device, purpose: str) -> torch.cuda.Stream:
 
 
 def run_on_tensors(engine: Engine, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Run `engine` on torch tensors: in place on their device if it can, or else through arrays."""
+    """Run `engine` on torch tensors: on their device if it can, or else by way of numpy arrays."""
     if isinstance(engine, DeviceEngine):
         return engine.run_tensors(tensors)
     answer = engine.run({name: tensor.contiguous().numpy() for name, tensor in tensors.items()})
     return {name: torch.from_numpy(value) for name, value in answer.items()}
 
 
-def key_of(tensors: Mapping[str, Tensor]) -> Shapes:
+def call_shapes(tensors: Mapping[str, Tensor]) -> CallShapes:
+    """Return the names and shapes of `tensors`, sorted by name."""
     return tuple((name, tuple(tensor.shape)) for name, tensor in sorted(tensors.items()))

@@ -1,4 +1,4 @@
-"""AOTInductor's packages on torch tensors: weights on the GPU once, and a CUDA graph for each shape."""
+"""Run AOTInductor packages on torch tensors: weights are on the GPU once, and each shape has a CUDA graph."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from imprompt_serving.backends.inductor import WEIGHTS, EngineInfo, load_packages
-from imprompt_serving.gpu import key_of
+from imprompt_serving.gpu import call_shapes
 from imprompt_serving.gpu.lru_cache import LRUCache
 from imprompt_serving.gpu.tensorrt import GRAPHS, PREPARING, capturing
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Call:
-    """Buffers for one shape, and the work on them: one launch for all of the kernels."""
+    """Buffers for one shape, and a function that runs the package on them: with a CUDA graph, in a single launch."""
 
     inputs: dict[str, Tensor]
     outputs: list[Tensor]
@@ -32,21 +32,21 @@ class _Call:
 
 
 class InductorDeviceEngine:
-    """Packages on one GPU; calls from several threads take turns.
+    """AOTInductor packages on one GPU. A lock serializes calls from several threads.
 
-    All work is done on a stream of the engine's own; the caller's stream waits for it, the host does not. Packages
-    point to the weights, and so do the CUDA graphs: weights may be replaced in place between calls.
+    The engine has its own stream. The caller's stream waits for it, the host does not. Packages and CUDA graphs hold
+    pointers to the weights, so weights may be replaced in place between calls.
     """
 
     def __init__(self, file: Path, info: EngineInfo, *, device: str) -> None:
         self._info, self._device, self._file = info, torch.device(device), file
-        self._weights = {name: self._laid_out(w) for name, w in load_file(file.with_suffix(WEIGHTS)).items()}
+        self._weights = {name: self._to_device(w) for name, w in load_file(file.with_suffix(WEIGHTS)).items()}
         self._packages = load_packages(file, info, self._weights, self._device.index or 0)
         with torch.cuda.device(self._device):
             self._stream = torch.cuda.Stream(self._device)
         self._capturable = True
         self._calls: LRUCache[_Call] = LRUCache(GRAPHS, before_dropping=self._stream.synchronize)
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
 
     def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         given = {name: torch.from_numpy(value).to(self._device) for name, value in tensors.items()}
@@ -54,17 +54,17 @@ class InductorDeviceEngine:
 
     def run_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         given = {name: tensors[name] for name in self._info.inputs}
-        with self._turn, torch.cuda.device(self._device):
+        with self._lock, torch.cuda.device(self._device):
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
-                call = self._calls.get(key_of(given), lambda: self._prepare(given))
+                call = self._calls.get(call_shapes(given), lambda: self._prepare(given))
                 for name, tensor in given.items():
                     call.inputs[name].copy_(tensor, non_blocking=True)
                 call.launch()
                 answer = {name: tensor.clone() for name, tensor in zip(self._info.outputs, call.outputs, strict=True)}
             caller = torch.cuda.current_stream()
             caller.wait_stream(self._stream)
-            # Memory is reused in the order of the stream that it was allocated on, unless told who else uses it.
+            # Otherwise torch could reuse the memory once the allocating stream is done with it.
             for tensor in answer.values():
                 tensor.record_stream(caller)
             for tensor in given.values():
@@ -73,7 +73,7 @@ class InductorDeviceEngine:
         return answer
 
     def _prepare(self, given: Mapping[str, Tensor]) -> _Call:
-        """Buffers for inputs of these shapes; a first run, which loads kernels and must not be captured."""
+        """Allocate buffers for inputs of these shapes, and run once to load kernels, which cannot be captured."""
         axes = self._info.axes_of({name: tuple(tensor.shape) for name, tensor in given.items()})
         package: Any = self._packages[self._info.package_for(axes)]
         with PREPARING:
@@ -89,7 +89,7 @@ class InductorDeviceEngine:
             return _Call(inputs=inputs, outputs=outputs, launch=self._captured(launch))
 
     def _captured(self, launch: Callable[[], None]) -> Callable[[], None]:
-        """`launch` as a CUDA graph; as it is if these packages cannot be captured."""
+        """Capture `launch` as a CUDA graph, or return it unchanged if these packages cannot be captured."""
         if not self._capturable:
             return launch
         self._stream.synchronize()
@@ -102,7 +102,8 @@ class InductorDeviceEngine:
             return launch
         return graph.replay
 
-    def _laid_out(self, weight: Tensor) -> Tensor:
+    def _to_device(self, weight: Tensor) -> Tensor:
+        """Copy a weight to the GPU, in the memory format that the packages were compiled for."""
         on_device = weight.to(self._device)
         if self._info.channels_last and weight.ndim == 4:
             return on_device.contiguous(memory_format=torch.channels_last)

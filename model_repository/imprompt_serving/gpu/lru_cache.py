@@ -1,4 +1,4 @@
-"""A bounded cache of what is made for each shape."""
+"""A bounded cache for what engines make per shape."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ Value = TypeVar("Value")
 
 
 class LRUCache(Generic[Value]):
-    """Keeps the `limit` values that were used last; others are made again when they are needed.
+    """Keeps the `limit` most recently used values, and makes others again when needed.
 
-    `before_dropping` is called before a value is dropped: to wait for a device that may still be using it.
+    Args:
+        before_dropping: called before a value is dropped, to wait for a device that may still be using it.
     """
 
     def __init__(self, limit: int, before_dropping: Callable[[], None] = lambda: None) -> None:
@@ -20,9 +21,9 @@ class LRUCache(Generic[Value]):
         self._values: OrderedDict[Hashable, Value] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """The value of `key`, from `make` if it is not there."""
+        """Return the value of `key`, calling `make` if it is missing."""
         if key not in self._values:
-            while len(self._values) >= self._limit:  # first, so that its memory is there for the new one
+            while len(self._values) >= self._limit:  # before `make`, which may need the memory
                 self._before_dropping()
                 self._values.popitem(last=False)
             self._values[key] = make()

@@ -1,4 +1,4 @@
-"""ONNX Runtime on torch tensors, by IOBinding: nothing passes through the host, and the host does not wait."""
+"""Run ONNX Runtime on torch tensors with IOBinding: tensors stay on the device, and the host does not wait."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from imprompt_serving.backends.onnxruntime import check_cuda, session
-from imprompt_serving.gpu import key_of
+from imprompt_serving.gpu import call_shapes
 from imprompt_serving.gpu.lru_cache import LRUCache
 
 SHAPES = 64
-"""Shapes whose outputs' shapes are remembered."""
+"""The number of input shapes whose output shapes are cached."""
 _TYPES = {
     "tensor(float)": torch.float32,
     "tensor(uint8)": torch.uint8,
@@ -28,9 +28,9 @@ _TYPES = {
 
 
 class OnnxRuntimeDeviceEngine:
-    """A session whose inputs and outputs are torch tensors on `device` (`cuda:0`, or `cpu`).
+    """A session with inputs and outputs as torch tensors on `device` (`cuda:0`, or `cpu`).
 
-    All work is done on a stream of the session's own; the caller's stream waits for it, the host does not.
+    The session has its own stream. The caller's stream waits for it, the host does not.
 
     Raises:
         EngineError: ONNX Runtime cannot use the GPU.
@@ -44,22 +44,22 @@ class OnnxRuntimeDeviceEngine:
         stream = self._stream.cuda_stream if self._stream else 0
         self._session = session(path, gpu=self._device.index or 0, stream=stream)
         self._options = onnxruntime.RunOptions()
-        # Or each call would end with a wait for the stream (https://github.com/microsoft/onnxruntime/issues/28539).
+        # Otherwise each call waits for the stream (https://github.com/microsoft/onnxruntime/issues/28539).
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self._inputs = {value.name for value in self._session.get_inputs()}
         self._outputs = {value.name: _TYPES[value.type] for value in self._session.get_outputs()}
         self._shapes: LRUCache[list[tuple[int, ...]]] = LRUCache(SHAPES)
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
 
     def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         given = {name: torch.from_numpy(value).to(self._device) for name, value in tensors.items()}
         return {name: value.cpu().numpy() for name, value in self.run_tensors(given).items()}
 
     def run_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Outputs are allocated by torch, in the shapes that an earlier call with such inputs gave."""
+        """Run one call. torch allocates the outputs; their shapes come from an earlier call with equal input shapes."""
         given = {name: tensor.contiguous() for name, tensor in tensors.items() if name in self._inputs}
-        with self._turn, self._on_stream(given.values()) as answers:
-            shapes = self._shapes.get(key_of(given), lambda: self._run_once(given))
+        with self._lock, self._on_stream(given.values()) as answers:
+            shapes = self._shapes.get(call_shapes(given), lambda: self._run_once(given))
             answer = {
                 name: torch.empty(shape, dtype=dtype, device=self._device)
                 for (name, dtype), shape in zip(self._outputs.items(), shapes, strict=True)
@@ -67,13 +67,17 @@ class OnnxRuntimeDeviceEngine:
             answers += answer.values()
             binding = self._bound(given)
             for name, tensor in answer.items():
-                binding.bind_output(name, *self._place(tensor))
+                binding.bind_output(name, *self._binding_arguments(tensor))
             self._session.run_with_iobinding(binding, self._options)
         return answer
 
     @contextlib.contextmanager
     def _on_stream(self, inputs: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-        """Order a call on the session's stream: behind what makes `inputs`, before what takes the tensors it adds."""
+        """Order a call on the session's stream: after the work that makes `inputs`, before that which uses its outputs.
+
+        Yields:
+            A list to which the call adds its outputs.
+        """
         answers: list[Tensor] = []
         if self._stream is None:
             yield answers
@@ -83,28 +87,28 @@ class OnnxRuntimeDeviceEngine:
         with torch.cuda.stream(self._stream):
             yield answers
         caller.wait_stream(self._stream)
-        # Memory is reused in the order of the stream that it was allocated on, unless told who else uses it.
+        # Otherwise torch could reuse the memory once the allocating stream is done with it.
         for tensor in inputs:
             tensor.record_stream(self._stream)
         for tensor in answers:
             tensor.record_stream(caller)
 
     def _run_once(self, given: Mapping[str, Tensor]) -> list[tuple[int, ...]]:
-        """Shapes of the outputs, which only the engine knows."""
+        """Run one call to learn the shapes of the outputs, which only the engine knows."""
         binding = self._bound(given)
         for name in self._outputs:
             binding.bind_output(name, self._device.type, self._device.index or 0)
         self._session.run_with_iobinding(binding, self._options)
         if self._stream:
-            self._stream.synchronize()  # the outputs are ONNX Runtime's own here, and freed with the binding
+            self._stream.synchronize()  # ONNX Runtime owns these outputs, and frees them with the binding
         return [tuple(value.shape()) for value in binding.get_outputs()]
 
     def _bound(self, given: Mapping[str, Tensor]) -> Any:
         binding = self._session.io_binding()
         for name, tensor in given.items():
-            binding.bind_input(name, *self._place(tensor))
+            binding.bind_input(name, *self._binding_arguments(tensor))
         return binding
 
-    def _place(self, tensor: Tensor) -> tuple[str, int, Any, tuple[int, ...], int]:
+    def _binding_arguments(self, tensor: Tensor) -> tuple[str, int, Any, tuple[int, ...], int]:
         element = torch.empty(0, dtype=tensor.dtype).numpy().dtype
         return self._device.type, self._device.index or 0, element, tuple(tensor.shape), tensor.data_ptr()

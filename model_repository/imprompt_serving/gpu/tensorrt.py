@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX engines on torch tensors: a stream of their own, and a CUDA graph for each shape."""
+"""Run TensorRT and TensorRT-RTX engines on torch tensors: each has its own stream, and each shape a CUDA graph."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ import torch
 from torch import Tensor
 
 from imprompt_serving.backends import EngineError
-from imprompt_serving.backends.files import write_whole
+from imprompt_serving.backends.files import write_atomically
 from imprompt_serving.backends.tensorrt import EngineInfo, TensorRT, refuse_data_center_gpu
-from imprompt_serving.gpu import Shapes, key_of
+from imprompt_serving.gpu import CallShapes, call_shapes
 from imprompt_serving.gpu.lru_cache import LRUCache
 
 logger = logging.getLogger(__name__)
 
 GRAPHS = 16
-"""Shapes whose buffers and CUDA graphs are kept: sizes that are served, times rows of a call."""
-Limits = Mapping[str, tuple[Sequence[int], Sequence[int]]]
-"""Smallest and largest shape of each input in one profile."""
+"""The number of shapes whose buffers and CUDA graphs are kept: picture sizes in use, times numbers of rows."""
+ProfileLimits = Mapping[str, tuple[Sequence[int], Sequence[int]]]
+"""The smallest and the largest shape of each input in one profile."""
 PREPARING = threading.Lock()
-"""Threads run engines side by side, but a process captures one CUDA graph at a time."""
+"""Several threads may run engines, but a process can only capture one CUDA graph at a time."""
 
 
-def profile_for(shapes: Shapes, profiles: Sequence[Limits]) -> int:
-    """The first of `profiles` that takes inputs of `shapes`.
+def profile_for(shapes: CallShapes, profiles: Sequence[ProfileLimits]) -> int:
+    """Return the index of the first of `profiles` that accepts inputs of `shapes`.
 
     Raises:
-        EngineError: none does; the message names the input that fits least often.
+        EngineError: no profile does; the message names the input that fits the fewest profiles.
     """
     misfits: dict[str, int] = {}
     for index, limits in enumerate(profiles):
@@ -53,9 +53,9 @@ def _within(shape: Sequence[int], low: Sequence[int], high: Sequence[int]) -> bo
 
 @contextlib.contextmanager
 def capturing() -> Iterator[torch.cuda.CUDAGraph]:
-    """What is launched on the current stream becomes a CUDA graph.
+    """Capture what is launched on the current stream as a CUDA graph.
 
-    `torch.cuda.graph` would wait for the whole device first, which is an error while another thread captures.
+    `torch.cuda.graph` first waits for the whole device, which is an error while another thread captures.
 
     Raises:
         RuntimeError: something was launched that cannot be captured.
@@ -68,13 +68,13 @@ def capturing() -> Iterator[torch.cuda.CUDAGraph]:
         try:
             graph.capture_end()
         except RuntimeError:
-            # Or torch would take the capture for going on, and never reuse memory that two streams have seen.
+            # Otherwise torch would assume that the capture continues, and never reuse memory that two streams used.
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
             raise
 
 
 class _Call:
-    """Buffers and an execution context for one shape, and the work on them: one launch for all of the kernels."""
+    """Buffers and an execution context for one shape, and a function that runs the engine on them."""
 
     def __init__(
         self, inputs: dict[str, Tensor], outputs: dict[str, Tensor], context: Any, launch: Callable[[], None]
@@ -83,17 +83,17 @@ class _Call:
 
 
 class TensorRTEngine:
-    """An engine file on one GPU; calls from several threads take turns.
+    """An engine on one GPU. A lock serializes calls from several threads.
 
-    All work is done on a stream of the engine's own; the caller's stream waits for it, the host does not. Each shape
-    has an execution context, which CUDA graphs must not share (https://github.com/NVIDIA/TensorRT/issues/3798); as
-    calls take turns, all contexts work in the same memory.
+    The engine has its own stream. The caller's stream waits for it, the host does not. Each shape has its own execution
+    context, because CUDA graphs must not share one (https://github.com/NVIDIA/TensorRT/issues/3798). As calls never
+    overlap, all contexts share the same memory.
     """
 
     def __init__(self, path: Path, backend: TensorRT, *, device: str = "cuda") -> None:
         if not torch.cuda.is_available():
             raise EngineError(
-                f"{path.name} is an engine of {backend.name}, which needs an NVIDIA GPU; there is none here"
+                f"{path.name} is an engine of {backend.name}, which needs an NVIDIA GPU; this machine has none"
             )
         self._trt = trt = backend.package()
         EngineInfo.check(path, trt.__version__)
@@ -105,9 +105,7 @@ class TensorRTEngine:
             self._runtime = trt.Runtime(self._logger)
             self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
             if self._engine is None:
-                raise EngineError(
-                    f"{path.name} cannot be loaded by {backend.name} {trt.__version__}; see its message above"
-                )
+                raise EngineError(f"{backend.name} {trt.__version__} cannot load {path.name}; see its message above")
             self._stream = torch.cuda.Stream(self._device)
             with torch.cuda.stream(self._stream):
                 size = self._engine.device_memory_size_v2  # of the largest profile
@@ -116,7 +114,7 @@ class TensorRTEngine:
             self._capturable = not self._rtx  # TensorRT-RTX captures by itself
             given = trt.ExecutionContextAllocationStrategy.USER_MANAGED
             self._contexts = self._rtx_config(given) if self._rtx else given
-            """How contexts are made: with memory that they are given."""
+            """How contexts are created: they use memory that this class gives them."""
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         is_input = {name: self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT for name in names}
         types = {name: _torch_type(trt, self._engine.get_tensor_dtype(name)) for name in names}
@@ -124,17 +122,17 @@ class TensorRTEngine:
         self._outputs = {name: kind for name, kind in types.items() if not is_input[name]}
         self._profiles = [self._limits(index) for index in range(self._engine.num_optimization_profiles)]
         self._calls: LRUCache[_Call] = LRUCache(GRAPHS, before_dropping=self._stream.synchronize)
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
 
     def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         given = {name: torch.from_numpy(value).to(self._device) for name, value in tensors.items()}
         return {name: value.cpu().numpy() for name, value in self.run_tensors(given).items()}
 
     def run_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        # The exporter drops inputs that a graph does not use.
+        # The exporter drops inputs that the graph does not use.
         given = {name: tensors[name] for name in self._inputs}
-        with self._turn, torch.cuda.device(self._device):
-            key = key_of(given)
+        with self._lock, torch.cuda.device(self._device):
+            key = call_shapes(given)
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 call = self._calls.get(key, lambda: self._prepare(key, given))
@@ -144,7 +142,7 @@ class TensorRTEngine:
                 answer = {name: tensor.clone() for name, tensor in call.outputs.items()}
             caller = torch.cuda.current_stream()
             caller.wait_stream(self._stream)
-            # Memory is reused in the order of the stream that it was allocated on, unless told who else uses it.
+            # Otherwise torch could reuse the memory once the allocating stream is done with it.
             for tensor in answer.values():
                 tensor.record_stream(caller)
             for tensor in given.values():
@@ -152,8 +150,8 @@ class TensorRTEngine:
                     tensor.record_stream(self._stream)
         return answer
 
-    def _prepare(self, key: Shapes, given: Mapping[str, Tensor]) -> _Call:
-        """Buffers and a context for inputs of shapes `key`; a first run, which allocates what it needs."""
+    def _prepare(self, key: CallShapes, given: Mapping[str, Tensor]) -> _Call:
+        """Allocate buffers and a context for inputs of shapes `key`, and run once, so that TensorRT allocates too."""
         with PREPARING:
             context = self._context(key)
             inputs = {n: torch.empty(t.shape, dtype=self._inputs[n], device=self._device) for n, t in given.items()}
@@ -168,15 +166,15 @@ class TensorRTEngine:
             launch = partial(_enqueue, context, self._stream)
             launch()
             if self._rtx:
-                self._keep_kernels()
+                self._save_kernels()
             return _Call(inputs, outputs, context, self._captured(launch))
 
-    def _context(self, key: Shapes) -> Any:
-        """An execution context for inputs of shapes `key`."""
+    def _context(self, key: CallShapes) -> Any:
+        """Create an execution context for inputs of shapes `key`."""
         profile = profile_for(key, self._profiles)
         context = self._engine.create_execution_context(self._contexts)
         if context is None:
-            raise EngineError(f"{self._path.name} cannot be run in one more shape; see TensorRT's message above")
+            raise EngineError(f"{self._path.name} cannot run another shape; see TensorRT's message above")
         context.set_device_memory(self._memory.data_ptr(), self._memory.numel())
         if context.active_optimization_profile != profile:
             done = context.set_optimization_profile_async(profile, self._stream.cuda_stream)
@@ -186,12 +184,12 @@ class TensorRTEngine:
         return context
 
     def _check(self, done: bool, what: str) -> None:
-        """Raise for a setting that TensorRT refused: it says so by its answer, not by an exception."""
+        """Raise if TensorRT refused a setting, which it reports by a return value instead of an exception."""
         if not done:
-            raise EngineError(f"{self._path.name} does not take {what}; see TensorRT's message above")
+            raise EngineError(f"{self._path.name} refused {what}; see TensorRT's message above")
 
     def _captured(self, launch: Callable[[], None]) -> Callable[[], None]:
-        """`launch` as a CUDA graph; as it is if this engine cannot be captured."""
+        """Capture `launch` as a CUDA graph, or return it unchanged if this engine cannot be captured."""
         if not self._capturable:
             return launch
         self._stream.synchronize()
@@ -204,37 +202,37 @@ class TensorRTEngine:
             return launch
         return graph.replay
 
-    def _limits(self, profile: int) -> Limits:
+    def _limits(self, profile: int) -> ProfileLimits:
         ranges = {name: self._engine.get_tensor_profile_shape(name, profile) for name in self._inputs}
         return {name: (tuple(low), tuple(high)) for name, (low, _, high) in ranges.items()}
 
     def _rtx_config(self, given: Any) -> Any:
-        """Contexts that capture CUDA graphs themselves, and share kernels, with those of an earlier process too."""
+        """Configure contexts that capture CUDA graphs themselves, and share kernels, also with earlier processes."""
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(given)
-        # At the first call of a shape, not behind the back of the next ones.
+        # Compile kernels at the first call of a shape, not in the background of later calls.
         eager = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
         config.dynamic_shapes_kernel_specialization_strategy = eager
         config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         self._kernels = config.create_runtime_cache()
         self._kernels_file = self._path.with_suffix(".kernels")
         if self._kernels_file.exists():
-            self._kernels.deserialize(self._kernels_file.read_bytes())  # False where they are another GPU's
+            self._kernels.deserialize(self._kernels_file.read_bytes())  # returns False if they are for another GPU
         self._check(config.set_runtime_cache(self._kernels), "a cache of kernels")
         return config
 
-    def _keep_kernels(self) -> None:
-        """Save what was compiled for this GPU, for the next start; not where the repository is read-only.
+    def _save_kernels(self) -> None:
+        """Save the kernels that were compiled for this GPU, for the next start, unless the repository is read-only.
 
         Servers may share a repository, and one may start while another saves.
         """
         with contextlib.suppress(OSError):
-            write_whole(self._kernels_file, bytes(self._kernels.serialize()))
+            write_atomically(self._kernels_file, bytes(self._kernels.serialize()))
 
 
 def _enqueue(context: Any, stream: torch.cuda.Stream) -> None:
     if not context.execute_async_v3(stream.cuda_stream):
-        raise EngineError("the engine could not be run; see TensorRT's message above")
+        raise EngineError("the engine failed; see TensorRT's message above")
 
 
 def _torch_type(trt: Any, kind: Any) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Control images from photos, where a well-kept package makes them without further downloads."""
+"""Make control images from photos, with annotators that need no model downloads."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from PIL import Image
 from imprompt_serving.errors import InvalidRequest
 
 _LOW, _HIGH = 100, 200
-"""Thresholds of the guide to ControlNet in diffusers' documentation."""
+"""Thresholds from the ControlNet guide of diffusers."""
 
 
 def annotate(image: Image.Image, annotator: str) -> Image.Image:
-    """``image`` as a control image: as it is (``none``), or its edges, white on black (``canny``).
+    """Turn `image` into a control image: unchanged (`none`), or its edges in white on black (`canny`).
 
     Raises:
-        InvalidRequest: the package for it is not installed where the server runs.
+        InvalidRequest: the server lacks the package for the annotator.
     """
     if annotator == "none":
         return image
     try:
         import cv2
     except ImportError:
-        hint = 'the server lacks opencv; there: pip install "imprompt[annotators]", or send the control image itself'
+        hint = (
+            'the server lacks opencv; run `pip install "imprompt[annotators]"` there, or send the control image itself'
+        )
         raise InvalidRequest("control_image_annotator", f"{annotator}: {hint}") from None
     edges = cv2.Canny(np.asarray(image.convert("RGB")), _LOW, _HIGH)
     return Image.fromarray(edges).convert("RGB")

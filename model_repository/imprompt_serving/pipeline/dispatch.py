@@ -1,4 +1,4 @@
-"""Which denoiser a job goes to: a bundle has one for each of its GPUs."""
+"""Choose the denoiser for a job: a bundle has one denoiser per GPU."""
 
 from __future__ import annotations
 
@@ -8,57 +8,60 @@ from contextlib import asynccontextmanager
 import msgspec
 
 from imprompt_serving.errors import Overloaded
-from imprompt_serving.job import Admission
+from imprompt_serving.job_request import Admission
 from imprompt_serving.pipeline.models import Models, raise_for_error, strings
 from imprompt_serving.specs import Bundle
 
 
 class Dispatcher:
-    """Gives jobs to the denoisers, the one with the fewest outstanding rows first.
+    """Sends each job to the denoiser with the fewest outstanding rows.
 
-    The rows are those of this process: the unary and the streaming pipeline count apart. A denoiser whose line is full
-    says so, and the next one is asked.
+    It counts only rows of its own process: the unary and the streaming pipeline count separately. If the queue of a
+    denoiser is full, it tries the next one.
     """
 
     def __init__(self, bundle: Bundle, models: Models) -> None:
         self._models = models
         self._rows = dict.fromkeys(bundle.denoisers, 0)
 
-    async def admit(self, asked: Admission) -> str:
-        """A place in a line, before any other work is done for a request that is refused then; the denoiser's model.
+    async def admit(self, admission: Admission) -> str:
+        """Reserve a place in a denoiser's queue, before any other work is done for the request.
+
+        Returns:
+            The Triton model of the denoiser.
 
         Raises:
-            Overloaded: all lines are full.
+            Overloaded: all queues are full.
         """
-        refused: Overloaded | None = None
+        refusal: Overloaded | None = None
         for model in sorted(self._rows, key=self._rows.__getitem__):
-            self._rows[model] += asked.rows  # at once, for those that choose while this one waits
+            self._rows[model] += admission.rows  # before awaiting, so that concurrent requests see these rows
             try:
-                await self._tell(model, admit=msgspec.json.encode(asked))
+                await self._send(model, admit=msgspec.json.encode(admission))
                 return model
             except BaseException as error:
-                self._rows[model] -= asked.rows
+                self._rows[model] -= admission.rows
                 if not isinstance(error, Overloaded):
-                    await self._tell(model, cancel=asked.id)
+                    await self._send(model, cancel=admission.id)
                     raise
-                refused = error
-        assert refused is not None  # there is a denoiser
-        raise refused
+                refusal = error
+        assert refusal is not None  # every bundle has a denoiser
+        raise refusal
 
     @asynccontextmanager
-    async def place(self, model: str, asked: Admission) -> AsyncIterator[None]:
-        """While the job ``asked``, admitted to ``model``, is prepared and runs; what breaks it off stops it there."""
+    async def reservation(self, model: str, admission: Admission) -> AsyncIterator[None]:
+        """Hold the place that `model` reserved while the job is prepared and runs; cancel the job if that fails."""
         try:
             yield
         except Overloaded:
             raise
         except BaseException:
-            await self._tell(model, cancel=asked.id)
+            await self._send(model, cancel=admission.id)
             raise
         finally:
-            self._rows[model] -= asked.rows
+            self._rows[model] -= admission.rows
 
-    async def _tell(self, model: str, **message: str | bytes) -> None:
+    async def _send(self, model: str, **message: str | bytes) -> None:
         tensors = {name: strings(value) for name, value in message.items()}
-        async for answer in self._models.stream(model, tensors):
-            raise_for_error(answer)
+        async for response in self._models.stream(model, tensors):
+            raise_for_error(response)

@@ -1,4 +1,4 @@
-"""What goes before denoising: text, image prompts and start pictures as embeddings and latents."""
+"""Encode text, image prompts, and start pictures before denoising."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from imprompt_serving.pipeline.stages import Stages
 from imprompt_serving.pipeline.text import PromptTokenizer
 from imprompt_serving.specs import Adapter, Bundle, TextEncoder
 
-_ENCODED_TOGETHER = 4
-"""Start pictures (frames, above all) of one request that are encoded at the same time."""
+_CONCURRENT_ENCODES = 4
+"""Start pictures (mostly frames) of one request to encode at the same time."""
 
-_QUOTED = 200
-"""Characters of a text in a warning."""
+_MAX_QUOTE = 200
+"""Largest number of characters that a warning quotes."""
 
 
 class TextPromptEncoder:
-    """Prompts -> the text embeddings of the family (diffusers' ``encode_prompt``)."""
+    """Encodes prompts into the text embeddings of the family (diffusers' `encode_prompt`)."""
 
     def __init__(self, bundle: Bundle, folder: Path, models: Models) -> None:
         self._bundle, self._models, self._family = bundle, models, get_family(bundle.family)
         self._tokenizers = [PromptTokenizer(folder, encoder) for encoder in bundle.text_encoders]
 
     async def encode(self, request: Request, stages: Stages, warnings: set[str]) -> Tensors:
-        """Adds a line to ``warnings`` for each prompt that was cut."""
+        """Encode the prompts of a request, and add a warning for each prompt that is truncated."""
         with stages.measure("text_encoder"):
             prompts = self._embeds(request.prompts, request.settings.clip_skip, "", warnings)
             if not self._bundle.guided(request):
@@ -48,7 +48,7 @@ class TextPromptEncoder:
                     tensor_names.NEGATIVE + name: np.zeros_like(value) for name, value in positive.items()
                 }
             empty = (("",) * len(request.prompts[0]),) * len(request.prompts)
-            # As in diffusers, clip_skip is for the prompt alone.
+            # As in diffusers, clip_skip does not apply to negative prompts.
             negative_prompts = self._embeds(request.negative_prompts or empty, 0, tensor_names.NEGATIVE, warnings)
             positive, negative = await asyncio.gather(prompts, negative_prompts)
             return positive | negative
@@ -56,14 +56,14 @@ class TextPromptEncoder:
     async def _embeds(
         self, prompts: tuple[tuple[str, ...], ...], clip_skip: int, prefix: str, warnings: set[str]
     ) -> Tensors:
-        """Embeddings of one branch."""
-        own = zip(self._family.prompts, prompts, strict=True)
-        names = [prefix + (name if texts != prompts[0] else self._family.prompts[0]) for name, texts in own]
+        """Encode the prompts of one branch."""
+        pairs = zip(self._family.prompts, prompts, strict=True)
+        names = [prefix + (name if texts != prompts[0] else self._family.prompts[0]) for name, texts in pairs]
         encoders = zip(self._bundle.text_encoders, self._tokenizers, prompts, names, strict=True)
-        answers = await asyncio.gather(*(self._by_prompt(e, t, p, n, clip_skip, warnings) for e, t, p, n in encoders))
-        return {prefix + name: embeds for name, embeds in self._family.join_text(answers).items()}
+        outputs = await asyncio.gather(*(self._run(e, t, p, n, clip_skip, warnings) for e, t, p, n in encoders))
+        return {prefix + name: embeds for name, embeds in self._family.join_text(outputs).items()}
 
-    async def _by_prompt(
+    async def _run(
         self,
         encoder: TextEncoder,
         tokenizer: PromptTokenizer,
@@ -72,35 +72,35 @@ class TextPromptEncoder:
         clip_skip: int,
         warnings: set[str],
     ) -> Tensors:
-        """A call for each different prompt: equal ones are then answered by Triton's response cache."""
+        """Run a text encoder once per distinct prompt, so that Triton's response cache can answer repeated ones."""
 
         async def encode(prompt: str) -> Tensors:
             ids, rest = await asyncio.to_thread(tokenizer.with_rest, prompt)
             if rest:
-                warnings.add(f"{name}: only {encoder.max_length} tokens are read; cut off: {_start_of(rest)}")
+                warnings.add(f"{name}: truncated to {encoder.max_length} tokens; cut off: {_quoted(rest)}")
             tensors = {"input_ids": ids, "clip_skip": np.array([[clip_skip]], np.int64)}
             return await self._models.call(self._bundle.model(encoder.engine), tensors)
 
-        different = list(dict.fromkeys(prompts))
-        found = dict(zip(different, await asyncio.gather(*map(encode, different)), strict=True))
-        return {name: np.concatenate([found[prompt][name] for prompt in prompts]) for name in found[prompts[0]]}
+        distinct = list(dict.fromkeys(prompts))
+        outputs = dict(zip(distinct, await asyncio.gather(*map(encode, distinct)), strict=True))
+        return {name: np.concatenate([outputs[prompt][name] for prompt in prompts]) for name in outputs[prompts[0]]}
 
 
-def _start_of(text: str) -> str:
-    """As much of ``text`` as a warning quotes, on one line."""
-    line = " ".join(text[: 2 * _QUOTED].split())
-    return line if len(line) <= _QUOTED else f"{line[:_QUOTED]}..."
+def _quoted(text: str) -> str:
+    """Return the start of `text` on one line, for a warning."""
+    line = " ".join(text[: 2 * _MAX_QUOTE].split())
+    return line if len(line) <= _MAX_QUOTE else f"{line[:_MAX_QUOTE]}..."
 
 
 class ImagePromptEncoder:
-    """Image prompts -> the embeddings that the adapters project to tokens (diffusers' ``encode_image``)."""
+    """Encodes image prompts into the embeddings that adapters project to tokens (diffusers' `encode_image`)."""
 
     def __init__(self, bundle: Bundle, models: Models) -> None:
         self._bundle, self._models = bundle, models
         self._unconditional: dict[str, np.ndarray] = {}
 
     async def encode(self, request: Request, stages: Stages) -> Tensors:
-        """Tensors of all adapters in use; masks included."""
+        """Return the tensors of all adapters that a request uses, including masks."""
         guided = self._bundle.guided(request)
         parts = await asyncio.gather(*(self._prompt(p, guided, stages) for p in request.image_prompts))
         tensors = {name: tensor for part in parts for name, tensor in part.items()}
@@ -126,36 +126,36 @@ class ImagePromptEncoder:
         return tensors | {tensor_names.NEGATIVE + key: neg for key, (neg, _) in pairs.items() if neg is not None}
 
     async def faces(self, prompt: ImagePrompt, stages: Stages) -> np.ndarray:
-        """Face embeddings [2 (negative, positive), faces, 1, 512] of a FaceID adapter's prompt."""
+        """Return the face embeddings [2 (negative, positive), faces, 1, 512] of a FaceID adapter's prompt."""
         embeds = (await self._with_faces(prompt, stages)).embeds
-        assert embeds is not None  # given, or found
+        assert embeds is not None  # sent by the caller, or computed above
         return embeds
 
     async def _with_faces(self, prompt: ImagePrompt, stages: Stages) -> ImagePrompt:
-        """``prompt`` with the faces of its photos: their embeddings (negative: zeros), and for CLIP their crops.
+        """Find the faces in the photos of `prompt`, and add their embeddings (negative: zeros) and crops for CLIP.
 
-        The crops keep insightface's order of colours (blue first), as in diffusers' guide and the authors' own code.
+        The crops stay in insightface's BGR order, as in the diffusers guide and the authors' code.
         """
         if not prompt.photos:
             return prompt
         with stages.measure("face_encoder"):
-            found = await asyncio.gather(*(self._face(prompt, index) for index in range(len(prompt.photos))))
-        embeds = np.stack([face["embeddings"] for face in found])
-        crops = tuple(Image.fromarray(face["crops"][0]) for face in found) if prompt.adapter.clip_shape else ()
+            faces = await asyncio.gather(*(self._face(prompt, index) for index in range(len(prompt.photos))))
+        embeds = np.stack([face["embeddings"] for face in faces])
+        crops = tuple(Image.fromarray(face["crops"][0]) for face in faces) if prompt.adapter.clip_shape else ()
         return replace(prompt, embeds=np.stack([np.zeros_like(embeds), embeds]), images=crops)
 
     async def _face(self, prompt: ImagePrompt, index: int) -> Tensors:
-        """The largest face of a photo."""
+        """Find the largest face of a photo."""
         model = self._bundle.model("face_encoder")
-        found = await self._models.call(model, {"picture": strings(prompt.photos[index])})
-        raise_for_error(found)
-        if not len(found["embeddings"]):
+        face = await self._models.call(model, {"picture": strings(prompt.photos[index])})
+        raise_for_error(face)
+        if not len(face["embeddings"]):
             which = f"picture {index + 1} of {len(prompt.photos)}"
-            raise InvalidRequest("ip_adapter_image", f"{prompt.adapter.name}: no face was found in {which}")
-        return found
+            raise InvalidRequest("ip_adapter_image", f"{prompt.adapter.name}: no face found in {which}")
+        return face
 
     async def features(self, prompt: ImagePrompt, guided: bool, stages: Stages) -> tuple[np.ndarray | None, np.ndarray]:
-        """Features of a prompt's pictures: negative (when ``guided``) and positive, each [pictures, ...]."""
+        """Return the features of a prompt's pictures: negative (if `guided`) and positive, each [pictures, ...]."""
         positive = await self._pictures(prompt.adapter, prompt.images, stages)
         if not guided:
             return None, positive
@@ -171,7 +171,7 @@ class ImagePromptEncoder:
             return np.stack(await asyncio.gather(*(self._picture(adapter, p) for p in pixels)))
 
     async def _default_negative(self, adapter: Adapter, positive: np.ndarray) -> np.ndarray:
-        """Zeros for the plain adapter, the encoding of a zero image for the others."""
+        """Return zeros for the plain adapter, and the encoding of a zero image for the others."""
         if not adapter.uses_hidden_states:
             return np.zeros_like(positive)
         if adapter.name not in self._unconditional:
@@ -180,20 +180,20 @@ class ImagePromptEncoder:
         return np.broadcast_to(self._unconditional[adapter.name], positive.shape)
 
     async def _picture(self, adapter: Adapter, pixels: np.ndarray) -> np.ndarray:
-        """One picture's features. A call each: equal pictures are then answered by Triton's response cache."""
+        """Encode one picture per call, so that Triton's response cache can answer repeated ones."""
         output = "hidden_states" if adapter.uses_hidden_states else "image_embeds"
         model = self._bundle.model(f"image_encoder_{adapter.image_encoder}")
         return (await self._models.call(model, {"pixel_values": pixels[None]}))[output][0]
 
 
 async def encode_start(request: Request, bundle: Bundle, models: Models, stages: Stages) -> Tensors:
-    """Start pictures (or frames) as moments of the VAE's Gaussian, and the mask at the resolution of the latents."""
+    """Encode start pictures (or frames) as moments of the VAE's Gaussian, and scale masks to the latent size."""
     if request.task == "text-to-image":
         return {}
-    turn = asyncio.Semaphore(_ENCODED_TOGETHER)
+    semaphore = asyncio.Semaphore(_CONCURRENT_ENCODES)
 
     async def encode_picture(pixels: np.ndarray) -> np.ndarray:
-        async with turn:
+        async with semaphore:
             return (await models.call(bundle.model("vae_encoder"), {"sample": pixels[None]}))["moments"]
 
     async def encode(pixels: np.ndarray) -> np.ndarray:
@@ -209,7 +209,7 @@ async def encode_start(request: Request, bundle: Bundle, models: Models, stages:
 
 
 def _start_pixels(request: Request) -> tuple[np.ndarray, np.ndarray]:
-    """Start pictures [N, 3, height, width] and masks [N, 1, height, width] (none for image-to-image)."""
+    """Return start pictures [N, 3, height, width] and masks [N, 1, height, width] (N = 0 for image-to-image)."""
     height, width = request.settings.height, request.settings.width
     images, masks = list(request.start.images), list(request.start.masks)
     if request.start.mask_crop is not None:
@@ -220,7 +220,7 @@ def _start_pixels(request: Request) -> tuple[np.ndarray, np.ndarray]:
 
 
 async def control_tensors(request: Request) -> Tensors:
-    """Control images at the size of the result, cropped as the start picture is."""
+    """Return control images at the size of the result, with the same crop as the start picture."""
     return await asyncio.to_thread(_control_tensors, request)
 
 
@@ -232,5 +232,5 @@ def _control_tensors(request: Request) -> Tensors:
         images = list(control.images)
         if box is not None:
             images = [fit_filled(image.crop(box), width, height) for image in images]
-        tensors[tensor_names.control_image(control.use.name)] = control_pixels(images, height, width, control.mode)
+        tensors[tensor_names.control_image(control.options.name)] = control_pixels(images, height, width, control.mode)
     return tensors

@@ -1,4 +1,4 @@
-"""The order of engine calls for one request. What calls a model is handed in, so this knows nothing of Triton."""
+"""Run the engine calls of one request in order. The caller passes in access to the models, so Triton is not needed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import numpy as np
 
 from imprompt_serving import tensor_names
 from imprompt_serving.errors import RequestError
-from imprompt_serving.job import Admission, JobRequest, batch_key
+from imprompt_serving.job_request import Admission, JobRequest, batch_key
 from imprompt_serving.pipeline.dispatch import Dispatcher
 from imprompt_serving.pipeline.encode import ImagePromptEncoder, TextPromptEncoder, control_tensors, encode_start
-from imprompt_serving.pipeline.finish import Finisher
 from imprompt_serving.pipeline.models import Models, Tensors, raise_for_error, strings
+from imprompt_serving.pipeline.postprocess import Postprocessor
 from imprompt_serving.pipeline.request import Request
 from imprompt_serving.pipeline.stages import Stages
 from imprompt_serving.specs import Bundle
@@ -31,55 +31,56 @@ class Pipeline:
         self._bundle, self._models = bundle, models
         self._text = TextPromptEncoder(bundle, folder, models)
         self._images = ImagePromptEncoder(bundle, models)
-        self._finish = Finisher(bundle, models)
+        self._postprocess = Postprocessor(bundle, models)
         self._dispatcher = Dispatcher(bundle, models)
 
     async def generate(
         self, request: Request, job_id: str | None = None, progress: Callable[[Tensors], None] | None = None
     ) -> Tensors:
-        """Pictures (or latents, or embeddings) of one request.
+        """Generate the pictures (or latents, or embeddings) of one request. Cancellation also stops the denoising.
 
         Args:
-            job_id: name of the denoising job.
-            progress: called with the tensors of a progress answer: steps done, steps in all, previews if asked for.
+            job_id: id of the denoising job.
+            progress: called with the tensors of each progress message: steps done, total steps, previews if enabled.
 
-        Whoever cancels this stops the denoising too.
+        Returns:
+            The tensors of the response.
         """
         if request.encode_image is not None:
             return await self._embeddings_only(request, request.encode_image)
-        stages, began, warnings = Stages(), time.perf_counter(), set[str]()
+        stages, started, warnings = Stages(), time.perf_counter(), set[str]()
         admission = self._admission(request, job_id or uuid.uuid4().hex)
         with stages.measure("admission"):
             denoiser = await self._dispatcher.admit(admission)
-        async with self._dispatcher.place(denoiser, admission):
-            parts = await _together(
+        async with self._dispatcher.reservation(denoiser, admission):
+            parts = await _gather(
                 self._text.encode(request, stages, warnings),
                 self._images.encode(request, stages),
                 encode_start(request, self._bundle, self._models, stages),
                 control_tensors(request),
             )
             tensors = {name: tensor for part in parts for name, tensor in part.items()}
-            job = self._job(request, admission.id, time.perf_counter() - began, reports_progress=progress is not None)
+            job = self._job(request, admission.id, time.perf_counter() - started, reports_progress=progress is not None)
             latents = await self._denoise(denoiser, job, tensors, progress, stages)
-        answer = await self._finish(request, latents, stages)
-        # The seed of several pictures together repeats them together, and none alone.
-        repeatable = len(request.seeds) == request.pictures
-        answer["seeds"] = np.array(request.seeds if repeatable else (), np.int64)
+        result = await self._postprocess(request, latents, stages)
+        # One seed for several pictures reproduces all of them together, but none on its own.
+        reproducible = len(request.seeds) == request.pictures
+        result["seeds"] = np.array(request.seeds if reproducible else (), np.int64)
         if warnings:
-            answer["warnings"] = strings(*sorted(warnings))
-        stages.seconds["total"] = time.perf_counter() - began
-        answer["timings"] = strings(json.dumps(stages.seconds))
-        return answer
+            result["warnings"] = strings(*sorted(warnings))
+        stages.seconds["total"] = time.perf_counter() - started
+        result["timings"] = strings(json.dumps(stages.seconds))
+        return result
 
     def _admission(self, request: Request, job_id: str) -> Admission:
-        """What a request will cost a denoiser."""
+        """Describe what a request will cost a denoiser."""
         rows = request.pictures * (request.frames or 1) * (2 if self._bundle.guided(request) else 1)
         settings = request.settings
-        share = 1.0 if request.task == "text-to-image" else settings.strength
+        fraction = 1.0 if request.task == "text-to-image" else settings.strength
         return Admission(
             id=job_id,
             rows=rows,
-            steps=max(round(settings.num_inference_steps * share), 1),
+            steps=max(round(settings.num_inference_steps * fraction), 1),
             batch_key=batch_key(
                 self._bundle, settings.height, settings.width, request.frames, request.context, regions=request.regions
             ),
@@ -90,18 +91,18 @@ class Pipeline:
         if prompt.adapter.uses_face:
             return {tensor_names.image_embeds(adapter): await self._images.faces(prompt, Stages())}
         negative, positive = await self._images.features(prompt, True, Stages())
-        assert negative is not None  # guided
+        assert negative is not None  # because guided
         return {tensor_names.image_embeds(adapter): np.stack([negative, positive])}
 
     def _job(self, request: Request, job_id: str, seconds: float, *, reports_progress: bool) -> JobRequest:
-        """The denoiser's part of a request that came ``seconds`` ago."""
+        """Build the denoising job of a request that arrived `seconds` ago."""
         return JobRequest(
             id=job_id,
             task=request.task,
             settings=request.settings,
             seeds=request.seeds,
-            adapters=tuple(prompt.use for prompt in request.image_prompts),
-            controls=tuple(control.use for control in request.controls),
+            adapters=tuple(prompt.options for prompt in request.image_prompts),
+            controls=tuple(control.options for control in request.controls),
             frames=request.frames,
             context=request.context,
             timeout=max(request.timeout - seconds, 0.0),
@@ -117,18 +118,18 @@ class Pipeline:
         stages: Stages,
     ) -> np.ndarray:
         tensors = {"job": strings(msgspec.json.encode(job)), **tensors}
-        async for answer in self._models.stream(denoiser, tensors):
-            raise_for_error(answer)
+        async for response in self._models.stream(denoiser, tensors):
+            raise_for_error(response)
             if progress:
-                progress({name: answer[name] for name in ("step", "steps", "preview") if name in answer})
-            if "latents" in answer:
-                stages.seconds.update(json.loads(answer["timings"][0]))
-                return answer["latents"]
-        raise RequestError("the denoiser ended without latents")
+                progress({name: response[name] for name in ("step", "steps", "preview") if name in response})
+            if "latents" in response:
+                stages.seconds.update(json.loads(response["timings"][0]))
+                return response["latents"]
+        raise RequestError("the denoiser returned no latents")
 
 
-async def _together(*work: Awaitable[Tensors]) -> list[Tensors]:
-    """The results of all, computed at the same time; when one fails, the others stop."""
+async def _gather(*work: Awaitable[Tensors]) -> list[Tensors]:
+    """Await all at the same time; if one fails, cancel the others."""
     tasks = [asyncio.ensure_future(part) for part in work]
     try:
         return await asyncio.gather(*tasks)

@@ -1,4 +1,4 @@
-"""The image prompts of a request: which adapter gets which pictures, embeddings, masks and scale."""
+"""Parse the image prompts of a request: pictures, embeddings, masks, and scale of each adapter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from imprompt_serving import tensor_names
 from imprompt_serving.backends import get_backend
 from imprompt_serving.errors import InvalidRequest, shown
-from imprompt_serving.job import AdapterUse
+from imprompt_serving.job_request import AdapterOptions
 from imprompt_serving.parameters import MAX_SCALE, PARAMETERS
 from imprompt_serving.pipeline.images import decode_all
 from imprompt_serving.pipeline.reader import Reader, one_or_each
@@ -21,9 +21,9 @@ from imprompt_serving.specs import Adapter, Bundle
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImagePrompt:
-    """An adapter that a request uses: its pictures or embeddings, masks, and how it acts.
+    """An adapter that a request uses: its pictures or embeddings, masks, and options.
 
-    ``photos`` are encoded pictures of people, whose faces are yet to be found.
+    `photos` are pictures of people, still encoded, in which faces have not been detected yet.
     """
 
     adapter: Adapter
@@ -32,35 +32,35 @@ class ImagePrompt:
     negative_images: tuple[Image.Image, ...]
     embeds: np.ndarray | None
     masks: tuple[Image.Image, ...]
-    use: AdapterUse
+    options: AdapterOptions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImagePromptPlan:
-    """A checked `ImagePrompt` whose pictures are still encoded."""
+    """A validated `ImagePrompt` whose pictures are not decoded yet."""
 
     adapter: Adapter
     files: tuple[bytes, ...]
     negatives: tuple[bytes, ...]
     embeds: np.ndarray | None
     masks: tuple[bytes, ...]
-    use: AdapterUse
+    options: AdapterOptions
 
     @property
     def count(self) -> int:
-        """Pictures or embeddings."""
+        """Number of pictures or embeddings."""
         return len(self.files) if self.embeds is None else self.embeds.shape[1]
 
     @property
     def tokens(self) -> int:
-        """Image tokens of a group: of all pictures together, or of each of them if they have masks."""
+        """Image tokens per group: those of all pictures together, or those of one picture if there are masks."""
         return self.adapter.num_tokens * (1 if self.masks else self.count)
 
 
 def plan_image_prompts(read: Reader, bundle: Bundle, encode_image: str | None) -> tuple[ImagePromptPlan, ...]:
-    """The adapters that a request names, in the order of the bundle; none when it has no image prompt.
+    """Parse the image prompts of a request, in the order of the bundle's adapters.
 
-    ``encode_image`` is the adapter whose embeddings are all that the request wants.
+    If `encode_image` names an adapter, the request only asks for its embeddings.
     """
     files, negatives, masks = (
         _by_adapter(read, name, bundle)
@@ -68,8 +68,10 @@ def plan_image_prompts(read: Reader, bundle: Bundle, encode_image: str | None) -
     )
     embeds = {a.name: _embeds(read, a) for a in bundle.adapters if tensor_names.request_embeds(a.name) in read}
     used = [adapter for adapter in bundle.adapters if files[adapter.name] or adapter.name in embeds]
-    for parameter, given in (("ip_adapter_masks", masks), ("negative_ip_adapter_image", negatives)):
-        idle = [name for name, items in given.items() if items and name not in {adapter.name for adapter in used}]
+    for parameter, items_by_adapter in (("ip_adapter_masks", masks), ("negative_ip_adapter_image", negatives)):
+        idle = [
+            name for name, items in items_by_adapter.items() if items and name not in {adapter.name for adapter in used}
+        ]
         if idle:
             raise InvalidRequest(parameter, f"{', '.join(idle)} has no ip_adapter_image")
     if encode_image is not None and not files[encode_image]:
@@ -81,9 +83,9 @@ def plan_image_prompts(read: Reader, bundle: Bundle, encode_image: str | None) -
             negatives=tuple(negatives[n]),
             embeds=embeds.get(n),
             masks=tuple(masks[n]),
-            use=use,
+            options=options,
         )
-        for adapter, use in zip(used, _uses(read, bundle, used), strict=True)
+        for adapter, options in zip(used, _options(read, bundle, used), strict=True)
         for n in [adapter.name]
     )
     for plan in plans:
@@ -94,8 +96,8 @@ def plan_image_prompts(read: Reader, bundle: Bundle, encode_image: str | None) -
 
 
 def load_image_prompt(plan: ImagePromptPlan) -> ImagePrompt:
-    """Decode the pictures of an image prompt; photos of people stay encoded."""
-    photos = plan.files if _finds_faces(plan) else ()
+    """Decode the pictures of an image prompt; pictures of people stay encoded."""
+    photos = plan.files if _needs_face_detection(plan) else ()
     negatives = decode_all(plan.negatives, "negative_ip_adapter_image")
     return ImagePrompt(
         adapter=plan.adapter,
@@ -104,21 +106,21 @@ def load_image_prompt(plan: ImagePromptPlan) -> ImagePrompt:
         negative_images=negatives * plan.count if len(negatives) == 1 else negatives,
         embeds=plan.embeds,
         masks=decode_all(plan.masks, "ip_adapter_masks"),
-        use=plan.use,
+        options=plan.options,
     )
 
 
-def _finds_faces(plan: ImagePromptPlan) -> bool:
-    """Whether the face embeddings are yet to be found in the pictures."""
+def _needs_face_detection(plan: ImagePromptPlan) -> bool:
+    """Return whether the face embeddings must be computed from the pictures."""
     return plan.adapter.uses_face and plan.embeds is None
 
 
 def _check_plan(plan: ImagePromptPlan, bundle: Bundle) -> None:
     adapter, name, count, embeds = plan.adapter, plan.adapter.name, plan.count, plan.embeds
-    if _finds_faces(plan) and not bundle.finds_faces(adapter):
-        raise InvalidRequest("ip_adapter_image_embeds", f"{name} needs face embeddings: no face_encoder is served")
+    if _needs_face_detection(plan) and not bundle.finds_faces(adapter):
+        raise InvalidRequest("ip_adapter_image_embeds", f"{name} needs face embeddings: the bundle has no face_encoder")
     if adapter.clip_shape and not plan.files:
-        raise InvalidRequest("ip_adapter_image", f"{name} needs the face's picture beside its embedding")
+        raise InvalidRequest("ip_adapter_image", f"{name} needs the picture of the face in addition to its embedding")
     if embeds is not None and plan.files and not adapter.clip_shape:
         raise InvalidRequest("ip_adapter_image_embeds", f"{name} has both pictures and embeddings")
     if embeds is not None and adapter.clip_shape and len(plan.files) != count:
@@ -126,45 +128,47 @@ def _check_plan(plan: ImagePromptPlan, bundle: Bundle) -> None:
     if plan.masks and len(plan.masks) != count:
         raise InvalidRequest("ip_adapter_masks", f"{name}: {len(plan.masks)} masks for {count} image prompts")
     if plan.negatives and embeds is not None:
-        raise InvalidRequest("negative_ip_adapter_image", f"{name}: embeddings carry their negative ones")
-    if plan.negatives and _finds_faces(plan):
-        raise InvalidRequest("negative_ip_adapter_image", f"{name}: the negative of a face is zeros")
+        raise InvalidRequest("negative_ip_adapter_image", f"{name}: embeddings already include negative ones")
+    if plan.negatives and _needs_face_detection(plan):
+        raise InvalidRequest("negative_ip_adapter_image", f"{name}: a face embedding always has zeros as its negative")
     if plan.negatives and len(plan.negatives) not in (1, count):
         raise InvalidRequest(
             "negative_ip_adapter_image", f"{name}: {len(plan.negatives)} pictures for {count} image prompts"
         )
     groups = len(plan.masks) or 1
-    if any(isinstance(value, list) and len(value) != groups for value in _leaves(plan.use.scale)):
-        raise InvalidRequest("ip_adapter_scale", f"{name}: a list needs masks, and a number for each masked image")
+    if any(isinstance(value, list) and len(value) != groups for value in _leaves(plan.options.scale)):
+        raise InvalidRequest("ip_adapter_scale", f"{name}: a list needs masks, and one number per masked image")
 
 
 def check_tokens(plans: tuple[ImagePromptPlan, ...], bundle: Bundle) -> None:
-    """Refuse more pictures than the engines take."""
+    """Refuse more pictures or masks than the engines support."""
     limit, regions = bundle.shapes.image_tokens[-1], bundle.shapes.regions
     for plan in plans:
         name = plan.adapter.name
         if len(plan.masks) > regions:
-            raise InvalidRequest("ip_adapter_masks", f"{name}: {len(plan.masks)} masks; at most {regions} are served")
+            raise InvalidRequest(
+                "ip_adapter_masks", f"{name}: {len(plan.masks)} masks; at most {regions} are supported"
+            )
         if plan.tokens > limit:
             raise InvalidRequest(
                 "ip_adapter_image",
-                f"{plan.count} pictures for {name} make {plan.tokens} image tokens; at most {limit} are served",
+                f"{plan.count} pictures for {name} make {plan.tokens} image tokens; at most {limit} are supported",
             )
-    # Engines for ranges have no profile for several masks of one adapter and many pictures of another.
+    # Engines built for ranges have no profile for several masks of one adapter with many pictures of another.
     if get_backend(bundle.backend).builds_for_ranges and any(len(plan.masks) > 1 for plan in plans):
         for plan in plans:
             if plan.tokens > bundle.region_tokens:
                 raise InvalidRequest(
                     "ip_adapter_image",
                     f"the pictures for {plan.adapter.name} make {plan.tokens} image tokens; "
-                    f"at most {bundle.region_tokens} are served beside several masks of another adapter",
+                    f"at most {bundle.region_tokens} are supported next to several masks of another adapter",
                 )
 
 
 def _leaves(scale: Any) -> Iterator[Any]:
-    """What stands where ``scale`` should have numbers, or lists with a number for each masked image.
+    """Yield the innermost values of `scale`: they should be numbers, or lists with one number per masked image.
 
-    It is one of them, or diffusers' scales by block: by part, block, and layer of a block.
+    A scale is one such value, or diffusers' nested dict of scales by part, block, and layer.
     """
     if not isinstance(scale, dict):
         yield scale
@@ -175,15 +179,15 @@ def _leaves(scale: Any) -> Iterator[Any]:
 
 
 def _check_scale(parameter: str, scale: Any, bundle: Bundle) -> None:
-    """Refuse what is no number, and blocks and layers that no UNet of this shape has.
+    """Refuse values that are not numbers, and blocks and layers that the UNet does not have.
 
     Blocks without attention are ignored, as in diffusers.
     """
     for leaf in _leaves(scale):
         for value in leaf if isinstance(leaf, list) else [leaf]:
             if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_SCALE:
-                wanted = f"must be numbers from {-MAX_SCALE:g} to {MAX_SCALE:g}"
-                raise InvalidRequest(parameter, f"{wanted}, by block or for each masked image; got {shown(value)}")
+                expected = f"must be numbers from {-MAX_SCALE:g} to {MAX_SCALE:g}"
+                raise InvalidRequest(parameter, f"{expected}, by block or per masked image; got {shown(value)}")
     known = [f"block_{index}" for index in range(max(bundle.levels) + 1)]
     for part, blocks in scale.items() if isinstance(scale, dict) else ():
         unknown = [f"{part}.{block}" for block in (blocks if isinstance(blocks, dict) else ()) if block not in known]
@@ -195,33 +199,33 @@ def _check_scale(parameter: str, scale: Any, bundle: Bundle) -> None:
 
 
 def _check_layers(part: str, blocks: Any, bundle: Bundle) -> None:
-    """A list has a number for each layer of a block, or one for all of them; the middle block is a single layer."""
+    """Check that a list has one number per layer of a block, or one for all; the middle block has a single layer."""
     if part == "mid":
-        given, layers = {"mid": blocks}, 1
+        values_by_block, layers = {"mid": blocks}, 1
         if isinstance(blocks, dict):
-            raise InvalidRequest("ip_adapter_scale", f"mid has no {', '.join(blocks)}: it is a block itself")
+            raise InvalidRequest("ip_adapter_scale", f"mid has no {', '.join(blocks)}: it is a single block")
     else:
         layers = bundle.transformer_per_block[part]
-        own = [layer.name.split(".")[1] for layer in bundle.layers if layer.name.startswith(f"{part}_blocks")]
-        attending = [f"block_{index}" for index in dict.fromkeys(own)]
-        by_block = blocks if isinstance(blocks, dict) else dict.fromkeys(attending, blocks)
-        given = {f"{part}.{block}": values for block, values in by_block.items() if block in attending}
-    for block, values in given.items():
+        indices = [layer.name.split(".")[1] for layer in bundle.layers if layer.name.startswith(f"{part}_blocks")]
+        attention_blocks = [f"block_{index}" for index in dict.fromkeys(indices)]
+        by_block = blocks if isinstance(blocks, dict) else dict.fromkeys(attention_blocks, blocks)
+        values_by_block = {f"{part}.{block}": values for block, values in by_block.items() if block in attention_blocks}
+    for block, values in values_by_block.items():
         if isinstance(values, list) and len(values) not in (1, layers):
-            wanted = "one number" if layers == 1 else f"{layers} numbers, or one for all of its layers"
-            raise InvalidRequest("ip_adapter_scale", f"{block} takes {wanted}; got {len(values)}")
+            expected = "one number" if layers == 1 else f"{layers} numbers (one per layer), or one for all"
+            raise InvalidRequest("ip_adapter_scale", f"{block} takes {expected}; got {len(values)}")
 
 
-def _uses(read: Reader, bundle: Bundle, used: list[Adapter]) -> list[AdapterUse]:
+def _options(read: Reader, bundle: Bundle, used: list[Adapter]) -> list[AdapterOptions]:
     count, what = len(used), "adapters in use"
     starts = read.one_or_each("ip_adapter_start", count, what)
     ends = read.one_or_each("ip_adapter_end", count, what)
     for start, end in zip(starts, ends, strict=True):
         if start > end:
-            raise InvalidRequest("ip_adapter_start", f"{start:g} lies after ip_adapter_end {end:g}")
+            raise InvalidRequest("ip_adapter_start", f"{start:g} is after ip_adapter_end {end:g}")
     types = read.one_or_each("ip_adapter_weight_type", count, what)
     return [
-        AdapterUse(name=adapter.name, scale=scale, start=start, end=end, weight_type=weight_type)
+        AdapterOptions(name=adapter.name, scale=scale, start=start, end=end, weight_type=weight_type)
         for adapter, scale, start, end, weight_type in zip(
             used, _scales(read, bundle, used), starts, ends, types, strict=True
         )
@@ -229,13 +233,13 @@ def _uses(read: Reader, bundle: Bundle, used: list[Adapter]) -> list[AdapterUse]
 
 
 def _scales(read: Reader, bundle: Bundle, used: list[Adapter]) -> tuple[Any, ...]:
-    """A scale for each adapter in use; a list may also have one for each adapter of the bundle."""
+    """Parse the scale of each adapter in use; a list may also have one scale per adapter of the bundle."""
     name = "ip_adapter_scale"
     if (config := f"{name}_config") in read:
         if name in read:
-            raise InvalidRequest(name, f"give either this or {config}")
-        given = read.json(config)
-        scales = tuple(given) if isinstance(given, list) else (given,)
+            raise InvalidRequest(name, f"cannot be combined with {config}")
+        value = read.json(config)
+        scales = tuple(value) if isinstance(value, list) else (value,)
         for scale in scales:
             _check_scale(config, scale, bundle)
     else:
@@ -247,6 +251,7 @@ def _scales(read: Reader, bundle: Bundle, used: list[Adapter]) -> tuple[Any, ...
 
 
 def adapter_name(name: str | None, bundle: Bundle, parameter: str) -> str | None:
+    """Check that the bundle has an adapter `name`, if one is given."""
     known = [adapter.name for adapter in bundle.adapters]
     if name is not None and name not in known:
         raise InvalidRequest(parameter, f"no adapter {shown(name)}; {bundle.name} has {', '.join(known) or 'none'}")
@@ -254,35 +259,37 @@ def adapter_name(name: str | None, bundle: Bundle, parameter: str) -> str | None
 
 
 def _by_adapter(read: Reader, name: str, bundle: Bundle) -> dict[str, list[bytes]]:
-    """Encoded pictures of ``name`` by adapter: as ``<name>_adapter`` says, or else the bundle's adapters in order."""
+    """Assign the encoded pictures of `name` to adapters by `<name>_adapter`, or else to the adapters in order."""
     data, names = read.data(name), read.texts(f"{name}_adapter")
     known = [adapter.name for adapter in bundle.adapters]
-    found: dict[str, list[bytes]] = {adapter: [] for adapter in known}
+    by_adapter: dict[str, list[bytes]] = {adapter: [] for adapter in known}
     if not data:
-        return found
+        return by_adapter
     if not known:
         raise InvalidRequest(name, f"{bundle.name} has no IP-Adapter")
     if not names:
         if len(known) > 1 and len(data) != len(known):
-            message = f"{len(data)} pictures for {len(known)} adapters; say which belongs where by {name}_adapter"
+            message = f"{len(data)} pictures for {len(known)} adapters; assign them with {name}_adapter"
             raise InvalidRequest(name, message)
         names = tuple(known) if len(known) > 1 else (known[0],) * len(data)
     if len(names) != len(data):
         raise InvalidRequest(f"{name}_adapter", f"{len(names)} names for {len(data)} pictures")
     for adapter, picture in zip(names, data, strict=True):
         adapter_name(adapter, bundle, name)
-        found[adapter].append(picture)
-    return found
+        by_adapter[adapter].append(picture)
+    return by_adapter
 
 
 def _embeds(read: Reader, adapter: Adapter) -> np.ndarray:
     parameter = "ip_adapter_image_embeds"
     embeds = read.floats(tensor_names.request_embeds(adapter.name))
     if embeds.ndim != 2 + len(adapter.embed_shape) or embeds.shape[2:] != adapter.embed_shape:
-        wanted = ", ".join(map(str, adapter.embed_shape))
-        raise InvalidRequest(parameter, f"{adapter.name} takes [2, pictures, {wanted}], got {list(embeds.shape)}")
+        expected = ", ".join(map(str, adapter.embed_shape))
+        raise InvalidRequest(parameter, f"{adapter.name} takes [2, pictures, {expected}], got {list(embeds.shape)}")
     if embeds.shape[0] not in (1, 2) or not embeds.shape[1]:
-        message = f"{adapter.name}: the first axis is negative and positive, or positive; got {list(embeds.shape)}"
+        message = (
+            f"{adapter.name}: the first axis must be 2 (negative, positive) or 1 (positive); got {list(embeds.shape)}"
+        )
         raise InvalidRequest(parameter, message)
     if not (np.abs(embeds) <= MAX_SCALE).all():
         raise InvalidRequest(parameter, f"{adapter.name}: must be finite, from {-MAX_SCALE:g} to {MAX_SCALE:g}")

@@ -1,4 +1,4 @@
-"""Pictures in and out, computed as transformers' and diffusers' processors compute them, without torch."""
+"""Decode and preprocess pictures as the processors of transformers and diffusers do, without torch."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from imprompt_serving.specs import ImageEncoder, Limits
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MEGAPIXEL = 1024 * 1024
-_MOST_SCANS = 100
-"""Scans of a progressive JPEG: encoders write about ten, and each costs as much as a picture."""
-_MOST_PROFILES = 4
-_ELONGATED = 4
-"""A resized picture with so many times the pixels that are kept of it is resized in part only."""
+_MAX_SCANS = 100
+"""Largest number of scans in a progressive JPEG. Encoders write about ten, and each costs as much as a picture."""
+_MAX_PROFILES = 4
+"""Largest number of color profiles in a PNG. The format allows one."""
+_PARTIAL_RESIZE_RATIO = 4
+"""If the resized picture has more than this many times the pixels of the part to keep, resize only that part."""
 
-# Pillow unpacks the texts in a PNG while it looks for the size: 64 MB of them by default.
+# Pillow unpacks the text chunks of a PNG while it reads the header: up to 64 MB by default.
 PngImagePlugin.MAX_TEXT_MEMORY = 4 * MEGAPIXEL
 
 
@@ -29,60 +30,61 @@ def check_headers(pictures: Mapping[str, Sequence[bytes]], limits: Limits) -> No
     """Check the encoded pictures of a request, by parameter, before any of them is decoded.
 
     Raises:
-        InvalidRequest: too many, not a PNG, JPEG or WebP picture, too elongated, or too large together.
+        InvalidRequest: a picture is not a PNG, JPEG, or WebP file or is too elongated, or there are too many pictures,
+            or too many pixels in total.
     """
     count, pixels = 0, 0
     for parameter, files in pictures.items():
         count += len(files)
         if count > limits.images:
-            raise InvalidRequest(parameter, f"a request takes at most {limits.images} pictures in all")
+            raise InvalidRequest(parameter, f"a request takes at most {limits.images} pictures in total")
     for parameter, files in pictures.items():
         for index, data in enumerate(files):
             which = _which(index, len(files))
             with _open(data, parameter, which) as image:
                 width, height = image.size
             if max(width, height) > limits.image_aspect_ratio * min(width, height):
-                ratio = f"the longer side may be {limits.image_aspect_ratio:g} times the shorter one"
+                ratio = f"the longer side may be at most {limits.image_aspect_ratio:g} times the shorter one"
                 raise InvalidRequest(parameter, f"{which}{width}x{height} is too elongated; {ratio}")
             pixels += width * height
             if pixels > limits.image_megapixels * MEGAPIXEL:
-                most = f"a request takes at most {limits.image_megapixels:g} megapixels in all"
-                raise InvalidRequest(parameter, f"{which}{width}x{height} is too large; {most}")
+                limit = f"a request takes at most {limits.image_megapixels:g} megapixels in total"
+                raise InvalidRequest(parameter, f"{which}{width}x{height} is too large; {limit}")
 
 
 def decode(data: bytes, parameter: str, index: int = 0, count: int = 1) -> Image.Image:
-    """Picture `index` of `count` of a parameter, upright as its EXIF orientation says, with 8 bits a channel.
+    """Decode picture `index` of `count` of a parameter, rotated by its EXIF orientation, with 8 bits per channel.
 
     Raises:
-        InvalidRequest: not a PNG, JPEG or WebP picture, or damaged.
+        InvalidRequest: the picture is damaged, or not a PNG, JPEG, or WebP file.
     """
     which = _which(index, count)
     with _open(data, parameter, which) as image:
         try:
             image.load()
             upright = ImageOps.exif_transpose(image)
-        except Exception as error:  # whatever Pillow's decoders meet in a damaged file
+        except Exception as error:  # whatever Pillow's decoders raise for a damaged file
             raise _damaged(parameter, which, error) from None
     if upright.mode.startswith("I"):
         return _eight_bits(upright)
-    # Texts and profiles can be larger than the pixels.
+    # Drop text and profiles, which can be larger than the pixels.
     upright.info = {name: value for name, value in upright.info.items() if name == "transparency"}
     return upright
 
 
 def decode_all(files: Sequence[bytes], parameter: str) -> tuple[Image.Image, ...]:
-    """All pictures of a parameter; raises as `decode` does."""
+    """Decode all pictures of a parameter; raises like `decode`."""
     return tuple(decode(data, parameter, index, len(files)) for index, data in enumerate(files))
 
 
 def _open(data: bytes, parameter: str, which: str) -> Image.Image:
-    """A picture of which only the header has been read."""
-    # Within a JPEG's data this marker can only start a scan.
-    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > _MOST_SCANS:
-        raise InvalidRequest(parameter, f"{which}a JPEG picture of more than {_MOST_SCANS} scans")
-    # A PNG has one, which is unpacked to 1 MB at most.
-    if data.startswith(b"\x89PNG") and data.count(b"iCCP") > _MOST_PROFILES:
-        raise InvalidRequest(parameter, f"{which}a PNG picture of more than {_MOST_PROFILES} color profiles")
+    """Open a picture and read only its header."""
+    # In the data of a JPEG, this marker can only start a scan.
+    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > _MAX_SCANS:
+        raise InvalidRequest(parameter, f"{which}a JPEG picture with more than {_MAX_SCANS} scans")
+    # Pillow unpacks up to 1 MB for each profile.
+    if data.startswith(b"\x89PNG") and data.count(b"iCCP") > _MAX_PROFILES:
+        raise InvalidRequest(parameter, f"{which}a PNG picture with more than {_MAX_PROFILES} color profiles")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -105,17 +107,17 @@ def _which(index: int, count: int) -> str:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """A grey picture of 16 bits (Pillow's modes `I;16` and `I`) with 8, its transparent value as alpha."""
+    """Convert a 16-bit grayscale picture (Pillow's modes `I;16` and `I`) to 8 bits; transparency becomes alpha."""
     values = np.asarray(image).astype(np.int64)
-    grey = Image.fromarray((values.clip(0, 65535) / 257.0).round().astype(np.uint8))
+    gray = Image.fromarray((values.clip(0, 65535) / 257.0).round().astype(np.uint8))
     clear = image.info.get("transparency")
     if isinstance(clear, int):
-        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
-    return grey
+        gray.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return gray
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """``image`` without transparency, over white, as transformers' ``convert_to_rgb`` does."""
+    """Replace transparency by white, as transformers' `convert_to_rgb` does."""
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -124,7 +126,7 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def clip_pixels(image: Image.Image, encoder: ImageEncoder) -> np.ndarray:
-    """Input of a CLIP vision encoder [3, S, S]: transformers' ``CLIPImageProcessor`` (Pillow backend)."""
+    """Make the input of a CLIP vision encoder [3, S, S], like transformers' `CLIPImageProcessor` (Pillow backend)."""
     image, size = rgb(image), image.size
     if encoder.resize is not None:
         size = encoder.resize[1], encoder.resize[0]
@@ -148,12 +150,12 @@ def clip_pixels(image: Image.Image, encoder: ImageEncoder) -> np.ndarray:
 def resized_part(
     image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int], resample: Image.Resampling
 ) -> Image.Image:
-    """The part `box` (left, top, right, bottom) of `image` resized to `size`.
+    """Resize `image` to `size`, and return the part `box` (left, top, right, bottom).
 
-    Of elongated pictures only that part is resized, so that memory is bounded by the picture and the part.
+    For elongated pictures, only that part is resized, so that memory is bounded by the picture and the part.
     """
     left, top, right, bottom = box
-    if size[0] * size[1] <= _ELONGATED * (right - left) * (bottom - top):
+    if size[0] * size[1] <= _PARTIAL_RESIZE_RATIO * (right - left) * (bottom - top):
         return image.resize(size, resample).crop(box)
     x, y = image.width / size[0], image.height / size[1]
     source = (left * x, top * y, min(right * x, image.width), min(bottom * y, image.height))
@@ -161,29 +163,29 @@ def resized_part(
 
 
 def _padded(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Pictures that are smaller than the crop get a black border."""
+    """Add a black border to pictures that are smaller than the crop."""
     missing = [want - have for want, have in zip((height, width), pixels.shape[:2], strict=True)]
     return np.pad(pixels, (*((math.ceil(m / 2), m - math.ceil(m / 2)) for m in missing), (0, 0)))
 
 
 def vae_pixels(images: list[Image.Image], height: int, width: int) -> np.ndarray:
-    """Input of the VAE encoder [N, 3, height, width] in -1..1 (diffusers' ``VaeImageProcessor.preprocess``)."""
+    """Make the input of the VAE encoder [N, 3, height, width] in -1..1 (diffusers' `VaeImageProcessor.preprocess`)."""
     resized = [image.resize((width, height), Image.Resampling.LANCZOS).convert("RGB") for image in images]
     return 2.0 * _planes(resized) - 1.0
 
 
 def control_pixels(images: list[Image.Image], height: int, width: int, mode: str = "RGB") -> np.ndarray:
-    """Control images [N, C, height, width] in 0..1 (``control_image_processor`` of diffusers' ControlNet pipelines)."""
+    """Make control images [N, C, height, width] in 0..1 (`control_image_processor` in diffusers' pipelines)."""
     return _planes([image.resize((width, height), Image.Resampling.LANCZOS).convert(mode) for image in images])
 
 
 def mask_pixels(masks: list[Image.Image], height: int, width: int) -> np.ndarray:
-    """Masks [N, 1, height, width] of 0 and 1 (``VaeImageProcessor`` and ``IPAdapterMaskProcessor``, which agree)."""
+    """Make masks [N, 1, height, width] of 0 and 1, as both `VaeImageProcessor` and `IPAdapterMaskProcessor` do."""
     resized = [mask.resize((width, height), Image.Resampling.LANCZOS).convert("L") for mask in masks]
     return (_planes(resized) >= 0.5).astype(np.float32)
 
 
 def _planes(images: list[Image.Image]) -> np.ndarray:
-    """Pictures of one size as float planes [N, C, H, W] in 0..1."""
+    """Stack pictures of one size as float planes [N, C, H, W] in 0..1."""
     pixels = np.stack([np.asarray(image) for image in images]).astype(np.float32) / 255.0
     return pixels[:, None] if pixels.ndim == 3 else np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))

@@ -1,4 +1,4 @@
-"""Inpainting of a crop around the mask (``padding_mask_crop``), as diffusers' ``VaeImageProcessor`` does it."""
+"""Crop to the mask for inpainting (`padding_mask_crop`), as diffusers' `VaeImageProcessor` does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LANCZOS = Image.Resampling.LANCZOS
 
 
 class Box(NamedTuple):
-    """A part of a picture in pixels; right and bottom are outside."""
+    """A part of a picture in pixels; `right` and `bottom` are exclusive."""
 
     left: int
     top: int
@@ -22,7 +22,7 @@ class Box(NamedTuple):
 
 
 def crop_region(mask: Image.Image, width: int, height: int, margin: int) -> Box:
-    """What is masked, widened by ``margin`` and then to the shape of ``width`` x ``height`` (``get_crop_region``)."""
+    """Return the masked region, widened by `margin`, then to the aspect ratio of the result (`get_crop_region`)."""
     painted = np.asarray(mask.convert("L")) != 0
     columns, rows = np.flatnonzero(painted.any(axis=0)), np.flatnonzero(painted.any(axis=1))
     left, right = (columns[0], columns[-1] + 1) if len(columns) else (mask.width, 0)
@@ -38,7 +38,7 @@ def crop_region(mask: Image.Image, width: int, height: int, margin: int) -> Box:
 
 
 def _widen(low: int, high: int, by: int, limit: int) -> tuple[int, int]:
-    """Widen an interval on both sides, moved to stay within 0..``limit`` and cut where it cannot."""
+    """Widen an interval on both sides; shift it to stay within 0..`limit`, or clamp it if it is too long."""
     low, high = low - by // 2, high + by - by // 2
     if high >= limit:
         low, high = low - (high - limit), limit
@@ -48,24 +48,24 @@ def _widen(low: int, high: int, by: int, limit: int) -> tuple[int, int]:
 
 
 def fit_filled(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The whole picture inside ``width`` x ``height``; its edges fill what is left (``resize_mode="fill"``)."""
-    ratio, own = width / height, image.width / image.height
-    w = width if ratio < own else max(image.width * height // image.height, 1)
-    h = height if ratio >= own else max(image.height * width // image.width, 1)
+    """Fit the whole picture into `width` x `height`, and fill the rest with its edges (`resize_mode="fill"`)."""
+    ratio, image_ratio = width / height, image.width / image.height
+    w = width if ratio < image_ratio else max(image.width * height // image.height, 1)
+    h = height if ratio >= image_ratio else max(image.height * width // image.width, 1)
     resized = image.resize((w, h), _LANCZOS)
     result = Image.new("RGB", (width, height))
     result.paste(resized, box=(width // 2 - w // 2, height // 2 - h // 2))
-    if ratio < own and (fill := height // 2 - h // 2) > 0:
+    if ratio < image_ratio and (fill := height // 2 - h // 2) > 0:
         result.paste(resized.resize((width, fill), box=(0, 0, width, 0)), box=(0, 0))
         result.paste(resized.resize((width, fill), box=(0, h, width, h)), box=(0, fill + h))
-    elif ratio > own and (fill := width // 2 - w // 2) > 0:
+    elif ratio > image_ratio and (fill := width // 2 - w // 2) > 0:
         result.paste(resized.resize((fill, height), box=(0, 0, 0, height)), box=(0, 0))
         result.paste(resized.resize((fill, height), box=(w, 0, w, height)), box=(fill + w, 0))
     return result
 
 
 def overlay(mask: Image.Image, original: Image.Image, result: Image.Image, box: Box) -> Image.Image:
-    """Put an inpainted crop back; outside of the mask the original shows (``apply_overlay``)."""
+    """Paste an inpainted crop back; outside the mask, the original stays (`apply_overlay`)."""
     kept = Image.new("RGBa", original.size)
     kept.paste(original.convert("RGBA").convert("RGBa"), mask=ImageOps.invert(mask.convert("L")))
     base = Image.new("RGBA", original.size)
@@ -76,11 +76,11 @@ def overlay(mask: Image.Image, original: Image.Image, result: Image.Image, box: 
 
 
 def _fit_cropped(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The picture covering ``width`` x ``height``, what is over cut off (``resize_mode="crop"``)."""
-    ratio, own = width / height, image.width / image.height
-    w = width if ratio > own else image.width * height // image.height
-    h = height if ratio <= own else image.height * width // image.width
-    # The part of it that lies within the result, and where.
+    """Cover `width` x `height` with the picture, and cut off the rest (`resize_mode="crop"`)."""
+    ratio, image_ratio = width / height, image.width / image.height
+    w = width if ratio > image_ratio else image.width * height // image.height
+    h = height if ratio <= image_ratio else image.height * width // image.width
+    # The part of the picture inside the result, and its position there.
     x, y = width // 2 - w // 2, height // 2 - h // 2
     part = (max(-x, 0), max(-y, 0), min(width - x, w), min(height - y, h))
     result = Image.new("RGB", (width, height))

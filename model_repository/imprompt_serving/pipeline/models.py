@@ -1,4 +1,4 @@
-"""How the pipeline reaches the other models of its bundle."""
+"""Interface through which the pipeline calls the other models of its bundle."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ Tensors = dict[str, np.ndarray]
 
 
 class Models(Protocol):
-    """Calls by model name, tensors by name."""
+    """Calls models by name, with tensors by name."""
 
     async def call(self, model: str, tensors: Mapping[str, np.ndarray]) -> Tensors:
-        """All outputs of an engine. (Triton's response cache does not tell apart which ones a request asked for.)"""
+        """Return all outputs of an engine. (Triton's response cache ignores which outputs a request selects.)"""
         ...
 
     def stream(self, model: str, tensors: Mapping[str, np.ndarray]) -> AsyncIterator[Tensors]:
-        """The answers of a decoupled model."""
+        """Yield the responses of a decoupled model."""
         ...
 
 
-def raise_for_error(answer: Tensors) -> None:
-    """Raise what a model answered as a tensor: between two models Triton makes every error an INTERNAL one."""
-    if "error" in answer:
-        status, message = (part.decode() for part in answer["error"])
+def raise_for_error(response: Tensors) -> None:
+    """Raise the error in a response. It is a tensor because Triton turns every error between models into INTERNAL."""
+    if "error" in response:
+        status, message = (part.decode() for part in response["error"])
         raise from_status(status, message)
 
 
 def strings(*values: str | bytes) -> np.ndarray:
-    """A string tensor."""
+    """Make a string tensor."""
     return np.array([value.encode() if isinstance(value, str) else value for value in values], dtype=object)

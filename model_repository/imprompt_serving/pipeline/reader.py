@@ -1,4 +1,4 @@
-"""Typed access to the tensors of a request, by the rows of `parameters`; every error names its parameter."""
+"""Typed access to the tensors of a request, checked against `parameters`; every error names its parameter."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from imprompt_serving.errors import InvalidRequest, shown
 from imprompt_serving.parameters import PARAMETERS, Type
 from imprompt_serving.specs import Limits
 
-_MOST_VALUES = 4096
-"""Numbers of one parameter: far more than any request can use."""
+_MAX_VALUES = 4096
+"""Largest number of values of one parameter: far more than any request can use."""
 _JSON_DEPTH = 8
 _JSON_INTEGERS = range(-(2**63), 2**64)
-"""What `torch.Generator.manual_seed` takes, and what other models can be sent."""
+"""Integers that `torch.Generator.manual_seed` accepts and that JSON messages between models can carry."""
 
 
 class Reader:
-    """The tensors of one request. Absent ones give the default, present ones must be within the range or choices.
+    """The tensors of one request. Absent ones give the default; present ones must be in the range or among the choices.
 
-    A default or bound that depends on the bundle or the task is an argument; all others are in the parameter's row.
+    Defaults and bounds come from the parameter's row, unless they depend on the bundle or the task: then the caller
+    passes them.
     """
 
     def __init__(self, tensors: Mapping[str, np.ndarray], limits: Limits) -> None:
@@ -33,14 +34,15 @@ class Reader:
         return name in self._tensors
 
     def floats(self, name: str) -> np.ndarray:
-        """A tensor of float32 numbers."""
+        """Read a float tensor, as float32."""
         values = np.asarray(self._tensors[name])
         if values.dtype.kind != "f":
             raise InvalidRequest(name, f"must hold floats, got {values.dtype}")
-        with np.errstate(over="ignore"):  # an overflow is infinite, which the caller of this refuses
+        with np.errstate(over="ignore"):  # an overflow becomes infinite, which the caller refuses
             return values.astype(np.float32, copy=False)
 
     def data(self, name: str) -> list[bytes]:
+        """Read byte strings, such as encoded pictures."""
         if name not in self:
             return []
         values = self._tensors[name].ravel().tolist()
@@ -49,6 +51,7 @@ class Reader:
         return values
 
     def texts(self, name: str) -> tuple[str, ...]:
+        """Read UTF-8 texts."""
         try:
             return tuple(value.decode() for value in self.data(name))
         except UnicodeDecodeError:
@@ -110,7 +113,7 @@ class Reader:
         return float(PARAMETERS[name].default if default is None else default)
 
     def one_or_each(self, name: str, count: int, what: str, *, default: Any = None) -> tuple[Any, ...]:
-        """`count` values out of none, one for all `what`, or one each."""
+        """Expand a parameter with no value, one value, or `count` values to `count` values, one for each of `what`."""
         row = PARAMETERS[name]
         readers: dict[Type, Callable[[str], tuple[Any, ...]]] = {
             Type.TEXTS: self.texts,
@@ -120,7 +123,7 @@ class Reader:
         return one_or_each(name, readers[row.type](name), count, row.default if default is None else default, what)
 
     def setting(self, name: str) -> Any:
-        """A single value, whatever its type."""
+        """Read a single value of any type."""
         readers: dict[Type, Callable[[str], Any]] = {
             Type.CHOICE: self.choice,
             Type.FLAG: self.flag,
@@ -132,33 +135,35 @@ class Reader:
         return readers[PARAMETERS[name].type](name)
 
     def json(self, name: str) -> Any:
-        """The value of a JSON text; None when absent.
+        """Parse a JSON parameter; None if absent.
 
-        Its integers fit 64 bits, its strings can be encoded, and it has at most `_JSON_DEPTH` levels.
+        Refuses integers beyond 64 bits, strings that cannot be encoded, and more than `_JSON_DEPTH` levels.
         """
         text = self.text(name)
         if text is None:
             return None
         if len(text) > self._limits.json_characters:
-            raise InvalidRequest(name, f"has {len(text)} characters; at most {self._limits.json_characters} are read")
+            raise InvalidRequest(
+                name, f"has {len(text)} characters; at most {self._limits.json_characters} are allowed"
+            )
         try:
             value = json.loads(text)
         except json.JSONDecodeError as error:
             raise InvalidRequest(name, f"must be JSON: {error}") from None
-        except (ValueError, RecursionError):  # Python's own limits of digits and of depth
-            raise InvalidRequest(name, "must be JSON with shorter numbers and fewer levels") from None
+        except (ValueError, RecursionError):  # Python's limits on digits and depth
+            raise InvalidRequest(name, "must be JSON with shorter numbers or fewer levels") from None
         _check_json(name, value, _JSON_DEPTH)
         return value
 
     def _values(self, name: str, kinds: str, what: str) -> list[Any]:
-        """The elements of a tensor whose dtype is one of numpy's `kinds`; none when absent."""
+        """Read the elements of a tensor whose dtype has one of numpy's `kinds`; empty if absent."""
         if name not in self:
             return []
         values = self._tensors[name].ravel()
         if values.dtype.kind not in kinds:
             raise InvalidRequest(name, f"must hold {what}, got {values.dtype}")
-        if len(values) > _MOST_VALUES:
-            raise InvalidRequest(name, f"takes at most {_MOST_VALUES} values, got {len(values)}")
+        if len(values) > _MAX_VALUES:
+            raise InvalidRequest(name, f"takes at most {_MAX_VALUES} values, got {len(values)}")
         return list(values.tolist())
 
 
@@ -174,13 +179,13 @@ def _check_json(name: str, value: Any, depth: int) -> None:
         except UnicodeEncodeError:
             raise InvalidRequest(name, f"{shown(value)} is not valid Unicode") from None
     elif isinstance(value, int) and value not in _JSON_INTEGERS:
-        raise InvalidRequest(name, "holds an integer of more than 64 bits")
+        raise InvalidRequest(name, "contains an integer of more than 64 bits")
 
 
 def one_or_each(parameter: str, values: tuple[Any, ...], count: int, default: Any, what: str) -> tuple[Any, ...]:
-    """`count` values out of none, one for all `what`, or one each."""
+    """Expand no value (giving `default`), one value, or `count` values to `count` values, one for each of `what`."""
     if len(values) not in (0, 1, count):
-        raise InvalidRequest(parameter, f"one for all, or one for each of {count} {what}; got {len(values)}")
+        raise InvalidRequest(parameter, f"expected one value, or one for each of the {count} {what}; got {len(values)}")
     return values if len(values) == count else (values or (default,)) * count
 
 
@@ -192,5 +197,5 @@ def _single(name: str, values: Any) -> Any:
 
 def _allowed(name: str, value: str | None, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
-        raise InvalidRequest(name, f"{shown(value)} is none of {', '.join(allowed)}")
+        raise InvalidRequest(name, f"{shown(value)} is not one of {', '.join(allowed)}")
     return value

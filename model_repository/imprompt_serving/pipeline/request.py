@@ -1,4 +1,4 @@
-"""Tensors of a request -> a checked ``Request``; whatever is wrong is refused here, by the parameter's name."""
+"""Parse the tensors of a request into a validated `Request`; errors name the parameter."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from PIL import Image
 from imprompt_serving import tensor_names
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.families import Family, get_family
-from imprompt_serving.job import ContextWindow, Task
+from imprompt_serving.job_request import ContextWindow, Task
 from imprompt_serving.parameters import PARAMETERS, PICTURE_FORMATS, ROWS, VIDEO_FORMATS, Settings, Type
-from imprompt_serving.pipeline.clips import Clip, parse_clip
 from imprompt_serving.pipeline.controls import Control, ControlPlan, load_controls, plan_controls
 from imprompt_serving.pipeline.image_prompts import ImagePrompt, adapter_name, load_image_prompt, plan_image_prompts
 from imprompt_serving.pipeline.images import check_headers, decode_all
 from imprompt_serving.pipeline.reader import Reader
 from imprompt_serving.pipeline.scheduler import parse_scheduler
+from imprompt_serving.pipeline.video import VideoOptions, parse_video
 from imprompt_serving.specs import Bundle, Limits
 from imprompt_serving.wire import request_tensors
 
@@ -30,7 +30,7 @@ _MAX_PICTURES = int(PARAMETERS["num_images_per_prompt"].high)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StartImages:
-    """Pictures (or frames) to start from, and masks of what to repaint; a mask crop has a margin in pixels."""
+    """Pictures (or frames) to start from, masks of what to repaint, and the margin of a mask crop in pixels."""
 
     images: tuple[Image.Image, ...] = ()
     masks: tuple[Image.Image, ...] = ()
@@ -39,27 +39,27 @@ class StartImages:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """What a caller wants, checked, with defaults filled in (those of diffusers' pipelines)."""
+    """A validated request, with the defaults of diffusers' pipelines filled in."""
 
     task: Task
     prompts: tuple[tuple[str, ...], ...]
-    """A prompt for each text encoder and result."""
+    """For each text encoder, the prompts: one for every `num_images_per_prompt` results."""
     negative_prompts: tuple[tuple[str, ...], ...] | None
-    """Likewise; None when none was given."""
+    """The same for negative prompts; None if the request has none."""
     image_prompts: tuple[ImagePrompt, ...]
     start: StartImages
-    clip: Clip | None
+    video: VideoOptions | None
     controls: tuple[Control, ...]
     seeds: tuple[int, ...]
-    """One for all results together, or one each."""
+    """One seed for all results together, or one per result."""
     encode_image: str | None
     timeout: float
-    """Seconds from arrival in the pipeline."""
+    """Seconds since the request arrived at the pipeline."""
     settings: Settings
 
     @property
     def pictures(self) -> int:
-        """Results: pictures or clips."""
+        """Number of results: pictures or clips."""
         return len(self.prompts[0]) * self.settings.num_images_per_prompt
 
     @property
@@ -69,25 +69,25 @@ class Request:
 
     @property
     def context(self) -> ContextWindow | None:
-        """The window of a clip."""
-        return None if self.clip is None else self.clip.context
+        """The windows of clips; None for pictures."""
+        return None if self.video is None else self.video.context
 
     @property
     def frames(self) -> int | None:
         """Frames of each clip; None for pictures."""
-        return None if self.clip is None else self.clip.frames
+        return None if self.video is None else self.video.frames
 
 
 def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
-    """Check everything that can be checked before any engine runs; pictures are decoded when all else is right.
+    """Parse a request, and check everything that can be checked before any engine runs. Pictures are decoded last.
 
     Raises:
-        InvalidRequest: the first parameter that is wrong, and what is allowed.
+        InvalidRequest: names the first invalid parameter, and says what is allowed.
     """
     known = {tensor.name for tensor in request_tensors(bundle, stream=True)}
     for name in tensors:
         if name not in known:
-            raise InvalidRequest(name, f"is no parameter of {bundle.name}")
+            raise InvalidRequest(name, f"is not a parameter of {bundle.name}")
     limits, read, family = bundle.limits, Reader(tensors, bundle.limits), get_family(bundle.family)
     check_headers({row.name: read.data(row.name) for row in ROWS if row.type is Type.PICTURES}, limits)
     _check_characters(read, limits, family)
@@ -95,10 +95,10 @@ def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
     pictures = len(prompts[0]) * read.integer("num_images_per_prompt")
     if pictures > _MAX_PICTURES:
         raise InvalidRequest(
-            "num_images_per_prompt", f"{pictures} pictures asked for; at most {_MAX_PICTURES} a request"
+            "num_images_per_prompt", f"{pictures} pictures exceed the limit of {_MAX_PICTURES} per request"
         )
-    clip = parse_clip(read, bundle, pictures)
-    frames = None if clip is None else clip.frames
+    video = parse_video(read, bundle, pictures)
+    frames = None if video is None else video.frames
     task = _task(read, bundle, pictures)
     controls = plan_controls(read, bundle, task, len(prompts[0]), frames)
     step = _size_step(bundle, controls)
@@ -108,19 +108,21 @@ def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
     _check_steps(read, limits, pictures * (frames or 1))
     seeds = read.integers("seed")
     if len(seeds) not in (0, 1, pictures):
-        raise InvalidRequest("seed", f"one for all or one for each of {pictures} pictures, got {len(seeds)}")
+        raise InvalidRequest(
+            "seed", f"expected one value, or one for each of the {pictures} pictures; got {len(seeds)}"
+        )
     negative_prompts = _negative_prompts(read, family, len(prompts[0]))
     timeout = min(read.number("timeout", default=limits.timeout_seconds), limits.timeout_seconds)
-    settings = _settings(read, bundle, family, task, controls, clip)
+    settings = _settings(read, bundle, family, task, controls, video)
     start, loaded = _load_start(read), load_controls(controls)
-    height, width = _size(bundle, task, start, loaded, clip, sides, step)
+    height, width = _size(bundle, task, start, loaded, video, sides, step)
     request = Request(
         task=task,
         prompts=prompts,
         negative_prompts=negative_prompts,
         image_prompts=tuple(map(load_image_prompt, image_prompts)),
         start=start,
-        clip=clip,
+        video=video,
         controls=loaded,
         seeds=seeds or tuple(secrets.randbelow(2**32) for _ in range(pictures)),
         encode_image=encode_image,
@@ -133,7 +135,7 @@ def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
 
 
 def _check_characters(read: Reader, limits: Limits, family: Family) -> None:
-    """Refuse long prompts before they are made into tokens."""
+    """Refuse long prompts before they are tokenized."""
     count = 0
     for name in (prefix + prompt for prompt in family.prompts for prefix in ("", tensor_names.NEGATIVE)):
         count += sum(map(len, read.texts(name)))
@@ -142,17 +144,22 @@ def _check_characters(read: Reader, limits: Limits, family: Family) -> None:
 
 
 def _check_steps(read: Reader, limits: Limits, frames: int) -> None:
-    """Refuse too many steps for ``frames`` pictures, or frames of clips, in all."""
+    """Refuse too many steps in total, with `frames` pictures or frames of clips."""
     steps = read.integer("num_inference_steps")
     if steps * frames > limits.sample_steps:
-        problem = f"{steps} steps for {frames} pictures or frames are {steps * frames}"
-        raise InvalidRequest("num_inference_steps", f"{problem}; at most {limits.sample_steps} a request")
+        problem = f"{steps} steps for {frames} pictures or frames make {steps * frames}"
+        raise InvalidRequest("num_inference_steps", f"{problem}; at most {limits.sample_steps} per request")
 
 
 def _settings(
-    read: Reader, bundle: Bundle, family: Family, task: Task, controls: Sequence[ControlPlan], clip: Clip | None
+    read: Reader,
+    bundle: Bundle,
+    family: Family,
+    task: Task,
+    controls: Sequence[ControlPlan],
+    video: VideoOptions | None,
 ) -> dict[str, Any]:
-    """Values of `Settings` but height and width: as the table has them, if nothing else decides."""
+    """Parse the values of `Settings` except height and width; defaults come from the table, the family, or the task."""
     scheduler, scheduler_config = parse_scheduler(read, bundle.limits)
     guidance_scale = family.default_guidance_scale(task, controlled=bool(controls))
     settings = {
@@ -161,7 +168,7 @@ def _settings(
         "clip_skip": read.integer("clip_skip", high=bundle.max_clip_skip),
         "scheduler": scheduler,
         "scheduler_config": scheduler_config,
-        "output_format": _output_format(read, PICTURE_FORMATS if clip is None else VIDEO_FORMATS),
+        "output_format": _output_format(read, PICTURE_FORMATS if video is None else VIDEO_FORMATS),
     }
     others = {*Settings.__struct_fields__} - {*settings, "height", "width"}
     return settings | {name: read.setting(name) for name in others}
@@ -172,7 +179,7 @@ def _check_negatives(request: Request) -> None:
         if prompt.embeds is not None and len(prompt.embeds) == 1:
             raise InvalidRequest(
                 "ip_adapter_image_embeds",
-                "with guidance the first axis holds the negative and the positive embeddings",
+                "with guidance, the first axis must hold negative and positive embeddings",
             )
 
 
@@ -181,11 +188,11 @@ def _prompts(read: Reader, family: Family) -> tuple[tuple[str, ...], ...]:
     prompt = read.texts(first)
     if not prompt:
         raise InvalidRequest(first, "at least one prompt is needed")
-    given = {name: read.texts(name) for name in others}
-    for name, texts in given.items():
+    texts_by_name = {name: read.texts(name) for name in others}
+    for name, texts in texts_by_name.items():
         if len(texts) not in (0, len(prompt)):
-            raise InvalidRequest(name, f"{len(texts)} for {len(prompt)} prompts")
-    return (prompt, *(texts or prompt for texts in given.values()))
+            raise InvalidRequest(name, f"got {len(texts)} for {len(prompt)} prompts")
+    return (prompt, *(texts or prompt for texts in texts_by_name.values()))
 
 
 def _negative_prompts(read: Reader, family: Family, count: int) -> tuple[tuple[str, ...], ...] | None:
@@ -200,22 +207,24 @@ def _negative_prompts(read: Reader, family: Family, count: int) -> tuple[tuple[s
 
 
 def _task(read: Reader, bundle: Bundle, pictures: int) -> Task:
-    """The task of a request for so many results, whose start pictures fit together."""
+    """Return the task of a request with `pictures` results, and check its start pictures and masks."""
     images, masks, video = (len(read.data(name)) for name in ("image", "mask_image", "video"))
     if masks and not images:
         raise InvalidRequest("mask_image", "needs an image")
     for name, count in (("image", images), ("mask_image", masks)):
         if count and pictures % count:
-            raise InvalidRequest(name, f"{count} pictures cannot be spread over {pictures} results")
+            raise InvalidRequest(name, f"{count} pictures cannot be divided among {pictures} results")
     if masks > 1 and images > 1 and masks != images:
-        raise InvalidRequest("mask_image", f"one for all, or one for each of {images} images; got {masks}")
+        raise InvalidRequest(
+            "mask_image", f"expected one picture, or one for each of the {images} pictures in image; got {masks}"
+        )
     if "padding_mask_crop" in read and (masks != 1 or images != 1):
         raise InvalidRequest("padding_mask_crop", "needs one image and one mask_image")
     if "strength" in read and not images and not video:
         raise InvalidRequest("strength", "needs an image or a video")
     task: Task = "inpainting" if masks else "image-to-image" if images or video else "text-to-image"
     if bundle.unet_channels != bundle.latent_channels and task != "inpainting":
-        raise InvalidRequest("mask_image", f"{bundle.name} is an inpainting model: it needs image and mask_image")
+        raise InvalidRequest("mask_image", f"{bundle.name} is an inpainting model, which needs image and mask_image")
     return task
 
 
@@ -225,7 +234,7 @@ def _load_start(read: Reader) -> StartImages:
     video = decode_all(read.data("video"), "video")
     images, masks = video or decode_all(read.data("image"), "image"), decode_all(read.data("mask_image"), "mask_image")
     if crop is not None and masks[0].size != images[0].size:
-        raise InvalidRequest("mask_image", "must have the size of image where padding_mask_crop is given")
+        raise InvalidRequest("mask_image", "must have the size of image if padding_mask_crop is set")
     if crop is not None and masks[0].convert("L").getbbox() is None:
         raise InvalidRequest("mask_image", "is all black: there is nothing to crop to")
     return StartImages(images=images, masks=masks, mask_crop=crop)
@@ -233,12 +242,10 @@ def _load_start(read: Reader) -> StartImages:
 
 def _output_format(read: Reader, formats: tuple[str, ...]) -> str | None:
     if "output_format" in read and read.text("output_type") == "latent":
-        raise InvalidRequest(
-            "output_format", "latents are not pictures; leave one of output_format and output_type out"
-        )
+        raise InvalidRequest("output_format", "cannot be combined with output_type latent")
     chosen = read.choice("output_format")
     if chosen is not None and chosen not in formats:
-        raise InvalidRequest("output_format", f"{chosen!r} is none of {', '.join(formats)}")
+        raise InvalidRequest("output_format", f"{chosen!r} is not one of {', '.join(formats)}")
     return chosen
 
 
@@ -248,18 +255,20 @@ def _strength(read: Reader, task: Task, *, default: float) -> float:
         raise InvalidRequest("strength", "must be above 0 and at most 1, got 0")
     steps = read.integer("num_inference_steps")
     if task != "text-to-image" and int(steps * strength) < 1:
-        raise InvalidRequest("strength", f"{strength:g} of {steps} steps is less than one step; raise either of them")
+        raise InvalidRequest(
+            "strength", f"{strength:g} of {steps} steps is less than one step; increase strength or num_inference_steps"
+        )
     return strength
 
 
 def _size_step(bundle: Bundle, controls: Sequence[ControlPlan]) -> int:
-    """What height and width are multiples of: the factors of the VAE, and of the T2I-Adapters in use."""
-    used = [bundle.t2i_adapter(control.use.name) for control in controls]
+    """Return what height and width must be multiples of: the factors of the VAE and of the T2I-Adapters in use."""
+    used = [bundle.t2i_adapter(control.options.name) for control in controls]
     return math.lcm(bundle.vae_scale_factor, *(adapter.downscale_factor for adapter in used if adapter is not None))
 
 
 def _side(read: Reader, bundle: Bundle, name: str, step: int) -> int | None:
-    """Height or width, if given."""
+    """Parse height or width; None if absent."""
     if name not in read:
         return None
     low, _, high = getattr(bundle.shapes, name)
@@ -274,32 +283,32 @@ def _size(
     task: Task,
     start: StartImages,
     controls: tuple[Control, ...],
-    clip: Clip | None,
-    given: Mapping[str, int | None],
+    video: VideoOptions | None,
+    sides: Mapping[str, int | None],
     step: int,
 ) -> tuple[int, int]:
-    """Height and width; by default those of the bundle, or of the picture that diffusers' pipelines take them from.
+    """Return height and width. The defaults are those of the bundle, or of the picture that diffusers' pipelines use.
 
-    That is the start picture of image-to-image, the control image, and the start picture of inpainting with one; down
-    to a multiple of ``step``.
+    That is the start picture for image-to-image and for inpainting with a ControlNet, and otherwise the control image;
+    both sides are rounded down to a multiple of `step`.
     """
     source: str | None = None
     width, height = bundle.default_width, bundle.default_height
-    if clip is None and (task == "image-to-image" or (controls and start.images)):
+    if video is None and (task == "image-to-image" or (controls and start.images)):
         source, (width, height) = "image", start.images[0].size
-    elif clip is None and controls:
+    elif video is None and controls:
         source, (width, height) = "control_image", controls[0].images[0].size
     sizes = []
     for name, default in (("height", height), ("width", width)):
-        value, (low, _, high) = given[name], getattr(bundle.shapes, name)
+        value, (low, _, high) = sides[name], getattr(bundle.shapes, name)
         if value is None and source is not None:
             value = default - default % step
             if not low <= value <= high:
-                problem = f"a picture of {width}x{height} makes {name} {value}, and {low} to {high} are served"
+                problem = f"a picture of {width}x{height} gives {name} {value}, but it must be {low} to {high}"
                 raise InvalidRequest(source, f"{problem}; set height and width, or resize the picture")
         sizes.append(value or default)
     size = sizes[0], sizes[1]
     if bundle.sizes and size not in bundle.sizes:
         served = ", ".join(f"{height}x{width}" for height, width in bundle.sizes)
-        raise InvalidRequest("height", f"with width: {served} (height x width) are served, not {size[0]}x{size[1]}")
+        raise InvalidRequest("height", f"with width: must be {served} (height x width), got {size[0]}x{size[1]}")
     return size

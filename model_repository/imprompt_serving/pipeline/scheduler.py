@@ -1,4 +1,4 @@
-"""The scheduler of a request: its class and configuration, as far as they can be checked without diffusers."""
+"""Parse the scheduler of a request: its class, and its configuration as far as it can be checked without diffusers."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from imprompt_serving.pipeline.reader import Reader
 from imprompt_serving.specs import Limits
 
 _CLASS, _DEFAULTS, _SEED = "_class_name", "_use_default_values", "noise_sampler_seed"
-_MOST_SOLVER_ORDER = 8
-"""A solver keeps so many outputs of the UNet. diffusers recommends 2 or 3."""
+_MAX_SOLVER_ORDER = 8
+"""A solver keeps as many UNet outputs as its order. diffusers recommends 2 or 3."""
 
 
 def parse_scheduler(read: Reader, limits: Limits) -> tuple[str | None, dict[str, Any]]:
-    """Class name and configuration, which is whole if it has diffusers' private keys; other ones replace values.
+    """Parse class name and configuration of the scheduler.
 
-    A whole one is returned with its `_use_default_values`, which diffusers leaves to the defaults of the class.
-    Infinite values become the strings `inf` and `-inf`, which pass through JSON.
+    A configuration with diffusers' private keys is complete; otherwise it overrides single values. A complete one keeps
+    `_use_default_values`, the keys that diffusers sets to the defaults of the class. Infinite values become the strings
+    `inf` and `-inf`, which JSON can represent.
     """
     name, parameter = read.choice("scheduler"), "scheduler_config"
     config = read.json(parameter) if parameter in read else {}
@@ -34,13 +35,13 @@ def parse_scheduler(read: Reader, limits: Limits) -> tuple[str | None, dict[str,
         raise InvalidRequest(parameter, f"{_DEFAULTS} must be a list of names, got {shown(unset)}")
     kind = private.get(_CLASS)
     if name is None and kind is not None and kind not in SCHEDULERS:
-        problem = f"{_CLASS} {shown(kind)} is not served; known are {', '.join(SCHEDULERS)}"
+        problem = f"{_CLASS} {shown(kind)} is not supported; choose one of {', '.join(SCHEDULERS)}"
         raise InvalidRequest(parameter, problem)
     return name or kind, values | {_DEFAULTS: unset}
 
 
 def _checked(key: str, value: Any, limits: Limits) -> Any:
-    """A value within the limits; what remains to be seen is whether the scheduler takes it."""
+    """Check a value against the limits. Whether the scheduler accepts it is only known in the denoiser."""
     if key == _SEED:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise InvalidRequest("scheduler_config", f"{key} must be an integer, got {shown(value)}")
@@ -59,6 +60,6 @@ def _checked(key: str, value: Any, limits: Limits) -> Any:
         return str(value)
     if not abs(value) <= limits.train_timesteps:
         raise InvalidRequest("scheduler_config", f"{key} must be at most {limits.train_timesteps}, got {shown(value)}")
-    if key == "solver_order" and not 1 <= value <= _MOST_SOLVER_ORDER:
-        raise InvalidRequest("scheduler_config", f"{key} must be 1 to {_MOST_SOLVER_ORDER}, got {shown(value)}")
+    if key == "solver_order" and not 1 <= value <= _MAX_SOLVER_ORDER:
+        raise InvalidRequest("scheduler_config", f"{key} must be 1 to {_MAX_SOLVER_ORDER}, got {shown(value)}")
     return value

@@ -1,4 +1,4 @@
-"""Where the time of a request goes."""
+"""Measure the time of each stage of a request."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Stages:
-    """Seconds by stage. Stages may overlap: the encoders of text and pictures run at the same time.
+    """Seconds by stage. Stages may overlap: for example, text and image encoders run at the same time.
 
-    Time in which several calls of one stage run counts once.
+    Overlapping calls of one stage count once.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
     _running: Counter[str] = field(default_factory=Counter)
-    _began: dict[str, float] = field(default_factory=dict)
+    _started: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
+        """Add the time inside the context to `stage`."""
         if not self._running[stage]:
-            self._began[stage] = time.perf_counter()
+            self._started[stage] = time.perf_counter()
         self._running[stage] += 1
         try:
             yield
         finally:
             self._running[stage] -= 1
             if not self._running[stage]:
-                seconds = time.perf_counter() - self._began[stage]
+                seconds = time.perf_counter() - self._started[stage]
                 self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds

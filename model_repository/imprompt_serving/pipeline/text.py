@@ -1,4 +1,4 @@
-"""Prompts as token ids, without transformers: the exporter leaves a ``tokenizers`` file for each text encoder."""
+"""Tokenize prompts without transformers: the export writes a `tokenizers` file for each text encoder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from imprompt_serving.specs import TextEncoder
 
 
 class PromptTokenizer:
-    """Token ids of one prompt, cut and padded to the encoder's length (``CLIPTokenizer(padding="max_length")``)."""
+    """Tokenizes a prompt, truncated and padded to the encoder's length (`CLIPTokenizer(padding="max_length")`)."""
 
     def __init__(self, folder: Path, encoder: TextEncoder) -> None:
         self._tokenizer = Tokenizer.from_file(str(folder / f"{encoder.engine}.tokenizer.json"))
@@ -20,11 +20,11 @@ class PromptTokenizer:
         self._tokenizer.enable_padding(length=encoder.max_length, pad_id=encoder.pad_token_id, pad_token=pad)
 
     def __call__(self, prompt: str) -> np.ndarray:
-        """Ids [1, length]."""
+        """Return token ids [1, length]."""
         return self.with_rest(prompt)[0]
 
     def with_rest(self, prompt: str) -> tuple[np.ndarray, str]:
-        """Ids [1, length], and the part of the prompt that did not fit."""
+        """Return token ids [1, length], and the part of the prompt that did not fit."""
         encoding = self._tokenizer.encode(prompt)
         rest = ""
         if encoding.overflowing:

@@ -1,1 +1,1 @@
-"""The only modules that know ``triton_python_backend_utils``: thin shells around engines, denoiser and pipeline."""
+"""Triton models around engines, denoiser, and pipeline: the only modules that use `triton_python_backend_utils`."""

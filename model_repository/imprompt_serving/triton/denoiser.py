@@ -1,4 +1,4 @@
-"""The denoiser as a decoupled Triton model: a job in, progress and latents out, or the id of a job to cancel."""
+"""The denoiser as a decoupled Triton model: runs and cancels jobs, and responds with progress and latents."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from imprompt_serving.denoiser.preview import previews
 from imprompt_serving.denoiser.protocol import LoopJob
 from imprompt_serving.denoiser.warm_up import warm_up
 from imprompt_serving.errors import RequestError, unexpected
-from imprompt_serving.gpu import beside, mark
-from imprompt_serving.job import Admission, JobRequest
+from imprompt_serving.gpu import preparation_stream, record_launch
+from imprompt_serving.job_request import Admission, JobRequest
 from imprompt_serving.specs import Bundle
 from imprompt_serving.triton.internal import warn_if_open, without_secret
 from imprompt_serving.triton.metrics import DenoiserMeter, Metrics
@@ -42,8 +42,8 @@ logger = logging.getLogger(__name__)
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        torch.set_num_threads(1)  # what torch does here is small; the cores belong to the engines
-        # What libraries think of a caller's numbers does not belong into the server's log.
+        torch.set_num_threads(1)  # torch does little work here; leave the cores to the engines
+        # Warnings of libraries about values in requests do not belong in the server's log.
         warnings.filterwarnings("ignore", module=r"(diffusers|numpy|scipy|torchsde)\b")
         diffusers.utils.logging.set_verbosity_error()
         folder = Path(args["model_repository"], args["model_version"])
@@ -61,7 +61,7 @@ class TritonPythonModel:
         self._metrics = Metrics(metrics.DENOISER, args["model_name"])
         meter = DenoiserMeter(self._metrics)
         self._denoiser = Denoiser(
-            networks, Batcher(bundle, call_rows), call_rows, bundle.limits, meter, partial(mark, device)
+            networks, Batcher(bundle, call_rows), call_rows, bundle.limits, meter, partial(record_launch, device)
         )
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
         self._name = args["model_name"]
@@ -71,9 +71,9 @@ class TritonPythonModel:
         for request in requests:
             sender = request.get_response_sender()
             with _refusing(sender):
-                self._take(without_secret(arrays(request), self._name), sender)
+                self._dispatch(without_secret(arrays(request), self._name), sender)
 
-    def _take(self, tensors: dict[str, np.ndarray], sender: Any) -> None:
+    def _dispatch(self, tensors: dict[str, np.ndarray], sender: Any) -> None:
         """Prepare jobs on a separate thread, so that cancellations and admissions are never queued behind them."""
         if "job" in tensors:
             # Triton blocks a thread of the caller until the first response: send an empty one.
@@ -83,22 +83,22 @@ class TritonPythonModel:
             self._denoiser.cancel(tensors["cancel"][0].decode())
             send_final(sender)
         else:
-            asked = msgspec.json.decode(tensors["admit"][0], type=Admission)
-            self._denoiser.admit(asked.id, Load(asked.rows, asked.steps, asked.batch_key))
+            admission = msgspec.json.decode(tensors["admit"][0], type=Admission)
+            self._denoiser.admit(admission.id, Load(admission.rows, admission.steps, admission.batch_key))
             send_final(sender)
 
-    def _accept(self, tensors: dict[str, np.ndarray], sender: Any, came: float) -> None:
-        with _refusing(sender), torch.no_grad(), beside(self._device):
+    def _accept(self, tensors: dict[str, np.ndarray], sender: Any, received: float) -> None:
+        with _refusing(sender), torch.no_grad(), preparation_stream(self._device):
             request = msgspec.json.decode(tensors.pop("job")[0], type=JobRequest)
-            self._denoiser.check_wanted(request.id)
-            given = {name: torch.from_numpy(value) for name, value in tensors.items()}
-            job = Job(request, self._bundle, self._conditioner(request, given), given, self._device)
+            self._denoiser.check_not_cancelled(request.id)
+            inputs = {name: torch.from_numpy(value) for name, value in tensors.items()}
+            job = Job(request, self._bundle, self._conditioner(request, inputs), inputs, self._device)
             bundle = self._bundle
             listener = Listener(
                 progress=lambda step, steps, predicted: sender.send(
                     response(_progress(step, steps, predicted, bundle))
                 ),
-                finish=lambda job: send_final(sender, response(_result(job, came))),
+                finish=lambda job: send_final(sender, response(_result(job, received))),
                 fail=lambda error: _refuse(sender, error),
             )
             self._denoiser.submit(job, listener)
@@ -111,7 +111,7 @@ class TritonPythonModel:
 
 @contextmanager
 def _refusing(sender: Any) -> Iterator[None]:
-    """Answer the request of `sender` with what goes wrong within."""
+    """Send any error raised in the context as the final response."""
     try:
         yield
     except RequestError as error:
@@ -122,23 +122,23 @@ def _refusing(sender: Any) -> Iterator[None]:
 
 
 def _refuse(sender: Any, error: RequestError) -> None:
-    """End a job with an error, as a tensor: between two models Triton makes every error an INTERNAL one."""
+    """End a job with an error. It is a tensor because Triton turns every error between models into INTERNAL."""
     send_final(sender, response({"error": texts(error.status, str(error))}))
 
 
 def _progress(step: int, steps: int, predicted: torch.Tensor | None, bundle: Bundle) -> dict[str, np.ndarray]:
-    answer = {"step": np.array([step], np.int32), "steps": np.array([steps], np.int32)}
+    tensors = {"step": np.array([step], np.int32), "steps": np.array([steps], np.int32)}
     if predicted is not None:
-        answer["preview"] = np.array(previews(predicted, bundle), dtype=object)
-    return answer
+        tensors["preview"] = np.array(previews(predicted, bundle), dtype=object)
+    return tensors
 
 
-def _result(job: LoopJob, came: float) -> dict[str, np.ndarray]:
-    """The answer to a finished job that `came` (monotonic seconds) to this model and `arrived` in the loop."""
+def _result(job: LoopJob, received: float) -> dict[str, np.ndarray]:
+    """Build the response of a finished job that this model `received` at this time (monotonic seconds)."""
     latents = job.result().numpy()
     started = job.started or job.arrived
     timings = {
-        "preparation": job.arrived - came,
+        "preparation": job.arrived - received,
         "queue": started - job.arrived,
         "denoise": time.monotonic() - started,
     }

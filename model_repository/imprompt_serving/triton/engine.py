@@ -1,4 +1,4 @@
-"""An engine as a Triton model: requests of one dynamic batch run as one call."""
+"""An engine as a Triton model, which runs the requests of a dynamic batch in one call."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ Tensors = dict[str, np.ndarray]
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
-        given = {name: value["string_value"] for name, value in config["parameters"].items()}
+        parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
         path = Path(args["model_repository"], args["model_version"], "model")
         device = f"cuda:{args['model_instance_device_id']}" if args["model_instance_kind"] == "GPU" else ""
-        threads = int(given.get("engine_threads", 0))
-        backend = get_backend(given["engine_backend"])
+        threads = int(parameters.get("engine_threads", 0))
+        backend = get_backend(parameters["engine_backend"])
         rows = CallRows(config["max_batch_size"], backend.buckets_rows(device))
         self._engine = PaddedEngine(backend.load(path, threads=threads, device=device), rows)
         if rows.bucketed:
-            dims = json.loads(given["engine_usual_dims"])
+            dims = json.loads(parameters["engine_usual_dims"])
             types = {value["name"]: pb_utils.triton_string_to_numpy(value["data_type"]) for value in config["input"]}
             warm_up(self._engine, {name: np.zeros((1, *size), types[name]) for name, size in dims.items()}, rows)
         self._name = args["model_name"]
         warn_if_open(self._name)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer each request with a response object of its own: Triton crashes when two requests share one."""
+        """Answer each request with a separate response object: Triton crashes if two requests share one."""
         inputs: dict[int, Tensors] = {}
         outcomes: dict[int, Tensors | RequestError] = {}
         for index, request in enumerate(requests):
@@ -49,10 +49,10 @@ class TritonPythonModel:
             except Exception as error:
                 outcomes[index] = unexpected(error)
         outcomes |= self._run(inputs)
-        return [_answer(outcomes[index]) for index in range(len(requests))]
+        return [_to_response(outcomes[index]) for index in range(len(requests))]
 
     def _run(self, inputs: dict[int, Tensors]) -> dict[int, Tensors | RequestError]:
-        """Run all inputs as one batch; if that fails, each one alone, so that a bad one harms no neighbor."""
+        """Run all inputs as one batch; if that fails, run each one alone, so that only the faulty ones fail."""
         if not inputs:
             return {}
         try:
@@ -71,5 +71,5 @@ class TritonPythonModel:
         return [{name: parts[index] for name, parts in split.items()} for index in range(len(inputs))]
 
 
-def _answer(outcome: Tensors | RequestError) -> Any:
+def _to_response(outcome: Tensors | RequestError) -> Any:
     return failure(outcome) if isinstance(outcome, RequestError) else response(outcome)

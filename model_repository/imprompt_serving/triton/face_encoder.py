@@ -1,4 +1,4 @@
-"""The face encoder as a Triton model: an encoded picture in, the embedding of its face out."""
+"""The face encoder as a Triton model: encoded picture in, face embedding out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         folder = Path(args["model_repository"], args["model_version"])
         spec = Bundle.load(folder).face_encoder
-        assert spec is not None  # the export writes this model for no other bundle
+        assert spec is not None  # the export writes this model only for bundles with a face encoder
         self._faces = FaceFinder(folder, spec)
         self._name = args["model_name"]
         warn_if_open(self._name)
@@ -31,8 +31,8 @@ class TritonPythonModel:
         try:
             picture = without_secret(arrays(request), self._name)["picture"][0]
             return response(self._faces.largest(bytes(picture)))
-        except RequestError as error:  # as a tensor: between two models Triton makes every error an INTERNAL one
+        except RequestError as error:  # as a tensor: Triton turns every error between models into INTERNAL
             return response({"error": texts(error.status, str(error))})
         except Exception as error:
-            logger.exception("a picture was not searched")
+            logger.exception("face detection failed")
             return failure(unexpected(error))

@@ -1,9 +1,9 @@
-"""Calls between the models of one server, told from those of strangers by a secret that is new at each start.
+"""Authenticate calls between the models of one server with a secret that is new at each start.
 
-The launcher puts the secret into the environment of Triton, which hands it on to the processes of its models. Calls of
-internal models carry it as an input tensor, and so in the keys of Triton's response cache: Triton 2.51 caches an error
-too, and answers the next equal call with an empty success. A stranger who calls an encoder could otherwise spoil the
-pictures of others.
+The launcher puts the secret in the environment of Triton, and model processes inherit it. Calls to internal models
+carry the secret as an input tensor, so it is also part of the keys of Triton's response cache. That matters because
+Triton 2.51 also caches errors, and answers the next equal call with an empty success: without the secret, an outside
+caller of an encoder could break the pictures of others.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SEPARATOR = b":"
 
 
 def with_secret(tensors: Mapping[str, np.ndarray], generation: int = 0) -> dict[str, np.ndarray]:
-    """`tensors` of a call of an internal model, with the secret for each of its rows.
+    """Add the secret, for each row, to the `tensors` of a call to an internal model.
 
     Calls of different generations have different keys in the response cache.
     """
@@ -35,21 +35,21 @@ def with_secret(tensors: Mapping[str, np.ndarray], generation: int = 0) -> dict[
 
 
 def warn_if_open(model: str) -> None:
-    """Log at load that anyone may call `model`: Triton was started without a secret."""
+    """Log a warning if Triton was started without a secret, so that anyone may call `model`."""
     if not _secret():
-        logger.warning("%s takes calls from anyone: %s is not set", model, SECRET_VARIABLE)
+        logger.warning("%s accepts calls from anyone: %s is not set", model, SECRET_VARIABLE)
 
 
 def without_secret(tensors: dict[str, np.ndarray], model: str) -> dict[str, np.ndarray]:
-    """The `tensors` of a call of the internal `model`, which comes from another model of this server.
+    """Check that a call to the internal `model` comes from this server, and return its `tensors` without the secret.
 
     Raises:
         InvalidRequest: the secret is missing or wrong.
     """
-    given = tensors.pop(SECRET.name, np.empty(0, object))
-    secrets = {bytes(value).rpartition(_SEPARATOR)[0] for value in given.ravel()} or {b""}
+    sent = tensors.pop(SECRET.name, np.empty(0, object))
+    secrets = {bytes(value).rpartition(_SEPARATOR)[0] for value in sent.ravel()} or {b""}
     if _secret() and not all(hmac.compare_digest(secret, _secret()) for secret in secrets):
-        raise InvalidRequest("model", f"{model} is internal to its bundle and takes no calls from outside")
+        raise InvalidRequest("model", f"{model} is internal to its bundle and accepts no calls from outside")
     return tensors
 
 

@@ -1,4 +1,4 @@
-"""Custom metrics of a Triton model, told by a thread of their own: each update is a message between two processes."""
+"""Custom metrics of a Triton model, updated on a separate thread: each update is a message between processes."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class _Update(NamedTuple):
 
 
 class Metrics:
-    """The metrics of ``specs`` for one model, from the start at zero. Updates return at once."""
+    """The metrics of `specs` for one model, starting at zero. Updates return at once."""
 
     def __init__(self, specs: Iterable[MetricSpec], model: str) -> None:
-        # Triton forgets the metrics of a family that nobody holds any more.
+        # Triton drops the metrics of a family when it is garbage-collected.
         self._families: list[Any] = []
         self._metrics: dict[tuple[str, str | None], Any] = {}
         for spec in specs:
@@ -45,7 +45,7 @@ class Metrics:
         self._thread.start()
 
     def of(self, spec: MetricSpec, value: str | None = None) -> Any:
-        """Triton's own object, for updates that must have happened when they return."""
+        """Return Triton's metric object, for updates that must be synchronous."""
         return self._metrics[spec.name, value]
 
     def add(self, spec: MetricSpec, value: str | None = None, number: float = 1.0) -> None:
@@ -58,7 +58,7 @@ class Metrics:
         self._updates.put(_Update(spec.name, value, "observe", number))
 
     def close(self) -> None:
-        """Tell what is left, and end. Triton must learn of the end of each metric while it still listens."""
+        """Send pending updates and stop. Metrics must be released while Triton still listens."""
         self._updates.put(None)
         self._thread.join()
         self._metrics.clear()
@@ -69,14 +69,14 @@ class Metrics:
             try:
                 getattr(self._metrics[update.name, update.value], update.method)(update.number)
             except Exception:
-                logger.exception("metric %s was not updated", update.name)
+                logger.exception("failed to update metric %s", update.name)
 
 
 class DenoiserMeter(Meter):
-    """Metrics of the denoiser's loop."""
+    """Reports the denoiser's loop as metrics."""
 
-    def __init__(self, told: Metrics) -> None:
-        self._metrics = told
+    def __init__(self, triton_metrics: Metrics) -> None:
+        self._metrics = triton_metrics
         self._last: dict[tuple[MetricSpec, str], int] = {}
 
     def population(self, population: Population) -> None:

@@ -1,4 +1,4 @@
-"""The pipeline as a Triton model: unary (async, one response) and streaming (decoupled) over the same code."""
+"""The pipeline as a Triton model: unary (async, one response) and streaming (decoupled) with the same code."""
 
 from __future__ import annotations
 
@@ -27,52 +27,52 @@ from imprompt_serving.triton.metrics import Metrics
 from imprompt_serving.triton.tensors import arrays, failure, raise_for_error, response, send_final, texts, to_tensors
 
 logger = logging.getLogger(__name__)
-_POLL, _LONGEST_POLL, _POLLED_AT_ONCE = 0.02, 0.25, 4
-"""Seconds between two looks at whether the caller is still there; longer for more callers than so many, since each look
-is a message to Triton and back."""
-_HELD = 5.0
-"""Seconds for which answers are held after their end; see `_let_go`."""
-_LONGEST_ID = 64
-"""Characters of a caller's request id that show up in the names of its jobs."""
-_MORE_THREADS = 64
-"""For what is asked beside the jobs that run or wait: cancellations, say, must not stand in a line."""
+_POLL_S, _MAX_POLL_S, _CALLERS_PER_POLL = 0.02, 0.25, 4
+"""Seconds between checks whether a caller has canceled. With more callers the interval grows up to the maximum, because
+each check is a message to Triton and back."""
+_RELEASE_DELAY_S = 5.0
+"""Seconds for which to hold responses after a stream ends; see `_release`."""
+_MAX_ID_LENGTH = 64
+"""Number of characters of a caller's request id to use in job ids."""
+_EXTRA_THREADS = 64
+"""Threads beyond those for jobs, for example for cancellations, which must not wait for a thread."""
 
 
 class TritonModels:
-    """The other models, by BLS. Streams are read in threads: their iterator blocks, and the event loop must not."""
+    """Calls the other models through BLS. Threads read streams, because their iterators would block the event loop."""
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
         self._bundle = bundle
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="stream")
         self.calls = ThreadPoolExecutor(threads, thread_name_prefix="call")
         self._generation = 0
-        """Of the keys in Triton's response cache, see `internal`."""
+        """Part of the keys in Triton's response cache; see `internal`."""
 
     async def call(self, model: str, tensors: Mapping[str, np.ndarray]) -> Tensors:
         generation = self._generation
-        answer = await _request(model, self._signed(model, tensors)).async_exec()
+        answer = await _request(model, self._authenticated(model, tensors)).async_exec()
         if not answer.has_error() and not answer.output_tensors():
-            # Triton 2.51 answers so from its cache what has failed before: leave that generation, once for all callers.
+            # Triton 2.51 answers like this from its cache if the same call failed before: use new keys from now on.
             self._generation = max(self._generation, generation + 1)
-            answer = await _request(model, self._signed(model, tensors)).async_exec()
+            answer = await _request(model, self._authenticated(model, tensors)).async_exec()
         raise_for_error(answer)
         return arrays(answer)
 
-    def _signed(self, model: str, tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        """With the secret for models that take one."""
-        takes = self._bundle.host == "python" or model == self._bundle.model("face_encoder")
-        return with_secret(tensors, self._generation) if takes else tensors
+    def _authenticated(self, model: str, tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """Add the secret for models that imprompt hosts."""
+        hosted = self._bundle.host == "python" or model == self._bundle.model("face_encoder")
+        return with_secret(tensors, self._generation) if hosted else tensors
 
     async def stream(self, model: str, tensors: Mapping[str, np.ndarray]) -> AsyncIterator[Tensors]:
-        """Read to the end even when nobody listens any more: Triton keeps what is not read."""
-        loop, read = asyncio.get_running_loop(), asyncio.Queue[Any]()
+        """Yield the responses of a model. Reads to the end even if the caller stops: Triton keeps unread responses."""
+        loop, answers = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
-        def tell(answer: Any) -> None:
-            loop.call_soon_threadsafe(read.put_nowait, answer)
+        def put(answer: Any) -> None:
+            loop.call_soon_threadsafe(answers.put_nowait, answer)
 
-        reading = loop.run_in_executor(self._threads, _read, _request(model, with_secret(tensors)), tell)
-        reading.add_done_callback(lambda done: loop.call_later(_HELD, _let_go, done))
-        while (answer := await read.get()) is not None:
+        reading = loop.run_in_executor(self._threads, _read, _request(model, with_secret(tensors)), put)
+        reading.add_done_callback(lambda done: loop.call_later(_RELEASE_DELAY_S, _release, done))
+        while (answer := await answers.get()) is not None:
             if isinstance(answer, Exception):
                 raise answer
             raise_for_error(answer)
@@ -80,29 +80,29 @@ class TritonModels:
                 yield arrays(answer)
 
 
-def _read(request: Any, tell: Callable[[Any], None]) -> Any:
-    """Send ``request``, and tell of every answer, or of what went wrong, and then None. Returns Triton's iterator."""
+def _read(request: Any, put: Callable[[Any], None]) -> Any:
+    """Send `request`, put every response (and an exception, if one occurs) and then None; return Triton's iterator."""
     answers = None
     try:
         answers = request.exec(decoupled=True)
         while (answer := next(answers, None)) is not None:
-            tell(answer)
+            put(answer)
     except Exception as error:
-        tell(error)
-    tell(None)
+        put(error)
+    put(None)
     return answers
 
 
-def _let_go(reading: asyncio.Future[Any]) -> None:
-    """Hold the answers that were read until here.
+def _release(reading: asyncio.Future[Any]) -> None:
+    """Keep the responses alive until this call.
 
-    When they have ended, a thread of Triton's lets go of them too. If that were the last one to do so, it would free
-    their arrays without holding Python's lock, and sooner or later crash the process (`PbTensor` before Triton 2.53).
+    When a stream ends, a thread of Triton also drops its references to them. If these were the last ones, that thread
+    would free the arrays without holding the GIL, and could crash the process (`PbTensor` before Triton 2.53).
     """
 
 
 def _request(model: str, tensors: Mapping[str, np.ndarray]) -> Any:
-    """A request whose answer is wanted where ``as_numpy`` can read it: Triton's TensorRT leaves it on the GPU."""
+    """Make a request with outputs in CPU memory, for `as_numpy`: Triton's TensorRT backend leaves them on the GPU."""
     return pb_utils.InferenceRequest(
         model_name=model,
         requested_output_names=[],
@@ -112,7 +112,7 @@ def _request(model: str, tensors: Mapping[str, np.ndarray]) -> Any:
 
 
 def _id_of(request: Any) -> str:
-    """The caller's id of a request; empty if it is not UTF-8, which Triton lets pass."""
+    """Return the caller's request id; empty if it is not UTF-8, which Triton does not check."""
     try:
         return str(request.request_id())
     except UnicodeDecodeError:
@@ -124,8 +124,8 @@ class TritonPythonModel:
         folder = Path(args["model_repository"], args["model_version"])
         self._bundle = Bundle.load(folder)
         limits, shapes = self._bundle.limits, self._bundle.shapes
-        most = len(self._bundle.denoisers) * (limits.waiting_rows + 2 * shapes.rows.max)
-        self._models = TritonModels(self._bundle, most + _MORE_THREADS)
+        max_jobs = len(self._bundle.denoisers) * (limits.waiting_rows + 2 * shapes.rows.max)
+        self._models = TritonModels(self._bundle, max_jobs + _EXTRA_THREADS)
         self._pipeline = Pipeline(self._bundle, folder, self._models)
         self._tasks: set[asyncio.Future[Any]] = set()
         self._metrics = Metrics(metrics.PIPELINE, args["model_name"])
@@ -134,17 +134,18 @@ class TritonPythonModel:
         self._streaming = bool(policy.get("decoupled", False))
 
     async def execute(self, requests: list[Any]) -> None:
-        """Take the requests. A unary model waits for none of them: before this returns Triton brings it no others."""
-        # Triton makes its calls in the default executor, which has few threads: slow ones would keep up all others.
+        """Start the requests. A unary model does not await them: Triton sends no others until this returns."""
+        # Triton makes its calls on the default executor, which has few threads: slow calls would block all others.
         asyncio.get_running_loop().set_default_executor(self._models.calls)
         answers = [asyncio.ensure_future(self._answer(request)) for request in requests]
         for answer in answers:
             self._keep(answer)
-        if self._streaming:  # Triton waits for none of this, but never forgets what has ended before it looked
+        # Triton does not wait for this, but it leaks a coroutine that finishes before it is registered.
+        if self._streaming:
             await asyncio.wait(answers)
 
     async def _answer(self, request: Any) -> None:
-        """Send exactly one final answer, whatever happens."""
+        """Send exactly one final response, whatever happens."""
         sender = request.get_response_sender()
         try:
             with admitted(self._in_flight.increment):
@@ -161,18 +162,18 @@ class TritonPythonModel:
         return answer
 
     async def _send(self, request: Any, sender: Any, answer: Any) -> None:
-        """Send the final answer, whose pictures are copied off the event loop; if that fails, send the error."""
+        """Send the final response from a thread, because it copies pictures; if that fails, send the error."""
         try:
             await asyncio.to_thread(send_final, sender, answer)
         except Exception as error:
-            with suppress(Exception):  # it may have been closed
+            with suppress(Exception):  # the sender may be closed
                 send_final(sender, self._failure(request, error))
 
     def _failure(self, request: Any, error: Exception) -> Any:
-        """Count and log `error`, and turn it into the answer that ends a request.
+        """Count and log `error`, and turn it into the final response of a request.
 
-        In a stream that is a tensor: there Triton drops the status of its own errors, or, for callers that ask for it
-        (`triton_grpc_error`), crashes after some hundreds of them.
+        In a stream, this response is a tensor: Triton would drop the status of an error, or, for callers that request
+        the status (`triton_grpc_error`), crash after some hundreds of errors.
         """
         failed = unexpected(error)
         if failed is not error:
@@ -187,28 +188,28 @@ class TritonPythonModel:
 
     async def _serve(self, request: Any, sender: Any) -> Tensors:
         loop = asyncio.get_running_loop()
-        came = loop.time()
-        # Decoding pictures takes long enough to be kept off the event loop, which serves all callers.
-        wanted = await loop.run_in_executor(None, lambda: parse(arrays(request), self._bundle))
-        job_id = f"{_id_of(request)[:_LONGEST_ID] or 'request'}-{uuid.uuid4().hex}"
+        received = loop.time()
+        # Decode pictures on a thread: it would block the event loop, which serves all callers.
+        parsed = await loop.run_in_executor(None, lambda: parse(arrays(request), self._bundle))
+        job_id = f"{_id_of(request)[:_MAX_ID_LENGTH] or 'request'}-{uuid.uuid4().hex}"
 
         def progress(answer: Tensors) -> None:
             sender.send(response(answer, request))
 
-        work = asyncio.ensure_future(self._pipeline.generate(wanted, job_id, progress if self._streaming else None))
-        deadline = came + wanted.timeout
+        work = asyncio.ensure_future(self._pipeline.generate(parsed, job_id, progress if self._streaming else None))
+        deadline = received + parsed.timeout
         while not work.done():
-            pause = min(_POLL * max(len(self._tasks) / _POLLED_AT_ONCE, 1.0), _LONGEST_POLL)
+            pause = min(_POLL_S * max(len(self._tasks) / _CALLERS_PER_POLL, 1.0), _MAX_POLL_S)
             await asyncio.wait({work}, timeout=pause)
             try:
                 check_drain_deadline()
                 if loop.time() > deadline:
-                    raise Cancelled(f"timeout: {wanted.timeout:g} seconds are over")
+                    raise Cancelled(f"timeout: {parsed.timeout:g} seconds have passed")
                 if sender.is_cancelled():
-                    raise Cancelled("cancelled by its caller")
+                    raise Cancelled("canceled by the caller")
             except RequestError:
                 if not work.done():
-                    # It has to tell the denoiser, which may take a tick: the caller need not wait for that.
+                    # Cancellation informs the denoiser, which may take a tick: do not make the caller wait for that.
                     work.cancel()
                     self._keep(work)
                     raise
@@ -219,11 +220,11 @@ class TritonPythonModel:
         return answer
 
     def _keep(self, task: asyncio.Future[Any]) -> None:
-        """Let ``task`` run to its end: the event loop itself may forget it."""
+        """Hold a reference to `task` until it ends: the event loop holds only weak ones."""
         self._tasks.add(task)
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Future[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            logger.warning("nobody was told of this error: %s", task.exception())
+            logger.warning("background task failed: %s", task.exception())

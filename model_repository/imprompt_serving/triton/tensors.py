@@ -1,4 +1,4 @@
-"""Requests and responses of the Python backend as plain dictionaries of arrays."""
+"""Convert requests and responses of the Python backend to and from dictionaries of arrays."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import triton_python_backend_utils as pb_utils
 from imprompt_serving.drain import drain_deadline
 from imprompt_serving.errors import InvalidRequest, Overloaded, RequestError
 
-# The server adds its classes to the module only after it has imported the model, hence names here, not values.
+# Names instead of values: the server adds its classes to the module only after importing the model.
 _CODES = {
     "INVALID_ARGUMENT": "INVALID_ARG",
     "UNAVAILABLE": "UNAVAILABLE",
@@ -21,53 +21,55 @@ _CODES = {
 
 
 def arrays(request: Any) -> dict[str, np.ndarray]:
-    """Inputs of a request (or outputs of a response) by name.
+    """Return the inputs of a request (or outputs of a response) by name.
 
     Raises:
-        InvalidRequest: the bytes of a tensor are not what its data type and shape say.
+        InvalidRequest: the bytes of a tensor do not match its data type and shape.
     """
     tensors = request.inputs() if hasattr(request, "inputs") else request.output_tensors()
-    found = {}
+    values = {}
     for tensor in tensors:
         try:
-            found[tensor.name()] = tensor.as_numpy()
+            values[tensor.name()] = tensor.as_numpy()
         except Exception as error:
             raise InvalidRequest(tensor.name(), f"cannot be read: {error}") from None
-    return found
+    return values
 
 
 def to_tensors(values: Mapping[str, np.ndarray]) -> list[Any]:
+    """Convert arrays to Triton tensors."""
     return [pb_utils.Tensor(name, np.ascontiguousarray(value)) for name, value in values.items()]
 
 
 def response(values: Mapping[str, np.ndarray], request: Any = None) -> Any:
-    """A response with ``values``, if given only those that ``request`` wants.
+    """Make a response with `values`; with `request`, only those that it asks for.
 
-    Triton itself would drop the others without holding Python's lock, and could crash the process.
+    Otherwise Triton would drop the others itself, without holding the GIL, and could crash the process.
     """
-    wanted = values if request is None else request.requested_output_names()
+    requested = values if request is None else request.requested_output_names()
     return pb_utils.InferenceResponse(
-        output_tensors=to_tensors({name: values[name] for name in values if name in wanted})
+        output_tensors=to_tensors({name: values[name] for name in values if name in requested})
     )
 
 
 def failure(error: RequestError) -> Any:
+    """Make an error response with the status of `error`."""
     code = getattr(pb_utils.TritonError, _CODES[error.status])
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
 
 
 def send_final(sender: Any, answer: Any = None) -> None:
-    """The last answer of a request, or just its end."""
+    """Send the final response, or only the end of the responses."""
     flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
     sender.send(flags=flags) if answer is None else sender.send(answer, flags=flags)
 
 
 def raise_for_error(answer: Any) -> None:
-    """Raise the error that an answer of another model carries.
+    """Raise the error in a response of another model.
 
     Raises:
-        Overloaded: the server is stopping, when Triton refuses calls between models ("Server not ready").
-        RequestError: anything else.
+        Overloaded: the server is stopping; Triton then refuses calls between models ("Server not ready").
+        RequestError: any other error.
     """
     if answer.has_error():
         if drain_deadline() is not None:
@@ -76,5 +78,5 @@ def raise_for_error(answer: Any) -> None:
 
 
 def texts(*values: str) -> np.ndarray:
-    """A string tensor."""
+    """Make a string tensor."""
     return np.array([value.encode() for value in values], dtype=object)

@@ -1,4 +1,4 @@
-"""Pictures and clips as files, for callers that ask for them with ``output_format``."""
+"""Encode pictures and clips as files (`output_format`)."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import numpy as np
 from PIL import Image
 
 FRAME_MS = 125
-"""Eight frames a second: what AnimateDiff's motion modules are trained for."""
+"""Milliseconds per frame: eight frames per second, as AnimateDiff's motion modules were trained on."""
 _OPTIONS: dict[str, dict[str, Any]] = {"jpeg": {"quality": 95}, "webp": {"quality": 95}}
 
 
 def picture_file(picture: np.ndarray, kind: str) -> bytes:
-    """A picture [height, width, 3] as a file of one of `parameters.PICTURE_FORMATS`."""
+    """Encode a picture [height, width, 3] in one of `parameters.PICTURE_FORMATS`."""
     file = io.BytesIO()
     Image.fromarray(picture).save(file, kind, **_OPTIONS.get(kind, {}))
     return file.getvalue()
 
 
-def clip_file(frames: np.ndarray, kind: str) -> bytes:
-    """A clip [F, height, width, 3] as a file of one of `parameters.VIDEO_FORMATS`, which repeats."""
+def video_file(frames: np.ndarray, kind: str) -> bytes:
+    """Encode a clip [F, height, width, 3] in one of `parameters.VIDEO_FORMATS`, playing in a loop."""
     first, *rest = [Image.fromarray(frame) for frame in frames]
     file = io.BytesIO()
     options = _OPTIONS.get(kind, {})

@@ -1,6 +1,6 @@
-"""Where denoising starts: noise, a noised picture, or a masked one.
+"""The latents that denoising starts from: noise, a noised picture, or a masked one.
 
-Random numbers are drawn in the order in which diffusers' pipelines draw them, so that a seed means the same picture.
+Random numbers are drawn in the same order as in diffusers' pipelines, so that a seed gives the same picture.
 """
 
 from __future__ import annotations
@@ -17,28 +17,32 @@ from imprompt_serving.denoiser.schedulers import blame_caller
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.families import get_family
 from imprompt_serving.gpu import upload
-from imprompt_serving.job import JobRequest
+from imprompt_serving.job_request import JobRequest
 from imprompt_serving.specs import Bundle
 
 Generators = torch.Generator | list[torch.Generator]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Start:
-    """First latents [N, C, h, w] (clips: [N, C, F, h, w]) and the timesteps to go; what inpainting keeps for later.
-
-    ``blend``: noise, clean latents and mask [N, 1, h, w], for UNets without mask input: outside of the mask the picture
-    is put back after each step. ``channels`` [N, 1 + C, h, w]: mask and masked picture, for UNets that take them.
-    """
+class InitialLatents:
+    """Initial latents, the remaining timesteps, and what inpainting needs at later steps."""
 
     latents: Tensor
+    """[N, C, h, w], for clips [N, C, F, h, w]."""
     timesteps: Tensor
+    """One for each UNet call."""
     steps: int
+    """Denoising steps, each of which may take several calls."""
     blend: tuple[Tensor, Tensor, Tensor] | None = None
-    channels: Tensor | None = None
+    """Noise, clean latents, and mask [N, 1, h, w], for UNets without a mask input.
 
-    def to(self, device: torch.device) -> Start:
-        """The same with its pictures on ``device``; timesteps stay with the scheduler, on the CPU."""
+    After each step, the job restores the picture outside of the mask.
+    """
+    channels: Tensor | None = None
+    """Mask and masked picture [N, 1 + C, h, w], for UNets that take them as input."""
+
+    def to(self, device: torch.device) -> InitialLatents:
+        """Return a copy with its pictures on `device`. Timesteps stay with the scheduler, on the CPU."""
         blend = self.blend and (
             upload(self.blend[0], device),
             upload(self.blend[1], device),
@@ -49,25 +53,27 @@ class Start:
 
 
 def generators(seeds: tuple[int, ...]) -> Generators:
-    """One generator for all pictures, or one for each."""
+    """Return one generator for all pictures, or a list with one for each."""
     made = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     return made if len(made) > 1 else made[0]
 
 
-def start(
+def make_initial_latents(
     request: JobRequest,
     bundle: Bundle,
     tensors: Mapping[str, Tensor],
     scheduler: Any,
     generator: Generators,
     pictures: int,
-) -> Start:
-    """First latents of ``request``; ``scheduler`` has its timesteps set."""
+) -> InitialLatents:
+    """Make the initial latents of `request`. The timesteps of `scheduler` must be set."""
     if request.task == "text-to-image":
         noise = randn_tensor(_shape(request, bundle, pictures), generator=generator)
         with blame_caller(request):
             latents = noise * scheduler.init_noise_sigma
-        return Start(latents=latents, timesteps=scheduler.timesteps, steps=request.settings.num_inference_steps)
+        return InitialLatents(
+            latents=latents, timesteps=scheduler.timesteps, steps=request.settings.num_inference_steps
+        )
     if request.task == "image-to-image":
         timesteps, steps = _remaining(request, scheduler)
         if request.frames is not None:
@@ -79,7 +85,7 @@ def start(
             latents = scheduler.add_noise(latents, noise, timesteps[:1].repeat(pictures))
         if request.frames is not None:
             latents = latents.transpose(1, 2)
-        return Start(latents=latents, timesteps=timesteps, steps=steps)
+        return InitialLatents(latents=latents, timesteps=timesteps, steps=steps)
     return _inpaint(request, bundle, tensors, scheduler, generator, pictures)
 
 
@@ -90,7 +96,7 @@ def _inpaint(
     scheduler: Any,
     generator: Generators,
     pictures: int,
-) -> Start:
+) -> InitialLatents:
     timesteps, steps = _remaining(request, scheduler)
     takes_mask = bundle.unet_channels != bundle.latent_channels
     pure_noise = request.settings.strength == 1.0
@@ -103,14 +109,14 @@ def _inpaint(
             latents = noise * scheduler.init_noise_sigma
         else:
             latents = scheduler.add_noise(image, noise, timesteps[:1].repeat(pictures))
-    # Drawn for every UNet, as in diffusers: schedulers with noise of their own take theirs from the same generator.
+    # Drawn for every UNet, as in diffusers, because schedulers that add noise use the same generator later.
     masked = _sample(tensors["masked_image_moments"], generator) * bundle.vae_scaling_factor
     mask = _repeat(tensors["mask"], pictures)
     if takes_mask:
         channels = torch.cat([mask, _repeat(masked, pictures)], dim=1)
-        return Start(latents=latents, timesteps=timesteps, steps=steps, channels=channels)
+        return InitialLatents(latents=latents, timesteps=timesteps, steps=steps, channels=channels)
     assert image is not None
-    return Start(latents=latents, timesteps=timesteps, steps=steps, blend=(noise, image, mask))
+    return InitialLatents(latents=latents, timesteps=timesteps, steps=steps, blend=(noise, image, mask))
 
 
 def _shape(request: JobRequest, bundle: Bundle, pictures: int) -> tuple[int, ...]:
@@ -126,14 +132,14 @@ def _shape(request: JobRequest, bundle: Bundle, pictures: int) -> tuple[int, ...
 
 
 def _remaining(request: JobRequest, scheduler: Any) -> tuple[Tensor, int]:
-    """The last ``strength`` of the timesteps, and the number of steps: ``get_timesteps`` of diffusers' pipelines."""
+    """Return the last `strength` of the timesteps, and the number of steps (`get_timesteps` in diffusers)."""
     steps = request.settings.num_inference_steps
     skipped = steps - min(int(steps * request.settings.strength), steps)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(skipped * scheduler.order)
     timesteps = scheduler.timesteps[skipped * scheduler.order :]
     if not len(timesteps):
-        problem = f"no timesteps are left of {steps} steps at strength {request.settings.strength:g}"
+        problem = f"strength {request.settings.strength:g} leaves none of {steps} steps"
         raise InvalidRequest("num_inference_steps", problem)
     return timesteps, steps - skipped
 
@@ -141,12 +147,12 @@ def _remaining(request: JobRequest, scheduler: Any) -> tuple[Tensor, int]:
 def _encode(moments: Tensor, bundle: Bundle, generator: Generators, pictures: int) -> Tensor:
     if isinstance(generator, list):
         moments = _repeat(moments, pictures)
-    # Inpainting and clips scale by the factor alone, in diffusers' pipelines of every family.
+    # The family scales pictures only: for inpainting and clips, all of diffusers' pipelines use the factor alone.
     return _repeat(get_family(bundle.family).scale_latents(_sample(moments, generator), bundle), pictures)
 
 
 def _encode_video(moments: Tensor, bundle: Bundle, generator: Generators, clips: int) -> Tensor:
-    """Latents of a video for each clip [N, F, C, h, w], from its moments [F, 2 C, h, w]."""
+    """Return the latents of a video for each clip [N, F, C, h, w], from its moments [F, 2 C, h, w]."""
     if isinstance(generator, list):
         sampled = torch.stack([_sample(moments, one) for one in generator])
     else:
@@ -155,7 +161,7 @@ def _encode_video(moments: Tensor, bundle: Bundle, generator: Generators, clips:
 
 
 def _sample(moments: Tensor, generator: Generators) -> Tensor:
-    """Draw from the VAE encoder's Gaussian (diffusers' ``DiagonalGaussianDistribution.sample``)."""
+    """Sample from the VAE encoder's Gaussian (diffusers' `DiagonalGaussianDistribution.sample`)."""
     mean, log_variance = moments.chunk(2, dim=1)
     if isinstance(generator, list):
         noise = torch.cat([randn_tensor((1, *mean.shape[1:]), generator=g) for g in generator[: len(mean)]])

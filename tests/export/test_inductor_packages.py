@@ -1,4 +1,4 @@
-"""Packages of AOTInductor: what is built, what is kept, and what they refuse."""
+"""AOTInductor packages: what is built, what is reused, and what is refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from export.test_profiles import bundle
 from imprompt_export import BundleError, graphs
-from imprompt_export.backends import Made, export_backend
+from imprompt_export.backends import BuiltEngine, export_backend
 from imprompt_export.backends.inductor import Packager
 from imprompt_export.bundle import EngineSection
 from imprompt_export.parity import compare
@@ -27,7 +27,7 @@ SHAPES = Shapes(height=Range(64, 64, 96), width=Range(64, 64, 128), rows=Range(1
 
 
 def small(name: str = "unet", width: int = 4) -> graphs.Graph:
-    """A graph as small as they get, with axes of rows, picture and text."""
+    """Build a very small graph with dynamic axes for rows, picture, and text."""
     torch.manual_seed(width)
     module = torch.nn.Conv2d(4, width, 3, padding=1).requires_grad_(False)
     size: tuple[int | str, ...] = ("batch", 4, "h", "w")
@@ -53,12 +53,12 @@ def of_shapes() -> Bundle:
 
 
 class Workshop:
-    """Engines that packagers make, with a cache of their own."""
+    """Builds engines with a cache of its own."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.count = folder, 0
 
-    def make(self, graph: graphs.Graph, precision: str = "fp32", *, exact: bool = False) -> Made:
+    def make(self, graph: graphs.Graph, precision: str = "fp32", *, exact: bool = False) -> BuiltEngine:
         self.count += 1
         packager = Packager(precision, exact=exact, cache=self.folder / "cache")
         try:
@@ -73,30 +73,30 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 
 @pytest.fixture(scope="module")
-def made(workshop: Workshop) -> Made:
+def built(workshop: Workshop) -> BuiltEngine:
     return workshop.make(small())
 
 
-def test_one_package_takes_all_sizes(made: Made) -> None:
-    assert (made.built, made.kept) == (1, 0)
+def test_one_package_serves_all_sizes(built: BuiltEngine) -> None:
+    assert (built.packages_built, built.packages_reused) == (1, 0)
     checks = export_backend("inductor").check_axes(small(), of_shapes())
-    rows = compare(small(), made.file, "inductor", checks=(*checks, {"batch": 5, "h": 13, "w": 10, "text": 1}))
+    rows = compare(small(), built.file, "inductor", checks=(*checks, {"batch": 5, "h": 13, "w": 10, "text": 1}))
     assert [row.sizes["batch"] for row in rows] == [2, 3, 1, 5]
     assert all(row.passed for row in rows)
 
 
-def test_other_weights_take_the_package_that_is_there(workshop: Workshop, made: Made) -> None:
+def test_other_weights_reuse_the_package(workshop: Workshop, built: BuiltEngine) -> None:
     graph = small()
     graph.module.state_dict()["weight"].mul_(-3)
     again = workshop.make(graph)
-    assert (again.built, again.kept) == (0, 1)
-    package, old = (file.with_name("unet.1.pt2").read_bytes() for file in (again.file, made.file))
+    assert (again.packages_built, again.packages_reused) == (0, 1)
+    package, old = (file.with_name("unet.1.pt2").read_bytes() for file in (again.file, built.file))
     assert package == old
     assert all(row.passed for row in compare(graph, again.file, "inductor"))
-    assert not any(row.passed for row in compare(graph, made.file, "inductor"))
+    assert not any(row.passed for row in compare(graph, built.file, "inductor"))
 
 
-def test_a_package_is_kept_by_all_that_it_depends_on(workshop: Workshop) -> None:
+def test_cache_key_covers_everything_a_package_depends_on(workshop: Workshop) -> None:
     packager = Packager("fp32", cache=workshop.folder / "cache")
 
     def key(graph: graphs.Graph, dtype: torch.dtype = torch.float32, **exact: int) -> str:
@@ -117,67 +117,69 @@ def test_a_package_is_kept_by_all_that_it_depends_on(workshop: Workshop) -> None
 
 
 def test_packages_for_exact_sizes(workshop: Workshop) -> None:
-    """As on a GPU: one for each size of pictures; others are refused, with those that there are."""
+    """As on a GPU, there is one package per picture size; the error for other sizes lists the existing ones."""
     graph = small("vae_decoder")
     axes = exact_axes(graph, of_shapes())
     assert axes == [{"h": 8, "w": 8}, {"h": 12, "w": 16}]
-    made = workshop.make(graph, exact=True)
-    assert made.built == 2
-    rows = compare(graph, made.file, "inductor", checks=[graph.checks[-1] | sizes for sizes in axes])
+    built = workshop.make(graph, exact=True)
+    assert built.packages_built == 2
+    rows = compare(graph, built.file, "inductor", checks=[graph.checks[-1] | sizes for sizes in axes])
     assert all(row.passed for row in rows)
-    engine = get_backend("inductor").load(made.file)
+    engine = get_backend("inductor").load(built.file)
     example = graph.example(graph.checks[-1])
     with pytest.raises(EngineError, match=r"takes h=8 w=8; h=12 w=16, not h=9 w=12; see \[shapes\]"):
         engine.run({name: tensor.numpy() for name, tensor in example.items()})
 
 
-def test_exact_sizes_of_the_network_of_a_step() -> None:
+def test_exact_sizes_of_step_networks_include_the_rows() -> None:
     axes = exact_axes(small(), of_shapes())
     assert axes == [
         {"h": h, "w": w, "batch": rows} for h, w in ((8, 8), (12, 16)) for rows in (1, 2)
-    ]  # rows of 4 and more are above `shapes.rows`
+    ]  # the buckets of 4 and more rows are above `shapes.rows`
 
 
 def test_packages_in_half_precision(workshop: Workshop) -> None:
-    """Weights in bf16, inputs and outputs in float32."""
+    """Weights are in bf16, inputs and outputs in float32."""
     graph = small()
-    made = workshop.make(graph, "bf16")
-    rows = compare(graph, made.file, "inductor", "bf16")
+    built = workshop.make(graph, "bf16")
+    rows = compare(graph, built.file, "inductor", "bf16")
     assert all(row.passed for row in rows)
-    assert min(row.difference for row in rows) > graph.tolerance / 10  # it is no float32 graph
+    assert min(row.difference for row in rows) > graph.tolerance / 10  # a float32 graph would be closer
     assert {weight.dtype for weight in graph.module.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": "2.0.0"}, r"unet was built by torch 2\.0\.0, but .* is installed here: export the bundle again"),
-        ({"target": "cpu NONE"}, r"unet was built for cpu NONE, but here is cpu .*: export the bundle here"),
+        ({"version": "2.0.0"}, r"unet was built with torch 2\.0\.0, but .* is installed: export the bundle again"),
+        ({"target": "cpu NONE"}, r"unet was built for cpu NONE, but this is cpu .*: export the bundle on this machine"),
         ({"target": "cuda SM00"}, r"unet was built for (an NVIDIA GPU \(cuda SM00\)|cuda SM00)"),
     ],
 )
-def test_engines_of_elsewhere_are_refused(made: Made, tmp_path: Path, change: dict[str, str], message: str) -> None:
-    for file in made.file.parent.iterdir():
+def test_engines_of_another_machine_are_refused(
+    built: BuiltEngine, tmp_path: Path, change: dict[str, str], message: str
+) -> None:
+    for file in built.file.parent.iterdir():
         shutil.copyfile(file, tmp_path / file.name)
-    info = msgspec.json.decode(made.file.read_bytes(), type=EngineInfo)
+    info = msgspec.json.decode(built.file.read_bytes(), type=EngineInfo)
     msgspec.structs.replace(info, **change).save(tmp_path / "unet.json")
     with pytest.raises(EngineError, match=message):
         get_backend("inductor").load(tmp_path / "unet")
 
 
-def test_threads(made: Made) -> None:
-    """Torch's own threads do the work, however few its process had."""
+def test_threads_are_set(built: BuiltEngine) -> None:
+    """The engine runs on torch's threads, even if the process had fewer before."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        get_backend("inductor").load(made.file, threads=3)
+        get_backend("inductor").load(built.file, threads=3)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
 
 
-def test_answers_are_the_callers_own(made: Made) -> None:
-    engine = get_backend("inductor").load(made.file)
+def test_outputs_are_not_overwritten_by_the_next_call(built: BuiltEngine) -> None:
+    engine = get_backend("inductor").load(built.file)
     first, second = ({n: t.numpy() for n, t in small().example(small().checks[0], seed).items()} for seed in (1, 2))
     answer = engine.run(first)["noise_pred"]
     kept = answer.copy()
@@ -185,7 +187,7 @@ def test_answers_are_the_callers_own(made: Made) -> None:
     assert np.array_equal(answer, kept)
 
 
-def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(BundleError, match="no no-such-compiler here: install"):
+    with pytest.raises(BundleError, match=r"no-such-compiler is not installed: install g\+\+"):
         export_backend("inductor").check_installed(EngineSection(backend="inductor"))

@@ -1,32 +1,32 @@
-"""The clip that a request asks for: its frames, and the windows it runs in."""
+"""Parse the options of clips: their frames, and the windows that they run in."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from imprompt_serving.errors import InvalidRequest
-from imprompt_serving.job import ContextWindow
+from imprompt_serving.job_request import ContextWindow
 from imprompt_serving.parameters import PARAMETERS
 from imprompt_serving.pipeline.reader import Reader
 from imprompt_serving.specs import Bundle
 
 MAX_FRAMES = 256
-"""Frames of all clips of a request that asks for several."""
+"""Largest number of frames in a request for several clips, over all clips."""
 _CONTEXT_LENGTH = 16
-"""What AnimateDiff's motion modules are trained for, and AnimateDiff-Evolved's default."""
+"""Number of frames that AnimateDiff's motion modules were trained on; also AnimateDiff-Evolved's default."""
 _PARAMETERS = ("context_length", "context_stride", "context_overlap")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Clip:
-    """Frames of each clip, and the windows they are computed in."""
+class VideoOptions:
+    """The number of frames per clip, and the windows that they run in."""
 
     frames: int
     context: ContextWindow
 
 
-def parse_clip(read: Reader, bundle: Bundle, clips: int) -> Clip | None:
-    """What a request says of its clips; None when it asks for pictures."""
+def parse_video(read: Reader, bundle: Bundle, clips: int) -> VideoOptions | None:
+    """Parse the clip options of a request; None if it asks for pictures."""
     video = read.data("video")
     if not video and "num_frames" not in read:
         for name in _PARAMETERS:
@@ -37,26 +37,26 @@ def parse_clip(read: Reader, bundle: Bundle, clips: int) -> Clip | None:
         raise InvalidRequest("num_frames", f"{bundle.name} has no motion adapter")
     for name in ("image", "mask_image", "padding_mask_crop"):
         if name in read:
-            raise InvalidRequest(name, "is for pictures; clips start from video")
+            raise InvalidRequest(name, "does not apply to clips, which start from video")
     low, _, high = bundle.shapes.frames
     frames = read.integer("num_frames", default=len(video), low=low, high=high)
     if video and len(video) != frames:
-        raise InvalidRequest("video", f"{len(video)} frames for a clip of {frames}")
+        raise InvalidRequest("video", f"has {len(video)} frames, but num_frames is {frames}")
     if not low <= frames <= high:
         raise InvalidRequest("video", f"must have {low} to {high} frames, got {frames}")
     if clips > 1 and clips * frames > MAX_FRAMES:
         raise InvalidRequest(
             "num_images_per_prompt",
-            f"{clips} clips of {frames} frames asked for; at most {MAX_FRAMES} frames in all",
+            f"{clips} clips of {frames} frames exceed the limit of {MAX_FRAMES} frames per request",
         )
-    return Clip(
+    return VideoOptions(
         frames=frames,
         context=_context(read, frames, bundle.motion.window),
     )
 
 
 def _context(read: Reader, frames: int, window: int) -> ContextWindow:
-    """Windows for a clip; without a word of the caller one that fits the motion modules has a single window."""
+    """Parse the windows. By default, a clip that fits the motion modules runs in a single window."""
     length = window if frames <= window else min(_CONTEXT_LENGTH, window)
     length = read.integer("context_length", default=length, high=window)
     overlap = PARAMETERS["context_overlap"].default

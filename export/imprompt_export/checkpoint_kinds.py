@@ -1,4 +1,4 @@
-"""What a folder or a file of a checkpoint is: by its configuration, or by the names of its tensors."""
+"""Recognize what a checkpoint folder or file is, from its configuration or the names of its tensors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from imprompt_export.sources import WEIGHTS, find, flat, is_local, read_json, te
 
 _CLASSES = {
     "ControlNetModel": "a ControlNet",
-    "ControlNetUnionModel": "a ControlNet union, which is not served",
-    "ControlNetXSAdapter": "a ControlNet-XS, which is not served",
+    "ControlNetUnionModel": "a ControlNet union, which is not supported",
+    "ControlNetXSAdapter": "a ControlNet-XS, which is not supported",
     "T2IAdapter": "a T2I-Adapter",
     "MultiAdapter": "a set of T2I-Adapters",
     "MotionAdapter": "a motion adapter",
@@ -22,7 +22,7 @@ _CLASSES = {
     "UNetMotionModel": "a motion UNet",
     "AutoencoderKL": "a VAE",
 }
-"""By `_class_name` in a `config.json` of diffusers."""
+"""Kind by `_class_name` in a `config.json` of diffusers."""
 _ARCHITECTURES = {
     "CLIPVisionModelWithProjection": "a CLIP image encoder",
     "CLIPVisionModel": "a CLIP image encoder without its projection",
@@ -30,10 +30,10 @@ _ARCHITECTURES = {
     "CLIPTextModelWithProjection": "a CLIP text encoder",
     "StableDiffusionSafetyChecker": "a safety checker",
 }
-"""By `architectures` in a `config.json` of transformers."""
+"""Kind by `architectures` in a `config.json` of transformers."""
 _MODEL_FILE = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)(-\d+-of-\d+)?\.(safetensors|bin)")
-"""Files that diffusers and transformers load."""
-_KEYS = (
+"""Names of the weight files that diffusers and transformers load."""
+_TENSOR_NAMES = (
     (r"(image_proj|ip_adapter)\.", "an IP-Adapter"),
     (r".*\.lokr_", "a LoKr"),
     (r".*\.hada_", "a LoHa"),
@@ -49,34 +49,34 @@ _KEYS = (
     (r"(text_model|text_projection)\.", "a CLIP text encoder"),
     (r"(down_blocks|time_embedding)\.", "a UNet"),
     (r"(encoder|decoder)\.", "a VAE"),
-    (r"(emb_params|string_to_param|clip_[gl]$)", "an embedding of textual inversion"),
+    (r"(emb_params|string_to_param|clip_[gl]$)", "a textual inversion embedding"),
 )
-"""By the beginning of the name of any tensor; the first that is found counts."""
+"""Kind by the beginning of any tensor's name; the first pattern that matches wins."""
 
 
-def of_names(names: Iterable[str]) -> str:
-    """What a file of tensors with these `names` is."""
+def kind_of_tensors(names: Iterable[str]) -> str:
+    """Return the kind of a file whose tensors have these `names`."""
     known = list(names)
-    for pattern, kind in _KEYS:
+    for pattern, kind in _TENSOR_NAMES:
         if any(re.match(pattern, name) for name in known):
             return kind
-    return "a file of tensors of an unknown layout" if known else "a file without tensors"
+    return "a file of tensors with an unknown layout" if known else "a file without tensors"
 
 
 def describe(path: Path) -> str:
-    """What the folder or file at `path` is, as the end of a sentence."""
+    """Describe the folder or file at `path`, as the end of a sentence."""
     if path.is_file():
         try:
             content = tensors("", path)
         except BundleError:
             return "a damaged file" if path.suffix in WEIGHTS else f"a {path.suffix} file"
-        return "a file of an old torch" if content is None else of_names(flat(content))
+        return "a file in an old torch format" if content is None else kind_of_tensors(flat(content))
     if (path / "model_index.json").is_file():
         return f"a diffusers pipeline ({_json(path / 'model_index.json').get('_class_name')})"
     if (path / "config.json").is_file():
-        return _of_config(_json(path / "config.json"))
+        return _kind_of_config(_json(path / "config.json"))
     if (path / "adapter_config.json").is_file():
-        return "a LoRA of PEFT"
+        return "a PEFT LoRA"
     if (path / "scheduler_config.json").is_file():
         return "a scheduler"
     entries = sorted(path.iterdir())
@@ -86,7 +86,7 @@ def describe(path: Path) -> str:
     return f"a folder with {entries[0].name}" if entries else "an empty folder"
 
 
-def _of_config(config: dict[str, Any]) -> str:
+def _kind_of_config(config: dict[str, Any]) -> str:
     name = config.get("_class_name")
     if name is not None:
         return _CLASSES.get(name, f"a {name}")
@@ -104,13 +104,13 @@ def _json(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def model_config(what: str, root: str, subfolder: str, wanted: str) -> dict[str, Any]:
-    """The `config.json` of a model, which must be one that `wanted` names: `a ControlNet`, say.
+def model_config(what: str, root: str, subfolder: str, expected: str) -> dict[str, Any]:
+    """Read the `config.json` of a model and check that the model is of the kind `expected`, such as `a ControlNet`.
 
-    Configurations that name no class are taken as they are: loading tells.
+    A configuration that names no class passes; loading the model will show whether it is right.
 
     Raises:
-        BundleError: there is no such file, or it is that of something else.
+        BundleError: there is no such file, or the model is of another kind.
     """
     place = "/".join(filter(None, (subfolder, "config.json")))
     if is_local(root):
@@ -118,32 +118,32 @@ def model_config(what: str, root: str, subfolder: str, wanted: str) -> dict[str,
         if not folder.exists():
             raise BundleError(f"{what}: no folder {folder}")
         if folder.is_file():
-            raise BundleError(f"{what}: {folder} is {describe(folder)}; wanted is the folder of {wanted}")
+            raise BundleError(f"{what}: {folder} is {describe(folder)}; expected the folder of {expected}")
         if not (folder / "config.json").is_file():
-            raise BundleError(f"{what}: no config.json in {folder}, which is {describe(folder)}; wanted is {wanted}")
+            raise BundleError(f"{what}: no config.json in {folder}, which is {describe(folder)}; expected {expected}")
     config = read_json(what, root, place)
-    kind = _of_config(config)
+    kind = _kind_of_config(config)
     named = config.get("_class_name") is not None or config.get("architectures")
-    if named and kind != wanted:
-        raise BundleError(f"{what}: {Path(root, subfolder)} is {kind}; wanted is {wanted}")
+    if named and kind != expected:
+        raise BundleError(f"{what}: {Path(root, subfolder)} is {kind}; expected {expected}")
     return config
 
 
 def check_weights(what: str, folder: Path) -> None:
-    """Refuse a model without weights, or with damaged ones, such as those of a download that was broken off."""
+    """Check that the model in `folder` has weights, and that they are not damaged, for example by a broken download."""
     if not (folder / "config.json").is_file():
-        return  # no model: a tokenizer, a scheduler
+        return  # not a model but a tokenizer or a scheduler
     files = [file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".bin")]
     if not any(_MODEL_FILE.fullmatch(file.name) for file in files):
-        there = f"; {files[0].name} is not a name that is looked for" if files else ""
-        raise BundleError(f"{what}: no weights in {folder}{there}")
+        hint = f"; {files[0].name} is not a name that diffusers or transformers load" if files else ""
+        raise BundleError(f"{what}: no weights in {folder}{hint}")
     for file in files:
         if file.suffix == ".safetensors":
             tensors(what, file)
 
 
 def pipeline_index(what: str, root: str) -> dict[str, Any]:
-    """The `model_index.json` of a diffusers pipeline; the weights of its parts are there and whole.
+    """Read the `model_index.json` of a diffusers pipeline, and check that none of its parts is missing or damaged.
 
     Raises:
         BundleError: `root` is something else, or a part of it is missing or damaged.

@@ -1,4 +1,4 @@
-"""What the pipeline asks of the denoiser, beside tensors."""
+"""The plain values of a denoising job, which the pipeline sends to the denoiser next to tensors."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Scale = float | dict[str, Any] | list[float]
 Task = Literal["text-to-image", "image-to-image", "inpainting"]
 
 
-class AdapterUse(msgspec.Struct, frozen=True, kw_only=True):
-    """An adapter in one request; its embeddings and masks travel as tensors.
+class AdapterOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How one request uses an adapter; its embeddings and masks are sent as tensors.
 
-    ``scale`` is a number, diffusers' scales by block, or a number for each masked image; it is multiplied by the
-    spread of ``weight_type`` over the layers, and is 0 outside of ``start`` to ``end`` (shares of the steps).
+    `scale` is a number, diffusers' scales by block, or a number for each masked image. It is multiplied by the layer
+    weights of `weight_type`, and is 0 outside `start` to `end` (fractions of the steps).
     """
 
     name: str
@@ -28,8 +28,11 @@ class AdapterUse(msgspec.Struct, frozen=True, kw_only=True):
     weight_type: str = PARAMETERS["ip_adapter_weight_type"].default
 
 
-class ControlUse(msgspec.Struct, frozen=True, kw_only=True):
-    """A ControlNet in one request, active from ``start`` to ``end`` of the steps; its images travel as a tensor."""
+class ControlOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How one request uses a ControlNet; its images are sent as a tensor.
+
+    It is active from `start` to `end` (fractions of the steps).
+    """
 
     name: str
     scale: float = 1.0
@@ -38,7 +41,7 @@ class ControlUse(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ContextWindow(msgspec.Struct, frozen=True, kw_only=True):
-    """Overlapping windows of frames, in which clips run that are longer than ``length``."""
+    """Overlapping windows of frames, for clips longer than `length` frames."""
 
     length: int
     stride: int = PARAMETERS["context_stride"].default
@@ -46,25 +49,25 @@ class ContextWindow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class JobRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One denoising job. ``seeds`` has one entry for all pictures together, or one for each."""
+    """One denoising job. `seeds` has one entry for all pictures together, or one per picture."""
 
     id: str
     task: Task = "text-to-image"
     settings: Settings
     seeds: tuple[int, ...]
-    adapters: tuple[AdapterUse, ...] = ()
-    controls: tuple[ControlUse, ...] = ()
+    adapters: tuple[AdapterOptions, ...] = ()
+    controls: tuple[ControlOptions, ...] = ()
     frames: int | None = None
     """Frames of each clip; None for pictures."""
     context: ContextWindow | None = None
-    """Set for clips: a window for clips that are longer than it."""
+    """The windows of clips; None for pictures."""
     timeout: float | None = None
-    """Seconds left on arrival in the denoiser."""
+    """Seconds left when the job arrives at the denoiser."""
     reports_progress: bool = False
 
 
 class Admission(msgspec.Struct, frozen=True, kw_only=True):
-    """The question whether a job may come; if so, a place in the waiting line is kept for it."""
+    """Asks whether the denoiser can take a job, and if so, reserves a place in its queue."""
 
     id: str
     rows: int
@@ -75,16 +78,16 @@ class Admission(msgspec.Struct, frozen=True, kw_only=True):
 def batch_key(
     bundle: Bundle, height: int, width: int, frames: int | None, context: ContextWindow | None, *, regions: bool
 ) -> str:
-    """Equal for jobs whose rows can share a call of the UNet.
+    """Return a key that is equal for jobs whose rows can share a UNet call.
 
     Args:
-        frames: of each clip; None for pictures.
-        context: the window in which longer clips run.
-        regions: whether an adapter has several masked images. Engines that are built for ranges of shapes have a
-            profile of their own for these, which long lists of pictures do not fit.
+        frames: frames of each clip; None for pictures.
+        context: the windows of clips that are longer than a window.
+        regions: whether an adapter has several masked images. Engines built for ranges of shapes have a separate
+            profile for these, which cannot run long lists of pictures.
     """
     sizes = [height, width]
     if frames is not None:
         sizes.insert(0, frames if context is None else min(frames, context.length))
-    apart = regions and get_backend(bundle.backend).builds_for_ranges
-    return "x".join(map(str, sizes)) + (" regions" if apart else "")
+    separate = regions and get_backend(bundle.backend).builds_for_ranges
+    return "x".join(map(str, sizes)) + (" regions" if separate else "")
