@@ -152,7 +152,7 @@ def test_packages_in_half_precision(workshop: Workshop) -> None:
     ("change", "message"),
     [
         ({"version": "2.0.0"}, r"unet was built with torch 2\.0\.0, but .* is installed: export the bundle again"),
-        ({"target": "cpu NONE"}, r"unet was built for cpu NONE, but this is cpu .*: export the bundle on this machine"),
+        ({"target": "cpu NONE"}, r"unet was built for cpu NONE, but this machine is cpu .*: export the bundle on it"),
         ({"target": "cuda SM00"}, r"unet was built for (an NVIDIA GPU \(cuda SM00\)|cuda SM00)"),
     ],
 )
