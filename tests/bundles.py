@@ -213,16 +213,17 @@ def _plain(folder: Path, levels: int = 4) -> str:
 
 MAKERS: dict[str, Callable[[Path], list[str]]] = {
     "sd15": _sd15,
-    "sd15_face": _sd15_face,
-    "sdxl": _sdxl,
-    "inpaint": _inpaint,
-    "lcm": _lcm,
+    "openvino": _openvino,
     "control": _control,
     "sdxl_control": _sdxl_control,
-    "openvino": _openvino,
+    "sd15_face": _sd15_face,
+    "lcm": _lcm,
+    "sdxl": _sdxl,
+    "inpaint": _inpaint,
     "int8": _int8,
     "inductor": _inductor,
 }
+"""Writes the checkpoints of each bundle and returns its sections; in the order in which the tests use them."""
 
 
 def make(name: str, cache: Path) -> ExportedBundle:

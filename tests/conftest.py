@@ -16,9 +16,6 @@ from imprompt import Client
 from imprompt_serving.launcher import LaunchError, Server
 from served import Served
 
-_FIRST = ["sd15", "openvino", "control", "sdxl_control", "sd15_face", "lcm", "sdxl", "inpaint", "int8", "inductor"]
-"""Bundles in the order in which the tests use them."""
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--in-process", action="store_true", help="skip the tests that need an exported or served bundle")
@@ -42,7 +39,7 @@ def bundle(request: pytest.FixtureRequest) -> Iterator[Callable[[str], bundles.E
         yield lambda name: bundles.make(name, cache)
         return
     pool = ProcessPoolExecutor(2, get_context("spawn"), initializer=bundles.give_way)
-    ahead = {name: pool.submit(bundles.make, name, cache) for name in sorted(bundles.MAKERS, key=_FIRST.index)}
+    ahead = {name: pool.submit(bundles.make, name, cache) for name in bundles.MAKERS}
     yield lambda name: ahead[name].result()
     pool.shutdown(wait=False, cancel_futures=True)
 

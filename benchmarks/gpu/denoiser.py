@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gpu.plan import Options
-from gpu.record import measurement
+from gpu.record import callers_measurement, measurement
 from gpu.systems import Run, System
 from gpu.timing import device_seconds, fewer, synchronize, torch_device
 from imprompt_bench.results import Measurement
@@ -137,21 +137,13 @@ def _throughput(loop: Loop, system: System, options: Options, callers: int) -> M
     loop.ticks.most_in_flight, ticks = 0, loop.ticks.complete
     seconds = [loop.run(callers) for _ in range(fewer(options.repeats))]
     calls = (loop.ticks.complete - ticks) / len(seconds)
-    step = median(seconds) / options.steps
-    return measurement(
+    return callers_measurement(
         "denoiser",
-        "callers",
+        callers,
         seconds,
-        value=callers,
-        pictures=callers,
-        notes={
-            "pictures_per_s": callers / median(seconds),
-            "step_ms": 1000 * step,
-            "bare_call_ms": 1000 * bare,
-            "step_over_bare": step / bare,
-            "calls_per_step": calls / options.steps,
-            "most_ticks_in_flight": loop.ticks.most_in_flight,
-        },
+        step=median(seconds) / options.steps,
+        bare=bare,
+        notes={"calls_per_step": calls / options.steps, "most_ticks_in_flight": loop.ticks.most_in_flight},
     )
 
 

@@ -49,6 +49,19 @@ def measurement(
     )
 
 
+def callers_measurement(
+    stage: str, callers: int, seconds: Sequence[float], *, step: float, bare: float, notes: Mapping[str, float] = {}
+) -> Measurement:
+    """Describe pictures that `callers` made at the same time, with their seconds a step next to a bare UNet call."""
+    compared = {
+        "pictures_per_s": callers / median(seconds),
+        "step_ms": 1000 * step,
+        "bare_call_ms": 1000 * bare,
+        "step_over_bare": step / bare,
+    }
+    return measurement(stage, "callers", seconds, value=callers, pictures=callers, notes=compared | dict(notes))
+
+
 class Record:
     """The files of a run, which all of its processes add to."""
 

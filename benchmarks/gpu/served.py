@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor
 
 from gpu.plan import ROWS, Options, Task, engines_task, tasks
-from gpu.record import measurement
+from gpu.record import callers_measurement, measurement
 from gpu.timing import device_seconds, fewer
 from imprompt import Client
 from imprompt_bench import checkpoints
@@ -110,19 +110,7 @@ def served(found: Exported, options: Options) -> Iterator[Measurement]:
     bare = _bare_calls(found, options)
     for callers, (seconds, steps) in runs.items():
         rows = min(2 * callers, found.rows)
-        yield measurement(
-            "served",
-            "callers",
-            seconds,
-            value=callers,
-            pictures=callers,
-            notes={
-                "pictures_per_s": callers / median(seconds),
-                "step_ms": 1000 * median(steps),
-                "bare_call_ms": 1000 * bare[rows],
-                "step_over_bare": median(steps) / bare[rows],
-            },
-        )
+        yield callers_measurement("served", callers, seconds, step=median(steps), bare=bare[rows])
 
 
 def _pictures(

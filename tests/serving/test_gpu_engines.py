@@ -20,9 +20,10 @@ from imprompt_serving.backends import MODULES, EngineError, get_backend
 from imprompt_serving.backends import onnxruntime as onnxruntime_engine
 from imprompt_serving.backends.tensorrt import TENSORRT_RTX, EngineInfo
 from imprompt_serving.gpu import DeviceEngine, run_on_tensors
+from imprompt_serving.gpu.cuda_graphs import GRAPHS, GraphedEngine, PreparedCall, capturing
 from imprompt_serving.gpu.lru_cache import LRUCache
 from imprompt_serving.gpu.onnxruntime import OnnxRuntimeDeviceEngine
-from imprompt_serving.gpu.tensorrt import GRAPHS, TensorRTEngine, capturing, profile_for
+from imprompt_serving.gpu.tensorrt import TensorRTEngine, profile_for
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 without_cuda = pytest.mark.skipif(
@@ -234,6 +235,51 @@ def test_a_capture_always_ends(monkeypatch: pytest.MonkeyPatch, broken: bool) ->
     assert told == ["begin thread_local", "launch", "end", *(["close (0, 1)"] if broken else [])]
 
 
+class FakeStream:
+    """Replaces a CUDA stream, and records what is ordered after what."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, name: str, waits: list[str]) -> None:
+        self._name, self._waits = name, waits
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self._waits.append(f"{self._name} after {other._name}")
+
+    def synchronize(self) -> None:
+        self._waits.append(f"host after {self._name}")
+
+
+class Doubling(GraphedEngine):
+    """y = 2 x and the mean of x, in buffers per shape as on a GPU."""
+
+    def _prepare(self, given: Any) -> PreparedCall:
+        x = torch.zeros_like(given["x"], memory_format=torch.contiguous_format)
+        outputs = {"y": torch.zeros_like(x), "mean": torch.zeros(len(x), 1)}
+
+        def launch() -> None:
+            outputs["y"].copy_(2 * x)
+            outputs["mean"].copy_(x.mean(-1, keepdim=True))
+
+        return PreparedCall(inputs={"x": x}, outputs=outputs, launch=self._captured(launch))
+
+
+def test_calls_are_ordered_on_a_separate_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller's stream waits, the host does not; later calls do not overwrite earlier outputs."""
+    waits: list[str] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream("engine", waits))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream("caller", waits))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    engine = Doubling(Path("double"), ["x"], torch.device("cpu"), capturable=False)
+    check(engine, "cpu")
+    assert waits == ["engine after caller", "caller after engine"] * 4
+    for width in range(10, 11 + GRAPHS):
+        engine.run_tensors({"x": torch.ones(1, width)})
+    assert waits.count("host after engine") == 4, "three shapes of `check` and one more make room"
+
+
 class FakeContext:
     """Replaces an execution context, and refuses the named setting."""
 
@@ -266,7 +312,7 @@ def test_a_refused_setting_is_an_error(refused: str, message: str) -> None:
     """TensorRT returns False, and would run with the previous setting."""
     engine: Any = object.__new__(TensorRTEngine)
     engine._engine, engine._contexts = FakeContext(refused), None
-    engine._path, engine._profiles = Path("unet"), PROFILES
+    engine._file, engine._profiles = Path("unet"), PROFILES
     engine._memory, engine._stream = torch.empty(0), SimpleNamespace(cuda_stream=0)
     with pytest.raises(EngineError, match=message):
         engine._context((("sample", (2, 4, 128)), ("tokens", (2, 16))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from imprompt_serving.backends.onnxruntime import check_cuda, session
 from imprompt_serving.gpu import call_shapes
+from imprompt_serving.gpu.cuda_graphs import on_stream
 from imprompt_serving.gpu.lru_cache import LRUCache
 
 SHAPES = 64
@@ -58,7 +59,8 @@ class OnnxRuntimeDeviceEngine:
     def run_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run one call. torch allocates the outputs; their shapes come from an earlier call with equal input shapes."""
         given = {name: tensor.contiguous() for name, tensor in tensors.items() if name in self._inputs}
-        with self._lock, self._on_stream(given.values()) as answers:
+        ordered = on_stream(self._stream, given.values()) if self._stream else contextlib.nullcontext(list[Tensor]())
+        with self._lock, ordered as answers:
             shapes = self._shapes.get(call_shapes(given), lambda: self._run_once(given))
             answer = {
                 name: torch.empty(shape, dtype=dtype, device=self._device)
@@ -70,28 +72,6 @@ class OnnxRuntimeDeviceEngine:
                 binding.bind_output(name, *self._binding_arguments(tensor))
             self._session.run_with_iobinding(binding, self._options)
         return answer
-
-    @contextlib.contextmanager
-    def _on_stream(self, inputs: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-        """Order a call on the session's stream: after the work that makes `inputs`, before that which uses its outputs.
-
-        Yields:
-            A list to which the call adds its outputs.
-        """
-        answers: list[Tensor] = []
-        if self._stream is None:
-            yield answers
-            return
-        caller = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(caller)
-        with torch.cuda.stream(self._stream):
-            yield answers
-        caller.wait_stream(self._stream)
-        # Otherwise torch could reuse the memory once the allocating stream is done with it.
-        for tensor in inputs:
-            tensor.record_stream(self._stream)
-        for tensor in answers:
-            tensor.record_stream(caller)
 
     def _run_once(self, given: Mapping[str, Tensor]) -> list[tuple[int, ...]]:
         """Run one call to learn the shapes of the outputs, which only the engine knows."""
