@@ -1,4 +1,4 @@
-"""Start every task in a process of its own, and account for each of its stages, whatever becomes of the process."""
+"""Run every task in a separate process, and record an outcome for each of its stages even if the process dies."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _REASON_CHARACTERS = 600
 
 @dataclass(kw_only=True)
 class Child:
-    """The process of a task, with the files that tell how far it is."""
+    """The process of a task, and the marker files that show its progress."""
 
     task: Task
     options: Options
     process: subprocess.Popen[bytes] | None = None
     killed: str = ""
-    """Why the driver ended it."""
+    """Why the driver killed it."""
     log: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -42,7 +42,7 @@ class Child:
         environment = dict(os.environ)
         if self.options.device == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
-            # Threads of several processes that wait for each other on few cores take a hundred times as long.
+            # Threads of several processes on few cores spend most of their time waiting for each other.
             environment.setdefault("OMP_NUM_THREADS", "1")
         command = [*PROGRAM, "--task", self.task.name, "--work", self.options.work]
         with self.log.open("ab") as log:
@@ -65,15 +65,15 @@ class Child:
             self.process.wait()
 
     def missing(self) -> list[str]:
-        """Stages that it has not begun."""
+        """Return the stages that have not started."""
         return [stage for stage in self.task.stages if not marker(self.options, self.task, stage).exists()]
 
     def unfinished(self) -> list[str]:
-        """Stages of which nobody has said yet how they ended."""
+        """Return the stages without a recorded outcome."""
         return [stage for stage in self.task.stages if not marker(self.options, self.task, f"{stage}.done").exists()]
 
     def reason(self) -> str:
-        """Why it ended before all was measured."""
+        """Return why it ended before all stages were measured."""
         if self.killed:
             return self.killed
         status = None if self.process is None else self.process.returncode
@@ -82,12 +82,12 @@ class Child:
 
 
 def marker(options: Options, task: Task, what: str) -> Path:
-    """A file that says that `task` is ready, has begun a stage, or is done with it."""
+    """Return the file that marks `task` as ready, or one of its stages as started or done."""
     return Path(options.work, f"{task.name}.{what}")
 
 
 def run(options: Options) -> int:
-    """Run all tasks; 0 if anything was measured."""
+    """Run all tasks; return 0 if there is at least one measurement."""
     work, record = Path(options.work), Record(options)
     work.mkdir(parents=True, exist_ok=True)
     for stale in work.glob("*.*"):  # of an earlier run; engines are in folders
@@ -120,7 +120,7 @@ def run(options: Options) -> int:
 
 
 def _wait_until_ready(children: Sequence[Child], options: Options) -> None:
-    """Until nothing is being compiled any more."""
+    """Wait until no task is compiling."""
     limit = COMPILE_SHARE * options.budget_s
     while waiting := [child for child in children if child.running and not child.ready]:
         _mark_over(children, options)
@@ -144,7 +144,7 @@ def _wait_until_done(children: Sequence[Child], options: Options, record: Record
 
 
 def _mark_over(children: Sequence[Child], options: Options) -> None:
-    """Tell the tasks that wait for another one that it will not get ready."""
+    """Mark tasks whose processes have ended, for the tasks that wait for them."""
     for child in children:
         if not child.running:
             marker(options, child.task, "over").touch()

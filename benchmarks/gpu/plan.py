@@ -13,7 +13,7 @@ ROWS = {"tiny": (2, 8), "small": (2, 8), "sd15": (2, 8, 16), "sdxl": (2, 8)}
 COMPILE_SHARE = 0.7
 """Share of the budget after which a task that is still compiling is ended, so that the others can be measured."""
 TRAINED = "trained"
-"""What the files call the embedded bundle, where others have the name of a preset."""
+"""The name of the embedded bundle in files, in place of a preset."""
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,7 +23,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     stages: tuple[str, ...]
     device: str
     precisions: tuple[str, ...]
-    """Of the engines. The first is the one that pictures, denoiser and server are measured with."""
+    """Precisions of the engines. Pictures, denoiser, and server are measured with the first one."""
     steps: int
     repeats: int
     budget_s: float
@@ -46,12 +46,12 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def baseline_precision(self) -> str:
-        """What diffusers computes in: the precision of the engines, or fp16 where these are quantized."""
+        """The precision of the baselines: that of the engines, or fp16 if they are quantized."""
         return self.precisions[0] if self.precisions[0] in ("fp32", "fp16", "bf16") else "fp16"
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
-    """One system in a process of its own: it is prepared while others are, then runs its stages alone on the device."""
+    """One system in its own process. It prepares in parallel with others, then runs its stages alone on the device."""
 
     name: str
     system: str
@@ -64,7 +64,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def tasks(options: Options) -> list[Task]:
-    """Every task of a run, reduced to the stages that were asked for; those that compile for longest come last."""
+    """Return the tasks of a run with the requested stages."""
     found: list[Task] = []
     for preset in options.presets:
         rows = ROWS[preset]

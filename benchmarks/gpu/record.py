@@ -25,7 +25,7 @@ def measurement(
     pictures: int = 1,
     notes: Mapping[str, float] | None = None,
 ) -> Measurement:
-    """A series of `seconds`, one sample after the other; only `notes` where nothing was timed.
+    """Describe a series of `seconds`, or only `notes` if nothing was timed.
 
     Raises:
         ValueError: a note is not a finite number, which JSON does not have.
@@ -63,7 +63,7 @@ def callers_measurement(
 
 
 class Record:
-    """The files of a run, which all of its processes add to."""
+    """The files of a run. All of its processes add to them."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
@@ -72,7 +72,7 @@ class Record:
         return Path(self._options.output, f"{stage}-{preset}.json")
 
     def start(self, stage: str, preset: str, environment: dict[str, Any]) -> None:
-        """Replace the file of an earlier run."""
+        """Start a file, replacing that of an earlier run."""
         options = self._options
         precisions = ", ".join(options.precisions)
         Run(

@@ -1,4 +1,4 @@
-"""The systems that are compared: how each is prepared, and what its UNet and its VAE are then called by."""
+"""Prepare the systems to compare: AOTInductor packages, diffusers as is and compiled, and ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from gpu.networks import Networks, Tensors, positional, run_diffusers, unet_flop
 from gpu.plan import Options, Task
 from imprompt_bench.presets import PRESETS
 from imprompt_export import graphs
+from imprompt_export.backends import BuiltEngine
 from imprompt_export.backends.inductor import Packager
 from imprompt_export.fp16_vae import fit_fp16_range
 from imprompt_export.graphs import Graph
@@ -31,32 +32,32 @@ Run = Callable[[Mapping[str, Tensor]], Tensor]
 
 @dataclass(kw_only=True)
 class System:
-    """A UNet and decoders, ready to be called."""
+    """A UNet and decoders, ready to run."""
 
     label: str
     networks: Networks
     dtype: torch.dtype
-    """In which it multiplies matrices; float16 for quantized ones, whose roof is that of what they replace."""
+    """The type of its matrix products; float16 for quantized ones, to compare both with the same roof."""
     inputs: dict[int, Tensors]
     """Inputs of the UNet on the device, by their rows."""
     unet: Run
     decoders: dict[str, Run] = field(default_factory=dict)
     """Latents -> pictures, by precision; the first is the default."""
     engine: Any = None
-    """The UNet as the denoiser takes it; only where imprompt's own loop runs."""
+    """The UNet for the denoiser, if the stages run its loop."""
     bundle: Bundle | None = None
     flop: dict[int, float] = field(default_factory=dict)
-    """Of a UNet call, by rows."""
+    """Floating-point operations of a UNet call, by rows."""
     expected: Tensor | None = None
-    """Noise predicted in float32 for the fewest rows."""
+    """The noise predicted in float32, for the smallest number of rows."""
     expected_pictures: Tensor | None = None
     skipped: dict[str, str] = field(default_factory=dict)
-    """Parts that could not be made, and why."""
+    """Parts that could not be built, with the reason."""
     setup: dict[str, Any] = field(default_factory=dict)
 
 
 def inductor(task: Task, options: Options) -> System:
-    """AOTInductor's packages, built side by side, as a server runs them."""
+    """Build AOTInductor packages in parallel, and load them as a server does."""
     began, device, work = time.perf_counter(), options.device, Path(options.work, task.name)
     shutil.rmtree(work, ignore_errors=True)  # of this task before it was started again
     networks = Networks(PRESETS[task.preset], device)
@@ -67,7 +68,7 @@ def inductor(task: Task, options: Options) -> System:
     graph = networks.graph()
     (expected,) = positional(graph, inputs[task.rows[0]])
     latents = torch.randn(1, 4, networks.size // 8, networks.size // 8, generator=torch.Generator().manual_seed(0))
-    makers: dict[str, Callable[[], Any]] = {}
+    waits: dict[str, Callable[[], BuiltEngine]] = {}
     skipped: dict[str, str] = {}
     decoders: dict[str, Run] = {}
     found = System(
@@ -88,7 +89,7 @@ def inductor(task: Task, options: Options) -> System:
             packager = Packager(precision, exact=device == "cuda")
             stack.enter_context(closing(packager))
             # One after the other: tracing takes one core, and packages are built by other processes meanwhile.
-            makers[name] = packager.start(graph, work / name / graph.name, bundle)
+            waits[name] = packager.start(graph, work / name / graph.name, bundle)
 
         start("unet", graph, task.precision)
         networks.unet.to("meta")  # the engine has its own copy
@@ -102,8 +103,8 @@ def inductor(task: Task, options: Options) -> System:
                     start(f"vae-{precision}", decoder, precision)
                 except Exception as error:
                     skipped[f"vae {precision}"] = f"{type(error).__name__}: {error}"
-        made = {}
-        for name, wait in makers.items():
+        made: dict[str, BuiltEngine] = {}
+        for name, wait in waits.items():
             try:
                 made[name] = wait()
             except EngineError as error:
@@ -111,7 +112,11 @@ def inductor(task: Task, options: Options) -> System:
                     raise
                 skipped[name] = str(error)
     found.setup = {
-        f"{task.name} {name}": {"build_s": round(each.seconds, 1), "built": each.built, "cached": each.kept}
+        f"{task.name} {name}": {
+            "build_s": round(each.seconds, 1),
+            "built": each.packages_built,
+            "cached": each.packages_reused,
+        }
         for name, each in made.items()
     }
     _free()
@@ -146,12 +151,12 @@ def _decode_reference(decoder: Graph, latents: Tensor, device: str) -> Tensor:
 
 
 def eager(task: Task, options: Options) -> System:
-    """diffusers as it comes."""
+    """Load diffusers' networks without compiling them."""
     return _diffusers(task, options, "eager", lambda module: module)
 
 
 def compiled(task: Task, options: Options) -> System:
-    """diffusers with its UNet compiled for one number of rows; its VAE, mostly convolutions, is as it comes."""
+    """Compile diffusers' UNet for one number of rows. The VAE, mostly convolutions, is not compiled."""
 
     def compile_unet(unet: Any) -> Any:
         return torch.compile(unet, mode="reduce-overhead", dynamic=False)
@@ -200,7 +205,7 @@ def _diffusers(
 
 
 def onnxruntime(task: Task, options: Options) -> System:
-    """The ONNX file of the same graph by ONNX Runtime, as imprompt serves it."""
+    """Export the same graph to ONNX, and load it with ONNX Runtime as a server does."""
     from imprompt_serving.backends.onnxruntime import check_cuda
 
     if options.device == "cuda":

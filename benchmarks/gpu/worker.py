@@ -1,4 +1,4 @@
-"""One task in its own process: prepare a system beside the others, then run its stages alone on the device."""
+"""Run one task in its own process: prepare in parallel with other tasks, then run its stages alone on the device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SYSTEMS = {
     TRAINED: "gpu.trained:prepare",
     "served": "gpu.served:prepare",
 }
-"""What prepares each system; imported in its own process alone, where packages may be missing."""
+"""Functions that prepare the systems. Only the process of a task imports its system, whose packages may be missing."""
 STAGES = {
     "parity": "gpu.calls:parity",
     "unet": "gpu.calls:unet",
@@ -35,7 +35,7 @@ _REASON_CHARACTERS = 600
 
 
 def run(name: str, options: Options) -> int:
-    """Run the task called `name`. What fails is recorded, and the rest goes on."""
+    """Run the task `name`. Record failures, and continue with the next stage."""
     (task,) = (task for task in tasks(options) if task.name == name)
     _be_quiet()
     record, marked = Record(options), Path(options.work)
@@ -84,7 +84,7 @@ def _run_stage(
 
 
 def _describe(record: Record, stage: str, task: Task, system: Any) -> None:
-    """Add what is known before anything is timed: how long packages took, and what could not be made."""
+    """Record what is known before timing: build times, and parts that could not be built."""
     setup = getattr(system, "setup", {})
     flop = {f"unet_flop_{rows}_rows": count for rows, count in getattr(system, "flop", {}).items()}
     record.describe(stage, task.preset, setup=setup, arithmetic=flop)
@@ -99,13 +99,13 @@ def _load(path: str) -> Callable[..., Any]:
 
 
 def _reason(error: Exception) -> str:
-    """The last line of `error`; all of it goes to the log of the task."""
+    """Summarize `error` in one line, and write its traceback to the log of the task."""
     traceback.print_exception(error)
     text = " ".join(str(error).split()) or "no message"
     return f"{type(error).__name__}: {text[:_REASON_CHARACTERS]}"
 
 
 def _be_quiet() -> None:
-    """Keep what libraries tell their developers out of the logs."""
+    """Silence warnings that libraries address to their developers."""
     warnings.simplefilter("ignore")
     logging.getLogger("torch").setLevel(logging.ERROR)
