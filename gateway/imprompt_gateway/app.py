@@ -12,13 +12,15 @@ from starlette.routing import Mount, Route
 
 from imprompt import AsyncClient
 from imprompt_gateway.auth import RequireKey
+from imprompt_gateway.docs_page import docs
 from imprompt_gateway.errors import HANDLERS
 from imprompt_gateway.health import Readiness, livez, readyz
 from imprompt_gateway.images import edits, generations
 from imprompt_gateway.limits import LimitBody
 from imprompt_gateway.metrics import Measure, Metrics, metrics
 from imprompt_gateway.models import list_models, retrieve_model
-from imprompt_gateway.pages import PLAYGROUND, index
+from imprompt_gateway.openapi import openapi
+from imprompt_gateway.pages import PLAYGROUND, docs_css, index
 
 MAX_BODY_BYTES = 64 * 2**20
 """A start picture, a mask, and image prompts of 1024 x 1024 pixels are a few megabytes; base64 adds a third."""
@@ -31,6 +33,9 @@ ROUTES = [
     Route("/livez", livez),
     Route("/readyz", readyz),
     Route("/metrics", metrics),
+    Route("/openapi.json", openapi),
+    Route("/docs", docs),
+    Route("/docs.css", docs_css),
     Route("/", index),
     Mount("/playground", PLAYGROUND),
 ]

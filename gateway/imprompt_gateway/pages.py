@@ -1,4 +1,4 @@
-"""The playground: static files under a strict content security policy."""
+"""The static files, under a strict content security policy: the playground, and the style of `/docs`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 
-_FOLDER = Path(__file__).parent / "playground"
+_FOLDER = Path(__file__).parent
 SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:",
     "X-Content-Type-Options": "nosniff",
@@ -19,7 +19,12 @@ SECURITY_HEADERS = {
 
 async def index(request: Request) -> FileResponse:
     """Serve the playground's page; its other files are under `/playground/`."""
-    return FileResponse(_FOLDER / "index.html", headers=SECURITY_HEADERS)
+    return FileResponse(_FOLDER / "playground/index.html", headers=SECURITY_HEADERS)
+
+
+async def docs_css(request: Request) -> FileResponse:
+    """Serve the style of `/docs`."""
+    return FileResponse(_FOLDER / "docs.css")
 
 
 class _Playground(StaticFiles):
@@ -29,4 +34,4 @@ class _Playground(StaticFiles):
         return response
 
 
-PLAYGROUND = _Playground(directory=_FOLDER)
+PLAYGROUND = _Playground(directory=_FOLDER / "playground")
