@@ -113,6 +113,7 @@ def _net(name: str, model: Any) -> Graph:
         run=run,
         inputs=tuple(inputs),
         outputs={key: ("batch", shape.channels, *size(shape)) for key, shape in zip(names, shapes, strict=True)},
+        internal=frozenset(names),
         checks=(axes(2, 8, 8, 1.0), axes(3, 9, 12, 0.8)),
         tolerance=1e-3,
     )

@@ -76,6 +76,17 @@ class Graph:
     """Largest difference to PyTorch, as a share of the largest output value (levels of 255 for pictures)."""
     output_dtypes: dict[str, str] = field(default_factory=dict)
     precisions: Precisions = field(default_factory=lambda: AS_ENGINE)
+    internal: frozenset[str] = frozenset()
+    """Inputs and outputs in the type that the graph computes in: they go from engine to engine in the denoiser."""
+
+    @property
+    def cast_inputs(self) -> frozenset[str]:
+        """The float32 inputs that the graph casts to the type that it computes in."""
+        return frozenset(
+            tensor.name
+            for tensor in self.inputs
+            if tensor.values != "index" and not tensor.exact and tensor.name not in self.internal
+        )
 
     def precision(self, engine: str) -> str:
         """The precision that this graph computes in, when the rest of the bundle computes in `engine`."""
@@ -365,6 +376,7 @@ def unet(
         run=run,
         inputs=tuple(inputs),
         outputs={"noise_pred": ("batch", config.out_channels, *clip, "h", "w")},
+        internal=frozenset((*control, *intrablock)),
         checks=(axes(2, 8, 8, 1, 4, scale=0.0), axes(3, 9, 12, 2, 16, scale=0.8)),
         tolerance=1e-3,
     )

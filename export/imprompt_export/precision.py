@@ -1,8 +1,9 @@
 """Graphs in the types that their engines compute in, with inputs and outputs that stay as they are.
 
 Tensors between models are float32 whatever the precision: casts are the first and the last thing that a graph does, and
-compilers fuse them with what is next to them. The types are those of the graph, because strongly typed compilers
-(TensorRT 11, TensorRT-RTX) take them from there.
+compilers fuse them with what is next to them. Only tensors that never leave the denoiser (`Graph.internal`) have the
+type of the graph. The types are those of the graph, because strongly typed compilers (TensorRT 11, TensorRT-RTX) take
+them from there.
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from imprompt_export.graphs import Graph
+from imprompt_serving.denoiser.precision import DTYPES
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
-"""What graphs are traced in; int8 engines are quantized afterwards."""
 TOLERANCE = {"fp32": 1.0, "fp16": 16.0, "bf16": 128.0, "int8": 1.0}
 """By how much a graph's tolerance grows. Measured on the test bundles in fp16: six times; bf16 has three bits less."""
 
@@ -35,11 +35,15 @@ class Positional(nn.Module):
         self._graph, self._dtype = graph, dtype
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        graph = self._graph
         inputs = {
-            spec.name: tensor.to(self._dtype) if tensor.is_floating_point() and not spec.exact else tensor
-            for spec, tensor in zip(self._graph.inputs, tensors, strict=True)
+            spec.name: tensor.to(self._dtype) if spec.name in graph.cast_inputs else tensor
+            for spec, tensor in zip(graph.inputs, tensors, strict=True)
         }
-        return tuple(out.float() if out.is_floating_point() else out for out in self._graph.run(inputs))
+        outputs = zip(graph.outputs, graph.run(inputs), strict=True)
+        return tuple(
+            out.float() if out.is_floating_point() and name not in graph.internal else out for name, out in outputs
+        )
 
 
 @contextlib.contextmanager

@@ -25,7 +25,10 @@ def trace(
         exact: axes that keep the size of the example; the others stay dynamic.
         device: where the weights are.
     """
-    example = graph.example(axes or trace_axes(graph))
+    example = {
+        name: tensor.to(dtype) if name in graph.internal else tensor
+        for name, tensor in graph.example(axes or trace_axes(graph)).items()
+    }
     dynamic = tuple(
         {
             axis: torch.export.Dim.AUTO

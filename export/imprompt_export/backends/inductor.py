@@ -146,6 +146,7 @@ class Packager:
                 version=self._version,
                 target=self._target,
                 inputs={tensor.name: tensor.shape for tensor in graph.inputs},
+                internal={t.name: str(dtype).removeprefix("torch.") for t in graph.inputs if t.name in graph.internal},
                 outputs=tuple(graph.outputs),
                 packages=tuple(packages),
                 channels_last=on_gpu,

@@ -59,6 +59,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     inputs: dict[str, tuple[int | str, ...]]
     """Their shapes, in the order of the call; axes that are strings have names."""
     outputs: tuple[str, ...]
+    internal: dict[str, str] = {}
+    """Inputs that come from another engine of the denoiser, with the names of their types in torch."""
     packages: tuple[Package, ...]
     channels_last: bool = False
     """Whether the weights of convolutions lie in this order, on which the packages rely."""
@@ -88,6 +90,13 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
         if info.target != here:
             raise EngineError(f"{engine} was built for {info.target}, but here is {here}: export the bundle here")
         return info
+
+    def given(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inputs among `tensors`, in the order of the call and in the types that the packages take."""
+        import torch
+
+        types = {name: getattr(torch, dtype) for name, dtype in self.internal.items()}
+        return {name: tensors[name].to(types.get(name, tensors[name].dtype)) for name in self.inputs}
 
     def axes_of(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         """Sizes of the named axes in a call with inputs of these shapes."""
@@ -163,12 +172,14 @@ class InductorEngine:
     def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         import torch
 
+        from imprompt_serving.gpu import to_array
+
         answer = self.run_tensors({name: torch.from_numpy(value) for name, value in tensors.items()})
-        return {name: value.numpy() for name, value in answer.items()}
+        return {name: to_array(value) for name, value in answer.items()}
 
     def run_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same on tensors, without copies."""
-        given = {name: tensors[name].contiguous() for name in self._info.inputs}
+        given = {name: tensor.contiguous() for name, tensor in self._info.given(tensors).items()}
         axes = self._info.axes_of({name: tuple(tensor.shape) for name, tensor in given.items()})
         answer = self._packages[self._info.package_for(axes)](*given.values())
         return dict(zip(self._info.outputs, answer, strict=True))

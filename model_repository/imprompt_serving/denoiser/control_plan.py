@@ -11,6 +11,7 @@ from torch import Tensor
 
 from imprompt_serving.denoiser.batch import RowSlice, stack
 from imprompt_serving.denoiser.control import PreparedControlNet
+from imprompt_serving.denoiser.precision import DTYPES
 from imprompt_serving.denoiser.windows import Window, frames_of
 from imprompt_serving.specs import Bundle, CallRows, level_size
 
@@ -60,7 +61,7 @@ class ControlPlan:
         sample = tensors["sample"]
         self._channels = bundle.latent_channels
         self._uses, self._sample, self._text = uses, sample.shape, tensors["encoder_hidden_states"]
-        self._device = sample.device
+        self._device, self._dtype = sample.device, DTYPES[bundle.precision]
         self._frames = sample.shape[2] if sample.ndim == 5 else 1
         height, width = sample.shape[-2:]
         self._shapes = {
@@ -110,12 +111,11 @@ class ControlPlan:
         everywhere = net.spans == [(0, self._sample[0] * self._frames)]
         return everywhere and all(value.shape == self._shapes[name] for name, value in answer.items())
 
-    def cleared(self, answer: Tensors) -> Tensors:
-        """Residuals to write those of the first net to: zeros in all other rows. In the types of `answer`."""
+    def cleared(self) -> Tensors:
+        """Residuals to write those of the first net to: zeros in all other rows."""
         if not self._buffers:
             self._buffers = {
-                name: torch.zeros(shape, dtype=answer[name].dtype if answer else torch.float32, device=self._device)
-                for name, shape in self._shapes.items()
+                name: torch.zeros(shape, dtype=self._dtype, device=self._device) for name, shape in self._shapes.items()
             }
         for start, stop in self._added:
             for buffer in self._buffers.values():

@@ -67,10 +67,10 @@ class StepNetworks:
                 if not total and plan.is_whole(net, answer):
                     total = answer  # the answers of an engine are the caller's own: later nets add to them
                     continue
-                total = total or plan.cleared(answer)
+                total = total or plan.cleared()
                 for there, here in net.places(first, len(rows["sample"])):
                     for name, value in answer.items():
                         target = total[name][there]
                         # The first net overwrites what the last step left in its rows.
                         target.copy_(value[here]) if net is plan.nets[0] else target.add_(value[here])
-        return plan.by_row(total or plan.cleared({}))
+        return plan.by_row(total or plan.cleared())

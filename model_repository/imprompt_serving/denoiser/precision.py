@@ -1,0 +1,8 @@
+"""The types of tensors that engines pass to each other inside the denoiser."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
+"""The type that the networks of a step compute in, by the precision of their bundle."""
