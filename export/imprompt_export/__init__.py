@@ -31,7 +31,8 @@ def export(
 
     Raises:
         BundleError: something in the bundle file or its checkpoints does not fit; nothing was written.
-        ParityError: an engine does not compute what PyTorch does, or is too far from it in int8; nothing was written.
+        ParityError: an engine does not compute what PyTorch does, or loses too much when quantized; nothing was
+            written.
         EngineError: an engine cannot be made; nothing was written.
     """
     from imprompt_export import checks, install

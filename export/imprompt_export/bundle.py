@@ -83,7 +83,7 @@ class EngineSection(_Section, frozen=True):
     """The backend of the engines, and who hosts the encoders and the VAE.
 
     ``threads`` of one call on the CPU, 0 for one a core. ``devices``: GPUs that have a denoiser each.
-    ``min_snr_db``: how good int8 must be (``int8.Quality``).
+    ``min_snr_db``: how good int8 and fp8 must be (``quality.Quality``).
     ``targets``: compute capabilities that engines of TensorRT-RTX are made for. ``refit``: whether the weights of
     TensorRT's engines can be replaced later.
     """

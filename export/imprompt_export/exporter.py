@@ -27,7 +27,7 @@ def export_bundle(bundle: BundleFile, work: Path, console: Console | None, refit
 
     Raises:
         BundleError: checkpoints do not fit.
-        ParityError: an engine does not compute what PyTorch does, or is too far from it in int8.
+        ParityError: an engine does not compute what PyTorch does, or loses too much when quantized.
         EngineError: an engine cannot be made.
     """
     console = console or Console(stderr=True)
@@ -43,6 +43,9 @@ def export_bundle(bundle: BundleFile, work: Path, console: Console | None, refit
             console.print(note)
         spec = describe(bundle, checkpoints)
         todo = bundle_graphs(bundle, checkpoints)
+        todo = backend.calibrated(
+            engine, spec, checkpoints, todo, lambda line: progress.update(task, description=line, total=None)
+        )
         progress.update(task, total=len(todo))
         made = report.Report()
         engines: dict[str, Path] = {}
@@ -62,11 +65,17 @@ def export_bundle(bundle: BundleFile, work: Path, console: Console | None, refit
             progress.advance(task)
         if built or kept:
             console.print(f"{built} packages were built, {kept} taken from earlier exports")
-        files, made.int8 = backend.finish(
-            engine, spec, checkpoints, engines, lambda line: progress.update(task, description=line, total=None)
+        by_name = {graph.name: graph for graph in todo}
+        files, made.quality = backend.finish(
+            engine,
+            spec,
+            checkpoints,
+            by_name,
+            engines,
+            lambda line: progress.update(task, description=line, total=None),
         )
         models = work / "models"
-        write_models(models, spec, engine.host, {graph.name: graph for graph in todo}, files, checkpoints)
+        write_models(models, spec, engine.host, by_name, files, checkpoints)
         report.save(made, models / bundle.name, spec, run_by=runner)
     return made
 
@@ -86,7 +95,7 @@ def bundle_graphs(bundle: BundleFile, checkpoints: Checkpoints) -> list[Graph]:
     ]
     todo += [graphs.image_encoder(name, model) for name, model in checkpoints.image_encoders.items()]
     todo += [graphs.image_projection(a.name, a.projection, a.embeds) for a in checkpoints.adapters]
-    half = bundle.engine.precision in ("fp16", "bf16")
+    half = bundle.engine.precision in ("fp16", "bf16", "fp8")
     precisions = graphs.FP16_FOR_BF16 if half and fit_fp16_range(pipeline.vae) else graphs.FULL
     todo.append(graphs.vae_encoder(pipeline.vae, pipeline.vae_scale_factor, precisions))
     todo.append(graphs.vae_decoder(pipeline.vae, precisions))

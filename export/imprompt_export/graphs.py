@@ -19,9 +19,11 @@ Model = Any
 """A module of diffusers or transformers, whose attributes type checkers do not know."""
 Precisions = Mapping[str, str]
 """The precision of a graph for a precision of the engine, where the two differ."""
-AS_ENGINE: Precisions = MappingProxyType({})
-FULL: Precisions = MappingProxyType({"fp16": "fp32", "bf16": "fp32"})
-FP16_FOR_BF16: Precisions = MappingProxyType({"bf16": "fp16"})
+AS_ENGINE: Precisions = MappingProxyType({"fp8": "fp16"})
+"""Only the networks of a step compute in fp8."""
+FP8_TOO: Precisions = MappingProxyType({})
+FULL: Precisions = MappingProxyType({"fp16": "fp32", "bf16": "fp32", "fp8": "fp32"})
+FP16_FOR_BF16: Precisions = MappingProxyType({"bf16": "fp16", "fp8": "fp16"})
 """For a VAE: in bf16 its pictures differ by up to 7 levels of 255 from those in float32, in fp16 by 1."""
 
 
@@ -76,6 +78,8 @@ class Graph:
     """Largest difference to PyTorch, as a share of the largest output value (levels of 255 for pictures)."""
     output_dtypes: dict[str, str] = field(default_factory=dict)
     precisions: Precisions = field(default_factory=lambda: AS_ENGINE)
+    fp8_ranges: Mapping[str, float] = field(default_factory=dict)
+    """Largest input of each layer that computes in fp8, by its name in `module`."""
     internal: frozenset[str] = frozenset()
     """Inputs and outputs in the type that the graph computes in: they go from engine to engine in the denoiser."""
 
@@ -376,6 +380,7 @@ def unet(
         run=run,
         inputs=tuple(inputs),
         outputs={"noise_pred": ("batch", config.out_channels, *clip, "h", "w")},
+        precisions=AS_ENGINE if frames else FP8_TOO,
         internal=frozenset((*control, *intrablock)),
         checks=(axes(2, 8, 8, 1, 4, scale=0.0), axes(3, 9, 12, 2, 16, scale=0.8)),
         tolerance=1e-3,

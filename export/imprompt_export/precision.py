@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from imprompt_export.graphs import Graph
 from imprompt_serving.denoiser.precision import DTYPES
 
-TOLERANCE = {"fp32": 1.0, "fp16": 16.0, "bf16": 128.0, "int8": 1.0}
+TOLERANCE = {"fp32": 1.0, "fp16": 16.0, "bf16": 128.0, "int8": 1.0, "fp8": 256.0}
 """By how much a graph's tolerance grows. Measured on the test bundles in fp16: six times; bf16 has three bits less."""
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from imprompt_export import parity
 from imprompt_export.backends import export_backend
-from imprompt_export.int8 import Quality
+from imprompt_export.quality import Quality
 from imprompt_serving import specs
 from imprompt_serving.backends import MODULES
 
@@ -36,10 +36,10 @@ class Row(parity.Row, frozen=True, kw_only=True):
 
 
 class Report(msgspec.Struct, kw_only=True):
-    """What an export found out of its engines: all of them against PyTorch, and those in int8 against fp32."""
+    """What an export found out of its engines: all of them against PyTorch, and quantized ones against fp32."""
 
     engines: list[Row] = []
-    int8: list[Quality] = []
+    quality: list[Quality] = []
 
 
 def save(made: Report, folder: Path, spec: specs.Bundle, *, run_by: str | None) -> None:
@@ -68,14 +68,15 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 def table(made: Report) -> Group:
     """``made`` for the terminal."""
-    return Group(_engines(made.engines), *([_int8(made.int8)] if made.int8 else []))
+    return Group(_engines(made.engines), *([_quality(made.quality)] if made.quality else []))
 
 
-def _int8(rows: list[Quality]) -> Table:
-    made = Table("in int8", "calls", "signal to noise, dB", "in the worst call", "wanted", "pictures differ by")
+def _quality(rows: list[Quality]) -> Table:
+    made = Table("quantized", "to", "calls", "signal to noise, dB", "in the worst call", "wanted", "pictures differ by")
     for row in rows:
         made.add_row(
             row.engine,
+            row.precision,
             str(row.calls),
             f"{row.snr_db:.1f}",
             f"{row.worst_snr_db:.1f}",

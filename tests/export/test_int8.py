@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from bundles import Made
-from imprompt_export.int8 import Quality, QualityError, check_quality
+from imprompt_export.quality import Quality, QualityError, check_quality
 
 NETWORKS = {"unet", "controlnet_depth"}
 
@@ -30,7 +30,7 @@ def test_the_networks_of_a_step_become_small(bundle: Callable[[str], Made]) -> N
 
 def test_quality_is_measured_and_judged(bundle: Callable[[str], Made]) -> None:
     report = json.loads(Path(bundle("int8").repository, "int8/export.json").read_text())
-    rows = msgspec.convert(report["int8"], list[Quality])
+    rows = msgspec.convert(report["quality"], list[Quality])
     assert {row.engine for row in rows} == NETWORKS
     for row in rows:
         assert 8 <= row.calls <= 10

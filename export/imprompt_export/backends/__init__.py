@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from imprompt_export.bundle import EngineSection
     from imprompt_export.checkpoints import Checkpoints
     from imprompt_export.graphs import Axes, Graph
-    from imprompt_export.int8 import Quality
+    from imprompt_export.quality import Quality
 
 Tell = Callable[[str], None]
 """Takes a line about what is being done."""
@@ -138,8 +138,20 @@ class ExportBackend:
 
         return batch(graph, bundle).max
 
+    def calibrated(
+        self, engine: EngineSection, bundle: Bundle, checkpoints: Checkpoints, todo: list[Graph], tell: Tell
+    ) -> list[Graph]:
+        """Return `todo` with what engines need to know from denoising runs. As it is here: nothing."""
+        return todo
+
     def finish(
-        self, engine: EngineSection, bundle: Bundle, checkpoints: Checkpoints, files: Mapping[str, Path], tell: Tell
+        self,
+        engine: EngineSection,
+        bundle: Bundle,
+        checkpoints: Checkpoints,
+        graphs: Mapping[str, Graph],
+        files: Mapping[str, Path],
+        tell: Tell,
     ) -> tuple[Mapping[str, Path], list[Quality]]:
         """Work on all engines together, when each has been compared; returns the files to serve, and their quality.
 

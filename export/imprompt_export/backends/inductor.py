@@ -12,7 +12,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,8 +30,12 @@ if TYPE_CHECKING:
     import torch
 
     from imprompt_export.bundle import EngineSection
+    from imprompt_export.checkpoints import Checkpoints
     from imprompt_export.graphs import Axes, Graph
+    from imprompt_export.quality import Quality
 
+_FP8_FROM = (8, 9)
+"""Compute capability of the first GPUs whose tensor cores take fp8."""
 _RECIPE = 1
 """How packages are made: another number where it changes, so that those that were kept are not taken any more."""
 _OPTIONS: dict[str, Any] = {
@@ -60,6 +64,12 @@ class Inductor(ExportBackend):
                 f'engine.backend = "{self.name}" compiles C++ where it exports, and there is no {compiler} here: '
                 "install g++, or name another compiler by the variable CXX"
             )
+        if engine.precision == "fp8" and _on_gpu() and _compute_capability() < _FP8_FROM:
+            raise BundleError(
+                'engine.precision = "fp8" needs a GPU of compute capability 8.9 or newer; this one has {}.{}'.format(
+                    *_compute_capability()
+                )
+            )
 
     @contextmanager
     def maker(self, engine: EngineSection, refit_from: Path | None) -> Iterator[Make]:
@@ -81,6 +91,43 @@ class Inductor(ExportBackend):
         from imprompt_export.profiles import exact_axes
 
         return tuple(graph.checks[-1] | axes for axes in exact_axes(graph, bundle))
+
+    def calibrated(
+        self, engine: EngineSection, bundle: Bundle, checkpoints: Checkpoints, todo: list[Graph], tell: Tell
+    ) -> list[Graph]:
+        if engine.precision != "fp8":
+            return todo
+        from imprompt_export.fp8 import calibrated
+
+        tell("calibrating fp8")
+        return calibrated(bundle, checkpoints, todo)
+
+    def finish(
+        self,
+        engine: EngineSection,
+        bundle: Bundle,
+        checkpoints: Checkpoints,
+        graphs: Mapping[str, Graph],
+        files: Mapping[str, Path],
+        tell: Tell,
+    ) -> tuple[Mapping[str, Path], list[Quality]]:
+        """Judge the engines in fp8, if that is the precision."""
+        if engine.precision != "fp8":
+            return files, []
+        from imprompt_export.fp8 import qualities
+        from imprompt_export.quality import check_quality
+
+        tell("comparing fp8 with fp32")
+        quality = qualities(bundle, checkpoints, graphs, files, engine.min_snr_db)
+        check_quality(quality)
+        return files, quality
+
+
+def _compute_capability() -> tuple[int, int]:
+    """That of the GPU of this machine."""
+    import torch
+
+    return torch.cuda.get_device_capability()
 
 
 def _on_gpu() -> bool:
@@ -116,6 +163,7 @@ class Packager:
 
     def start(self, graph: Graph, folder: Path, bundle: Bundle, tell: Tell = lambda _: None) -> Callable[[], Made]:
         """Trace `graph`, write its weights, and have its packages built; what is returned waits for them."""
+        from imprompt_export.fp8 import quantized
         from imprompt_export.precision import cast, dtype_of
         from imprompt_export.profiles import exact_axes
         from imprompt_export.programs import trace, trace_axes
@@ -125,7 +173,8 @@ class Packager:
         file, dtype = folder / f"{graph.name}.json", dtype_of(graph, self._precision)
         variants = exact_axes(graph, bundle) if self._exact else [{}]
         on_gpu, packaged, before = self._kind == "cuda", [], len(self._building)
-        with cast(graph.module, dtype, self._kind, channels_last=on_gpu):
+        in_dtype = cast(graph.module, dtype, self._kind, channels_last=on_gpu)
+        with in_dtype, quantized(graph.module, graph.fp8_ranges):
             for number, axes in enumerate(variants, 1):
                 tell(f"tracing {number} of {len(variants)}")
                 sizes = trace_axes(graph) | axes

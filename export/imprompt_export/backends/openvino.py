@@ -15,7 +15,8 @@ from imprompt_serving.specs import Bundle
 if TYPE_CHECKING:
     from imprompt_export.bundle import EngineSection
     from imprompt_export.checkpoints import Checkpoints
-    from imprompt_export.int8 import Quality
+    from imprompt_export.graphs import Graph
+    from imprompt_export.quality import Quality
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,12 +32,19 @@ class OpenVino(ExportBackend):
         return lambda graph, source, bundle, tell: convert(source)
 
     def finish(
-        self, engine: EngineSection, bundle: Bundle, checkpoints: Checkpoints, files: Mapping[str, Path], tell: Tell
+        self,
+        engine: EngineSection,
+        bundle: Bundle,
+        checkpoints: Checkpoints,
+        graphs: Mapping[str, Graph],
+        files: Mapping[str, Path],
+        tell: Tell,
     ) -> tuple[Mapping[str, Path], list[Quality]]:
         """Quantize to int8, if that is the precision: it wants denoising runs, and so all engines."""
         if engine.precision != "int8":
             return files, []
-        from imprompt_export.int8 import check_quality, quantize_bundle
+        from imprompt_export.int8 import quantize_bundle
+        from imprompt_export.quality import check_quality
 
         tell("quantizing to int8")
         checkpoints.pipeline.unet.to("meta")  # its weights are in the engine; quantization wants the memory

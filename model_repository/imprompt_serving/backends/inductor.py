@@ -38,7 +38,7 @@ class Inductor(Backend):
         return cuda_or_cpu(index)
 
 
-BACKENDS = {"inductor": Inductor(name="inductor", precisions=FLOATS, suffix=".json", extra="server")}
+BACKENDS = {"inductor": Inductor(name="inductor", precisions=(*FLOATS, "fp8"), suffix=".json", extra="server")}
 
 
 class Package(msgspec.Struct, frozen=True, kw_only=True):

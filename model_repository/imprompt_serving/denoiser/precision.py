@@ -4,5 +4,11 @@ from __future__ import annotations
 
 import torch
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
-"""The type that the networks of a step compute in, by the precision of their bundle."""
+DTYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "int8": torch.float32,
+    "fp8": torch.float16,
+}
+"""The type that the networks of a step compute in, but for quantized layers, by the precision of their bundle."""
