@@ -67,7 +67,7 @@ def test_sizes_that_a_gpu_does_not_take_stay_as_they_are() -> None:
     block = nn.ModuleDict({"ff": nn.ModuleDict({"net": nn.ModuleDict({"2": nn.Linear(24, 32), "0": nn.Identity()})})})
     module = nn.ModuleDict({"transformer_blocks": nn.ModuleDict({"0": block})})
     assert not fp8_layers(module)
-    block["ff"]["net"]["2"] = nn.Linear(32, 48)  # type: ignore[index, operator]
+    block["ff"]["net"]["2"] = nn.Linear(32, 48)  # type: ignore[index]
     assert [*fp8_layers(module)] == ["transformer_blocks.0.ff.net.2"]
 
 
@@ -141,7 +141,7 @@ def test_packages_in_fp8(tmp_path: Path) -> None:
     graph = block_graph()
     graph = replace(graph, fp8_ranges=ranges_of(graph))
     packager = Packager("fp8", cache=tmp_path / "cache")
-    made = packager.start(graph, tmp_path / "unet", SimpleNamespace())()  # type: ignore[arg-type]
+    made = packager.start(graph, tmp_path / "unet", SimpleNamespace())()
     packager.close()
     weights = load_file(made.file.with_suffix(".safetensors"))
     layers = "transformer_blocks.0.ff.net.0.proj", "transformer_blocks.0.ff.net.2"
