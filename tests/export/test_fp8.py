@@ -201,7 +201,7 @@ def test_the_networks_of_a_step_are_calibrated_and_judged(tiny: BundleFile, monk
     assert {row.engine for row in rows} == networks
     for row in rows:
         assert row.precision == "fp8"
-        assert row.calls == 2
+        assert row.calls == 3  # PNDM makes one more than there are steps
         assert 10 < row.worst_snr_db <= row.snr_db < 50
         assert row.picture_distance > 0
     check_quality(rows)
