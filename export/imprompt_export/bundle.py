@@ -84,8 +84,9 @@ class EngineSection(_Section, frozen=True):
 
     `host` names the process that hosts the encoders and the VAE (`python`, or `native` for Triton's own backends).
     `threads` are those of one engine call on the CPU; 0 means one per core. `devices` are the GPUs that get a denoiser
-    each. `min_snr_db` is the minimum quality of int8 (`int8.Quality`). `targets` are the compute capabilities that
-    TensorRT-RTX builds for. `refit` says whether the weights of TensorRT engines can be replaced later.
+    each. `min_snr_db` is the minimum quality of int8 and fp8 (`quality.Quality`). `targets` are the compute
+    capabilities that TensorRT-RTX builds for. `refit` says whether the weights of TensorRT engines can be replaced
+    later.
     """
 
     backend: str = "onnxruntime"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from imprompt_export.precision import cast
 from imprompt_export.profiles import exact_axes
 from imprompt_export.programs import trace
 from imprompt_serving.backends import EngineError, get_backend
-from imprompt_serving.backends.inductor import EngineInfo
+from imprompt_serving.backends.inductor import EngineInfo, InductorEngine
 from imprompt_serving.specs import Bundle, Range, Shapes
 
 SHAPES = Shapes(height=Range(64, 64, 96), width=Range(64, 64, 128), rows=Range(1, 2, 2))
@@ -146,6 +147,21 @@ def test_packages_in_half_precision(workshop: Workshop) -> None:
     assert all(row.passed for row in rows)
     assert min(row.difference for row in rows) > graph.tolerance / 10  # a float32 graph would be closer
     assert {weight.dtype for weight in graph.module.parameters()} == {torch.float32}
+
+
+def test_internal_tensors_keep_the_type_of_the_packages(workshop: Workshop) -> None:
+    """Numpy has no bf16: such arrays are float32, and the engine casts them."""
+    graph = dataclasses.replace(small(), internal=frozenset(("sample", "noise_pred")))
+    made = workshop.make(graph, "bf16")
+    engine = get_backend("inductor").load(made.file)
+    assert isinstance(engine, InductorEngine)
+    example = graph.example(graph.checks[0])
+    answer = engine.run_tensors(example)["noise_pred"]
+    assert answer.dtype == torch.bfloat16
+    assert torch.equal(engine.run_tensors(example | {"sample": example["sample"].bfloat16()})["noise_pred"], answer)
+    array = engine.run({name: tensor.numpy() for name, tensor in example.items()})["noise_pred"]
+    assert np.array_equal(array, answer.float().numpy())
+    assert all(row.passed for row in compare(graph, made.file, "inductor", "bf16"))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,8 +30,12 @@ if TYPE_CHECKING:
     import torch
 
     from imprompt_export.bundle import EngineSection
+    from imprompt_export.checkpoints import Checkpoints
     from imprompt_export.graphs import Axes, Graph
+    from imprompt_export.quality import Quality
 
+_FP8_CAPABILITY = (8, 9)
+"""Compute capability of the first GPUs whose tensor cores compute in fp8."""
 _RECIPE = 1
 """Version of the way packages are built; increase it whenever that changes, so that cached packages are not reused."""
 _OPTIONS: dict[str, Any] = {
@@ -59,6 +63,12 @@ class Inductor(ExportBackend):
                 f'engine.backend = "{self.name}" compiles C++ during the export, but {compiler} is not installed: '
                 "install g++, or name another compiler in the variable CXX"
             )
+        if engine.precision == "fp8" and _on_gpu() and _compute_capability() < _FP8_CAPABILITY:
+            raise BundleError(
+                'engine.precision = "fp8" needs a GPU of compute capability 8.9 or newer; this one has {}.{}'.format(
+                    *_compute_capability()
+                )
+            )
 
     @contextmanager
     def builder(self, engine: EngineSection, refit_from: Path | None) -> Iterator[StartBuild]:
@@ -84,6 +94,49 @@ class Inductor(ExportBackend):
         from imprompt_export.profiles import exact_axes
 
         return tuple(graph.checks[-1] | axes for axes in exact_axes(graph, bundle))
+
+    def calibrate(
+        self,
+        engine: EngineSection,
+        bundle: Bundle,
+        checkpoints: Checkpoints,
+        graphs: list[Graph],
+        show_status: StatusCallback,
+    ) -> list[Graph]:
+        """Measure the ranges of fp8 if that is the precision."""
+        if engine.precision != "fp8":
+            return graphs
+        from imprompt_export.fp8 import calibrate
+
+        show_status("calibrating fp8")
+        return calibrate(bundle, checkpoints, graphs)
+
+    def finish(
+        self,
+        engine: EngineSection,
+        bundle: Bundle,
+        checkpoints: Checkpoints,
+        graphs: Mapping[str, Graph],
+        files: Mapping[str, Path],
+        show_status: StatusCallback,
+    ) -> tuple[Mapping[str, Path], list[Quality]]:
+        """Check the quality of the engines if the precision is fp8."""
+        if engine.precision != "fp8":
+            return files, []
+        from imprompt_export.fp8 import measure_quality
+        from imprompt_export.quality import check_quality
+
+        show_status("comparing fp8 with fp32")
+        quality = measure_quality(bundle, checkpoints, graphs, files, engine.min_snr_db)
+        check_quality(quality)
+        return files, quality
+
+
+def _compute_capability() -> tuple[int, int]:
+    """Return the compute capability of this machine's GPU."""
+    import torch
+
+    return torch.cuda.get_device_capability()
 
 
 def _on_gpu() -> bool:
@@ -124,6 +177,7 @@ class Packager:
         self, graph: Graph, folder: Path, bundle: Bundle, show_status: StatusCallback = lambda _: None
     ) -> Callable[[], BuiltEngine]:
         """Trace `graph`, write its weights, and queue its packages; return a function that waits for the engine."""
+        from imprompt_export.fp8 import quantized
         from imprompt_export.precision import cast, dtype_of
         from imprompt_export.profiles import exact_axes
         from imprompt_export.programs import trace, trace_axes
@@ -133,7 +187,8 @@ class Packager:
         file, dtype = folder / f"{graph.name}.json", dtype_of(graph, self._precision)
         variants = exact_axes(graph, bundle) if self._exact else [{}]
         on_gpu, packaged, before = self._kind == "cuda", [], len(self._building)
-        with cast(graph.module, dtype, self._kind, channels_last=on_gpu):
+        in_dtype = cast(graph.module, dtype, self._kind, channels_last=on_gpu)
+        with in_dtype, quantized(graph.module, graph.fp8_ranges):
             for number, axes in enumerate(variants, 1):
                 show_status(f"tracing {number} of {len(variants)}")
                 sizes = trace_axes(graph) | axes
@@ -154,6 +209,7 @@ class Packager:
                 version=self._version,
                 target=self._target,
                 inputs={tensor.name: tensor.shape for tensor in graph.inputs},
+                internal={t.name: str(dtype).removeprefix("torch.") for t in graph.inputs if t.name in graph.internal},
                 outputs=tuple(graph.outputs),
                 packages=tuple(packages),
                 channels_last=on_gpu,

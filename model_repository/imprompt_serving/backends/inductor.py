@@ -38,7 +38,7 @@ class Inductor(Backend):
         return cuda_or_cpu(index)
 
 
-BACKENDS = {"inductor": Inductor(name="inductor", precisions=FLOATS, suffix=".json", extra="server")}
+BACKENDS = {"inductor": Inductor(name="inductor", precisions=(*FLOATS, "fp8"), suffix=".json", extra="server")}
 
 
 class Package(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,6 +60,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     inputs: dict[str, tuple[int | str, ...]]
     """Shapes of the inputs, in the order of the call. An axis is a size or a name."""
     outputs: tuple[str, ...]
+    internal: dict[str, str] = {}
+    """The types, by their names in torch, of inputs that come from other engines of the denoiser."""
     packages: tuple[Package, ...]
     channels_last: bool = False
     """Whether the packages expect convolution weights in this memory format."""
@@ -91,6 +93,13 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
                 f"{engine} was built for {info.target}, but this machine is {here}: export the bundle on it"
             )
         return info
+
+    def select_inputs(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the inputs among `tensors`, in the order of the call and in the types that the packages expect."""
+        import torch
+
+        types = {name: getattr(torch, dtype) for name, dtype in self.internal.items()}
+        return {name: tensors[name].to(types.get(name, tensors[name].dtype)) for name in self.inputs}
 
     def axes_of(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         """Return the sizes of the named axes in a call with inputs of these shapes."""
@@ -166,12 +175,14 @@ class InductorEngine:
     def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         import torch
 
+        from imprompt_serving.gpu import to_array
+
         answer = self.run_tensors({name: torch.from_numpy(value) for name, value in tensors.items()})
-        return {name: value.numpy() for name, value in answer.items()}
+        return {name: to_array(value) for name, value in answer.items()}
 
     def run_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run one call on tensors, without copies."""
-        given = {name: tensors[name].contiguous() for name in self._info.inputs}
+        given = {name: tensor.contiguous() for name, tensor in self._info.select_inputs(tensors).items()}
         axes = self._info.axes_of({name: tuple(tensor.shape) for name, tensor in given.items()})
         answer = self._packages[self._info.package_for(axes)](*given.values())
         return dict(zip(self._info.outputs, answer, strict=True))

@@ -67,10 +67,10 @@ class StepNetworks:
                 if not total and plan.covers_batch(net, answer):
                     total = answer  # the caller of an engine owns its outputs, so later nets may add to them
                     continue
-                total = total or plan.residual_buffers(answer)
+                total = total or plan.residual_buffers()
                 for batch_rows, own_rows in net.destinations(first, len(rows["sample"])):
                     for name, value in answer.items():
                         target = total[name][batch_rows]
                         # The first net overwrites what the last step left in its rows.
                         target.copy_(value[own_rows]) if net is plan.nets[0] else target.add_(value[own_rows])
-        return plan.unet_inputs(total or plan.residual_buffers({}))
+        return plan.unet_inputs(total or plan.residual_buffers())

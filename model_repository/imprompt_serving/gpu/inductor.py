@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from imprompt_serving.backends.inductor import WEIGHTS, EngineInfo, load_packages
-from imprompt_serving.gpu import call_shapes
+from imprompt_serving.gpu import call_shapes, to_array
 from imprompt_serving.gpu.lru_cache import LRUCache
 from imprompt_serving.gpu.tensorrt import GRAPHS, PREPARING, capturing
 
@@ -50,10 +50,10 @@ class InductorDeviceEngine:
 
     def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         given = {name: torch.from_numpy(value).to(self._device) for name, value in tensors.items()}
-        return {name: value.cpu().numpy() for name, value in self.run_tensors(given).items()}
+        return {name: to_array(value) for name, value in self.run_tensors(given).items()}
 
     def run_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        given = {name: tensors[name] for name in self._info.inputs}
+        given = self._info.select_inputs(tensors)
         with self._lock, torch.cuda.device(self._device):
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):

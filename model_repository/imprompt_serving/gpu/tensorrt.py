@@ -17,7 +17,7 @@ from torch import Tensor
 from imprompt_serving.backends import EngineError
 from imprompt_serving.backends.files import write_atomically
 from imprompt_serving.backends.tensorrt import EngineInfo, TensorRT, refuse_data_center_gpu
-from imprompt_serving.gpu import CallShapes, call_shapes
+from imprompt_serving.gpu import CallShapes, call_shapes, to_array
 from imprompt_serving.gpu.lru_cache import LRUCache
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ class TensorRTEngine:
 
     def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         given = {name: torch.from_numpy(value).to(self._device) for name, value in tensors.items()}
-        return {name: value.cpu().numpy() for name, value in self.run_tensors(given).items()}
+        return {name: to_array(value) for name, value in self.run_tensors(given).items()}
 
     def run_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         # The exporter drops inputs that the graph does not use.
