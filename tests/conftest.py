@@ -16,7 +16,7 @@ from imprompt import Client
 from imprompt_serving.launcher import LaunchError, Server
 from served import Served
 
-_FIRST = ["sd15", "openvino", "control", "sdxl_control", "sd15_face", "lcm", "sdxl", "inpaint", "int8"]
+_FIRST = ["sd15", "openvino", "control", "sdxl_control", "sd15_face", "lcm", "sdxl", "inpaint", "int8", "inductor"]
 """Bundles in the order in which the tests use them."""
 
 

@@ -12,8 +12,6 @@ from typing import Any
 
 import msgspec
 
-from imprompt_serving.backends.files import write_atomically
-
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8")
 VERSIONS = (
     *(
@@ -122,7 +120,9 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         head = [f"{_text(key)}: {_text(value)}" for key, value in fields.items()]
         rows = ",\n  ".join(map(_text, measurements))
         text = "{\n" + ",\n".join([*head, f'"measurements": [\n  {rows}\n]']) + "\n}\n"
-        write_atomically(path, text.encode())
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        draft.write_text(text)
+        draft.replace(path)  # a reader sees all of it or the one before, also if this process is killed
 
     @classmethod
     def load(cls, path: Path) -> Run:

@@ -168,7 +168,7 @@ def test_internal_tensors_keep_the_type_of_the_packages(workshop: Workshop) -> N
     ("change", "message"),
     [
         ({"version": "2.0.0"}, r"unet was built with torch 2\.0\.0, but .* is installed: export the bundle again"),
-        ({"target": "cpu NONE"}, r"unet was built for cpu NONE, but this is cpu .*: export the bundle on this machine"),
+        ({"target": "cpu NONE"}, r"unet was built for cpu NONE, but this machine is cpu .*: export the bundle on it"),
         ({"target": "cuda SM00"}, r"unet was built for (an NVIDIA GPU \(cuda SM00\)|cuda SM00)"),
     ],
 )

@@ -408,7 +408,9 @@ def test_unknown_target_is_refused() -> None:
 
 @pytest.mark.parametrize(("target", "name"), [("SM90", "Hopper .*H100, H200"), ("SM100", "Blackwell .*B200")])
 def test_data_center_gpus_are_refused_by_name(target: str, name: str) -> None:
-    with pytest.raises(EngineError, match=rf'not for {name}.*: use engine\.backend = "tensorrt", "inductor" or'):
+    with pytest.raises(
+        EngineError, match=rf'does not support {name}.*: use engine\.backend = "tensorrt", "inductor" or'
+    ):
         Builder("tensorrt_rtx", targets=["SM89", target])
 
 
