@@ -29,6 +29,8 @@ try:
 except ImportError:
     FACES = False
 """Whether pictures of faces can be served: `imprompt[face]` is installed."""
+LORAS: dict[str, control.LoraFormat] = {"soft": "kohya", "bold": "peft"}
+"""Of the bundle `inductor`, for requests to choose."""
 SHAPES = """
 [shapes]
 height = [32, 64, 256]
@@ -178,12 +180,15 @@ def _with_depth(folder: Path) -> list[str]:
 
 
 def _inductor(folder: Path) -> list[str]:
-    """Packages of AOTInductor: the plain and the plus adapter, on a UNet of two resolutions."""
+    """Packages of AOTInductor: the plain and the plus adapter, and two LoRAs, on a UNet of two resolutions."""
     base.make_sd15(folder / "base", levels=2)
     root = folder / "ip"
     adapters.make_image_encoder(root / "models/image_encoder")
     made = {kind: adapters.make_adapter(root, kind, levels=2) for kind in ("plain", "plus")}
     sections = [adapter(kind, file, root, "models/image_encoder") for kind, file in made.items()]
+    for seed, (name, fmt) in enumerate(LORAS.items(), 1):
+        file = control.make_lora(folder / "loras", fmt=fmt, weight_name=f"{name}.safetensors", levels=2, seed=seed)
+        sections.append(f'\n[[lora]]\nname = "{name}"\npath = "loras/{file.name}"\nfused = false\n')
     return ['\n[engine]\nbackend = "inductor"\n', *sections]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def bundle_graphs(bundle: BundleFile, checkpoints: Checkpoints) -> list[Graph]:
     if checkpoints.motion_unet is not None:
         todo.append(graphs.unet(checkpoints.motion_unet, names, residuals, frames=True))
     todo.append(graphs.unet(pipeline.unet, names, residuals, features))
-    return todo
+    return [replace(g, loras=checkpoints.loras) if g.name in ("unet", "motion_unet") else g for g in todo]
 
 
 def _residuals(checkpoints: Checkpoints) -> tuple[specs.Residual, ...]:
@@ -166,6 +167,7 @@ def describe(bundle: BundleFile, checkpoints: Checkpoints) -> specs.Bundle:
             for name, model in checkpoints.t2i_adapters.items()
         ),
         features=_features(checkpoints),
+        loras=tuple(checkpoints.loras),
         motion=_motion(checkpoints),
         shapes=bundle.shapes,
         sizes=export_backend(bundle.engine.backend).sizes(bundle.shapes),

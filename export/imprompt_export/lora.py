@@ -1,4 +1,4 @@
-"""LoRAs: read in the formats of kohya, diffusers, PEFT and ComfyUI, and added to the weights that they were made for.
+"""LoRAs: read in the formats of kohya, diffusers, PEFT and ComfyUI, and fused into weights or kept for requests.
 
 W + scale * alpha / rank * up @ down, as in https://arxiv.org/abs/2106.09685. Every tensor of a file must be used: a
 part that is left out makes other pictures, and nobody would notice.
@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from imprompt_export import kinds
 from imprompt_export.errors import BundleError, some_of
 from imprompt_export.sources import flat
+
+if TYPE_CHECKING:
+    import torch
 
 Shape = tuple[int, ...]
 Targets = Mapping[str, Mapping[str, Shape]]
@@ -124,6 +127,16 @@ def plan(what: str, tensors: Mapping[str, Any], targets: Targets) -> list[Update
     return updates
 
 
+class Factors(NamedTuple):
+    """The change of one weight at scale 1: `up @ down`, with alpha over rank in `up`.
+
+    `down` has the shape of the weight but for its first axis, the rank; `up` is [outputs, rank].
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+
+
 def fuse(what: str, file: Path, scale: float, pipeline: Any) -> None:
     """Add the LoRA in `file` to the weights of a diffusers `pipeline`.
 
@@ -131,22 +144,64 @@ def fuse(what: str, file: Path, scale: float, pipeline: Any) -> None:
         BundleError: it is no LoRA, or not all of it fits.
     """
     import torch
+
+    weights = _weights(pipeline)
+    with torch.no_grad():
+        for (component, layer), (down, up) in _factored(what, file, weights).items():
+            weight = weights[component][layer]
+            weight += scale * (up @ down.flatten(1)).reshape(weight.shape)
+
+
+def unfused(what: str, file: Path, pipeline: Any) -> dict[str, Factors]:
+    """What the LoRA in `file` adds to the layers of the UNet of a diffusers `pipeline`, by layer.
+
+    Raises:
+        BundleError: it is no LoRA, not all of it fits, or it changes text encoders.
+    """
+    factored = _factored(what, file, _weights(pipeline))
+    check_unet_only(what, [component for component, _ in factored])
+    return {layer: factors for (_, layer), factors in factored.items()}
+
+
+def check_unet_only(what: str, components: Iterable[str]) -> None:
+    """Refuse a LoRA that is not to be fused and changes other components than the UNet, by the component of each layer.
+
+    Raises:
+        BundleError: text encoders run as models of their own, whose answers are cached; their weights stay as they are.
+    """
+    others = [component for component in components if component != "unet"]
+    if others:
+        raise BundleError(
+            f"{what}: {len(others)} of its layers are in the {others[0]}; requests can only choose LoRAs of the UNet: "
+            "fuse this one (fused = true)"
+        )
+
+
+def _weights(pipeline: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """The weights that a LoRA may change, by component and layer."""
     from torch import nn
 
-    tensors = read(file)
-    weights: dict[str, dict[str, torch.Tensor]] = {}
+    weights = {}
     for name in COMPONENTS:
         modules = getattr(pipeline, name, nn.Module()).named_modules()
         weights[name] = {layer: m.weight for layer, m in modules if isinstance(m, nn.Linear | nn.Conv2d)}
+    return weights
+
+
+def _factored(
+    what: str, file: Path, weights: Mapping[str, Mapping[str, torch.Tensor]]
+) -> dict[tuple[str, str], Factors]:
+    """What a LoRA adds to `weights`, by component and layer."""
+    tensors, settings = read(file), _settings(file)
     targets = {name: {layer: tuple(w.shape) for layer, w in found.items()} for name, found in weights.items()}
-    settings = _settings(file)
-    with torch.no_grad():
-        for update in plan(what, tensors, targets):
-            down, up = tensors[update.down].float().flatten(1), tensors[update.up].float().flatten(1)
-            alpha = None if update.alpha is None else float(tensors[update.alpha])
-            weight = weights[update.component][update.layer]
-            change = _strength(settings.get(update.component, {}), update.layer, alpha, len(down)) * (up @ down)
-            weight += scale * change.reshape(weight.shape)
+    factored = {}
+    for update in plan(what, tensors, targets):
+        down, up = tensors[update.down].float(), tensors[update.up].float().flatten(1)
+        alpha = None if update.alpha is None else float(tensors[update.alpha])
+        strength = _strength(settings.get(update.component, {}), update.layer, alpha, len(down))
+        shape = targets[update.component][update.layer][1:]
+        factored[update.component, update.layer] = Factors(down.reshape(-1, *shape), strength * up)
+    return factored
 
 
 def read(file: Path) -> dict[str, Any]:

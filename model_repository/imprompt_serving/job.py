@@ -73,7 +73,12 @@ class Admission(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def batch_key(
-    bundle: Bundle, height: int, width: int, frames: int | None, context: ContextWindow | None, *, regions: bool
+    bundle: Bundle,
+    settings: Settings,
+    frames: int | None,
+    context: ContextWindow | None,
+    *,
+    regions: bool,
 ) -> str:
     """Equal for jobs whose rows can share a call of the UNet.
 
@@ -83,8 +88,13 @@ def batch_key(
         regions: whether an adapter has several masked images. Engines that are built for ranges of shapes have a
             profile of their own for these, which long lists of pictures do not fit.
     """
-    sizes = [height, width]
+    sizes = [settings.height, settings.width]
     if frames is not None:
         sizes.insert(0, frames if context is None else min(frames, context.length))
     apart = regions and get_backend(bundle.backend).builds_for_ranges
-    return "x".join(map(str, sizes)) + (" regions" if apart else "")
+    return " ".join(["x".join(map(str, sizes)), *(["regions"] if apart else []), *lora_set(settings)])
+
+
+def lora_set(settings: Settings) -> tuple[str, ...]:
+    """Equal for jobs that run on the same weights."""
+    return tuple(f"{name}={scale}" for name, scale in sorted(settings.lora.items()))

@@ -61,6 +61,7 @@ def test_several_pictures_are_numbered(generate: Any, triton: FakeTriton, folder
         ("--controlnet depth --controlnet canny", "controlnet", [b"depth", b"canny"]),
         ("--controlnet-conditioning-scale 0.5", "controlnet_conditioning_scale", [0.5]),
         ("--guess-mode", "guess_mode", [True]),
+        ("--lora soft=0.8 --lora bold=-1", "lora", [b'{"soft": 0.8, "bold": -1.0}']),
         ("--num-frames 8", "num_frames", [8]),
         ("--height 64", "height", [64]),
         ("--num-inference-steps 3", "num_inference_steps", [3]),
@@ -130,6 +131,8 @@ def test_model_may_be_omitted_if_one_bundle_is_served(run: Any, url: str, triton
     ("options", "message"),
     [
         ("--image nowhere.png", "image: no such file: nowhere.png"),
+        ("--lora soft", "--lora"),
+        ("--lora soft=much", "must be NAME=SCALE, got 'soft=much'"),
         ("--param hight=64", "hight: two has no such parameter; did you mean height"),
         ("--ip-adapter-image x=a.png", "ip_adapter_image: no adapter 'x'"),
         ("-o nowhere/out.png", "--output: no such folder: nowhere"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, MotionAdapter, UNetMotionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -208,3 +208,39 @@ def test_an_adapter_of_another_kind_is_no_lora(root: Path, tmp_path: Path) -> No
     (tmp_path / "bundle.toml").write_text(f'name = "t"\nbase = "{root}/sd15"\n[[lora]]\npath = "{faceid.name}"\n')
     with pytest.raises(BundleError, match=r"is an IP-Adapter .*; a LoRA is wanted"):
         check_checkpoints(BundleFile.load(tmp_path / "bundle.toml"))
+
+
+def test_a_lora_for_requests_adds_what_a_fused_one_does(root: Path, tmp_path: Path) -> None:
+    file = control.make_lora(tmp_path)
+    pipe, theirs = pipeline(root, "sd15"), fused(root, "sd15", file)
+    ours = weights(pipe)
+    for layer, (down, up) in lora.unfused("lora", file, pipe).items():
+        weight = ours[f"unet.{layer}.weight"]
+        weight += 0.7 * (up @ down.flatten(1)).reshape(weight.shape)
+    assert_equal(ours, theirs)
+
+
+def test_a_lora_for_requests_must_not_change_text_encoders(root: Path, tmp_path: Path) -> None:
+    """Refused by names alone, and for a base on the hub when its weights are there."""
+    file = control.make_lora(tmp_path, text_encoder=True)
+    (tmp_path / "bundle.toml").write_text(
+        f'name = "t"\nbase = "{root}/sd15"\n[engine]\nbackend = "inductor"\n'
+        f'[[lora]]\nname = "a"\npath = "{file.name}"\nfused = false\n'
+    )
+    said = r"of its layers are in the text_encoder; .*fuse this one \(fused = true\)"
+    with pytest.raises(BundleError, match=said):
+        check_checkpoints(BundleFile.load(tmp_path / "bundle.toml"))
+    pipe = pipeline(root, "sd15")
+    with pytest.raises(BundleError, match=said):
+        lora.unfused("lora", file, pipe)
+
+
+def test_a_motion_unet_has_the_layers_of_its_unet(root: Path, tmp_path: Path) -> None:
+    """One file of factors serves both networks."""
+    pipe = pipeline(root, "sd15")
+    motion = MotionAdapter.from_pretrained(control.make_motion_adapter(tmp_path / "motion"))
+    state = UNetMotionModel.from_unet2d(pipe.unet, motion).state_dict()
+    factored = lora.unfused("lora", control.make_lora(tmp_path), pipe)
+    assert len(factored) > 100
+    for layer, (down, up) in factored.items():
+        assert state[f"{layer}.weight"].shape == (len(up), *down.shape[1:])

@@ -53,6 +53,8 @@ def test_a_job_that_overflows_names_the_cause_and_spares_the_others() -> None:
         ("ip_adapter_scale", {"adapters": (AdapterUse(name="plain", scale=1e4),)}, 1.0),
         ("ip_adapter_scale", {"adapters": (AdapterUse(name="plain", scale={"up": {"block_0": [0, -1e4]}}),)}, 1.0),
         ("controlnet_conditioning_scale", {"controls": (ControlUse(name="depth", scale=-1e4),)}, 1.0),
+        ("lora", {"lora": {"soft": -8.0}}, 1.0),
+        (None, {"lora": {"soft": 1.0}}, 1.0),
         ("ip_adapter_image_embeds", {"adapters": (AdapterUse(name="plain"),)}, 9e3),
     ],
 )

@@ -30,7 +30,7 @@ class FakeJob:
     def __init__(self, id: str, *, rows: int = 2, steps: int = 3, key: str = "a", timeout: float | None = None) -> None:
         self.id, self.rows, self.steps, self.batch_key = id, rows, steps, key
         self.request = SimpleNamespace(
-            settings=SimpleNamespace(priority=5, progress_every=1), reports_progress=True, timeout=timeout
+            settings=SimpleNamespace(priority=5, progress_every=1, lora={}), reports_progress=True, timeout=timeout
         )
         self.deadline = None if timeout is None else time.monotonic() + timeout
         self.started: float | None = None

@@ -24,9 +24,10 @@ from imprompt_serving.denoiser.admission import Load, check_room
 from imprompt_serving.denoiser.answers import Answers, AnswerThreads, Listener
 from imprompt_serving.denoiser.batch import Batcher, RowSlice
 from imprompt_serving.denoiser.meter import Meter, Population
-from imprompt_serving.denoiser.policy import Candidate, plan
+from imprompt_serving.denoiser.policy import FIRST_TURN, Candidate, plan
 from imprompt_serving.denoiser.protocol import LoopJob
 from imprompt_serving.errors import Cancelled, Overloaded, RequestError, unexpected
+from imprompt_serving.job import lora_set
 from imprompt_serving.specs import CallRows, Limits
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ class Denoiser:
         self._completed = 0.0
         """When the latest tick was complete."""
         self._tick, self._tick_seconds = 0, 0.0
+        self._turn = FIRST_TURN
 
     def admit(self, job_id: str, load: Load) -> None:
         """Keep a place in the waiting line for a job that is about to come. A second time it does nothing.
@@ -229,7 +231,11 @@ class Denoiser:
         actives = [active for active in self._jobs.values() if not active.job.done]
         candidates = [_candidate(active.job) for active in actives]
         planned = []
-        for share in plan(candidates, self._call_rows):
+        shares = plan(candidates, self._call_rows, self._turn)
+        if shares:
+            leader, rows = candidates[shares[0].index], sum(share.rows for share in shares)
+            self._turn = self._turn.after(leader, rows, self._call_rows)
+        for share in shares:
             job = actives[share.index].job
             start = job.rows - job.pending
             planned.append((actives[share.index], RowSlice(job, start, start + share.rows)))
@@ -352,9 +358,16 @@ class Denoiser:
 
 
 def _candidate(job: LoopJob) -> Candidate:
-    begun = job.started is not None
+    settings = job.request.settings
     return Candidate(
-        job.batch_key, job.rows, job.pending, job.last_served_tick, begun, job.request.settings.priority, job.frames
+        batch_key=job.batch_key,
+        rows=job.rows,
+        pending=job.pending,
+        last_served_tick=job.last_served_tick,
+        begun=job.started is not None,
+        priority=settings.priority,
+        frames=job.frames,
+        loras=lora_set(settings),
     )
 
 

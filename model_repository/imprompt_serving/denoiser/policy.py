@@ -7,9 +7,11 @@ of that key ride along while there are rows left. Serving a job moves it behind 
   Under load, pictures then finish one after the other instead of all late. Small jobs do not wait for large ones, nor
   jobs of high priority for others.
 - No job starves: once a job is due, every job that is served instead moves behind it, so it waits at most
-  `patience(...)` ticks plus one for each other job. A job that has not started lets other keys go first for a while.
+  `patience(...)` ticks plus one (with LoRAs: a turn) for each other job. A job that has not started lets other keys go
+  first for a while.
 - No row of a call stays empty while a job of its key has one to compute. Where calls are padded, rows that would
   spill into the next bucket may be left to the next call (`rows_to_call`).
+- Jobs with other LoRAs than the last call wait until its LoRAs have had their turn (`Turn`), for a switch takes time.
 - A large job leaves half of a call to small ones.
 """
 
@@ -30,6 +32,10 @@ START_PATIENCE = 16
 
 CALL_OVERHEAD = 1
 """What a call takes beside its rows, in rows: on an H200 1.6 for SD 1.5 at 512 x 512, 0.2 for SDXL at 1024 x 1024."""
+SWITCH_COST = 2
+"""What a switch to other LoRAs takes, in rows."""
+TURN_COST = 8 * SWITCH_COST
+"""Rows that the calls after a switch take before the next switch: switches then take at most a ninth of the time."""
 
 
 class Candidate(NamedTuple):
@@ -46,6 +52,24 @@ class Candidate(NamedTuple):
     begun: bool
     priority: int = DEFAULT_PRIORITY
     frames: int = 1
+    loras: Hashable = ()
+    """Equal for jobs that run on the same weights; jobs of one batch key do."""
+
+
+class Turn(NamedTuple):
+    """The LoRAs of the last call (`Candidate.loras`), and what the calls with them have cost, in rows."""
+
+    loras: Hashable
+    cost: int
+
+    def after(self, leader: Candidate, rows: int, call_rows: CallRows) -> Turn:
+        """The turn after a call of `rows` rows of the batch key of `leader`."""
+        cost = leader.frames * call_rows.of_frames(leader.frames).padded(rows) + CALL_OVERHEAD
+        return Turn(leader.loras, cost + (self.cost if leader.loras == self.loras else 0))
+
+
+FIRST_TURN = Turn((), TURN_COST)
+"""Before the first call."""
 
 
 class RowGrant(NamedTuple):
@@ -61,7 +85,7 @@ def patience(candidate: Candidate) -> int:
     return waits if candidate.begun else waits + START_PATIENCE
 
 
-def plan(candidates: Sequence[Candidate], call_rows: CallRows) -> list[RowGrant]:
+def plan(candidates: Sequence[Candidate], call_rows: CallRows, turn: Turn = FIRST_TURN) -> list[RowGrant]:
     """Rows for the next call: all of one batch key, and at most `call_rows.most` frames in all or a single row.
 
     Jobs that are due at the same tick are ordered by size, small ones first, then as in `candidates`.
@@ -69,7 +93,7 @@ def plan(candidates: Sequence[Candidate], call_rows: CallRows) -> list[RowGrant]
     if not candidates:
         return []
     order, waiting = _order(candidates), not_yet_startable(candidates, call_rows)
-    leader = next(index for index in order if index not in waiting)
+    leader = _leader([index for index in order if index not in waiting], candidates, turn)
     riders = [index for index in order if candidates[index].batch_key == candidates[leader].batch_key]
     call_rows = call_rows.of_frames(candidates[leader].frames)
     limit = call_rows.most
@@ -86,6 +110,13 @@ def plan(candidates: Sequence[Candidate], call_rows: CallRows) -> list[RowGrant]
             rows[index] = given + more
             room -= more
     return list(_first(rows, rows_to_call(limit - room, call_rows)))
+
+
+def _leader(order: Sequence[int], candidates: Sequence[Candidate], turn: Turn) -> int:
+    """The first of `order`, or the first with the LoRAs of the turn while it lasts."""
+    if turn.cost >= TURN_COST:
+        return order[0]
+    return next((index for index in order if candidates[index].loras == turn.loras), order[0])
 
 
 def rows_to_call(pending: int, call_rows: CallRows) -> int:

@@ -38,16 +38,17 @@ class Round:
     guided: bool = False
     adapters: bool = True
     masks: bool = False
+    loras: bool = False
     controls: bool = False
 
 
 def rounds(bundle: Bundle, call_rows: CallRows) -> Iterator[Round]:
-    """A picture of the smallest size with every adapter and mask.
+    """A picture of the smallest size with every adapter, mask, and LoRA.
 
     Where rows are bucketed, also every bucket at the default size: with image prompts and ControlNets, and without. Of
     clips those of the usual length, with as many rows as then have room.
     """
-    yield Round(size=(bundle.shapes.height.min, bundle.shapes.width.min), guided=True, masks=True)
+    yield Round(size=(bundle.shapes.height.min, bundle.shapes.width.min), guided=True, masks=True, loras=True)
     if not call_rows.bucketed:
         return
     usual = bundle.default_height, bundle.default_width
@@ -101,6 +102,7 @@ def _request(made: Round, bundle: Bundle) -> JobRequest:
             guidance_scale=7.5 if made.guided else 1.0,
             strength=1.0,
             preview=True,
+            lora=dict.fromkeys(bundle.loras if made.loras else (), 1.0),
         ),
         seeds=(0,),
         adapters=tuple(AdapterUse(name=adapter.name) for adapter in bundle.adapters if made.adapters),

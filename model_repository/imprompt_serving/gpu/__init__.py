@@ -25,6 +25,15 @@ class DeviceEngine(Protocol):
         ...
 
 
+@runtime_checkable
+class LoraEngine(Protocol):
+    """An engine whose weights LoRAs can change between calls."""
+
+    def use_loras(self, scales: Mapping[str, float]) -> None:
+        """Compute the next calls with LoRAs of these scales, and no others. The same LoRAs again cost nothing."""
+        ...
+
+
 def cuda_or_cpu(index: int) -> torch.device:
     """The GPU of this number; the CPU where there is no GPU."""
     return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
