@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -229,19 +231,32 @@ MAKERS: dict[str, Callable[[Path], list[str]]] = {
 
 
 def make(name: str, cache: Path) -> Made:
-    """Make and export bundle ``name``. Kept in ``cache`` as long as the sources that make it stay the same."""
+    """Make and export bundle `name`. Kept in `cache` as long as the sources that make it stay the same."""
     folder = cache / f"{name}-{_sources()}"
-    done = folder / "done"
-    if not done.exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        sections = "".join(MAKERS[name](folder))
-        (folder / "bundle.toml").write_text(f'name = "{name}"\nbase = "base"\n{sections}{SHAPES}')
-        with mock.patch.object(onnx_graph, "export_onnx", partial(_export_once, cache / f"graphs-{_sources()}")):
-            export(folder / "bundle.toml", folder / "repository", Console(file=open(os.devnull, "w")))  # noqa: SIM115
-        done.touch()
+    with _locked(folder.with_name(f"{folder.name}.lock")):
+        if not (folder / "done").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            _export(name, folder, cache / f"graphs-{_sources()}")
+            (folder / "done").touch()
     repository, loaded = folder / "repository", tuple(_read_adapters(folder))
     return Made(name=name, repository=repository, checkpoints=folder, adapters=loaded)
+
+
+def _export(name: str, folder: Path, traced: Path) -> None:
+    sections = "".join(MAKERS[name](folder))
+    (folder / "bundle.toml").write_text(f'name = "{name}"\nbase = "base"\n{sections}{SHAPES}')
+    with mock.patch.object(onnx_graph, "export_onnx", partial(_export_once, traced)), open(os.devnull, "w") as nowhere:
+        export(folder / "bundle.toml", folder / "repository", Console(file=nowhere))
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Hold `file` against other processes."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _export_once(cache: Path, graph: graphs.Graph, path: Path, dtype: torch.dtype = torch.float32) -> None:

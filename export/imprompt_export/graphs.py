@@ -18,6 +18,8 @@ from imprompt_serving.specs import Residual, feature_names, level_size, residual
 Axes = dict[str, float]
 Model = Any
 """A module of diffusers or transformers, whose attributes type checkers do not know."""
+EXACT_BUFFERS = {"mean_of_latents": "latents_mean", "std_of_latents": "latents_std"}
+"""Buffers that stay in float32 whatever the engine's precision: what they hold of a VAE's configuration."""
 Precisions = Mapping[str, str]
 """The precision of a graph for a precision of the engine, where the two differ."""
 AS_ENGINE: Precisions = MappingProxyType({})
@@ -176,17 +178,18 @@ def vae_decoder(vae: Model, precisions: Precisions = AS_ENGINE) -> Graph:
     """
     config = vae.config
     # Some VAEs' latents have a mean and a deviation of their own; buffers are where weights are.
-    of_channels = {name: config[name] for name in ("latents_mean", "latents_std") if config.get(name) is not None}
-    for name, values in of_channels.items():
-        vae.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+    for buffer, key in EXACT_BUFFERS.items():
+        if config.get(key) is not None:
+            vae.register_buffer(buffer, torch.tensor(config[key]).view(1, -1, 1, 1), persistent=False)
+    buffers = dict(vae.named_buffers(recurse=False))
 
     def run(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         latents = tensors["latents"]
-        if "latents_std" in of_channels:
-            latents = latents * vae.latents_std
+        if "std_of_latents" in buffers:
+            latents = latents * vae.std_of_latents
         latents = latents / config.scaling_factor
-        if "latents_mean" in of_channels:
-            latents = latents + vae.latents_mean
+        if "mean_of_latents" in buffers:
+            latents = latents + vae.mean_of_latents
         picture = vae.decode(latents.to(vae.dtype)).sample.float()
         levels = ((picture * 0.5 + 0.5).clamp(0, 1) * 255).round()
         finite = torch.isfinite(picture).flatten(1).all(dim=1, keepdim=True)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from imprompt_export.graphs import Graph
+from imprompt_export.graphs import EXACT_BUFFERS, Graph
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
 """What graphs are traced in; int8 engines are quantized afterwards."""
@@ -49,11 +49,11 @@ def cast(module: nn.Module, dtype: torch.dtype, device: str = "cpu", *, channels
     Args:
         channels_last: whether those of convolutions lie in this order.
     """
-    tensors = [*module.parameters(), *module.buffers()]
-    originals = [tensor.data for tensor in tensors]
-    for tensor in tensors:
+    named = dict([*module.named_parameters(), *module.named_buffers()])
+    tensors, originals = named.values(), [tensor.data for tensor in named.values()]
+    for name, tensor in named.items():
         order = torch.channels_last if channels_last and tensor.ndim == 4 else torch.preserve_format
-        as_type = dtype if tensor.is_floating_point() else tensor.dtype
+        as_type = dtype if tensor.is_floating_point() and name not in EXACT_BUFFERS else tensor.dtype
         tensor.data = tensor.data.to(device, as_type, memory_format=order)
     try:
         yield

@@ -53,7 +53,8 @@ class TritonInstall:
         From `python3` on PATH the stub finds the packages (of a virtual environment too). It ignores `PYTHONPATH` and
         all other `PYTHON*` variables: the models import what is installed.
         """
-        environment = dict(os.environ)
+        # Processes share the cores: an idle OpenMP thread that spins takes its core from the one it waits for.
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
         libraries = [str(_libpython_folder()), *([str(self.libraries)] if self.libraries else [])]
         _prepend(environment, "LD_LIBRARY_PATH", libraries)
         _prepend(environment, "PATH", [str(Path(sys.executable).parent)])

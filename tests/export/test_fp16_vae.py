@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from imprompt_export import graphs
 from imprompt_export.fp16_vae import fit_fp16_range
+from imprompt_export.precision import cast
 from tiny import base
 
 Vae = Any
@@ -60,6 +62,21 @@ def test_a_vae_within_range_stays_as_it_is() -> None:
     before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
     assert fit_fp16_range(vae)
     assert all(torch.equal(tensor, before[name]) for name, tensor in vae.state_dict().items())
+
+
+def test_the_mean_of_latents_is_not_rounded() -> None:
+    vae = base._vae(1, scaling_factor=0.13025)
+    vae.register_to_config(latents_mean=[0.1] * 4, latents_std=[0.3] * 4)
+    graph = graphs.vae_decoder(vae)
+    with cast(vae, torch.float16):
+        assert vae.mean_of_latents.dtype == vae.std_of_latents.dtype == torch.float32
+        assert vae.decoder.conv_in.weight.dtype == torch.float16
+    example = graph.example(graph.checks[0])
+    pictures, finite = graph.run(example)
+    with torch.no_grad():
+        expected = vae.decode(example["latents"] * 0.3 / 0.13025 + 0.1).sample
+    assert finite.all()
+    assert (pictures.permute(0, 3, 1, 2) - (expected / 2 + 0.5).clamp(0, 1) * 255).abs().max() <= 0.51
 
 
 def test_other_autoencoders_are_left_alone() -> None:

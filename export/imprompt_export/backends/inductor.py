@@ -41,9 +41,8 @@ _OPTIONS: dict[str, Any] = {
     # The file that calls the kernels is large, and g++ takes minutes to optimize it for nothing.
     "aot_inductor.compile_wrapper_opt_level": "O1",
     "aot_inductor.enable_line_tables": False,
-    # Code for the instructions that `target` names, whatever else this CPU has; and for any number of threads.
+    # Code for the instructions that `target` names, whatever else this CPU has.
     "cpp.march": "",
-    "cpp.dynamic_threads": True,
 }
 _WORKER_BYTES = 3 << 30
 """Memory for building one package: 1 GiB for a small UNet was measured, and g++ takes about as much beside it."""
@@ -63,7 +62,7 @@ class Inductor(ExportBackend):
 
     @contextmanager
     def maker(self, engine: EngineSection, refit_from: Path | None) -> Iterator[Make]:
-        packager = Packager(engine.precision, exact=_on_gpu())
+        packager = Packager(engine.precision, threads=engine.threads, exact=_on_gpu())
         try:
             yield packager.start
         finally:
@@ -95,17 +94,20 @@ class Packager:
 
     Args:
         precision: `engine.precision`.
+        threads: `engine.threads`. Code for any number of them would start them for every kernel, however small: the
+            UNet of the test bundle was 1.5 times slower by that in one thread, and many times on a busy machine.
         exact: whether there is a package for each size of pictures and number of rows (`profiles.exact_axes`), or one
             for all sizes.
         cache: where packages are kept between exports.
     """
 
-    def __init__(self, precision: str, *, exact: bool = False, cache: Path | None = None) -> None:
+    def __init__(self, precision: str, *, threads: int = 0, exact: bool = False, cache: Path | None = None) -> None:
         import torch
 
         self._precision, self._exact, self._version = precision, exact, str(torch.__version__)
         self._kind = "cuda" if _on_gpu() else "cpu"
         self._target = target(self._kind)
+        self._options = _OPTIONS | {"cpp.threads": threads or len(os.sched_getaffinity(0))}
         self._cache = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "imprompt", "engines")
         self._workers = ProcessPoolExecutor(_worker_count(on_gpu=_on_gpu()), get_context("spawn"), initializer=_begin)
         self._building: dict[Path, Future[float]] = {}
@@ -168,7 +170,7 @@ class Packager:
         for key, weight in program.state_dict.items():
             program.state_dict[key] = _empty_like(weight, "meta")
         torch.export.save(program, source)
-        self._building[kept] = self._workers.submit(_build, source, kept, self._kind)
+        self._building[kept] = self._workers.submit(_build, source, kept, self._kind, self._options)
         return kept
 
     def _key(self, program: torch.export.ExportedProgram) -> str:
@@ -180,7 +182,14 @@ class Packager:
             name: [str(weight.dtype), tuple(weight.shape), weight.stride()]
             for name, weight in program.state_dict.items()
         }
-        described = [_RECIPE, self._version, self._target, _OPTIONS, re.sub(r"\s+#.*", "", "\n".join(lines)), weights]
+        described = [
+            _RECIPE,
+            self._version,
+            self._target,
+            self._options,
+            re.sub(r"\s+#.*", "", "\n".join(lines)),
+            weights,
+        ]
         digest = hashlib.sha256(json.dumps(described).encode())
         for name, constant in sorted(program.constants.items()):
             digest.update(f"{name} {constant.dtype} {tuple(constant.shape)}".encode())
@@ -243,7 +252,7 @@ def _begin() -> None:
     logging.getLogger("torch").setLevel(logging.ERROR)
 
 
-def _build(source: Path, kept: Path, device: str) -> float:
+def _build(source: Path, kept: Path, device: str, options: dict[str, Any]) -> float:
     """Compile the program in `source` into the package `kept`, which appears whole; returns the seconds it took.
 
     Raises:
@@ -258,7 +267,7 @@ def _build(source: Path, kept: Path, device: str) -> float:
     draft = kept.with_name(f".{kept.stem}.{uuid.uuid4().hex}.pt2")
     try:
         with torch.no_grad():
-            torch._inductor.aoti_compile_and_package(program, package_path=str(draft), inductor_configs=_OPTIONS)
+            torch._inductor.aoti_compile_and_package(program, package_path=str(draft), inductor_configs=options)
         draft.replace(kept)
     except Exception as error:  # the compiler has many of its own, some of which no other process can read
         raise EngineError(f"AOTInductor cannot build {source.stem}: {one_line(str(error), 600)}") from None
