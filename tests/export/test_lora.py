@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from imprompt_export import BundleError, BundleFile, lora
+from imprompt_export.backends.inductor import _save_loras
 from imprompt_export.checks import check_checkpoints
+from imprompt_export.graphs import Graph
+from imprompt_serving.gpu.loras import LoraWeights
 from tiny import adapters, base, control
 
 Weights = dict[str, Tensor]
@@ -244,3 +248,34 @@ def test_a_motion_unet_has_the_layers_of_its_unet(root: Path, tmp_path: Path) ->
     assert len(factored) > 100
     for layer, (down, up) in factored.items():
         assert state[f"{layer}.weight"].shape == (len(up), *down.shape[1:])
+
+
+def test_sets_of_loras_replace_weights_as_diffusers_does(root: Path, tmp_path: Path) -> None:
+    """`set_adapters` with two LoRAs, against what a served UNet does to its weights, there and back and there again."""
+    files = {n: control.make_lora(tmp_path, weight_name=f"{n}.safetensors", seed=i) for i, n in enumerate("ab")}
+    pipe, oracle = pipeline(root, "sd15"), pipeline(root, "sd15")
+    graph = SimpleNamespace(name="unet", loras={name: lora.unfused(name, file, pipe) for name, file in files.items()})
+    served = {f"module.{name}": weight.detach() for name, weight in pipe.unet.named_parameters()}
+    _save_loras(cast(Graph, graph), tmp_path / "unet.json", served)
+    loaded = LoraWeights(tmp_path / "unet.json", served, lambda name: served[name].clone())
+    before = weights(pipe)
+    loaded.use({"a": 0.7, "b": -0.4})
+    ours = weights(pipe)
+    loaded.use({"b": 1.0})
+    loaded.use({})
+    assert all(torch.equal(value, before[name]) for name, value in weights(pipe).items())
+    loaded.use({"a": 0.7, "b": -0.4})
+    assert all(torch.equal(value, ours[name]) for name, value in weights(pipe).items())
+    for name, file in files.items():
+        oracle.load_lora_weights(file, adapter_name=name)
+    oracle.set_adapters(["a", "b"], [0.7, -0.4])
+    oracle.fuse_lora(adapter_names=["a", "b"])
+    oracle.unload_lora_weights()
+    assert_equal(ours, weights(oracle))
+
+
+def test_a_lora_of_weights_that_a_network_lacks_is_refused(tmp_path: Path) -> None:
+    factors = lora.Factors(torch.ones(1, 4), torch.ones(4, 1))
+    graph = SimpleNamespace(name="unet", loras={"a": {"mid": factors}})
+    with pytest.raises(BundleError, match="lora a: unet does not use the weights of mid"):
+        _save_loras(cast(Graph, graph), tmp_path / "unet.json", ["module.conv.weight"])
