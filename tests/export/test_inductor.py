@@ -173,7 +173,7 @@ def test_loras_replace_weights_in_place_and_exactly(channels_last: bool, worksho
         for name, w in load_file(file.with_suffix(WEIGHTS)).items()
     }
     loras, name = LoraWeights(file, weights, lambda name: weights[name].clone()), "module.0.weight"
-    base, seen = weights[name].clone(), {}
+    base, seen = weights[name].clone(), dict[str, torch.Tensor]()
     for scales in ({"a": 0.7}, {"a": 0.7, "b": -2.0}, {}, {"b": 1.0}, {"a": 0.7, "b": -2.0}, {"a": 0.7}, {}):
         loras.use(scales)
         factors = [(graph.loras[lora]["0"], scale) for lora, scale in scales.items()]
@@ -210,7 +210,8 @@ def test_a_package_computes_with_the_loras_in_use(workshop: Workshop) -> None:
     changed = engine.run(tensors)["noise_pred"]
     with torch.no_grad():
         down, up = graph.loras["b"]["0"]
-        graph.module[0].weight += 0.5 * (up @ down.flatten(1)).reshape(graph.module[0].weight.shape)
+        weight = graph.module.state_dict()["0.weight"]
+        weight += 0.5 * (up @ down.flatten(1)).reshape(weight.shape)
         np.testing.assert_allclose(changed, graph.run(example)[0].numpy(), atol=1e-4)
     assert not np.allclose(changed, plain, atol=1e-2)
     engine.use_loras({})
