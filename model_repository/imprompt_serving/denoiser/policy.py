@@ -33,8 +33,8 @@ START_PATIENCE = 16
 CALL_OVERHEAD = 1
 """What a call takes beside its rows, in rows: on an H200 1.6 for SD 1.5 at 512 x 512, 0.2 for SDXL at 1024 x 1024."""
 SWITCH_COST = 2
-"""What a switch to other LoRAs takes, in rows: on a CPU 0.2 for two LoRAs of all layers of SD 1.5. Not measured on GPUs,
-where rows are short and starting the kernels of 278 layers takes longer than their work."""
+"""What a switch to other LoRAs takes, in rows: on a CPU 0.2, for two LoRAs of all layers of SD 1.5. It was not
+measured on a GPU, where rows are short and a switch starts several kernels for each layer."""
 TURN_COST = 8 * SWITCH_COST
 """Rows that the calls after a switch take before the next switch: switches then take at most a ninth of the time."""
 
