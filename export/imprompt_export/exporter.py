@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def bundle_graphs(bundle: BundleFile, checkpoints: Checkpoints) -> list[Graph]:
     if checkpoints.motion_unet is not None:
         graphs_to_build.append(graphs.unet(checkpoints.motion_unet, names, residuals, frames=True))
     graphs_to_build.append(graphs.unet(pipeline.unet, names, residuals, features))
-    return graphs_to_build
+    return [replace(g, loras=checkpoints.loras) if g.name in ("unet", "motion_unet") else g for g in graphs_to_build]
 
 
 def _residuals(checkpoints: Checkpoints) -> tuple[specs.Residual, ...]:
@@ -182,6 +183,7 @@ def describe(bundle: BundleFile, checkpoints: Checkpoints) -> specs.Bundle:
             for name, model in checkpoints.t2i_adapters.items()
         ),
         features=_features(checkpoints),
+        loras=tuple(checkpoints.loras),
         motion=_motion(checkpoints),
         shapes=bundle.shapes,
         sizes=export_backend(bundle.engine.backend).sizes(bundle.shapes),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from imprompt_export import image_prompt
+from imprompt_export.lora import Factors
 from imprompt_serving import tensor_names
 from imprompt_serving.specs import Residual, feature_names, level_size, residual_names
 
@@ -81,6 +82,8 @@ class Graph:
     """Largest difference from PyTorch, relative to the largest output value (levels of 255 for pictures)."""
     output_dtypes: dict[str, str] = field(default_factory=dict)
     precisions: Precisions = field(default_factory=lambda: AS_ENGINE)
+    loras: Mapping[str, Mapping[str, Factors]] = field(default_factory=dict)
+    """Factors of the LoRAs that requests choose for the weights of `module`, by name and layer."""
     fp8_ranges: Mapping[str, float] = field(default_factory=dict)
     """The largest input of each layer that computes in fp8, by the name of the layer in `module`."""
     internal: frozenset[str] = frozenset()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -365,3 +366,32 @@ def test_residuals_in_half_precision_are_half_the_bytes() -> None:
 
 def test_padding_is_not_copied_at_each_step() -> None:
     assert not traffic([("depth",)] * 3, bucketed=True).copies
+
+
+class SwappableUNet(UNet):
+    """Record the LoRAs that each call runs with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loras: dict[str, float] = {}
+        self.calls: list[dict[str, float]] = []
+
+    def use_loras(self, scales: Mapping[str, float]) -> None:
+        self.loras = dict(scales)
+
+    def run_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self.calls.append(self.loras)
+        return super().run_tensors(tensors)
+
+
+def test_a_call_runs_with_the_loras_of_its_jobs() -> None:
+    """Each network switches separately: a call for clips does not switch the network for pictures."""
+    made = msgspec.structs.replace(bundle(), controlnets=(), loras=("soft", "bold"))
+    unets = {"unet": SwappableUNet(), "motion_unet": SwappableUNet()}
+    networks = StepNetworks(made, unets, {})
+    for lora, frames in (({"soft": 0.5}, None), ({}, None), ({"bold": 1.0}, 8)):
+        job: Any = SimpleNamespace(request=job_request(lora=lora))
+        shape = (1, 4, 8, 8) if frames is None else (1, 4, frames, 8, 8)
+        networks([RowSlice(job, 0, 1)], {"sample": torch.ones(shape)})
+    assert unets["unet"].calls == [{"soft": 0.5}, {}]
+    assert unets["motion_unet"].calls == [{"bold": 1.0}]

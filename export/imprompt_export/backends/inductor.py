@@ -12,7 +12,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from imprompt_export.backends import BuiltEngine, ExportBackend, StartBuild, StatusCallback
 from imprompt_export.errors import BundleError, one_line
 from imprompt_serving.backends import EngineError
-from imprompt_serving.backends.inductor import WEIGHTS, EngineInfo, Package, target
+from imprompt_serving.backends.inductor import LORA_DOWN, LORA_UP, WEIGHTS, EngineInfo, Package, lora_file, target
 from imprompt_serving.specs import Bundle, Shapes
 
 if TYPE_CHECKING:
@@ -194,7 +194,8 @@ class Packager:
                 sizes = trace_axes(graph) | axes
                 program = trace(graph, dtype, axes=sizes, exact=axes, device=self._kind)
                 if number == 1:
-                    _save_weights(program, file.with_suffix(WEIGHTS))
+                    saved = _save_weights(program, file.with_suffix(WEIGHTS))
+                    _save_loras(graph, file, saved)
                 packaged.append(self._package(f"{graph.name}.{number}", program, folder))
         traced, built = time.perf_counter() - begun, len(self._building) - before
 
@@ -263,14 +264,38 @@ class Packager:
         return digest.hexdigest()[:32]
 
 
-def _save_weights(program: torch.export.ExportedProgram, file: Path) -> None:
-    """Write the weights that `program` uses, by their names in it: only one half of a VAE, for example."""
-    from safetensors.torch import save_file
-
+def _save_weights(program: torch.export.ExportedProgram, file: Path) -> list[str]:
+    """Write the weights that `program` uses (only one half of a VAE, for example), and return their names in it."""
     tensors, signature = program.state_dict | program.constants, program.graph_signature
     names = signature.inputs_to_parameters | signature.inputs_to_buffers | signature.inputs_to_lifted_tensor_constants
     used = [names[node.name] for node in program.graph.nodes if node.users and node.name in names]
-    save_file({name: tensors[name].detach().cpu().contiguous() for name in used}, file)
+    _save({name: tensors[name].detach().cpu().contiguous() for name in used}, file)
+    return used
+
+
+def _save_loras(graph: Graph, file: Path, saved: Collection[str]) -> None:
+    """Write a file for each LoRA of `graph`, with the names that weights have in the program (`Positional.module`).
+
+    Args:
+        saved: names of the weights that were written.
+
+    Raises:
+        BundleError: a LoRA changes weights that are not among them.
+    """
+    for name, layers in graph.loras.items():
+        tensors = {}
+        for layer, factors in layers.items():
+            weight = f"module.{layer}.weight"
+            if weight not in saved:
+                raise BundleError(f"lora {name}: {graph.name} does not use the weights of {layer}")
+            tensors[weight + LORA_DOWN], tensors[weight + LORA_UP] = factors.down.contiguous(), factors.up.contiguous()
+        _save(tensors, lora_file(file, name))
+
+
+def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(tensors, file)
     file.chmod(0o644)  # safetensors lets only the owner read it, but the server may be another user
 
 

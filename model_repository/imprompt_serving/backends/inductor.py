@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = ".safetensors"
 """The suffix of the weights, which all packages of an engine share."""
+LORA_DOWN, LORA_UP = ".down", ".up"
+"""Suffixes of the factors of a weight in a `lora_file`; `up @ down` is added to the weight at scale 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +40,11 @@ class Inductor(Backend):
         return cuda_or_cpu(index)
 
 
-BACKENDS = {"inductor": Inductor(name="inductor", precisions=(*FLOATS, "fp8"), suffix=".json", extra="server")}
+BACKENDS = {
+    "inductor": Inductor(
+        name="inductor", precisions=(*FLOATS, "fp8"), suffix=".json", extra="server", swaps_weights=True
+    )
+}
 
 
 class Package(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,6 +130,18 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
         raise EngineError(f"the engine takes {built}, not {_format_axes(requested)}; see [shapes]")
 
 
+def lora_file(file: Path, name: str) -> Path:
+    """Return the path of the LoRA called `name` for the engine `file`."""
+    return file.with_name(f"{file.stem}.lora_{name}{WEIGHTS}")
+
+
+def lora_files(file: Path) -> dict[str, Path]:
+    """Find the LoRAs for the engine `file`, by name."""
+    prefix, suffix = lora_file(file, "*").name.split("*")
+    found = sorted(file.parent.glob(prefix + "*" + suffix))
+    return {path.name.removeprefix(prefix).removesuffix(suffix): path for path in found}
+
+
 def _format_axes(axes: Mapping[str, int]) -> str:
     return " ".join(f"{axis}={size}" for axis, size in axes.items())
 
@@ -160,17 +178,25 @@ def load_packages(file: Path, info: EngineInfo, weights: Mapping[str, Tensor], i
 
 
 class InductorEngine:
-    """Packages on the CPU, with memory-mapped weights. Safe to call from several threads."""
+    """Packages on the CPU, with memory-mapped weights. `run` is safe to call from several threads."""
 
     def __init__(self, file: Path, info: EngineInfo, *, threads: int = 0) -> None:
         import torch
         from safetensors.torch import load_file
+
+        from imprompt_serving.gpu.loras import LoraWeights
 
         # The packages run on torch's threads, which processes inside Triton otherwise limit to one.
         torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
         self._info = info
         self._weights = load_file(file.with_suffix(WEIGHTS))
         self._packages = load_packages(file, info, self._weights)
+        # A second mapping of the file holds the original weights and takes no further memory.
+        self._loras = LoraWeights(file, self._weights, load_file(file.with_suffix(WEIGHTS)).__getitem__)
+
+    def use_loras(self, scales: Mapping[str, float]) -> None:
+        """Run the next calls with LoRAs of these scales. No other thread may be in a call."""
+        self._loras.use(scales)
 
     def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         import torch

@@ -26,6 +26,15 @@ class DeviceEngine(Protocol):
         ...
 
 
+@runtime_checkable
+class LoraEngine(Protocol):
+    """An engine whose weights can be changed by LoRAs between calls."""
+
+    def use_loras(self, scales: Mapping[str, float]) -> None:
+        """Run the next calls with LoRAs of these scales, and no others. If nothing changes, this does nothing."""
+        ...
+
+
 def cuda_or_cpu(index: int) -> torch.device:
     """Return the GPU with this index, or the CPU if there is no GPU."""
     return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")

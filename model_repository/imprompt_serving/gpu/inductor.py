@@ -16,6 +16,7 @@ from torch import Tensor
 
 from imprompt_serving.backends.inductor import WEIGHTS, EngineInfo, load_packages
 from imprompt_serving.gpu import call_shapes, to_array
+from imprompt_serving.gpu.loras import LoraWeights
 from imprompt_serving.gpu.lru_cache import LRUCache
 from imprompt_serving.gpu.tensorrt import GRAPHS, PREPARING, capturing
 
@@ -42,6 +43,7 @@ class InductorDeviceEngine:
         self._info, self._device, self._file = info, torch.device(device), file
         self._weights = {name: self._to_device(w) for name, w in load_file(file.with_suffix(WEIGHTS)).items()}
         self._packages = load_packages(file, info, self._weights, self._device.index or 0)
+        self._loras = LoraWeights(file, self._weights, lambda name: self._weights[name].clone())
         with torch.cuda.device(self._device):
             self._stream = torch.cuda.Stream(self._device)
         self._capturable = True
@@ -51,6 +53,13 @@ class InductorDeviceEngine:
     def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         given = {name: torch.from_numpy(value).to(self._device) for name, value in tensors.items()}
         return {name: to_array(value) for name, value in self.run_tensors(given).items()}
+
+    def use_loras(self, scales: Mapping[str, float]) -> None:
+        """Run the next calls with LoRAs of these scales. The stream completes earlier calls first."""
+        with self._lock, torch.cuda.device(self._device):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                self._loras.use(scales)
 
     def run_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         given = self._info.select_inputs(tensors)
