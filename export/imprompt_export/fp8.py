@@ -1,9 +1,9 @@
 """Compute linear layers of transformer blocks in fp8 (e4m3), with scales from denoising runs of the bundle itself.
 
-Weights and inputs have one scale per tensor. On Hopper `torch._scaled_mm` also takes one scale per row, but then its
-results are always bf16. Everything that NVIDIA's recipe for SDXL in MLPerf keeps in half precision (the embeddings of
-time and sizes, the first and last convolution, shortcuts) stays in half precision, and so do all convolutions, the
-scores of attention, and the keys and values of prompts, whose first tokens are far larger than the others.
+Weights and inputs have one scale per tensor. Everything that the diffusers example of NVIDIA's Model Optimizer keeps
+in half precision (the embeddings of time and sizes, the first and last convolution, shortcuts) stays in half precision,
+and so do all convolutions, the scores of attention, and the keys and values of prompts, whose first tokens are far
+larger than the others.
 """
 
 from __future__ import annotations
