@@ -44,7 +44,12 @@ RED = encoded(Image.new("RGB", (8, 8), "red"))
 
 
 def test_parameters_keep_their_names_and_values() -> None:
-    given = {"num_inference_steps": 5, "guidance_scale": 3.0, "scheduler_config": {"a": 1}, "negative_prompt": ["b"]}
+    given: dict[str, Any] = {
+        "num_inference_steps": 5,
+        "guidance_scale": 3.0,
+        "scheduler_config": {"a": 1},
+        "negative_prompt": ["b"],
+    }
     request = read(**given)
     assert given.items() <= request.keywords.items()
     assert request.keywords["model"] == "world"
