@@ -46,11 +46,11 @@ $(VENV)/pyvenv.cfg: | tools/suitable_python.py
 
 # .installed has what the demo needs; .installed-dev adds what contributors need.
 $(VENV)/.installed: $(PACKAGING) | $(VENV)/pyvenv.cfg
-	$(INSTALL) ".[cpu,export,server]" --editable ./demo
+	$(INSTALL) ".[cpu,export,server,gateway]" --editable ./demo
 	@touch $@
 
 $(VENV)/.installed-dev: $(PACKAGING) | $(VENV)/pyvenv.cfg
-	$(INSTALL) ".[cpu,export,server,openvino,int8,face,rtx,bench,dev]" --editable ./demo
+	$(INSTALL) ".[cpu,export,server,gateway,openvino,int8,face,rtx,bench,dev]" --editable ./demo
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-docs: $(PACKAGING) | $(VENV)/pyvenv.cfg

@@ -18,6 +18,7 @@ ROOMS = {
     "imprompt_export": ROOT / "export",
     "imprompt_serving": ROOT / "model_repository",
     "imprompt_bench": ROOT / "benchmarks",
+    "imprompt_gateway": ROOT / "gateway",
     "imprompt_demo": ROOT / "demo",
 }
 SPECS = ("specs", "parameters", "tensor_names", "wire", "config", "capabilities")
@@ -29,6 +30,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "imprompt_serving": (),
     "imprompt_bench": ("imprompt", "imprompt_export", "imprompt_serving"),
+    "imprompt_gateway": ("imprompt",),
     "imprompt_demo": ("imprompt", "imprompt_export", "imprompt_serving"),
 }
 PRIVATE: dict[str, set[str]] = {
@@ -176,7 +178,7 @@ print(*(type(getattr(diffusers, name).from_config({{}})).__name__ for name in SC
     assert len(done.stdout.split()) == 16
 
 
-@pytest.mark.parametrize("command", ["", "export", "serve", "generate", "models", "bench"])
+@pytest.mark.parametrize("command", ["", "export", "serve", "gateway", "generate", "models", "bench"])
 def test_commands_have_help(command: str) -> None:
     done = subprocess.run(
         [Path(sys.executable).with_name("imprompt"), *filter(None, [command]), "--help"],

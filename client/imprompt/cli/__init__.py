@@ -12,6 +12,7 @@ import typer
 
 from imprompt import __version__
 from imprompt.cli import console, packages
+from imprompt.cli.gateway import gateway
 from imprompt.cli.generate import generate
 from imprompt.cli.models import models
 
@@ -35,6 +36,7 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 app.command(rich_help_panel="Server")(packages.export)
 app.command(rich_help_panel="Server")(packages.serve)
+app.command(rich_help_panel="Server")(gateway)
 app.command(rich_help_panel="Client")(generate)
 app.command(rich_help_panel="Client")(models)
 app.command(rich_help_panel="More", context_settings=_FORWARD_ARGUMENTS)(packages.demo)

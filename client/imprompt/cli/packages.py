@@ -17,7 +17,14 @@ import typer
 
 from imprompt.cli import console
 
-_OWN_PACKAGES = ("imprompt", "imprompt_bench", "imprompt_demo", "imprompt_export", "imprompt_serving")
+_OWN_PACKAGES = (
+    "imprompt",
+    "imprompt_bench",
+    "imprompt_demo",
+    "imprompt_export",
+    "imprompt_gateway",
+    "imprompt_serving",
+)
 
 
 def export(
@@ -29,16 +36,16 @@ def export(
     ] = None,
 ) -> None:
     """Compile a checkpoint set into a Triton model repository, and compare every engine with PyTorch."""
-    package = _load("imprompt_export", "export")
+    package = load("imprompt_export", "export")
     try:
         with _install_hint("export"):
             rows = package.export(bundle, repository, refit_from=refit_from)
     except (package.BundleError, package.EngineError, OSError) as error:
         console.fail(str(error))
     # Evaluated only if the error is none of the above: importing this module loads torch, which takes seconds.
-    except _load("imprompt_export.parity", "export").ParityError as error:
+    except load("imprompt_export.parity", "export").ParityError as error:
         console.fail(str(error))
-    console.out.print(_load("imprompt_export.report", "export").table(rows))
+    console.out.print(load("imprompt_export.report", "export").table(rows))
 
 
 def serve(
@@ -53,7 +60,7 @@ def serve(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show all of Triton's output.")] = False,
 ) -> None:
     """Run Triton in the foreground. Prints a line starting with `ready` once all models are ready. Ctrl-C drains."""
-    launcher = _load("imprompt_serving.launcher", "server")
+    launcher = load("imprompt_serving.launcher", "server")
 
     def print_ready(addresses: Any) -> None:
         print(f"ready {addresses}", flush=True)
@@ -88,12 +95,12 @@ def demo(context: typer.Context) -> None:
 
 def bench(context: typer.Context) -> None:
     """Measure the latency and throughput of a server."""
-    package = _load("imprompt_bench.cli", "bench")
+    package = load("imprompt_bench.cli", "bench")
     with _install_hint("bench,cpu,export,server"):
         raise typer.Exit(package.main(context.args))
 
 
-def _load(module: str, extra: str) -> Any:
+def load(module: str, extra: str) -> Any:
     """Import a module of another package, or say which extra to install for it."""
     with _install_hint(extra, module):
         return importlib.import_module(module)

@@ -1,0 +1,56 @@
+"""Serve the application with uvicorn (`imprompt gateway`)."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Sequence
+
+import uvicorn
+from starlette.applications import Starlette
+
+from imprompt import AsyncClient
+from imprompt_gateway.app import create_app
+
+DRAIN_S = 30
+"""How long running requests may continue after SIGTERM, as in `imprompt serve`."""
+BACKLOG = 2048
+"""uvicorn's default."""
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, app: Starlette, on_ready: Callable[[], None]) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=DRAIN_S
+            )
+        )
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_ready()
+
+
+def run(url: str, *, host: str, port: int, keys: Sequence[str], on_ready: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM, then let running requests finish.
+
+    Args:
+        url: gRPC address of the server.
+        port: 0 means any free port.
+        on_ready: called with the address once the gateway accepts requests.
+
+    Raises:
+        OSError: the gateway cannot listen on that address.
+        InvalidRequest: `url` is not an address.
+    """
+    # Waiting and sending again is up to the caller, who is told for how long (`Retry-After`).
+    app = create_app(AsyncClient(url, max_retries=0), keys=keys)
+    with socket.create_server((host, port), family=_family(host), backlog=BACKLOG) as listener:
+        bound = listener.getsockname()
+        shown = f"[{bound[0]}]" if listener.family == socket.AF_INET6 else bound[0]
+        _Server(app, lambda: on_ready(f"http://{shown}:{bound[1]}")).run(sockets=[listener])
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
