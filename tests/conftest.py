@@ -13,6 +13,7 @@ import torch
 
 import bundles
 from imprompt import Client
+from imprompt_demo import demo
 from imprompt_serving.launcher import LaunchError, Server
 from served import Served
 
@@ -23,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--in-process"):
-        items[:] = [item for item in items if "bundle" not in getattr(item, "fixturenames", ())]
+        items[:] = [item for item in items if not {"bundle", "world"} & {*getattr(item, "fixturenames", ())}]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -68,6 +69,15 @@ def served(bundle: Callable[[str], bundles.ExportedBundle]) -> Iterator[Callable
             return running[name]
 
         yield start
+
+
+@pytest.fixture(scope="session")
+def world(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """Serve the bundles that the demo exports, `world` and `world_lcm`."""
+    server = Server(demo.export_once(Path(str(request.config.cache.mkdir("demo")))))
+    server.start()
+    yield server
+    server.kill()
 
 
 @pytest.fixture

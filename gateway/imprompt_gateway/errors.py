@@ -46,7 +46,8 @@ class Failure:
 
     def body(self) -> dict[str, Any]:
         """Return the JSON body."""
-        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        param = None if self.param is None else _printable(self.param)
+        error = {"message": _printable(self.message), "type": self.type, "param": param, "code": self.code}
         return {"error": error}
 
     def response(self) -> Response:
@@ -92,9 +93,14 @@ def failure(error: Exception) -> Failure:
             return Failure(
                 status=504, message=str(error), type="timeout_error", code="deadline_exceeded", param="timeout"
             )
-    log.error("request %s failed", getattr(error, "request_id", None), exc_info=error)
-    identified = f"; its log has the reason under {error.request_id}" if isinstance(error, ServerError) else ""
-    return Failure(status=500, message=f"the server failed{identified}", type="server_error", code="internal_error")
+        case ServerError():
+            log.error("request %s: %s", error.request_id, error)
+            return _internal(f"the server failed; its log has the reason under {error.request_id}")
+    return _internal("the gateway failed; its log has the reason")
+
+
+def _internal(message: str) -> Failure:
+    return Failure(status=500, message=message, type="server_error", code="internal_error")
 
 
 def _invalid(error: InvalidRequest, status: int, code: str) -> Failure:
@@ -104,6 +110,11 @@ def _invalid(error: InvalidRequest, status: int, code: str) -> Failure:
 def _retryable(status: int, message: str, kind: str, code: str, retry_after: float) -> Failure:
     headers = {"Retry-After": str(max(1, math.ceil(retry_after)))}
     return Failure(status=status, message=message, type=kind, code=code, headers=headers)
+
+
+def _printable(text: str) -> str:
+    """Escape lone surrogates, which JSON can carry but UTF-8 cannot."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 async def handle(request: Request, error: Exception) -> Response:

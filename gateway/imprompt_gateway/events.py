@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from imprompt import InvalidRequest, Progress, Result
+from imprompt import ImpromptError, InvalidRequest, Progress, Result
 from imprompt_gateway.answers import b64, facts, files, size
 from imprompt_gateway.errors import failure
 from imprompt_gateway.requests import ImageRequest
@@ -41,7 +41,7 @@ async def event_stream(
             yield _event(f"{kind}.completed", index=index, **_picture(file, request.output_format), **facts(update))
     except InvalidRequest as error:
         yield _message("error", failure(request.in_callers_terms(error)).body())
-    except Exception as error:
+    except ImpromptError as error:
         yield _message("error", failure(error).body())
     finally:
         await updates.aclose()

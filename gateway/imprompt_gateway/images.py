@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Awaitable
+from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -55,7 +55,7 @@ async def _stream(request: Request, client: AsyncClient, wanted: ImageRequest, k
     return StreamingResponse(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
 
 
-async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
     """Await `work`, which is canceled when the caller leaves.
 
     Raises:

@@ -17,37 +17,41 @@ _UNKNOWN = "other"
 
 
 class Metrics:
-    """What `/metrics` reports; `route` is a route's path, not that of a request."""
+    """Counts and times of the requests that have ended, by the path of their route."""
 
     def __init__(self) -> None:
         self.in_flight = 0
         self._requests: Counter[tuple[str, int]] = Counter()
         self._buckets: dict[str, list[int]] = defaultdict(lambda: [0] * (len(BUCKETS_S) + 1))
-        self._seconds: Counter[str] = Counter()
+        self._seconds: dict[str, float] = defaultdict(float)
 
     def observe(self, route: str, status: int, seconds: float) -> None:
         """Count a request that has ended."""
         self._requests[route, status] += 1
         self._buckets[route][bisect.bisect_left(BUCKETS_S, seconds)] += 1
-        self._seconds[route] += seconds  # type: ignore[assignment]
+        self._seconds[route] += seconds
 
     def text(self) -> str:
+        """Return the metrics in Prometheus' text format."""
         name = "imprompt_gateway_requests_total"
-        lines = [f"# HELP {name} Requests by route and status.", f"# TYPE {name} counter"]
+        lines = _head(name, "counter", "Requests by route and status.")
         lines += [
             f'{name}{{route="{route}",status="{status}"}} {count}' for (route, status), count in self._requests.items()
         ]
         name = "imprompt_gateway_request_seconds"
-        lines += [f"# HELP {name} Seconds from the first byte of a request to the last of its answer."]
-        lines += [f"# TYPE {name} histogram"]
+        lines += _head(name, "histogram", "Seconds from the first byte of a request to the last of its answer.")
         for route, counts in self._buckets.items():
             for bound, count in zip((*BUCKETS_S, "+Inf"), accumulate(counts), strict=True):
                 lines.append(f'{name}_bucket{{route="{route}",le="{bound}"}} {count}')
             lines.append(f'{name}_sum{{route="{route}"}} {self._seconds[route]}')
             lines.append(f'{name}_count{{route="{route}"}} {sum(counts)}')
         name = "imprompt_gateway_requests_in_flight"
-        lines += [f"# HELP {name} Requests that have not ended.", f"# TYPE {name} gauge", f"{name} {self.in_flight}"]
-        return "\n".join(lines) + "\n"
+        lines += _head(name, "gauge", "Requests that have not ended, this one included.")
+        return "\n".join([*lines, f"{name} {self.in_flight}"]) + "\n"
+
+
+def _head(name: str, kind: str, text: str) -> list[str]:
+    return [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
 
 
 class Measure:

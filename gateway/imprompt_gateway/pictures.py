@@ -40,7 +40,7 @@ def _decode(name: str, text: str) -> bytes:
         if not header.endswith(";base64"):
             raise refuse(name, "a data URI must contain base64, as in data:image/png;base64,...")
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode("".join(text.split()), validate=True)  # many tools wrap the lines of base64
     except (binascii.Error, ValueError) as error:
         raise refuse(name, f"is not valid base64 ({error})") from None
 
@@ -54,7 +54,7 @@ def white_where_transparent(name: str, mask: object) -> bytes:
         if fits := image.width * image.height <= MAX_MASK_PIXELS:
             alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     except Exception:  # Pillow raises exceptions of many kinds for damaged files
-        raise refuse(name, f"must be a {' or '.join(_MASK_FORMATS)} picture") from None
+        raise refuse(name, f"must be a picture in one of the formats {', '.join(_MASK_FORMATS)}") from None
     if not fits:
         raise refuse(name, f"must have at most {MAX_MASK_PIXELS} pixels, got {image.width}x{image.height}")
     if alpha is None:

@@ -134,21 +134,21 @@ def _resolve_aliases(fields: Mapping[str, Any], keywords: dict[str, Any]) -> dic
     """Add the parameters that OpenAI's names stand for to `keywords`; return the name given for each."""
     aliases: dict[str, str] = {}
     for alias in ALIASES.keys() & fields.keys():
-        if fields[alias] == "auto":
-            continue
-        for name, value in zip(ALIASES[alias], _values(alias, fields[alias]), strict=True):
+        values = _size(fields[alias]) if alias == "size" else (fields[alias],)
+        for name, value in zip(ALIASES[alias], values, strict=False):
             _only_one(alias, name, keywords)
             keywords[name], aliases[name] = value, alias
     return aliases
 
 
-def _values(alias: str, value: Any) -> Sequence[Any]:
-    if alias != "size":
-        return [value]
+def _size(value: object) -> tuple[int, ...]:
+    """Return width and height, or nothing for `auto`."""
+    if value == "auto":
+        return ()
     size = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if size is None:
         raise refuse("size", "must be WIDTHxHEIGHT in pixels, such as 512x768, or auto")
-    return [int(side) for side in size.groups()]
+    return tuple(map(int, size.groups()))
 
 
 def _only_one(alias: str, name: str, given: Mapping[str, Any]) -> None:

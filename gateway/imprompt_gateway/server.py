@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import NoReturn
 
 import uvicorn
 from starlette.applications import Starlette
@@ -49,7 +52,14 @@ def run(url: str, *, host: str, port: int, keys: Sequence[str], on_ready: Callab
     with socket.create_server((host, port), family=_family(host), backlog=BACKLOG) as listener:
         bound = listener.getsockname()
         shown = f"[{bound[0]}]" if listener.family == socket.AF_INET6 else bound[0]
+        # uvicorn raises the signal that ended it again, for these handlers: the process should end with status 0.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _exit)
         _Server(app, lambda: on_ready(f"http://{shown}:{bound[1]}")).run(sockets=[listener])
+
+
+def _exit(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(0)
 
 
 def _family(host: str) -> socket.AddressFamily:
