@@ -1,3 +1,5 @@
+const BROKEN = "The connection broke before the result arrived.";
+
 /** An error that the gateway reports. `param` names the request parameter at fault, or is null. */
 export class ApiError extends Error {
   constructor(message, { status = 0, param = null } = {}) {
@@ -16,7 +18,8 @@ export async function listModels(key) {
 /**
  * Send a request and call `onProgress` with each event of the stream until the last.
  *
- * Returns the pictures, each with `url`, `seed`, `type`, and the `timings` and `warnings` of the request.
+ * Returns an event for each picture: `b64_json`, `output_format`, `size`, and the `seeds`, `timings`, and `warnings` of
+ * the whole request.
  */
 export async function generate(body, { key, signal, onProgress }) {
   const response = await call("v1/images/generations", key, {
@@ -26,12 +29,16 @@ export async function generate(body, { key, signal, onProgress }) {
     signal,
   });
   const pictures = [];
-  for await (const event of events(response.body)) {
-    if (event.error) throw new ApiError(event.error.message, { param: event.error.param });
-    if (event.type === "image_generation.completed") pictures.push(event);
-    else onProgress(event);
+  try {
+    for await (const event of events(response.body)) {
+      if (event.error) throw new ApiError(event.error.message, { param: event.error.param });
+      if (event.type === "image_generation.completed") pictures.push(event);
+      else onProgress(event);
+    }
+  } catch (error) {
+    throw error instanceof TypeError ? new ApiError(BROKEN) : error; // browsers' error for a broken connection
   }
-  if (!pictures.length) throw new ApiError("The connection broke before the result arrived.");
+  if (!pictures.length) throw new ApiError(BROKEN);
   return pictures;
 }
 
@@ -46,12 +53,10 @@ async function call(path, key, options = {}) {
   }
   if (response.ok) return response;
   const { error } = await response.json().catch(() => ({}));
+  const message = error?.message ?? `The gateway answered ${response.status}.`;
   const wait = response.headers.get("Retry-After");
-  const advice = wait ? ` Try again in ${wait} s.` : "";
-  throw new ApiError((error?.message ?? `The gateway answered ${response.status}.`) + advice, {
-    status: response.status,
-    param: error?.param,
-  });
+  const advice = wait && !message.includes("retry") ? ` Try again in ${wait} s.` : "";
+  throw new ApiError(message + advice, { status: response.status, param: error?.param });
 }
 
 /** Yield the data of server-sent events. */

@@ -2,43 +2,54 @@ import { find, make } from "./dom.js";
 
 const GRPC_PORT = 8001;
 
-/** Name every file in a request, so that no two share a name. */
-function nameFiles(value, names = new Map()) {
-  if (value instanceof File) {
-    const [, stem, suffix] = /^(.*?)(\.[^.]*)?$/.exec(value.name);
-    let name = value.name;
-    for (let number = 2; [...names.values()].includes(name); number += 1) name = `${stem}-${number}${suffix ?? ""}`;
-    if (!names.has(value)) names.set(value, name);
-  } else if (value !== null && typeof value === "object") {
-    for (const entry of Object.values(value)) nameFiles(entry, names);
+/** Give every file in a request a name of its own. */
+function nameFiles(request) {
+  const names = new Map();
+  for (const file of filesIn(request)) {
+    const [, stem, suffix = ""] = /^(.*?)(\.[^.]*)?$/.exec(file.name);
+    const taken = [...names.values()];
+    let name = file.name;
+    for (let number = 2; taken.includes(name); number += 1) name = `${stem}-${number}${suffix}`;
+    names.set(file, name);
   }
   return names;
 }
 
-/** Write a value as JSON or as Python; they only differ in strings and files. */
-function literal(value, style, indent = "") {
+function filesIn(value) {
+  if (value instanceof File) return [value];
+  return value instanceof Object ? Object.values(value).flatMap(filesIn) : [];
+}
+
+/** Write a value as JSON or as Python, which differ in strings and files only. */
+function literal(value, style) {
   if (value instanceof File) return style.file(value);
   if (typeof value === "string") return style.string(value);
-  if (Array.isArray(value)) return `[${value.map((entry) => literal(entry, style, indent)).join(", ")}]`;
+  if (Array.isArray(value)) return `[${value.map((entry) => literal(entry, style)).join(", ")}]`;
   if (typeof value !== "object") return String(value);
   const entries = Object.entries(value).map(([name, entry]) => `${style.string(name)}: ${literal(entry, style)}`);
   return `{${entries.join(", ")}}`;
 }
 
-function curl(request, names, { hasKey, clip }) {
-  // In an unquoted here-document, these three are special.
-  const escape = (text) => text.replace(/[\\$`]/g, "\\$&");
+function curl(request, names, { hasKey }) {
   const style = {
-    string: (text) => escape(JSON.stringify(text)),
+    // A here-document whose delimiter is not quoted expands commands; these three are special in it.
+    string: (text) => JSON.stringify(text).replace(/[\\$`]/g, "\\$&"),
     file: (file) => `"$(base64 < '${names.get(file).replaceAll("'", "'\\''")}' | tr -d '\\n')"`,
   };
   const fields = Object.entries(request).map(([name, value]) => `  "${name}": ${literal(value, style)}`);
-  const [type, output] = clip ? ["image/webp", "out.webp"] : ["image/png", "out.png"];
+  const format = request.output_format ?? "png";
+  // An answer that is a file holds one picture; several come as JSON.
+  const single = (request.num_images_per_prompt ?? 1) === 1;
+  const headers = ['-H "Content-Type: application/json"'];
+  if (single) headers.push(`-H "Accept: image/${format}"`);
+  if (hasKey) headers.push('-H "Authorization: Bearer $IMPROMPT_API_KEY"');
+  const save =
+    `import base64, json, sys; [open(f"out-{i}.${format}", "wb").write(base64.b64decode(picture["b64_json"])) ` +
+    'for i, picture in enumerate(json.load(sys.stdin)["data"])]';
   return [
     `curl --fail-with-body ${new URL("v1/images/generations", document.baseURI)} \\`,
-    ...(hasKey ? ['  -H "Authorization: Bearer $IMPROMPT_API_KEY" \\'] : []),
-    `  -H "Content-Type: application/json" -H "Accept: ${type}" \\`,
-    `  --data-binary @- -o ${output} <<JSON`,
+    `  ${headers.join(" ")} \\`,
+    `  --data-binary @- <<JSON ${single ? `-o out.${format}` : `| python3 -c '${save}'`}`,
     "{",
     fields.join(",\n"),
     "}",
@@ -47,7 +58,7 @@ function curl(request, names, { hasKey, clip }) {
   ].join("\n");
 }
 
-function python(request, names, { clip }) {
+function python(request, names) {
   const style = {
     string: (text) => JSON.stringify(text),
     file: (file) => JSON.stringify(names.get(file)),
@@ -60,7 +71,7 @@ function python(request, names, { clip }) {
     "    result = client.generate(",
     ...fields,
     "    )",
-    `result.save("out.${clip ? "webp" : "png"}")`,
+    `result.save("out.${request.output_format ?? "png"}")`,
     "",
   ].join("\n");
 }

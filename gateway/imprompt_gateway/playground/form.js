@@ -11,7 +11,7 @@ const control = new Pictures(find("#control .pictures"), { label: find("#control
 const mask = new MaskEditor(find("#mask"));
 let capabilities;
 
-/** Fit the form to what a model can do. Values that it can still take stay. */
+/** Fit the form to what a model can do: its size becomes the model's, other values stay if the model takes them. */
 export function showModel(described) {
   capabilities = described;
   const { ip_adapters: adapters = [], controlnets = [], defaults = {}, limits = {} } = described;

@@ -68,7 +68,7 @@ for (const button of document.querySelectorAll("[data-code]")) {
     clearErrors();
     try {
       const request = await readRequest();
-      showCode(button.dataset.code, request, { hasKey: Boolean(find("#api-key").value), clip: "num_frames" in request });
+      await showCode(button.dataset.code, request, { hasKey: find("#api-key").value !== "" });
     } catch (error) {
       showError(error);
     }

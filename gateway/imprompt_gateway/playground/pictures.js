@@ -79,8 +79,8 @@ export class Pictures {
  */
 export function acceptPastes() {
   document.addEventListener("paste", (event) => {
-    const focused = document.activeElement.closest("fieldset")?.querySelector(".pictures");
-    const target = focused ?? find(".pictures");
+    const focused = document.activeElement.closest("fieldset:has(.pictures)");
+    const target = find(".pictures", focused ?? document);
     if (target.pictures.add(event.clipboardData.files)) event.preventDefault();
   });
   for (const kind of ["dragover", "drop"]) {

@@ -2,6 +2,8 @@ import { toFile } from "./api.js";
 import { find, fromTemplate, make } from "./dom.js";
 import { reuseSeed, startFrom } from "./form.js";
 
+let announcedQuarters = 0;
+
 /** Show a progress bar, before the first step is done. */
 export function showStart() {
   find("#progress").hidden = false;
@@ -10,6 +12,7 @@ export function showStart() {
   find("#progress .facts").textContent = "Waiting for the first step";
   find("#progress img").hidden = true;
   find("#progress").scrollIntoView({ block: "nearest" });
+  announcedQuarters = 0;
   announce("Generating.");
 }
 
@@ -18,6 +21,9 @@ export function showProgress({ step, steps, b64_json: preview, output_format: fo
   if (steps) {
     Object.assign(find("#progress progress"), { max: steps, value: step });
     find("#progress .facts").textContent = `Step ${step} of ${steps}`;
+    const quarters = Math.floor((4 * step) / steps);
+    if (quarters > announcedQuarters && step < steps) announce(`${25 * quarters} %`);
+    announcedQuarters = quarters;
   }
   if (preview) {
     const image = find("#progress img");
@@ -58,7 +64,7 @@ function seconds(value) {
   return `${value.toFixed(value < 10 ? 2 : 1)} s`;
 }
 
-function figure({ prompt }, { b64_json: data, seeds, output_format: format }, index) {
+function figure({ prompt, num_frames: frames }, { b64_json: data, seeds, output_format: format }, index) {
   const element = fromTemplate("result-template");
   const seed = seeds[index];
   const file = toFile(data, `imprompt-${seed}.${format}`, `image/${format}`);
@@ -70,6 +76,7 @@ function figure({ prompt }, { b64_json: data, seeds, output_format: format }, in
   });
   find("figcaption .facts", element).textContent = `Seed ${seed}`;
   find(".reuse", element).addEventListener("click", () => reuseSeed(seed));
+  find(".start", element).hidden = Boolean(frames); // clips start from videos
   find(".start", element).addEventListener("click", () => startFrom(file));
   Object.assign(find(".download", element), { href: picture.src, download: file.name });
   return element;
