@@ -30,8 +30,14 @@ SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FENCE = re.compile(r"^( *)```.*?^\1```$", re.DOTALL | re.MULTILINE)
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-MODULE_FOLDERS = {"Pipeline": "pipeline", "Denoiser": "denoiser", "Backends": "backends"}
-"""Sections of the architecture page that list modules of `imprompt_serving`."""
+SERVING = ROOT / "model_repository/imprompt_serving"
+MODULE_FOLDERS = {
+    "Pipeline": SERVING / "pipeline",
+    "Denoiser": SERVING / "denoiser",
+    "Backends": SERVING / "backends",
+    "Gateway": ROOT / "gateway/imprompt_gateway",
+}
+"""Sections of the architecture page that list modules."""
 
 PICTURES = (
     *("statue", "flowers", "vermeer", "river", "girl", "gummy", "einstein", "woman", "painting", "noise"),
@@ -252,5 +258,5 @@ def test_architecture_lists_every_module(section: str) -> None:
     table = re.search(rf"^### {section}\n(.*?)^##", page, re.DOTALL | re.MULTILINE)
     assert table is not None
     listed = re.findall(r"^\| `(\w+\.py)` \|", table[1], re.MULTILINE)
-    folder = ROOT / "model_repository/imprompt_serving" / MODULE_FOLDERS[section]
+    folder = MODULE_FOLDERS[section]
     assert set(listed) - {"__init__.py"} == {file.name for file in folder.glob("*.py")} - {"__init__.py"}

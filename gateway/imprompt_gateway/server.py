@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
+import threading
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import uvicorn
 from starlette.applications import Starlette
@@ -35,13 +37,22 @@ class _Server(uvicorn.Server):
             self._on_ready()
 
 
-def run(url: str, *, host: str, port: int, keys: Sequence[str], on_ready: Callable[[str], None]) -> None:
+def run(
+    url: str,
+    *,
+    host: str,
+    port: int,
+    keys: Sequence[str],
+    on_ready: Callable[[str], None],
+    parent: TextIO | None = None,
+) -> None:
     """Serve until SIGINT or SIGTERM, then let running requests finish.
 
     Args:
         url: gRPC address of the server.
         port: 0 means any free port.
         on_ready: called with the address once the gateway accepts requests.
+        parent: end when this pipe is closed, as when the process at its other end has died.
 
     Raises:
         OSError: the gateway cannot listen on that address.
@@ -55,7 +66,14 @@ def run(url: str, *, host: str, port: int, keys: Sequence[str], on_ready: Callab
         # uvicorn raises the signal that ended it again, for these handlers: the process should end with status 0.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _exit)
+        if parent is not None:
+            threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
         _Server(app, lambda: on_ready(f"http://{shown}:{bound[1]}")).run(sockets=[listener])
+
+
+def _end_with(parent: TextIO) -> None:
+    parent.read()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _exit(number: int, frame: FrameType | None) -> NoReturn:

@@ -16,14 +16,21 @@ from imprompt_gateway.bodies import MAX_DEPTH, nested, read_json
     ("parts", "fields"),
     [
         ([("prompt", "12"), ("seed", "12")], {"prompt": "12", "seed": 12}),
-        ([("eta", "0.5"), ("guess_mode", "true"), ("size", "64x64")], {"eta": 0.5, "guess_mode": True, "size": "64x64"}),
+        (
+            [("eta", "0.5"), ("guess_mode", "true"), ("size", "64x64")],
+            {"eta": 0.5, "guess_mode": True, "size": "64x64"},
+        ),
         ([("image", b"a")], {"image": b"a"}),
         ([("image[]", b"a")], {"image": [b"a"]}),
         ([("image[]", b"a"), ("image[]", b"b")], {"image": [b"a", b"b"]}),
         ([("image", b"a"), ("image", b"b"), ("image", b"c")], {"image": [b"a", b"b", b"c"]}),
         ([("ip_adapter_image[plain]", b"a")], {"ip_adapter_image": {"plain": b"a"}}),
         (
-            [("ip_adapter_image[plain][]", b"a"), ("ip_adapter_image[plain][]", b"b"), ("ip_adapter_image[plus]", b"c")],
+            [
+                ("ip_adapter_image[plain][]", b"a"),
+                ("ip_adapter_image[plain][]", b"b"),
+                ("ip_adapter_image[plus]", b"c"),
+            ],
             {"ip_adapter_image": {"plain": [b"a", b"b"], "plus": b"c"}},
         ),
         ([("ip_adapter_scale[up][block_0][]", n) for n in "012"], {"ip_adapter_scale": {"up": {"block_0": [0, 1, 2]}}}),
