@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Locator, Page, Request, expect, sync_playwright
 
 CHROMIUM = Path("/usr/bin/chromium")
 OPTIONS = (
@@ -44,16 +44,16 @@ def opened(context: BrowserContext, address: str) -> Iterator[Page]:
         if message.type in ("error", "warning") and "the server responded with a status of 4" not in message.text:
             problems.append(message.text)
 
+    def note_foreign(request: Request) -> None:
+        if not request.url.startswith((f"{address}/", f"blob:{address}/", "data:image/")):
+            problems.append(f"requested {request.url}")
+
     page.on("console", note)
     page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("request", lambda request: _is_own(request.url, address) or problems.append(f"requested {request.url}"))
+    page.on("request", note_foreign)
     page.goto(address)
     yield page
     assert problems == []
-
-
-def _is_own(url: str, address: str) -> bool:
-    return url.startswith((f"{address}/", f"blob:{address}/", "data:image/"))
 
 
 def wait_for_models(page: Page) -> None:

@@ -36,7 +36,7 @@ def test_every_control_has_a_name(page: Page) -> None:
 
 def test_keyboard_reaches_every_control(page: Page) -> None:
     page.get_by_label("Model").focus()
-    reached = []
+    reached: list[str] = []
     while page.evaluate("document.activeElement.id") != "generate" and len(reached) < 60:
         page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.id || document.activeElement.tagName"))

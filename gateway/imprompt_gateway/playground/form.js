@@ -137,8 +137,8 @@ export async function readRequest({ draw = false } = {}) {
   text("scheduler", find("#scheduler").value);
   if (!find("#frames-field").hidden) number("num_frames", find("#frames"));
   if ("num_frames" in request) request.output_format = "webp"; // smaller than a GIF, with all colors
-  number("seed", find("#seed"));
   number("num_images_per_prompt", find("#count"));
+  number("seed", find("#seed"));
   const count = request.num_images_per_prompt ?? 1;
   if (count === 1) delete request.num_images_per_prompt;
   if (request.seed === undefined && draw) {
