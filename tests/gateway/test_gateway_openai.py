@@ -102,8 +102,8 @@ BODIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"control_image": START.edge_image(), "controlnet_conditioning_scale": 0.8},
     ),
     "scheduler": (
-        {"scheduler": "EulerDiscreteScheduler", "scheduler_config": {"timestep_spacing": "trailing"}},
-        {"scheduler": "EulerDiscreteScheduler", "scheduler_config": {"timestep_spacing": "trailing"}},
+        {"scheduler": "EulerAncestralDiscreteScheduler", "scheduler_config": {"timestep_spacing": "linspace"}},
+        {"scheduler": "EulerAncestralDiscreteScheduler", "scheduler_config": {"timestep_spacing": "linspace"}},
     ),
     "start picture": (
         {"image": b64(START.image()), "strength": 0.8, "negative_prompt": "blue"},
