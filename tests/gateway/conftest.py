@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from playwright.sync_api import Browser, Page
 
 import chromium
 from imprompt_serving.launcher import Server
+from served import Served
 
 
 @contextmanager
@@ -44,6 +45,13 @@ def guarded(world: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     keys = tmp_path_factory.mktemp("keys") / "keys.txt"
     keys.write_text("# team a\nfirst\n\n# team b\nsecond\n")
     with running("--url", world.grpc_address, "--api-key-file", str(keys)) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def lora_gateway(served: Callable[[str], Served]) -> Iterator[str]:
+    """Serve a bundle whose requests choose LoRAs."""
+    with running("--url", served("inductor").server.grpc_address) as address:
         yield address
 
 

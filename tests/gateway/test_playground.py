@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Browser, Page, expect
 
-from chromium import brush, choose, copied, difference, drop, generate, pixels, png, save_files
+from chromium import brush, choose, copied, difference, drop, generate, opened, pixels, png, save_files, wait_for_models
 from imprompt_demo.world import picture
 from imprompt_serving.launcher import Server
 
@@ -184,6 +184,18 @@ def test_other_model_keeps_the_prompts(page: Page) -> None:
     expect(page.locator("#control")).to_be_hidden()
     expect(page.get_by_label("Frames")).to_be_hidden()
     assert len(generate(page)) == 1
+
+
+def test_loras_of_a_model(browser: Browser, lora_gateway: str) -> None:
+    with browser.new_context() as context, opened(context, lora_gateway) as page:
+        wait_for_models(page)
+        page.fill("#prompt", "a cat")
+        page.fill("#steps", "2")
+        page.fill("#seed", "4")
+        (without,) = generate(page)
+        page.get_by_role("group", name="LoRAs").get_by_role("slider", name="bold").fill("0.7")
+        (bold,) = generate(page)
+        assert difference(pixels(without), pixels(bold)) > 2
 
 
 def run(command: list[str], folder: Path) -> None:

@@ -14,11 +14,14 @@ let capabilities;
 /** Fit the form to what a model can do: its size becomes the model's, other values stay if the model takes them. */
 export function showModel(described) {
   capabilities = described;
-  const { ip_adapters: adapters = [], controlnets = [], defaults = {}, limits = {} } = described;
+  const { ip_adapters: adapters = [], loras = [], controlnets = [], defaults = {}, limits = {} } = described;
   find("#model-summary").textContent = [described.family, described.backend, described.precision]
     .filter(Boolean)
     .join(" · ");
   showAdapters(adapters.filter((adapter) => adapter.takes_images));
+
+  find("#loras").hidden = !loras.length;
+  find("#loras div").replaceChildren(...loras.map(loraFields));
 
   find("#control").hidden = !controlnets.length;
   showOptions(find("#controlnet"), controlnets.map((name) => [name, name]));
@@ -56,6 +59,15 @@ function adapterFields({ name, kind }) {
   range.id = label.htmlFor = `scale-${name}`;
   output.htmlFor = range.id;
   label.append(make("span", { className: "unseen", textContent: ` of ${name}` }));
+  showValue(range, output);
+  return element;
+}
+
+function loraFields(name) {
+  const element = fromTemplate("lora-template");
+  const [label, range, output] = element.children;
+  label.textContent = range.name = name;
+  range.id = label.htmlFor = `lora-${name}`;
   showValue(range, output);
   return element;
 }
@@ -121,7 +133,7 @@ export async function readRequest({ draw = false } = {}) {
     if (input.value !== "") request[name] = input.valueAsNumber;
   };
   text("negative_prompt", find("#negative-prompt").value);
-  Object.assign(request, readAdapters());
+  Object.assign(request, readAdapters(), readLoras());
   if (start.files.length) {
     [request.image] = start.files;
     number("strength", find("#strength"));
@@ -159,6 +171,12 @@ function readAdapters() {
     scales[element.dataset.name] = find("input[type=range]", element).valueAsNumber;
   }
   return Object.keys(images).length ? { ip_adapter_image: images, ip_adapter_scale: scales } : {};
+}
+
+function readLoras() {
+  const ranges = [...document.querySelectorAll("#loras input")].filter(({ valueAsNumber: scale }) => scale);
+  const lora = Object.fromEntries(ranges.map(({ name, valueAsNumber: scale }) => [name, scale]));
+  return ranges.length ? { lora } : {};
 }
 
 /** Show an error at the field of its parameter, or else above the buttons. */
