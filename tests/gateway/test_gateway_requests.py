@@ -238,6 +238,7 @@ def test_embeddings_become_arrays() -> None:
     assert by_adapter["plain"].shape == (2, 3, 4)
     assert "nested lists" in str(refused(ip_adapter_image_embeds=[[1], [1, 2]]))
     assert "nested lists" in str(refused(ip_adapter_image_embeds={"plain": "abc"}))
+    assert "nested lists" in str(refused(ip_adapter_image_embeds=[10**400]))
 
 
 def test_transparent_pixels_of_the_mask_are_repainted() -> None:
