@@ -137,6 +137,12 @@ def test_client_is_light() -> None:
     assert not {name for name in loaded_by("imprompt", "imprompt.cli") if within(name, heavy)}
 
 
+def test_gateway_is_light() -> None:
+    heavy = ("torch", "diffusers", "transformers", "onnxruntime", "scipy", "msgspec", "openai")
+    others = set(ROOMS) - {"imprompt", "imprompt_gateway"}
+    assert not {name for name in loaded_by("imprompt_gateway.server") if within(name, (*heavy, *others))}
+
+
 def test_benchmark_of_a_running_server_is_light() -> None:
     heavy = ("torch", "diffusers", "transformers", "onnxruntime", "imprompt_export", "imprompt_serving")
     assert not {name for name in loaded_by("imprompt_bench.cli") if within(name, heavy)}
@@ -215,6 +221,8 @@ def test_wheel_contains_all_packages_and_no_weights(tmp_path: Path) -> None:
     for room in ROOMS.keys() - {"imprompt_demo"}:
         assert packed(room) <= names
     assert "imprompt/py.typed" in names
+    pages = ("parameters.json", "docs.css", "playground/index.html")
+    assert {f"imprompt_gateway/{name}" for name in pages} <= names
     assert not [name for name in names if name.startswith(("imprompt_demo/", "tests/", "docs/"))]
     assert any(name.endswith("LICENSE") for name in names)
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 2**20  # too small for weights

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -17,6 +17,11 @@ from imprompt_gateway.parameters import PICTURES, TEXTS
 
 MAX_DEPTH = 16
 """Levels of nesting in JSON or in the name of a form field; embeddings, the deepest values, need six."""
+MAX_CONTAINERS, MAX_VALUES = 100_000, 4_000_000
+"""Lists and objects in JSON, and all values. Python needs up to 64 bytes for each, or 30 times the size of the body.
+
+The embeddings of a picture for a full-face adapter, the largest values, are 514 lists and 660,000 numbers.
+"""
 MAX_FORM_PARTS = 1000
 """Fields, and files, of a form."""
 _FIELD = re.compile(r"(?P<name>[^\[\]]+)(?P<keys>(\[[^\[\]]*\])*)")
@@ -31,7 +36,7 @@ async def read_fields(request: Request, *, max_bytes: int) -> dict[str, Any]:
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
-        return await run_in_threadpool(read_json, await request.body())
+        return await asyncio.to_thread(read_json, await request.body())
     if kind == "multipart/form-data":
         return await _read_form(request, max_bytes)
     raise HTTPException(415, "send application/json or multipart/form-data")
@@ -39,6 +44,8 @@ async def read_fields(request: Request, *, max_bytes: int) -> dict[str, Any]:
 
 def read_json(body: bytes) -> dict[str, Any]:
     """Parse a JSON object of limited depth."""
+    if body.count(b"[") + body.count(b"{") > MAX_CONTAINERS or body.count(b",") > MAX_VALUES:
+        raise HTTPException(400, "the body has too many values; send pictures in base64")
     try:
         fields = json.loads(body)
     except RecursionError:

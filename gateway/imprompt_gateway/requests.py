@@ -161,8 +161,9 @@ def _arrays(name: str, value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _arrays(name, item) for key, item in value.items()}
     try:
-        return np.asarray(value, np.float32)
-    except (TypeError, ValueError):
+        with np.errstate(over="ignore"):  # a number that is too large becomes infinity, which servers refuse
+            return np.asarray(value, np.float32)
+    except (OverflowError, TypeError, ValueError):
         raise refuse(name, "must be nested lists of numbers, or an object of these by adapter") from None
 
 

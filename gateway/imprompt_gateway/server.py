@@ -60,7 +60,7 @@ def run(
     """
     # Waiting and sending again is up to the caller, who is told for how long (`Retry-After`).
     app = create_app(AsyncClient(url, max_retries=0), keys=keys)
-    with socket.create_server((host, port), family=_family(host), backlog=BACKLOG) as listener:
+    with _listen(host, port) as listener:
         bound = listener.getsockname()
         shown = f"[{bound[0]}]" if listener.family == socket.AF_INET6 else bound[0]
         # uvicorn raises the signal that ended it again, for these handlers: the process should end with status 0.
@@ -80,5 +80,9 @@ def _exit(number: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(0)
 
 
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None

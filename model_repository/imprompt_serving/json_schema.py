@@ -48,6 +48,8 @@ def schema(row: Parameter) -> dict[str, Any]:
         described["x-stream"] = True
     if row.default not in (None, {}):
         described["default"] = row.default
+    if row.type is Type.OBJECT and (limits := _limits(row)):
+        return {"type": "object", "additionalProperties": {"type": "number"} | limits} | described
     if row.type in _SINGLE:
         return _SINGLE[row.type] | _limits(row) | described
     item = _ITEM[row.type] | _limits(row)

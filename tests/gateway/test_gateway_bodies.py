@@ -64,7 +64,18 @@ def test_names_of_form_fields_are_nested_to_a_limit() -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"\xff", b"[1]", b'"a"', b"null", b'{"a": ' + b"9" * 5000 + b"}", b"[" * 200_000, b'{"a":' * 200_000],
+    [
+        b"",
+        b"{",
+        b"\xff",
+        b"[1]",
+        b'"a"',
+        b"null",
+        b'{"a": ' + b"9" * 5000 + b"}",
+        b"[" * 90_000,
+        b'{"a":' * 90_000,
+        b"[" * 200_000,
+    ],
     ids=lambda body: repr(body[:8]),
 )
 def test_bodies_that_are_not_json_objects_are_refused(body: bytes) -> None:
@@ -72,6 +83,13 @@ def test_bodies_that_are_not_json_objects_are_refused(body: bytes) -> None:
         read_json(body)
     assert caught.value.status_code == 400
     assert len(caught.value.detail) < 300
+
+
+@pytest.mark.parametrize("part", [b"[],", b"{},", b"0,"])
+def test_json_with_too_many_values_is_not_parsed(part: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json, "loads", lambda _: pytest.fail("parsed"))
+    with pytest.raises(HTTPException, match="too many values"):
+        read_json(b'{"a": [' + part * 4_000_001 + b"0]}")
 
 
 def test_json_is_nested_to_a_limit() -> None:

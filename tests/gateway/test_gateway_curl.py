@@ -131,7 +131,7 @@ def test_one_of_eight_callers_leaves(gateway: str, world: Server) -> None:
     """The others get their pictures, and the work for the one that left ends."""
     cancelled = 'imprompt_jobs_ended_total{model="world_denoiser",outcome="cancelled"'
     before, left = world_metric(world, cancelled), callers_that_left(gateway)
-    client = openai.OpenAI(base_url=f"{gateway}/v1", api_key="none", max_retries=0)
+    client: Any = openai.OpenAI(base_url=f"{gateway}/v1", api_key="none", max_retries=0)
     with ThreadPoolExecutor(7) as callers:
         body = json.dumps({"model": "world", "prompt": "a star", "num_inference_steps": 1000})
         arguments = ["-H", "Content-Type: application/json", "-d", body]
@@ -153,7 +153,7 @@ def test_one_of_eight_callers_leaves(gateway: str, world: Server) -> None:
 
 
 def test_caller_that_leaves_a_stream_cancels_it(gateway: str, world: Server) -> None:
-    client = openai.OpenAI(base_url=f"{gateway}/v1", api_key="none", max_retries=0)
+    client: Any = openai.OpenAI(base_url=f"{gateway}/v1", api_key="none", max_retries=0)
     body = {"num_inference_steps": 1000}
     events = client.images.generate(model="world", prompt="a star", stream=True, extra_body=body)
     assert next(iter(events)).type == "image_generation.progress"
@@ -163,7 +163,7 @@ def test_caller_that_leaves_a_stream_cancels_it(gateway: str, world: Server) -> 
 
 def test_full_queue_is_refused_with_the_time_to_wait(gateway: str, world: Server) -> None:
     """Requests of 128 rows each: one runs, one waits, and there is no room for more."""
-    client = openai.OpenAI(base_url=f"{gateway}/v1", api_key="none", max_retries=0)
+    client: Any = openai.OpenAI(base_url=f"{gateway}/v1", api_key="none", max_retries=0)
     body = {"num_inference_steps": 50}
     refused = threading.Event()
     errors: list[openai.APIStatusError] = []

@@ -44,7 +44,12 @@ RED = encoded(Image.new("RGB", (8, 8), "red"))
 
 
 def test_parameters_keep_their_names_and_values() -> None:
-    given = {"num_inference_steps": 5, "guidance_scale": 3.0, "scheduler_config": {"a": 1}, "negative_prompt": ["b"]}
+    given: dict[str, Any] = {
+        "num_inference_steps": 5,
+        "guidance_scale": 3.0,
+        "scheduler_config": {"a": 1},
+        "negative_prompt": ["b"],
+    }
     request = read(**given)
     assert given.items() <= request.keywords.items()
     assert request.keywords["model"] == "world"
@@ -233,6 +238,7 @@ def test_embeddings_become_arrays() -> None:
     assert by_adapter["plain"].shape == (2, 3, 4)
     assert "nested lists" in str(refused(ip_adapter_image_embeds=[[1], [1, 2]]))
     assert "nested lists" in str(refused(ip_adapter_image_embeds={"plain": "abc"}))
+    assert "nested lists" in str(refused(ip_adapter_image_embeds=[10**400]))
 
 
 def test_transparent_pixels_of_the_mask_are_repainted() -> None:

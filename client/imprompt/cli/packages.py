@@ -9,13 +9,14 @@ from __future__ import annotations
 import importlib
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from imprompt.cli import console
+from imprompt.cli.gateway_process import beside_server
 
 _OWN_PACKAGES = (
     "imprompt",
@@ -55,15 +56,24 @@ def serve(
         int | None, typer.Option(help="Also open Triton's HTTP port, which is closed by default; 0 picks a free one.")
     ] = None,
     metrics_port: Annotated[int, typer.Option(help="Metrics port; 0 picks a free one.")] = 8002,
+    gateway_port: Annotated[
+        int | None, typer.Option(help="Also run `imprompt gateway` on this port; 0 picks a free one.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     drain_timeout: Annotated[float, typer.Option(help="Seconds to let running requests finish on shutdown.")] = 30.0,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show all of Triton's output.")] = False,
 ) -> None:
     """Run Triton in the foreground. Prints a line starting with `ready` once all models are ready. Ctrl-C drains."""
     launcher = load("imprompt_serving.launcher", "server")
+    if gateway_port is not None:
+        load("imprompt_gateway.server", "gateway")
+    children = ExitStack()
 
     def print_ready(addresses: Any) -> None:
-        print(f"ready {addresses}", flush=True)
+        line = f"ready {addresses}"
+        if gateway_port is not None:
+            line += " gateway=" + children.enter_context(beside_server(addresses.grpc, host=host, port=gateway_port))
+        print(line, flush=True)
 
     try:
         status = launcher.serve(
@@ -78,6 +88,8 @@ def serve(
         )
     except launcher.LaunchError as error:
         console.fail(str(error))
+    finally:
+        children.close()
     raise typer.Exit(status)
 
 
