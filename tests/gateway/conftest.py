@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser, Page
 
+import chromium
 from imprompt_serving.launcher import Server
+from served import Served
 
 
 @contextmanager
@@ -43,3 +46,30 @@ def guarded(world: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     keys.write_text("# team a\nfirst\n\n# team b\nsecond\n")
     with running("--url", world.grpc_address, "--api-key-file", str(keys)) as address:
         yield address
+
+
+@pytest.fixture(scope="session")
+def lora_gateway(served: Callable[[str], Served]) -> Iterator[str]:
+    """Serve a bundle whose requests choose LoRAs."""
+    with running("--url", served("inductor").server.grpc_address) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    with chromium.launched() as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser: Browser, gateway: str) -> Iterator[Page]:
+    """Open the playground with a prompt, few steps, and a fixed seed."""
+    with (
+        browser.new_context(permissions=["clipboard-read", "clipboard-write"]) as context,
+        chromium.opened(context, gateway) as page,
+    ):
+        chromium.wait_for_models(page)
+        page.fill("#prompt", "a fish")
+        page.fill("#steps", "4")
+        page.fill("#seed", "4")
+        yield page
