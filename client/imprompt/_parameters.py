@@ -112,6 +112,13 @@ NAMES = (
     "progress_every",
     "preview",
 )
+PICTURES = (
+    "image",
+    "mask_image",
+    "control_image",
+    "video",
+)
+OBJECTS = ("scheduler_config",)
 # End
 
 
