@@ -101,7 +101,7 @@ def run(page: str, names: dict[str, Any]) -> int:
 @pytest.mark.usefixtures("pictures")
 def test_guide_runs(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     connect = imprompt.AsyncClient
-    monkeypatch.setattr(imprompt, "Client", lambda url: EveryServer(served))
+    monkeypatch.setattr(imprompt, "Client", lambda url, **options: EveryServer(served))
     monkeypatch.setattr(imprompt, "AsyncClient", lambda url: connect(served("sd15").server.grpc_address))
     names: dict[str, Any] = {}
     assert sum(run(f"docs/{page}.md", names) for page in GUIDE) >= 20

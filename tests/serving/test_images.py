@@ -12,7 +12,15 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from imprompt_serving.errors import InvalidRequest
-from imprompt_serving.pipeline.images import check_headers, clip_pixels, decode, decode_all, file_bytes, rgb
+from imprompt_serving.pipeline.images import (
+    check_count,
+    check_headers,
+    clip_pixels,
+    decode,
+    decode_all,
+    file_bytes,
+    rgb,
+)
 from imprompt_serving.pipeline.mask_crop import Box, fit_filled, overlay
 from imprompt_serving.specs import ImageEncoder, Limits
 from tiny import images
@@ -114,11 +122,10 @@ def test_unreadable_pictures_are_refused(data: bytes, message: str) -> None:
 
 
 def test_headers_bound_the_pictures_of_a_request() -> None:
-    limits = Limits(image_megapixels=1.0, image_aspect_ratio=4.0, images=3)
+    limits = Limits(image_megapixels=1.0, image_aspect_ratio=4.0)
     check_headers({"image": [png(1024, 512)], "mask_image": [png(512, 1024)]}, limits)
     for given, message in (
         ({"image": [png(1024, 512)], "mask_image": [png(512, 1025)]}, "mask_image: 512x1025 is too large; a request"),
-        ({"image": [GOOD] * 2, "mask_image": [GOOD] * 2}, "mask_image: a request takes at most 3 pictures in total"),
         ({"image": [png(1024, 255)]}, "image: 1024x255 is too elongated"),
         ({"image": [png(30_000, 30_000)]}, "image: too large"),
     ):
@@ -143,6 +150,12 @@ def test_supported_formats_and_modes_are_decoded() -> None:
     turned = Image.Exif()
     turned[0x0112] = 6
     assert decode(encoded(photo.crop((0, 0, 40, 20)), "JPEG", exif=turned), "image").size == (20, 40)
+
+
+def test_number_of_pictures_is_bounded() -> None:
+    check_count({"image": 2, "mask_image": 1}, Limits(images=3))
+    with pytest.raises(InvalidRequest, match="mask_image: a request takes at most 3 pictures in total"):
+        check_count({"image": 2, "mask_image": 2, "video": 9}, Limits(images=3))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF"])

@@ -62,18 +62,27 @@ def _from_base64(text: bytes, parameter: str, which: str) -> bytes:
         raise InvalidRequest(parameter, f"{which}not valid base64: {error}") from None
 
 
+def check_count(counts: Mapping[str, int], limits: Limits) -> None:
+    """Check the number of pictures in a request, by parameter.
+
+    Raises:
+        InvalidRequest: there are too many.
+    """
+    total = 0
+    for parameter, count in counts.items():
+        total += count
+        if total > limits.images:
+            raise InvalidRequest(parameter, f"a request takes at most {limits.images} pictures in total")
+
+
 def check_headers(pictures: Mapping[str, Sequence[bytes]], limits: Limits) -> None:
     """Check the encoded pictures of a request, by parameter, before any of them is decoded.
 
     Raises:
-        InvalidRequest: a picture is not in one of the `FORMATS` or is too elongated, or there are too many pictures,
-            or too many pixels in total.
+        InvalidRequest: a picture is not in one of the `FORMATS` or is too elongated, or there are too many pixels in
+            total.
     """
-    count, pixels = 0, 0
-    for parameter, files in pictures.items():
-        count += len(files)
-        if count > limits.images:
-            raise InvalidRequest(parameter, f"a request takes at most {limits.images} pictures in total")
+    pixels = 0
     for parameter, files in pictures.items():
         for index, data in enumerate(files):
             which = _which(index, len(files))

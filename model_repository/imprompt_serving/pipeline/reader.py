@@ -43,6 +43,10 @@ class Reader:
         with np.errstate(over="ignore"):  # an overflow becomes infinite, which the caller refuses
             return values.astype(np.float32, copy=False)
 
+    def count(self, name: str) -> int:
+        """Return the number of byte strings."""
+        return len(self._data(name))
+
     def pictures(self, name: str) -> list[bytes]:
         """Read picture files, which may come as base64 text or data URIs."""
         if name not in self._pictures:

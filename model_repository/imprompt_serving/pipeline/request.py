@@ -18,7 +18,7 @@ from imprompt_serving.job_request import ContextWindow, Task
 from imprompt_serving.parameters import PARAMETERS, PICTURE_FORMATS, ROWS, VIDEO_FORMATS, Settings, Type
 from imprompt_serving.pipeline.controls import Control, ControlPlan, load_controls, plan_controls
 from imprompt_serving.pipeline.image_prompts import ImagePrompt, adapter_name, load_image_prompt, plan_image_prompts
-from imprompt_serving.pipeline.images import check_headers, decode_all
+from imprompt_serving.pipeline.images import check_count, check_headers, decode_all
 from imprompt_serving.pipeline.reader import Reader
 from imprompt_serving.pipeline.scheduler import parse_scheduler
 from imprompt_serving.pipeline.video import VideoOptions, parse_video
@@ -89,7 +89,9 @@ def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
         if name not in known:
             raise InvalidRequest(name, f"is not a parameter of {bundle.name}")
     limits, read, family = bundle.limits, Reader(tensors, bundle.limits), get_family(bundle.family)
-    check_headers({row.name: read.pictures(row.name) for row in ROWS if row.type is Type.PICTURES}, limits)
+    picture_names = [row.name for row in ROWS if row.type is Type.PICTURES]
+    check_count({name: read.count(name) for name in picture_names}, limits)
+    check_headers({name: read.pictures(name) for name in picture_names}, limits)
     _check_characters(read, limits, family)
     prompts = _prompts(read, family)
     pictures = len(prompts[0]) * read.integer("num_images_per_prompt")
@@ -209,7 +211,7 @@ def _negative_prompts(read: Reader, family: Family, count: int) -> tuple[tuple[s
 
 def _task(read: Reader, bundle: Bundle, pictures: int) -> Task:
     """Return the task of a request with `pictures` results, and check its start pictures and masks."""
-    images, masks, video = (len(read.pictures(name)) for name in ("image", "mask_image", "video"))
+    images, masks, video = (read.count(name) for name in ("image", "mask_image", "video"))
     if masks and not images:
         raise InvalidRequest("mask_image", "needs an image")
     for name, count in (("image", images), ("mask_image", masks)):
