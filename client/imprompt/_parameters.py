@@ -82,6 +82,7 @@ NAMES = (
     "control_guidance_start",
     "control_guidance_end",
     "guess_mode",
+    "lora",
     "num_frames",
     "video",
     "context_length",
@@ -118,7 +119,10 @@ PICTURES = (
     "control_image",
     "video",
 )
-OBJECTS = ("scheduler_config",)
+OBJECTS = (
+    "lora",
+    "scheduler_config",
+)
 # End
 
 

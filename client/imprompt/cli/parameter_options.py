@@ -151,6 +151,11 @@ OPTIONS: tuple[Option, ...] = (
         ),
     ),
     Option(
+        name="lora",
+        kind="scales",
+        help="LoRA to use, with its scale (-10 to 10); may be repeated.",
+    ),
+    Option(
         name="num_frames",
         kind="integer",
         help="Number of frames of a clip; without it and --video, the result is pictures.",
