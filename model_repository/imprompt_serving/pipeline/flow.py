@@ -18,6 +18,7 @@ from imprompt_serving.job_request import Admission, JobRequest, batch_key
 from imprompt_serving.pipeline.dispatch import Dispatcher
 from imprompt_serving.pipeline.encode import ImagePromptEncoder, TextPromptEncoder, control_tensors, encode_start
 from imprompt_serving.pipeline.models import Models, Tensors, raise_for_error, strings
+from imprompt_serving.pipeline.output_files import file_tensor
 from imprompt_serving.pipeline.postprocess import Postprocessor
 from imprompt_serving.pipeline.request import Request
 from imprompt_serving.pipeline.stages import Stages
@@ -119,11 +120,17 @@ class Pipeline:
         async for response in self._models.stream(denoiser, tensors):
             raise_for_error(response)
             if progress:
-                progress({name: response[name] for name in ("step", "steps", "preview") if name in response})
+                progress(_progress_message(response, job.settings.output_encoding))
             if "latents" in response:
                 stages.seconds.update(json.loads(response["timings"][0]))
                 return response["latents"]
         raise RequestError("the denoiser returned no latents")
+
+
+def _progress_message(response: Tensors, encoding: str) -> Tensors:
+    """Return the part of a denoiser's response that callers get."""
+    message = {name: response[name] for name in ("step", "steps") if name in response}
+    return message | ({"preview": file_tensor(response["preview"], encoding)} if "preview" in response else {})
 
 
 async def _gather(*work: Awaitable[Tensors]) -> list[Tensors]:
