@@ -23,8 +23,7 @@ import numpy as np
 import psutil
 import pytest
 
-from imprompt_serving import _triton_install
-from imprompt_serving.launcher import Addresses, LaunchError, Server
+from imprompt_serving.launcher import Addresses, LaunchError, Server, install
 
 grpc = pytest.importorskip("tritonclient.grpc", reason="needs tritonclient[grpc]")
 needs_triton = pytest.mark.skipif(
@@ -404,7 +403,7 @@ def no_triton_on_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_missing_triton_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(LaunchError, match=r"imprompt\[server\]"):
-        _triton_install.find_triton()
+        install.find_triton()
 
 
 @needs_triton
@@ -412,15 +411,15 @@ def test_missing_triton_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_numpy_2_is_refused_with_the_pip_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "2.1.0")
     with pytest.raises(LaunchError, match=r"numpy 2\.1\.0 .* needs numpy < 2"):
-        _triton_install.find_triton()
+        install.find_triton()
 
 
 @needs_triton
 @pytest.mark.usefixtures("no_triton_on_path")
 def test_python_without_a_stub_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_triton_install, "PYTHON", "3.99")
+    monkeypatch.setattr(install, "PYTHON", "3.99")
     with pytest.raises(LaunchError, match=r"no Python stub for Python 3\.99 \(it has 3\.8, .*3\.11"):
-        _triton_install.find_triton()
+        install.find_triton()
 
 
 @needs_triton
@@ -429,7 +428,7 @@ def test_python_without_a_shared_library_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sysconfig, "get_config_var", lambda name: str(tmp_path) if name == "LIBDIR" else "")
     monkeypatch.setattr(sys, "base_prefix", str(tmp_path))
     with pytest.raises(LaunchError, match="has no shared libpython"):
-        _triton_install.find_triton()
+        install.find_triton()
 
 
 def test_triton_on_path_for_another_python_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -441,4 +440,4 @@ def test_triton_on_path_for_another_python_is_refused(monkeypatch: pytest.Monkey
     binary.touch(mode=0o755)
     monkeypatch.setenv("PATH", str(binary.parent))
     with pytest.raises(LaunchError, match="no Python stub for Python 3"):
-        _triton_install.find_triton()
+        install.find_triton()
