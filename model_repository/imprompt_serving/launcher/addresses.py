@@ -11,15 +11,16 @@ from imprompt_serving.launcher.install import LaunchError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Addresses:
-    """Addresses that a running server listens on, as `host:port`; `http` is None without an HTTP port."""
+    """Addresses that a running server listens on, as `host:port`; None for ports that are closed."""
 
     grpc: str
     metrics: str
     http: str | None = None
+    health: str | None = None
 
     def __str__(self) -> str:
-        http = f" http={self.http}" if self.http else ""
-        return f"grpc={self.grpc}{http} metrics={self.metrics}"
+        named = {"grpc": self.grpc, "http": self.http, "metrics": self.metrics, "health": self.health}
+        return " ".join(f"{name}={address}" for name, address in named.items() if address)
 
 
 def free_ports(host: str, requested: dict[str, int]) -> tuple[str, dict[str, int]]:

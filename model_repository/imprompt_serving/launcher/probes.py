@@ -27,18 +27,18 @@ def is_ready(addresses: Addresses) -> bool:
     return ready and all(listens(address) for address in (addresses.metrics, addresses.http) if address)
 
 
-def requests_in_flight(metrics_address: str) -> int | None:
+def requests_in_flight(metrics_address: str, timeout: float = TIMEOUT_S) -> int | None:
     """Sum the in-flight gauges of the models; None if Triton does not answer."""
     try:
-        text = _get(metrics_address, "/metrics")
+        text = _get(metrics_address, "/metrics", timeout)
     except (OSError, http.client.HTTPException):
         return None
     return sum(int(float(value)) for value in re.findall(rf"^{IN_FLIGHT_METRIC}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
 
 
-def _get(address: str, path: str) -> str:
+def _get(address: str, path: str, timeout: float) -> str:
     """Return the text of an HTTP GET. Not with urllib, which would use a proxy from the environment."""
-    connection = http.client.HTTPConnection(address, timeout=TIMEOUT_S)
+    connection = http.client.HTTPConnection(address, timeout=timeout)
     try:
         connection.request("GET", path)
         return connection.getresponse().read().decode()

@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TextIO
@@ -16,9 +16,11 @@ from typing import Self, TextIO
 import psutil
 
 from imprompt_serving.drain import DRAIN_FILE_VARIABLE, announce_drain
+from imprompt_serving.heartbeat import FOLDER_VARIABLE, Pulse, read_pulses
 from imprompt_serving.launcher.addresses import Addresses, free_ports
 from imprompt_serving.launcher.command import EXIT_TIMEOUT_S, triton_command
 from imprompt_serving.launcher.install import LaunchError, find_triton
+from imprompt_serving.launcher.loading import Loading
 from imprompt_serving.launcher.log import Log
 from imprompt_serving.launcher.probes import is_ready, requests_in_flight
 from imprompt_serving.launcher.processes import (
@@ -39,6 +41,8 @@ MMAP_THRESHOLD_BYTES = 2**20
 KILL_AFTER_S = 1.0
 # After the drain timeout, models abort running requests. They must have sent the errors within this time.
 DRAIN_GRACE_S = 3.0
+# After a failure, models that still run have this long to end their requests. They check for a drain every 0.25 s.
+ABORT_GRACE_S = 1.0
 POLL_S = 0.1
 
 
@@ -48,7 +52,7 @@ class Server:
     Port 0 means any free port; without `http_port`, Triton serves gRPC only. The output of Triton and the models goes
     to `log` (default: stderr): warnings, errors, and output of the models, or everything with `verbose`. It is held
     back until the server is ready; if startup fails, the error quotes it. Leaving the context stops the server without
-    a drain. A server cannot be started twice.
+    a drain. After `stop` or `kill`, it can be started again, on the same ports.
 
     Raises:
         LaunchError: the repository has no models.
@@ -56,6 +60,8 @@ class Server:
 
     addresses: Addresses
     """Set by `start`."""
+    secret: str
+    """Set by `start`: proves to the models that a call comes from this server."""
 
     def __init__(
         self,
@@ -69,7 +75,7 @@ class Server:
         verbose: bool = False,
         log: TextIO | None = None,
     ) -> None:
-        self._repository = _checked_repository(Path(repository))
+        self.repository = _checked_repository(Path(repository))
         self._requested_ports = {"grpc": grpc_port, "metrics": metrics_port}
         if http_port is not None:
             self._requested_ports["http"] = http_port
@@ -99,6 +105,15 @@ class Server:
         return self._running.pid
 
     @property
+    def processes(self) -> dict[str, psutil.Process]:
+        """The processes of the server: `tritonserver`, and the instances of Python models by Triton's names."""
+        return {"tritonserver": psutil.Process(self.pid), **self._stubs}
+
+    def pulses(self) -> dict[str, Pulse]:
+        """Read the heartbeats of Python models, by instance."""
+        return read_pulses(self._heartbeats)
+
+    @property
     def stub_pids(self) -> dict[str, int]:
         """Process id of each instance of a Python model, by Triton's name for the instance (`<model>_0_0`)."""
         return {name: stub.pid for name, stub in self._stubs.items()}
@@ -112,8 +127,13 @@ class Server:
     ) -> None:
         self.stop()
 
-    def start(self, *, give_up: Callable[[], bool] = lambda: False) -> bool:
-        """Start Triton and wait until all models are ready.
+    def start(
+        self,
+        *,
+        give_up: Callable[[], bool] = lambda: False,
+        on_loading: Callable[[str], None] = lambda message: None,
+    ) -> bool:
+        """Start Triton and wait until all models are ready. Whenever one is, `on_loading` gets a message.
 
         Returns:
             True when ready; False if `give_up` returned True first. Everything is cleaned up then.
@@ -123,7 +143,7 @@ class Server:
         """
         try:
             self._spawn()
-            ready = self._wait_until_ready(give_up)
+            ready = self._wait_until_ready(give_up, on_loading)
         except BaseException:
             self.kill()
             raise
@@ -178,6 +198,18 @@ class Server:
                 time.sleep(POLL_S)
         self.kill()
 
+    def abort(self) -> None:
+        """Let running requests end with a clear error, if their models still can, and kill everything."""
+        if self._process is not None and self._process.poll() is None:
+            with suppress(OSError):  # the disk is full
+                announce_drain(self._drain_file, deadline=time.time())
+            until = time.monotonic() + ABORT_GRACE_S
+            while time.monotonic() < until and self._process.poll() is None:
+                if requests_in_flight(self.addresses.metrics, ABORT_GRACE_S) == 0:
+                    break
+                time.sleep(POLL_S)
+        self.kill()
+
     def kill(self) -> None:
         """Kill Triton and the model processes at once, and remove their shared memory and files."""
         self._clean_up.close()
@@ -195,14 +227,18 @@ class Server:
         listen, ports = free_ports(self._host, self._requested_ports)
         connect_to = "127.0.0.1" if listen == "0.0.0.0" else listen
         self.addresses = Addresses(**{name: f"{connect_to}:{port}" for name, port in ports.items()})
+        self._requested_ports = ports  # keep them if the server is started again
         scratch = Path(self._clean_up.enter_context(tempfile.TemporaryDirectory(prefix="imprompt-")))
         self._drain_file = scratch / "drain"
+        self._heartbeats = scratch / "heartbeats"
+        self._heartbeats.mkdir()
+        self.secret = secrets.token_urlsafe()
         shared_memory = f"imprompt_{os.getpid()}_{secrets.token_hex(3)}_"
         self._clean_up.callback(remove_shared_memory, shared_memory)
         self._process = subprocess.Popen(
             triton_command(
                 triton,
-                self._repository,
+                self.repository,
                 address=listen,
                 ports=ports,
                 scratch=scratch,
@@ -211,7 +247,11 @@ class Server:
             ),
             env={"MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD_BYTES)}
             | triton.environment()
-            | {DRAIN_FILE_VARIABLE: str(self._drain_file), SECRET_VARIABLE: secrets.token_urlsafe()},
+            | {
+                DRAIN_FILE_VARIABLE: str(self._drain_file),
+                FOLDER_VARIABLE: str(self._heartbeats),
+                SECRET_VARIABLE: self.secret,
+            },
             cwd=scratch,  # first on the models' sys.path: a random.py in the user's folder must not shadow anything
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -226,8 +266,9 @@ class Server:
         # Kill the reaper before our own clean-up: it must never signal a new process group that reuses the id.
         self._clean_up.callback(end_reaper, reaper)
 
-    def _wait_until_ready(self, give_up: Callable[[], bool]) -> bool:
+    def _wait_until_ready(self, give_up: Callable[[], bool], on_loading: Callable[[str], None]) -> bool:
         until = time.monotonic() + self._start_timeout
+        loading, message = Loading(self.repository), ""
         while not is_ready(self.addresses):
             status = self._running.poll()
             if status is not None:
@@ -238,6 +279,9 @@ class Server:
                 raise LaunchError(f"Triton was not ready after {self._start_timeout:g} s" + self._log.excerpt())
             if give_up():
                 return False
+            before, message = message, loading.message(self.pulses())
+            if message != before:
+                on_loading(message)
             time.sleep(POLL_S)
         self._stubs = stubs_of(self._running.pid)
         self._log.release()
