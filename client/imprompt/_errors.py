@@ -86,7 +86,8 @@ _TRITON_ERRORS = (
     (re.compile(r"unknown model"), grpc.StatusCode.NOT_FOUND),
     (
         re.compile(
-            r"not ready|no available versions|stopped accepting|maximum queue size|server is (stopping|exiting)"
+            r"not ready|not healthy|no available versions|stopped accepting|maximum queue size"
+            r"|server is (stopping|exiting)"
         ),
         grpc.StatusCode.UNAVAILABLE,
     ),

@@ -60,7 +60,8 @@ class Canary:
         self.refused = False
         """Whether the front answers that the canary itself is wrong: it cannot be watched this way."""
         self._address, self._secret, self._max_interval = address, secret, max_interval
-        self._seconds = 0.0
+        self._cost = float("inf")
+        """Seconds of the fastest canary: under load, others wait rather than work."""
         self._stop = threading.Event()
         self._channel: grpc.Channel | None = None
         self._thread = threading.Thread(target=self._run, name=f"canary {front.model}", daemon=True)
@@ -88,7 +89,7 @@ class Canary:
             except ValueError as error:  # the channel was closed
                 self._failed(began, None, str(error))
             else:
-                self._seconds = time.monotonic() - began
+                self._cost = min(self._cost, time.monotonic() - began)
                 self.saw_picture(time.monotonic())
                 self.failing_since, self.error = None, ""
             self.waiting_since = None
@@ -97,7 +98,7 @@ class Canary:
         """Return the seconds until the next canary; 0 for the first."""
         if self.last_good is None:
             return INTERVAL_S / 4 if self.error else 0.0
-        pause = min(max(INTERVAL_S, self._seconds / MAX_LOAD), self._max_interval)
+        pause = min(max(INTERVAL_S, self._cost / MAX_LOAD), self._max_interval)
         return max(self.last_good + pause - time.monotonic(), INTERVAL_S / 4)
 
     def _failed(self, began: float, status: grpc.StatusCode | None, message: str) -> None:

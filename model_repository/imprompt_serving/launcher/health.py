@@ -20,6 +20,8 @@ from imprompt_serving.launcher.install import LaunchError
 
 REQUEST_TIMEOUT_S = 5.0
 """How long a client may take to send its request."""
+SHUTDOWN_POLL_S = 0.05
+"""How long the end of the server may be delayed."""
 FAILED_STARTS = 5
 """After this many restarts in a row that failed, `/livez` fails too: a new container may help."""
 
@@ -102,7 +104,7 @@ def health_server(health: Health, host: str, port: int) -> Iterator[str]:
     except OSError as error:
         raise LaunchError(f"cannot listen on {host}:{port} (the health port): {error.strerror}") from error
     with server:
-        threading.Thread(target=server.serve_forever, name="health", daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(SHUTDOWN_POLL_S,), name="health", daemon=True).start()
         try:
             yield f"{host}:{server.server_port}"
         finally:

@@ -44,6 +44,13 @@ DRAIN_GRACE_S = 3.0
 # After a failure, models that still run have this long to end their requests. They check for a drain every 0.25 s.
 ABORT_GRACE_S = 1.0
 POLL_S = 0.1
+# On a busy machine, Triton 2.51 may abort while it starts (`boost::interprocess::lock_exception`): it gives up on a model
+# process that gets no core for a second.
+START_ATTEMPTS = 3
+
+
+class TritonCrashed(LaunchError):
+    """Triton died of a signal while it started."""
 
 
 class Server:
@@ -141,12 +148,19 @@ class Server:
         Raises:
             LaunchError: Triton did not become ready. Everything is cleaned up then.
         """
-        try:
-            self._spawn()
-            ready = self._wait_until_ready(give_up, on_loading)
-        except BaseException:
-            self.kill()
-            raise
+        for attempt in range(1, START_ATTEMPTS + 1):
+            try:
+                self._spawn()
+                ready = self._wait_until_ready(give_up, on_loading)
+            except TritonCrashed:
+                self.kill()
+                if attempt == START_ATTEMPTS:
+                    raise
+            except BaseException:
+                self.kill()
+                raise
+            else:
+                break
         if not ready:
             self.kill()
         return ready
@@ -272,7 +286,7 @@ class Server:
         while not is_ready(self.addresses):
             status = self._running.poll()
             if status is not None:
-                raise LaunchError(
+                raise (TritonCrashed if status < 0 else LaunchError)(
                     self._log.load_failures() + f"Triton did not start ({describe_exit(status)})" + self._log.excerpt()
                 )
             if time.monotonic() > until:
