@@ -44,8 +44,8 @@ DRAIN_GRACE_S = 3.0
 # After a failure, models that still run have this long to end their requests. They check for a drain every 0.25 s.
 ABORT_GRACE_S = 1.0
 POLL_S = 0.1
-# On a busy machine, Triton 2.51 may abort while it starts (`boost::interprocess::lock_exception`): it gives up on a model
-# process that gets no core for a second.
+# On a busy machine, Triton 2.51 may abort while it starts (`boost::interprocess::lock_exception`): it gives up on a
+# model process that gets no core for a second.
 START_ATTEMPTS = 3
 
 
