@@ -62,8 +62,8 @@ class Case:
     """Why the fault cannot be injected here."""
 
 
-def run(case: Case, server: Foreground, models: list[str]) -> Outcome:
-    """Inject one fault into a running server under load.
+def run(case: Case, server: Foreground, models: list[str], *, quiet: float = QUIET_S) -> Outcome:
+    """Inject one fault into a running server under load, and watch for `quiet` seconds that it withstands the fault.
 
     Raises:
         AssertionError: the fault was not noticed in time, or there were no pictures again, or a restart for no reason.
@@ -77,7 +77,7 @@ def run(case: Case, server: Foreground, models: list[str]) -> Outcome:
             at, reason = wait_for(lambda: server.failure(began), 2 * NOTICE_LIMIT_S, f"{case.name}: noticed")
             noticed = at - began
         else:
-            time.sleep(QUIET_S)
+            time.sleep(quiet)
             assert server.failure(began) is None, server.failure(began)
         again = wait_for(
             lambda: callers.pictures(since=began + (noticed or 0.0)), RECOVERY_LIMIT_S, f"{case.name}: pictures again"

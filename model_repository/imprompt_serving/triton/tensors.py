@@ -19,6 +19,9 @@ _CODES = {
     "INTERNAL": "INTERNAL",
 }
 
+_DEAD_MODEL = "is not healthy"
+"""Part of Triton's message for calls of a model whose process has died."""
+
 
 def arrays(request: Any) -> dict[str, np.ndarray]:
     """Return the inputs of a request (or outputs of a response) by name.
@@ -68,7 +71,7 @@ def raise_for_error(answer: Any) -> None:
     """Raise the error in a response of another model.
 
     Raises:
-        Overloaded: the server is stopping (Triton then refuses calls between models: "Server not ready"), or it is about
+        Overloaded: the server is stopping (Triton then refuses calls between models), or it is about
             to be restarted because the called model has died.
         RequestError: any other error.
     """
