@@ -18,6 +18,7 @@ from imprompt_serving.launcher import Addresses
     [
         (["export", "bundle.toml", "-o", "repo"], "imprompt_export", "export"),
         (["serve", "repo"], "imprompt_serving.launcher", "server"),
+        (["doctor"], "imprompt_serving.launcher.doctor", "server"),
         (["bench", "--help"], "imprompt_bench.cli", "bench"),
     ],
 )
@@ -148,6 +149,7 @@ def test_serve_prints_ready_with_its_addresses(run: Any, monkeypatch: pytest.Mon
         "restart": False,
         "max_canary_age": 30.0,
         "host": "0.0.0.0",
+        "allow_remote": False,
         "drain_timeout": 5.0,
         "verbose": False,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +11,19 @@ from typing import TextIO
 
 import msgspec
 
-from faults.cases import Case, Outcome, cases, run
+from faults.cases import Case, Outcome, cases, drained, run
 from faults.server import Foreground, pick
 
 BUNDLE = "world_lcm"
+SMALL_FOLDERS = (
+    "unshare",
+    "--mount",
+    "sh",
+    "-c",
+    'mount -t tmpfs -o size=100m tmpfs /dev/shm && mount -t tmpfs -o size=64m tmpfs "$TMPDIR" && exec "$@"',
+    "sh",
+)
+"""Runs a command with small file systems of its own."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,18 +39,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with (options.work / "faults.jsonl").open("a") as record:
         for case in cases(BUNDLE):
             if options.only in case.name:
-                failed |= not _run(case, repository, record)
+                failed |= not _run(case, repository, options.work, record)
+        for steps in (4, 1000):
+            if options.only in f"SIGTERM, requests of {steps} steps":
+                with Foreground(repository, "--drain-timeout", "10") as server:
+                    failed |= not _report(drained(server.wait_until_ready(), [BUNDLE], steps), record)
     return int(failed)
 
 
-def _run(case: Case, repository: Path, record: TextIO) -> bool:
+def _run(case: Case, repository: Path, work: Path, record: TextIO) -> bool:
     """Run one case with a new server, so that no earlier failure delays its restart; return whether it went well."""
-    with Foreground(repository) as server:
+    if case.small_folders and os.geteuid() != 0:
+        print(f"SKIPPED {case.name}: needs root, to mount small file systems", flush=True)
+        return True
+    temporary = (work / "tmp").resolve()
+    temporary.mkdir(exist_ok=True)
+    wrapper = SMALL_FOLDERS if case.small_folders else ()
+    with Foreground(repository, wrapper=wrapper, TMPDIR=str(temporary)) as server:
         try:
             outcome = run(case, server.wait_until_ready(), [BUNDLE])
         except AssertionError as error:
             print(f"FAILED {case.name}: {error}\n{server.output()[-2000:]}", flush=True)
             return False
+    return _report(outcome, record)
+
+
+def _report(outcome: Outcome, record: TextIO) -> bool:
     record.write(msgspec.json.encode(outcome).decode() + "\n")
     record.flush()
     print(row(outcome), flush=True)

@@ -39,7 +39,10 @@ class Callers:
     def __init__(self, address: str, models: Sequence[str], *, count: int = 6, **arguments: Any) -> None:
         self.seen: list[Seen] = []
         self._address, self._arguments = address, arguments
+        self.progress = False
+        """Whether a stream has reported progress."""
         self._stop = threading.Event()
+        self._running: dict[int, float] = {}
         self._threads = [
             threading.Thread(target=self._run, args=(i, models[i % len(models)]), daemon=True) for i in range(count)
         ]
@@ -53,6 +56,10 @@ class Callers:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.stop()
+
+    def running(self) -> set[float]:
+        """Return when each running request began."""
+        return set(self._running.values())
 
     def stop(self, timeout: float = 180.0) -> int:
         """Let each caller finish its request; return how many still wait after `timeout` seconds."""
@@ -80,6 +87,7 @@ class Callers:
         with Client(self._address, max_retries=4 if retries else 0) as client:
             while not self._stop.is_set():
                 began, error, progress = time.monotonic(), "", 0
+                self._running[index] = began
                 # A new prompt each time, so that the response cache does not spare the text encoder.
                 arguments: dict[str, Any] = {"model": model, "prompt": f"{index} {began}", **self._arguments}
                 try:
@@ -88,6 +96,7 @@ class Callers:
                     else:
                         for event in client.stream(**arguments):
                             progress += isinstance(event, Progress)
+                            self.progress = True
                 except ImpromptError as caught:
                     error = f"{type(caught).__name__}: {caught}"
                 ended = time.monotonic()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -58,8 +60,8 @@ class Case:
     restarts: bool = True
     """Whether the server must be restarted."""
     steps: int = 10
-    skip: str = field(default="")
-    """Why the fault cannot be injected here."""
+    small_folders: bool = False
+    """Whether the server's temporary folder has only 64 MB, and its `/dev/shm` 100 MB. This needs root."""
 
 
 def run(case: Case, server: Foreground, models: list[str], *, quiet: float = QUIET_S) -> Outcome:
@@ -214,21 +216,42 @@ def full_shared_memory(server: Foreground, held: ExitStack) -> None:
     held.enter_context(large)
 
 
-PROCESSES = (
-    "tritonserver",
-    "",
-    "stream",
-    "denoiser",
-    "text_encoder",
-    "image_encoder_plain",
-    "vae_encoder",
-    "vae_decoder",
-)
+def replaced_repository(server: Foreground, held: ExitStack) -> None:
+    """Replace the repository with a copy while it is served, then kill a process: the restart loads the copy."""
+    old = server.repository.with_name(f"{server.repository.name}.old")
+    server.repository.rename(old)
+    shutil.copytree(old, server.repository, symlinks=True)
+    shutil.rmtree(old)
+    next(process for name, process in server.processes().items() if name.endswith("_denoiser")).kill()
+
+
+def drained(server: Foreground, models: list[str], steps: int) -> Outcome:
+    """Send SIGTERM under load. `pictures` is when the server had ended."""
+    with Callers(server.addresses["grpc"], models, num_inference_steps=steps) as callers:
+        wait_for(lambda: callers.progress or callers.seen, 120, "the callers' requests run")
+        began, running = time.monotonic(), callers.running()
+        server.process.terminate()
+        status = server.process.wait(60)
+        ended = time.monotonic()
+        unanswered = callers.stop(150)
+    seen = [one for one in callers.seen if one.began in running]
+    return Outcome(
+        case=f"SIGTERM, requests of {steps} steps",
+        noticed=None,
+        reason=f"exit status {status}",
+        pictures=ended - began,
+        seen=dict(Counter(_plain(one.error) or "picture" for one in seen)),
+        lost=[],
+        unanswered=unanswered,
+    )
+
+
+MODELS = ("", "_stream", "_denoiser", "_text_encoder", "_image_encoder_plain", "_vae_encoder", "_vae_decoder")
 
 
 def cases(bundle: str) -> list[Case]:
     """List the faults of a running server that serves `bundle`."""
-    names = [name if name == "tritonserver" else f"{bundle}_{name}".rstrip("_") for name in PROCESSES]
+    names = ["tritonserver", *(bundle + model for model in MODELS)]
     dead = [Case(name=f"kill -9 {name}", inject=send(signal.SIGKILL, name)) for name in names]
     hung = [Case(name=f"SIGSTOP {name}", inject=send(signal.SIGSTOP, name)) for name in names]
     return [
@@ -239,4 +262,7 @@ def cases(bundle: str) -> list[Case]:
         Case(name="500 idle connections", inject=idle_connections, restarts=False),
         Case(name="second server on the same ports", inject=second_server, restarts=False),
         Case(name="poisoned batch from a stranger", inject=strangers, restarts=False),
+        Case(name="full disk", inject=full_disk, restarts=False, small_folders=True),
+        Case(name="large pictures in a small /dev/shm", inject=full_shared_memory, restarts=False, small_folders=True),
+        Case(name="repository replaced, then a process killed", inject=replaced_repository),
     ]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from imprompt.cli import console
 
@@ -62,6 +63,10 @@ def serve(
         typer.Option(help="Also answer `/livez` and `/readyz` over HTTP on this port; 0 picks a free one."),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    allow_remote: Annotated[
+        bool,
+        typer.Option(help="Listen on an address that other machines reach, even if callers can crash this Triton."),
+    ] = False,
     restart: Annotated[
         Restart, typer.Option(help="What to do when the server fails: restart it, or exit with an error.")
     ] = Restart.ON_FAILURE,
@@ -92,6 +97,7 @@ def serve(
             metrics_port=metrics_port,
             health_port=health_port,
             host=host,
+            allow_remote=allow_remote,
             on_ready=print_ready,
             on_loading=loading.update if console.err.is_terminal else partial(console.err.print, soft_wrap=True),
             restart=restart is Restart.ON_FAILURE,
@@ -105,6 +111,23 @@ def serve(
     finally:
         loading.stop()
     raise typer.Exit(status)
+
+
+def doctor(
+    repository: Annotated[
+        Path | None, typer.Argument(help="Model repository written by `imprompt export`, to check as well.")
+    ] = None,
+) -> None:
+    """Check whether this machine can serve, and print versions, GPUs, limits, and what is wrong."""
+    examination = _load("imprompt_serving.launcher.doctor", "server").examine(repository)
+    for finding in examination:
+        color = {"ok": "green", "warning": "yellow", "error": "red"}[finding.verdict]
+        console.out.print(
+            f"[{color}]{finding.verdict:8}[/{color}]{finding.subject:13}{escape(finding.text)}",
+            soft_wrap=True,
+            highlight=False,
+        )
+    raise typer.Exit(int(any(finding.verdict == "error" for finding in examination)))
 
 
 def demo(context: typer.Context) -> None:

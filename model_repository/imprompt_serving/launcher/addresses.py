@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from imprompt_serving.launcher.install import LaunchError
+from imprompt_serving.launcher.install import KNOWN_FAULTS, LaunchError, TritonInstall
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +22,28 @@ class Addresses:
     def __str__(self) -> str:
         named = {"grpc": self.grpc, "http": self.http, "metrics": self.metrics, "health": self.health}
         return " ".join(f"{name}={address}" for name, address in named.items() if address)
+
+
+def check_exposure(host: str, triton: TritonInstall) -> None:
+    """Check that only this machine can reach `host`, if callers can crash `triton`.
+
+    Raises:
+        LaunchError: other machines can.
+    """
+    faults = KNOWN_FAULTS.get(triton.version)
+    if faults and not _is_loopback(host):
+        raise LaunchError(
+            f"other machines could reach {host}, and callers can crash Triton {triton.version}: {'; '.join(faults)}. "
+            "Use NVIDIA's Triton container, put `imprompt gateway` in front of a server on 127.0.0.1, or, if you trust "
+            "all callers, pass --allow-remote"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(socket.gethostbyname(host)).is_loopback
+    except OSError:
+        return True  # `free_ports` reports unknown hosts
 
 
 def free_ports(host: str, requested: dict[str, int]) -> tuple[str, dict[str, int]]:

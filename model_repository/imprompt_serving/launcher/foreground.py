@@ -11,9 +11,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import FrameType
 
-from imprompt_serving.launcher.addresses import Addresses
+from imprompt_serving.launcher.addresses import Addresses, check_exposure
 from imprompt_serving.launcher.health import Health, health_server
-from imprompt_serving.launcher.install import LaunchError
+from imprompt_serving.launcher.install import LaunchError, find_triton
 from imprompt_serving.launcher.server import POLL_S, Server
 from imprompt_serving.launcher.watchdog import Watchdog
 
@@ -32,6 +32,7 @@ def serve(
     metrics_port: int = 8002,
     health_port: int | None = None,
     host: str = "127.0.0.1",
+    allow_remote: bool = False,
     on_ready: Callable[[Addresses], None],
     on_loading: Callable[[str], None] = lambda message: None,
     restart: bool = True,
@@ -44,6 +45,7 @@ def serve(
     Args:
         on_ready: called once, when the server makes pictures.
         on_loading: called with a message whenever a model has been loaded.
+        allow_remote: listen on an address that other machines reach even if callers can crash this Triton.
         restart: whether to restart Triton, on the same ports, after it fails; see `watchdog`.
         max_canary_age: seconds after which a bundle that made no picture is no longer ready (`health_port`).
 
@@ -58,6 +60,8 @@ def serve(
     server = Server(
         repository, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port, host=host, verbose=verbose
     )
+    if not allow_remote:
+        check_exposure(host, find_triton())
     health = Health(max_canary_age=max_canary_age)
     with _received_signals() as signals, ExitStack() as exits:
         exits.callback(server.stop, hurry=lambda: len(signals) > 1)
