@@ -7,7 +7,7 @@ PYTHONS := $(or $(PYTHON),python3.11 python3.12 python3 python)
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable
 PACKAGING := pyproject.toml demo/pyproject.toml constraints.txt
 
-.PHONY: demo test check docs bench fuzz mutants clean
+.PHONY: demo test check docs bench fuzz faults mutants clean
 
 demo: $(VENV)/.installed  ## export a small bundle, serve it, and make imprompt-demo.png
 	$(BIN)/imprompt demo
@@ -28,6 +28,9 @@ bench: $(VENV)/.installed-dev  ## latency and throughput; options in BENCH="..."
 
 fuzz: $(VENV)/.installed-dev  ## 10,000 hostile requests, 3,000 refusals, 1,000 cancellations; options in FUZZ="--seed 1"
 	PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ)
+
+faults: $(VENV)/.installed-dev  ## kills and stops processes of a server under load, and more; options in FAULTS="--only kill"
+	PYTHONPATH=tests $(BIN)/python -m faults $(FAULTS)
 
 mutants: $(VENV)/.installed-dev  ## small changes of the code that the fast tests do not notice; options in MUTANTS="--seed 1"
 	$(BIN)/python tools/mutants.py $(MUTANTS)

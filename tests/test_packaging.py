@@ -184,7 +184,7 @@ print(*(type(getattr(diffusers, name).from_config({{}})).__name__ for name in SC
     assert len(done.stdout.split()) == 16
 
 
-@pytest.mark.parametrize("command", ["", "export", "serve", "gateway", "generate", "models", "bench"])
+@pytest.mark.parametrize("command", ["", "export", "serve", "doctor", "gateway", "generate", "models", "bench"])
 def test_commands_have_help(command: str) -> None:
     done = subprocess.run(
         [Path(sys.executable).with_name("imprompt"), *filter(None, [command]), "--help"],

@@ -127,6 +127,8 @@ def channel_options(address: str) -> list[tuple[str, Any]]:
         # five minutes.
         ("grpc.keepalive_time_ms", 310_000),
         ("grpc.keepalive_timeout_ms", 20_000),
+        # By default, the pauses between attempts to reach a lost server grow to two minutes.
+        ("grpc.max_reconnect_backoff_ms", 1_000),
         # A proxy cannot reach this machine under a loopback name.
         ("grpc.enable_http_proxy", int(not is_local(address))),
     ]

@@ -45,6 +45,11 @@ def may_be_unreachable(error: Any) -> bool:
     return unavailable and not isinstance(error, StreamError)
 
 
+def is_temporary(error: Any, failure: ImpromptError) -> bool:
+    """Whether to resend the request: the server was full (`Overloaded`), or it vanished and may be restarting."""
+    return isinstance(failure, Overloaded) or (isinstance(failure, ConnectionFailed) and may_be_unreachable(error))
+
+
 def is_model_missing(error: Any) -> bool:
     """Whether the server does not know the model, or no longer does."""
     return error.code() is grpc.StatusCode.NOT_FOUND

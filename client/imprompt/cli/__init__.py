@@ -36,6 +36,7 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 app.command(rich_help_panel="Server")(packages.export)
 app.command(rich_help_panel="Server")(packages.serve)
+app.command(rich_help_panel="Server")(packages.doctor)
 app.command(rich_help_panel="Server")(gateway)
 app.command(rich_help_panel="Client")(generate)
 app.command(rich_help_panel="Client")(encode)
