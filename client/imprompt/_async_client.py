@@ -308,11 +308,11 @@ class AsyncClient:
                 return read_outputs(await call)
             except (grpc.RpcError, asyncio.CancelledError) as error:
                 failure = await self._to_exception(error, call, request, budget, request.bundle)
-                if not isinstance(failure, Overloaded):
+                if not _transport.is_temporary(error, failure):
                     raise failure from error
             finally:
                 call.cancel()
-            await asyncio.sleep(budget.backoff(failure))
+            await self._pause(failure, budget)
 
     async def _events(
         self, model: str, prompt: object, parameters: Mapping[str, object], budget: Budget
@@ -336,10 +336,20 @@ class AsyncClient:
                 return
             except (grpc.RpcError, asyncio.CancelledError) as error:
                 failure = await self._to_exception(error, call, request, budget, request.bundle)
-                if answered or not isinstance(failure, Overloaded):
+                if answered or not _transport.is_temporary(error, failure):
                     raise failure from error
             finally:
                 call.cancel()
+            await self._pause(failure, budget)
+
+    async def _pause(self, failure: ImpromptError, budget: Budget) -> None:
+        """Wait before a request is resent: as long as a full server asks, or until a lost one is back."""
+        if isinstance(failure, ConnectionFailed):
+            for seconds in budget.reconnects(failure):
+                await asyncio.sleep(seconds)
+                if await self._is_live():
+                    return
+        elif isinstance(failure, Overloaded):
             await asyncio.sleep(budget.backoff(failure))
 
     async def _to_exception(

@@ -38,7 +38,8 @@ class Client:
     Args:
         url: gRPC address of the server, `host:port` (default port: 8001). Connections to this machine bypass any proxy.
         timeout: seconds for each request that does not set its own (default: no limit).
-        max_retries: how often to resend a request that an overloaded server refused, with exponential backoff.
+        max_retries: how often to resend a request that an overloaded server refused, with exponential backoff, or that
+            got no answer because the server was restarted.
         credentials: channel credentials for TLS, such as `grpc.ssl_channel_credentials()`.
         metadata: gRPC metadata sent with every call, such as `{"authorization": "Bearer ..."}`.
 
@@ -401,11 +402,11 @@ class Client:
                 return read_outputs(call.result())
             except grpc.RpcError as error:
                 failure = self._to_exception(error, request, budget, request.bundle)
-                if not isinstance(failure, Overloaded):
+                if not _transport.is_temporary(error, failure):
                     raise failure from error
             finally:
                 call.cancel()  # no effect on a finished call; stops the work after an interrupt
-            time.sleep(budget.backoff(failure))
+            self._pause(failure, budget)
 
     def _events(self, request: Request, budget: Budget) -> Generator[Progress | Result, None, None]:
         answered = False
@@ -424,10 +425,20 @@ class Client:
                 return
             except grpc.RpcError as error:
                 failure = self._to_exception(error, request, budget, request.bundle)
-                if answered or not isinstance(failure, Overloaded):
+                if answered or not _transport.is_temporary(error, failure):
                     raise failure from error
             finally:
                 call.cancel()
+            self._pause(failure, budget)
+
+    def _pause(self, failure: ImpromptError, budget: Budget) -> None:
+        """Wait before a request is resent: as long as a full server asks, or until a lost one is back."""
+        if isinstance(failure, ConnectionFailed):
+            for seconds in budget.reconnects(failure):
+                time.sleep(seconds)
+                if self._is_live():
+                    return
+        elif isinstance(failure, Overloaded):
             time.sleep(budget.backoff(failure))
 
     def _to_exception(self, error: Any, request: Request | None, budget: Budget, bundle: str) -> ImpromptError:

@@ -94,6 +94,8 @@ def channel_options(address: str) -> list[tuple[str, Any]]:
         # five minutes.
         ("grpc.keepalive_time_ms", 310_000),
         ("grpc.keepalive_timeout_ms", 20_000),
+        # By default, the pauses between attempts to reach a lost server grow to two minutes.
+        ("grpc.max_reconnect_backoff_ms", 1_000),
         # A proxy cannot reach this machine under a loopback name.
         ("grpc.enable_http_proxy", int(not _is_local(address))),
     ]
@@ -144,6 +146,11 @@ def may_be_unreachable(error: Any) -> bool:
     """Whether `error` may mean that the server cannot be reached; a full server has the same status."""
     unavailable = error.code() is grpc.StatusCode.UNAVAILABLE and retry_hint(error.details() or "") is None
     return unavailable and not isinstance(error, StreamError)
+
+
+def is_temporary(error: Any, failure: ImpromptError) -> bool:
+    """Whether to resend the request: the server was full (`Overloaded`), or it vanished and may be restarting."""
+    return isinstance(failure, Overloaded) or (isinstance(failure, ConnectionFailed) and may_be_unreachable(error))
 
 
 def is_model_missing(error: Any) -> bool:

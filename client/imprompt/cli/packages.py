@@ -10,6 +10,8 @@ import importlib
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +20,13 @@ import typer
 from imprompt.cli import console
 
 _OWN_PACKAGES = ("imprompt", "imprompt_bench", "imprompt_demo", "imprompt_export", "imprompt_serving")
+
+
+class Restart(StrEnum):
+    """What `imprompt serve` does when the server fails."""
+
+    ON_FAILURE = "on-failure"
+    NEVER = "never"
 
 
 def export(
@@ -48,29 +57,53 @@ def serve(
         int | None, typer.Option(help="Also open Triton's HTTP port, which is closed by default; 0 picks a free one.")
     ] = None,
     metrics_port: Annotated[int, typer.Option(help="Metrics port; 0 picks a free one.")] = 8002,
+    health_port: Annotated[
+        int | None,
+        typer.Option(help="Also answer `/livez` and `/readyz` over HTTP on this port; 0 picks a free one."),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    restart: Annotated[
+        Restart, typer.Option(help="What to do when the server fails: restart it, or exit with an error.")
+    ] = Restart.ON_FAILURE,
+    max_canary_age: Annotated[
+        float, typer.Option(help="Seconds after which a bundle that made no picture is no longer ready.", min=5.0)
+    ] = 30.0,
     drain_timeout: Annotated[float, typer.Option(help="Seconds to let running requests finish on shutdown.")] = 30.0,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show all of Triton's output.")] = False,
 ) -> None:
-    """Run Triton in the foreground. Prints a line starting with `ready` once all models are ready. Ctrl-C drains."""
+    """Run Triton in the foreground, and restart it when it fails. Ctrl-C drains.
+
+    Prints a line that starts with `ready` once every bundle has made a picture.
+    """
     launcher = _load("imprompt_serving.launcher", "server")
 
     def print_ready(addresses: Any) -> None:
+        loading.stop()
         print(f"ready {addresses}", flush=True)
 
+    # On a terminal, one line that changes.
+    loading = console.err.status("starting")
+    loading.start()
     try:
         status = launcher.serve(
             repository,
             grpc_port=grpc_port,
             http_port=http_port,
             metrics_port=metrics_port,
+            health_port=health_port,
             host=host,
             on_ready=print_ready,
+            on_loading=loading.update if console.err.is_terminal else partial(console.err.print, soft_wrap=True),
+            restart=restart is Restart.ON_FAILURE,
+            max_canary_age=max_canary_age,
             drain_timeout=drain_timeout,
             verbose=verbose,
         )
     except launcher.LaunchError as error:
+        loading.stop()
         console.fail(str(error))
+    finally:
+        loading.stop()
     raise typer.Exit(status)
 
 

@@ -72,6 +72,25 @@ class Pipeline:
         result["timings"] = strings(json.dumps(stages.seconds))
         return result
 
+    async def check(self, request: Request, job_id: str) -> Tensors:
+        """Make a picture on every denoiser of the bundle, for the watchdog: without admission, and outside of metrics.
+
+        Returns:
+            The tensors of the response with the first denoiser's picture.
+        """
+        stages = Stages()
+        parts = await _gather(
+            self._text.encode(request, stages, set()),
+            self._images.encode(request, stages),
+            encode_start(request, self._bundle, self._models, stages),
+        )
+        tensors = {name: tensor for part in parts for name, tensor in part.items()}
+        job = self._job(request, job_id, 0.0, reports_progress=False)
+        latents = await asyncio.gather(
+            *(self._denoise(denoiser, job, tensors, None, stages) for denoiser in self._bundle.denoisers)
+        )
+        return await self._postprocess(request, latents[0], stages)
+
     def _admission(self, request: Request, job_id: str) -> Admission:
         """Describe what a request will cost a denoiser."""
         rows = request.pictures * (request.frames or 1) * (2 if self._bundle.guided(request) else 1)
