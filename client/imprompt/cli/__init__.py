@@ -12,6 +12,7 @@ import typer
 
 from imprompt import __version__
 from imprompt.cli import console, packages
+from imprompt.cli.batch import batch
 from imprompt.cli.encode import encode
 from imprompt.cli.gateway import gateway
 from imprompt.cli.generate import generate
@@ -41,5 +42,6 @@ app.command(rich_help_panel="Server")(gateway)
 app.command(rich_help_panel="Client")(generate)
 app.command(rich_help_panel="Client")(encode)
 app.command(rich_help_panel="Client")(models)
+app.command(rich_help_panel="Client")(batch)
 app.command(rich_help_panel="More", context_settings=_FORWARD_ARGUMENTS)(packages.demo)
 app.command(rich_help_panel="More", context_settings=_FORWARD_ARGUMENTS)(packages.bench)
