@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,8 +36,9 @@ class Workers:
     gpus: float
     """GPUs for each actor; Ray sets CUDA_VISIBLE_DEVICES."""
     repository: Path | None
-    """Model repository that each actor serves, on every node under this path; None to use the server at `url`."""
-    url: str
+    """Model repository that each actor serves, on every node under this path; None for the server of `connection`."""
+    connection: Mapping[str, Any]
+    """Arguments of `AsyncClient`."""
     in_flight: int
     patience_s: float
 
@@ -48,11 +49,11 @@ class BatchWorker:
     def __init__(self, file: JobFile, folder: BatchFolder, workers: Workers) -> None:
         self._file, self._folder, self._workers = file, folder, workers
         self._resources = ExitStack()
-        self._url = workers.url
+        self._connection = dict(workers.connection)
         if workers.repository is not None:
             from imprompt_serving.launcher import Server
 
-            self._url = self._resources.enter_context(Server(workers.repository)).grpc_address
+            self._connection["url"] = self._resources.enter_context(Server(workers.repository)).grpc_address
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[int]]:
         """Run chunks, given as columns of `Chunk`, and return the columns of `Tally` and the number of jobs."""
@@ -61,7 +62,7 @@ class BatchWorker:
         return {name: [tally[name] for tally in tallies] for name in tallies[0]}
 
     async def _run(self, chunk: Chunk) -> Tally:
-        async with AsyncClient(self._url) as client:
+        async with AsyncClient(**self._connection) as client:
             return await run_jobs(
                 client,
                 self._file.jobs_of(chunk),

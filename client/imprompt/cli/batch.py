@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -14,17 +14,19 @@ from imprompt import AsyncClient
 from imprompt._batch.folder import BatchFolder
 from imprompt._batch.jobs import JobError, JobFile
 from imprompt._batch.runner import Tally, run_jobs
-from imprompt._result import check_extension
+from imprompt._output_files import check_extension
 from imprompt.cli import console
+from imprompt.cli.options import CONNECTION, with_options
 
 
+@with_options(CONNECTION)
 def batch(
+    context: typer.Context,
     jobs: Annotated[
         Path, typer.Argument(help="JSON Lines: one object per line, with the parameters of a request and an `id`.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for pictures and results.jsonl.")],
     model: Annotated[str | None, typer.Option(help="Bundle for jobs that do not name one.")] = None,
-    url: console.Url = "localhost:8001",
     in_flight: Annotated[int, typer.Option(min=1, max=1000, help="Requests that a server works on at a time.")] = 8,
     picture_format: Annotated[str, typer.Option(help="File type of pictures: png, jpg or webp.")] = "png",
     clip_format: Annotated[str, typer.Option(help="File type of clips: gif, webp or mp4.")] = "gif",
@@ -36,6 +38,7 @@ def batch(
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="With --ray: number of servers, or of clients of --url.")] = 1,
     gpus_per_worker: Annotated[float, typer.Option(min=0, help="With --ray: GPUs that Ray gives each worker.")] = 0,
+    **connection: Any,
 ) -> None:
     """Generate pictures for every line of a file, and record what became of each in results.jsonl.
 
@@ -51,7 +54,7 @@ def batch(
         count = file.check()
     except (JobError, ValueError, OSError) as error:
         console.fail(str(error), status=2)
-    with console.reported_errors(), folder.locked(), _progress(count) as progress:
+    with console.reported_errors(context), folder.locked(), _progress(count) as progress:
         task = progress.add_task("jobs", total=count)
         if ray:
             from imprompt._batch.on_ray import Workers, run_on_ray
@@ -63,7 +66,7 @@ def batch(
                     count=workers,
                     gpus=gpus_per_worker,
                     repository=repository,
-                    url=url,
+                    connection=connection,
                     in_flight=in_flight,
                     patience_s=patience,
                 ),
@@ -71,7 +74,7 @@ def batch(
                 advance=lambda jobs: progress.advance(task, jobs),
             )
         else:
-            tally = asyncio.run(_run(file, folder, url, in_flight, patience, lambda: progress.advance(task)))
+            tally = asyncio.run(_run(file, folder, connection, in_flight, patience, lambda: progress.advance(task)))
         results = folder.write_results(file.jobs())
     console.out.print(
         f"{tally.done} done, {tally.failed} failed, {tally.skipped} were done already; {results}", soft_wrap=True
@@ -81,9 +84,14 @@ def batch(
 
 
 async def _run(
-    file: JobFile, folder: BatchFolder, url: str, in_flight: int, patience: float, advance: Callable[[], None]
+    file: JobFile,
+    folder: BatchFolder,
+    connection: dict[str, Any],
+    in_flight: int,
+    patience: float,
+    advance: Callable[[], None],
 ) -> Tally:
-    async with AsyncClient(url) as client:
+    async with AsyncClient(**connection) as client:
         return await run_jobs(client, file.jobs(), folder, in_flight=in_flight, patience_s=patience, advance=advance)
 
 
