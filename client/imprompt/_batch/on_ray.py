@@ -8,6 +8,7 @@ skipped there.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -51,9 +52,8 @@ class BatchWorker:
         self._resources = ExitStack()
         self._connection = dict(workers.connection)
         if workers.repository is not None:
-            from imprompt_serving.launcher import Server
-
-            self._connection["url"] = self._resources.enter_context(Server(workers.repository)).grpc_address
+            launcher = importlib.import_module("imprompt_serving.launcher")  # callers install without it
+            self._connection["url"] = self._resources.enter_context(launcher.Server(workers.repository)).grpc_address
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[int]]:
         """Run chunks, given as columns of `Chunk`, and return the columns of `Tally` and the number of jobs."""
