@@ -35,12 +35,15 @@ def fail(message: str, *, status: int = 1) -> NoReturn:
 
 
 @contextmanager
-def reported_errors(context: typer.Context) -> Iterator[None]:
-    """Report errors that the user can act on as a single line, without a traceback, in words of the command."""
+def reported_errors(context: typer.Context | None = None) -> Iterator[None]:
+    """Report errors that the user can act on as a single line, without a traceback.
+
+    With the context of a command, parameters go by the names of its options.
+    """
     try:
         yield
     except (ImpromptError, ValueError, OSError) as error:
-        fail(_in_words_of_the_command(str(error), context))
+        fail(str(error) if context is None else _in_words_of_the_command(str(error), context))
 
 
 def _in_words_of_the_command(message: str, context: typer.Context) -> str:

@@ -16,7 +16,7 @@ from imprompt.cli.options import CONNECTION, only_bundle, with_options
 @with_options(CONNECTION)
 def encode(
     context: typer.Context,
-    images: Annotated[list[str], typer.Argument(metavar="FILE...", help="Image prompts for one adapter.")],
+    images: Annotated[list[str], typer.Argument(metavar="FILE", help="Image prompts for one adapter.")],
     adapter: Annotated[
         str | None, typer.Option(help="IP-Adapter to encode for (default: the one of the bundle, if it has only one).")
     ] = None,

@@ -42,6 +42,8 @@ class Option:
     aliases: tuple[str, ...] = ()
     variable: str | None = None
     """Environment variable that replaces the option."""
+    panel: str = "Request"
+    """Group of options in the help."""
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -53,7 +55,7 @@ class Option:
         python_type, settings = _TYPES[self.kind]
         if self.choices:
             settings = {**settings, "autocompletion": lambda: list(self.choices)}
-        option = typer.Option(*self.flags, help=self.help, envvar=self.variable, **settings)
+        option = typer.Option(*self.flags, help=self.help, envvar=self.variable, rich_help_panel=self.panel, **settings)
         annotation = Annotated[python_type | None, option]  # type: ignore[valid-type]  # computed
         return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
@@ -167,16 +169,20 @@ def _array(option: Option, file: str) -> np.ndarray[Any, Any]:
     return array
 
 
+def _connection(name: str, kind: Kind, help: str, variable: str | None = None) -> Option:
+    return Option(name=name, kind=kind, help=help, variable=variable, panel="Connection")
+
+
 CONNECTION = (
-    Option(
-        name="url",
-        kind="text",
-        help=f"gRPC address of the server: host:port, or grpcs://host:port with TLS (default: {DEFAULT_URL}).",
-        variable=URL_VARIABLE,
+    _connection(
+        "url",
+        "text",
+        f"gRPC address of the server: host:port, or grpcs://host:port with TLS (default: {DEFAULT_URL}).",
+        URL_VARIABLE,
     ),
-    Option(name="token", kind="text", help="Bearer token to send with every call.", variable=TOKEN_VARIABLE),
-    Option(name="root_certificates", kind="file", help="PEM file with the certificates to trust; turns on TLS."),
-    Option(name="client_certificate", kind="file", help="PEM file with this client's certificate, for mutual TLS."),
-    Option(name="client_key", kind="file", help="PEM file with the private key of --client-certificate."),
+    _connection("token", "text", "Bearer token to send with every call.", TOKEN_VARIABLE),
+    _connection("root_certificates", "file", "PEM file with the certificates to trust; turns on TLS."),
+    _connection("client_certificate", "file", "PEM file with this client's certificate, for mutual TLS."),
+    _connection("client_key", "file", "PEM file with the private key of --client-certificate."),
 )
 """The options of every command that calls a server. They are named after the arguments of `Client`."""
