@@ -94,8 +94,6 @@ def channel_options(address: str) -> list[tuple[str, Any]]:
         # five minutes.
         ("grpc.keepalive_time_ms", 310_000),
         ("grpc.keepalive_timeout_ms", 20_000),
-        # By default, a client that found no server for a while only tries again every two minutes.
-        ("grpc.max_reconnect_backoff_ms", 2_000),
         # A proxy cannot reach this machine under a loopback name.
         ("grpc.enable_http_proxy", int(not _is_local(address))),
     ]

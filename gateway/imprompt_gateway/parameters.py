@@ -25,15 +25,14 @@ OPENAI: dict[str, dict[str, Any]] = {
     },
     "mask": {
         "type": "string",
-        "description": "PNG or WebP picture of which the transparent pixels are repainted (`mask_image` with its "
-        "colors inverted)",
+        "description": "PNG or WebP picture whose transparent pixels are repainted; in `mask_image` these are white",
         "x-type": "pictures",
     },
     "stream": {"type": "boolean", "description": "answer with server-sent events", "x-type": "flag"},
     "partial_images": {
         "type": "integer",
         "minimum": 0,
-        "description": "in a stream, how many previews to send, at even distances",
+        "description": "in a stream, how many previews to send, evenly spaced",
         "x-type": "integer",
         "x-stream": True,
     },
@@ -72,7 +71,7 @@ def _of_type(*types: str) -> frozenset[str]:
 PICTURES, EMBEDS = _of_type("pictures"), _of_type("embeds")
 STREAM_ONLY = frozenset(name for name, schema in KNOWN.items() if "x-stream" in schema)
 TEXTS = _of_type("text", "texts", "choice", "choices")
-"""Names whose form fields are text, even if the text looks like JSON."""
+"""Parameters whose form fields are text, even if it looks like JSON."""
 _MIN_SIMILARITY = 0.7
 
 

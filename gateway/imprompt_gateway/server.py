@@ -6,7 +6,8 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TextIO
 
@@ -15,6 +16,7 @@ from starlette.applications import Starlette
 
 from imprompt import AsyncClient
 from imprompt_gateway.app import create_app
+from imprompt_gateway.auth import read_keys
 
 DRAIN_S = 30
 """How long running requests may continue after SIGTERM, as in `imprompt serve`."""
@@ -42,7 +44,7 @@ def run(
     *,
     host: str,
     port: int,
-    keys: Sequence[str],
+    key_file: Path | None,
     on_ready: Callable[[str], None],
     parent: TextIO | None = None,
 ) -> None:
@@ -51,15 +53,17 @@ def run(
     Args:
         url: gRPC address of the server.
         port: 0 means any free port.
+        key_file: file with the keys of callers; see `read_keys`.
         on_ready: called with the address once the gateway accepts requests.
         parent: end when this pipe is closed, as when the process at its other end has died.
 
     Raises:
-        OSError: the gateway cannot listen on that address.
         InvalidRequest: `url` is not an address.
+        OSError: the gateway cannot listen on that address, or the file cannot be read.
+        ValueError: the file has no keys.
     """
     # Waiting and sending again is up to the caller, who is told for how long (`Retry-After`).
-    app = create_app(AsyncClient(url, max_retries=0), keys=keys)
+    app = create_app(AsyncClient(url, max_retries=0), keys=read_keys(key_file) if key_file else ())
     with _listen(host, port) as listener:
         bound = listener.getsockname()
         shown = f"[{bound[0]}]" if listener.family == socket.AF_INET6 else bound[0]

@@ -27,12 +27,13 @@ from imprompt import (
     Overloaded,
     ServerError,
 )
-from imprompt_gateway import auth
-from imprompt_gateway.app import ROUTES, create_app
+from imprompt_gateway import auth, bodies
+from imprompt_gateway.app import MAX_BODY_BYTES, ROUTES, create_app
 from imprompt_gateway.errors import UnknownModel, failure
-from imprompt_gateway.limits import LimitBody
+from imprompt_gateway.limits import BODY_TIMEOUT_S, LimitBody
 from imprompt_gateway.openapi import document
 from imprompt_gateway.parameters import KNOWN
+from imprompt_gateway.pictures import MAX_MASK_PIXELS
 
 NO_SERVER = "127.0.0.1:1"
 GENERATIONS = "/v1/images/generations"
@@ -55,21 +56,24 @@ def guarded() -> Iterator[TestClient]:
         yield opened
 
 
+ERRORS: list[tuple[Exception, int, str, str | None, str | None]] = [
+    (InvalidRequest("eta: x", parameter="eta"), 400, "invalid_value", "eta", None),
+    (UnknownModel("model: x", parameter="model"), 404, "model_not_found", "model", None),
+    (Overloaded("full; retry in 2.3 s", retry_after=2.3), 429, "queue_full", None, "3"),
+    (Overloaded("full; retry in 0 s", retry_after=0.0), 429, "queue_full", None, "1"),
+    (Overloaded("the server is stopping"), 503, "unavailable", None, "5"),
+    (Cancelled("the server is stopping"), 503, "unavailable", None, "5"),
+    (ConnectionFailed("10.0.0.1:8001: refused"), 503, "unavailable", None, "5"),
+    (DeadlineExceeded("timeout: 1 s"), 504, "deadline_exceeded", "timeout", None),
+    (ServerError("secret", request_id="abc"), 500, "internal_error", None, None),
+    (KeyError("secret"), 500, "internal_error", None, None),
+    (HTTPException(413, "large"), 413, "request_too_large", None, None),
+]
+
+
 @pytest.mark.parametrize(
     ("error", "status", "code", "param", "retry_after"),
-    [
-        (InvalidRequest("eta: x", parameter="eta"), 400, "invalid_value", "eta", None),
-        (UnknownModel("model: x", parameter="model"), 404, "model_not_found", "model", None),
-        (Overloaded("full; retry in 2.3 s", retry_after=2.3), 429, "queue_full", None, "3"),
-        (Overloaded("full; retry in 0 s", retry_after=0.0), 429, "queue_full", None, "1"),
-        (Overloaded("the server is stopping"), 503, "unavailable", None, "5"),
-        (Cancelled("the server is stopping"), 503, "unavailable", None, "5"),
-        (ConnectionFailed("10.0.0.1:8001: refused"), 503, "unavailable", None, "5"),
-        (DeadlineExceeded("timeout: 1 s"), 504, "deadline_exceeded", "timeout", None),
-        (ServerError("secret", request_id="abc"), 500, "internal_error", None, None),
-        (KeyError("secret"), 500, "internal_error", None, None),
-        (HTTPException(413, "large"), 413, "request_too_large", None, None),
-    ],
+    ERRORS,
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
 )
 def test_errors_have_openais_form(
@@ -82,6 +86,19 @@ def test_errors_have_openais_form(
     assert body.keys() == {"message", "type", "param", "code"}
     assert "secret" not in body["message"]
     assert "10.0.0.1" not in body["message"]
+
+
+def test_page_lists_errors_and_limits() -> None:
+    page = (Path(__file__).parents[2] / "docs/gateway.md").read_text(encoding="utf-8")
+    for _, status, code, _, _ in ERRORS:
+        assert f"| {status} | `{code}` |" in page
+    assert f"{MAX_BODY_BYTES // 2**20} MiB, counted" in page
+    assert BODY_TIMEOUT_S == 120
+    assert "two minutes" in page
+    assert f"{bodies.MAX_DEPTH} levels deep, {bodies.MAX_CONTAINERS:,} lists and objects" in page
+    assert f"{bodies.MAX_VALUES:,} values" in page
+    assert f"{bodies.MAX_FORM_PARTS:,} files" in page
+    assert f"{MAX_MASK_PIXELS / 1e6:.1f} million pixels" in page
 
 
 def test_server_errors_name_the_request_in_the_servers_log() -> None:

@@ -26,16 +26,11 @@ def gateway(
 ) -> None:
     """Serve OpenAI's images API and a playground over HTTP. Prints a line starting with `ready` once it listens."""
     server = packages.load("imprompt_gateway.server", "gateway")
-    with console.reported_errors():
-        keys = packages.load("imprompt_gateway.auth", "gateway").read_keys(api_key_file) if api_key_file else ()
-        server.run(
-            url,
-            host=host,
-            port=port,
-            keys=keys,
-            on_ready=_print_ready,
-            parent=sys.stdin if until_stdin_closes else None,
-        )
+    parent = sys.stdin if until_stdin_closes else None
+    try:
+        server.run(url, host=host, port=port, key_file=api_key_file, on_ready=_print_ready, parent=parent)
+    except (OSError, ValueError) as error:
+        console.fail(str(error))
 
 
 def _print_ready(address: str) -> None:
