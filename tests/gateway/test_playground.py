@@ -64,6 +64,20 @@ def test_pasted_picture_goes_to_the_focused_list(page: Page) -> None:
     expect(page.get_by_role("group", name="plain", exact=True).get_by_role("img")).to_be_visible()
 
 
+def test_files_that_are_no_pictures_are_refused(page: Page, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("notes")
+    (tmp_path / "heart.png").write_bytes(png(HEART.image()))
+    adapter = page.get_by_role("group", name="plus", exact=True)
+    drop(page, adapter, tmp_path / "notes.txt")
+    message = "element => element.validationMessage"
+    assert adapter.get_by_label("Add pictures").evaluate(message) == "notes.txt is not a picture"
+    drop(page, adapter, tmp_path / "heart.png", tmp_path / "notes.txt")
+    expect(adapter.get_by_role("img")).to_have_count(1)
+    assert adapter.get_by_label("Add pictures").evaluate(message) == ""
+    drop(page, page.get_by_label("Steps"), tmp_path / "heart.png")
+    expect(page.get_by_label("Steps")).to_be_visible()  # the browser has not left the page
+
+
 def test_painted_mask_decides_what_is_repainted(page: Page, tmp_path: Path) -> None:
     page.get_by_text("Start picture", exact=True).first.click()
     choose(page, "Start picture", "square.png", SQUARE.image())

@@ -61,14 +61,16 @@ async function call(path, key, options = {}) {
 
 /** Yield the data of server-sent events. */
 async function* events(stream) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader(); // Safari cannot iterate over a stream
   let rest = "";
-  for await (const text of stream.pipeThrough(new TextDecoderStream())) {
-    const blocks = (rest + text).split(/\r?\n\r?\n/);
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    const blocks = (rest + value).split("\n\n");
     rest = blocks.pop();
     for (const block of blocks) {
-      const lines = block.split(/\r?\n/).filter((line) => line.startsWith("data:"));
-      const data = lines.map((line) => line.slice(5).trim()).join("\n");
-      if (data && data !== "[DONE]") yield JSON.parse(data);
+      const data = block.split("\n").find((line) => line.startsWith("data: "));
+      yield JSON.parse(data.slice("data: ".length));
     }
   }
 }

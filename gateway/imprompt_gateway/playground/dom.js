@@ -23,3 +23,9 @@ export function showValue(range, output) {
   range.addEventListener("input", show);
   show();
 }
+
+/** Say at a control that its value is wrong, until the next change. */
+export function complain(input, message) {
+  input.setCustomValidity(message);
+  input.reportValidity();
+}

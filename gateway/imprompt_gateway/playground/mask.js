@@ -1,4 +1,4 @@
-import { find, showValue } from "./dom.js";
+import { complain, find, showValue } from "./dom.js";
 
 const MAX_SIDE = 1024; // of the canvas; the server scales the mask to the size of the result anyway
 
@@ -121,7 +121,9 @@ export class MaskEditor {
     input.value = "";
     if (!file) return;
     const { width, height } = this.#canvas;
-    const image = await createImageBitmap(file);
+    const image = await createImageBitmap(file).catch(() => null);
+    complain(input, image ? "" : `${file.name} is not a picture that this browser can read`);
+    if (!image) return;
     this.#context.globalCompositeOperation = "source-over";
     this.#context.drawImage(image, 0, 0, width, height);
     const pixels = this.#pixels();

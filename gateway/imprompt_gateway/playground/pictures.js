@@ -1,4 +1,4 @@
-import { find, make } from "./dom.js";
+import { complain, find, make } from "./dom.js";
 
 /**
  * Pictures that the user drops, pastes, or chooses, with a thumbnail each.
@@ -45,6 +45,8 @@ export class Pictures {
   /** Add the pictures among `files`. Returns whether there are any. */
   add(files) {
     const pictures = [...files].filter((file) => file.type.startsWith("image/"));
+    const [other] = files;
+    complain(find("input", this.#element), other && !pictures.length ? `${other.name} is not a picture` : "");
     if (!pictures.length) return false;
     this.#files = this.#multiple ? [...this.#files, ...pictures] : pictures.slice(0, 1);
     this.#show();
@@ -84,6 +86,8 @@ export function acceptPastes() {
     if (target.pictures.add(event.clipboardData.files)) event.preventDefault();
   });
   for (const kind of ["dragover", "drop"]) {
-    document.addEventListener(kind, (event) => event.preventDefault());
+    document.addEventListener(kind, (event) => {
+      if (event.dataTransfer.types.includes("Files")) event.preventDefault();
+    });
   }
 }
