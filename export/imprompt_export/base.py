@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import diffusers
@@ -30,7 +32,7 @@ def load_base(bundle: BundleFile) -> Any:
         for name, model in _REPLACEABLE.items()
         if (place := bundle.source(name)) is not None
     }
-    with refusing(f"base: {bundle.base} cannot be loaded as a diffusers pipeline"):
+    with _loading(f"base: {bundle.base}", "cannot be loaded as a diffusers pipeline"):
         if source.file is None:
             pipeline = DiffusionPipeline.from_pretrained(
                 source.config, dtype=torch.float32, variant=source.variant, **parts
@@ -38,11 +40,11 @@ def load_base(bundle: BundleFile) -> Any:
         else:
             index = read_json("base", str(source.config), "model_index.json")
             pipeline = getattr(diffusers, index["_class_name"]).from_single_file(
-                str(source.file), config=source.config, dtype=torch.float32, **parts
+                str(source.file), config=source.config, **parts
             )
     for name, model in pipeline.components.items():
         if isinstance(model, torch.nn.Module):
-            _check_complete(f"base: {name}", model)
+            _complete(f"base: {name}", model)
     # Each pipeline class corrects outdated scheduler configurations in its own way, so start from the original here;
     # the denoiser applies the corrections of the pipeline for each task.
     scheduler = type(pipeline.scheduler).from_pretrained(source.config, subfolder="scheduler")
@@ -57,21 +59,31 @@ def load_network(what: str, model: Any, source: Source) -> Any:
     Raises:
         BundleError: it cannot be loaded, or lacks weights.
     """
-    options = {"dtype": torch.float32, "subfolder": source.subfolder or None}
-    with refusing(f"{what}: {source.file or source.config} cannot be loaded"):
+    subfolder = source.subfolder or None
+    with _loading(f"{what}: {source.file or source.config}", "cannot be loaded"):
         if source.file is None:
-            loaded = model.from_pretrained(source.config, variant=source.variant, **options)
+            loaded = model.from_pretrained(source.config, subfolder=subfolder, variant=source.variant)
         else:
-            loaded = model.from_single_file(str(source.file), config=source.config, **options)
-    _check_complete(what, loaded)
-    return loaded.eval()
+            loaded = model.from_single_file(str(source.file), config=source.config, subfolder=subfolder)
+    return _complete(what, loaded)
 
 
-def _check_complete(what: str, model: torch.nn.Module) -> None:
-    """Refuse a network with weights that its file lacks, which diffusers leaves without values."""
+@contextmanager
+def _loading(what: str, problem: str) -> Iterator[None]:
+    """Turn the errors of diffusers' loaders into a `BundleError`."""
+    with refusing(f"{what} {problem}"):
+        try:
+            yield
+        except NotImplementedError:  # torch cannot move weights that have no values
+            raise BundleError(f"{what} is incomplete: it lacks weights of its configuration") from None
+
+
+def _complete(what: str, model: Any) -> Any:
+    """Return a network in float32; refuse one whose file lacks weights, which diffusers leaves without values."""
     missing = [name for name, tensor in model.named_parameters() if tensor.is_meta]
     if missing:
         raise BundleError(f"{what} is incomplete: it has no {some_of(missing, 2)}")
+    return model.float().eval()
 
 
 def _with_defaults(scheduler: Any, defaults: DefaultsSection) -> Any:

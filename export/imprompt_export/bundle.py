@@ -256,8 +256,9 @@ class BundleFile(Section, frozen=True):
             self._check_no_config("config", self.config)
             return Source(root, variant=self.variant)
         self._check_no_variant("variant", self.variant)
-        config = self.config or single_files.default_config(file)
-        return Source(self.locate(config, "config"), file=file)
+        if self.config is not None:
+            return Source(self.locate(self.config, "config"), file=file)
+        return Source(self.locate(single_files.default_config(file), f"config, which {file.name} needs"), file=file)
 
     def networks(self) -> Iterator[Network]:
         """Yield each network besides the base."""

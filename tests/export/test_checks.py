@@ -20,6 +20,7 @@ from tiny import adapters, base, control
 
 BASE = 'name = "tiny"\nbase = "base"\n'
 IP = "ip/models/ip-adapter_sd15.safetensors"
+ENCODER, NO_ENCODER = "ip/models/image_encoder", "image_encoder_folder = false"
 CONTROLNET_FILE = "depth/diffusion_pytorch_model.safetensors"
 
 
@@ -31,7 +32,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base.make_sdxl(folder / "xl", layers_per_block=1)
     for family, encoder in (("models", "vit_h"), ("sdxl_models", "big_g")):
         adapters.make_image_encoder(folder / "ip" / family / "image_encoder", kind=encoder)
-    for kind in ("plain", "plus"):
+    for kind in ("plain", "plus", "faceid_plus"):
         adapters.make_adapter(folder / "ip", kind)
     adapters.make_adapter(folder / "ip", "plain", weight_name="ip-adapter_sd15.bin", subfolder="bin")
     adapters.make_adapter(folder / "ip", "plain", family="sdxl")
@@ -102,6 +103,8 @@ def check(root: Path, text: str) -> None:
         adapter(IP),
         adapter(IP, 'weight_name = "ip-adapter_sd15.safetensors"'),
         adapter("ip/bin/ip-adapter_sd15.bin", 'image_encoder_folder = "../models/image_encoder"'),
+        adapter(IP, NO_ENCODER),
+        adapter("ip/models/ip-adapter-plus_sd15.safetensors", NO_ENCODER),
         adapter("ip/bin", 'image_encoder_folder = "../models/image_encoder"'),
         adapter("ip", 'subfolder = "bin"\nimage_encoder_folder = "models/image_encoder"'),
         lora("two", 'weight_name = "b.safetensors"'),
@@ -117,8 +120,6 @@ def test_matching_checkpoints_pass(root: Path, text: str) -> None:
     check(root, text)
 
 
-ENCODER = "ip/models/image_encoder"
-NO_ENCODER = "image_encoder_folder = false"
 KINDS = {
     "depth": "a ControlNet",
     "motion": "a motion adapter",
@@ -186,6 +187,10 @@ def test_wrong_kind_of_lora_is_refused(root: Path, path: str) -> None:
         (BASE.replace('"base"', '"no_vae"'), "base: no folder vae in .*no_vae"),
         (BASE.replace('"base"', '"no_text_encoder"'), "base: no folder text_encoder"),
         # Made for another base
+        (
+            adapter("ip/ip-adapter-faceid-plus_sd15.bin", NO_ENCODER),
+            "needs an image encoder besides the face embedding",
+        ),
         (adapter("ip/sdxl_models"), "made for 17 attention layers of width 128, but the base has 10 of width 48"),
         (adapter(IP, 'image_encoder_folder = "../sdxl_models/image_encoder"'), "of width 64, but .* produces 80"),
         (net("controlnet", "xldepth"), "controlnet n: its cross_attention_dim is 128, but the base needs 48"),

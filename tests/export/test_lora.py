@@ -171,19 +171,12 @@ def dora(root: Path, family: str, content: Weights) -> Weights:
     """Add magnitudes to a PEFT LoRA, about those of the base's weights but different in every row."""
     base_weights = weights(pipeline(root, family))
     magnitudes = {}
-    for name in content:
-        layer = name.partition(".lora_A")[0]
-        if layer == name:
-            continue
-        weight = next(
-            base_weights[n]
-            for n in (f"{layer}.weight", f"{layer.replace('text_model.', '')}.weight")
-            if n in base_weights
-        )
+    for layer in (name.removesuffix(".lora_A.weight") for name in content if name.endswith(".lora_A.weight")):
+        weight = base_weights[f"{layer.replace('text_model.', '')}.weight"]
         magnitude = weight.flatten(1).norm(dim=1) * torch.linspace(0.8, 1.2, len(weight))
-        magnitudes[f"{layer}.lora_magnitude_vector"] = (
-            magnitude if weight.dim() == 2 else magnitude[None, :, None, None]
-        )
+        # transformers, which loads those of text encoders, only finds them by the longer name.
+        name = f"{layer}.lora_magnitude_vector{'.weight' if layer.startswith('text') else ''}"
+        magnitudes[name] = magnitude if weight.dim() == 2 else magnitude[None, :, None, None]
     return content | magnitudes
 
 
@@ -196,19 +189,14 @@ def test_doras_are_applied_as_in_diffusers(root: Path, tmp_path: Path, family: s
     assert_equal(ours, by_diffusers(root, family, file))
     plain = fused(root, family, save(tmp_path / "plain.safetensors", content))
     assert sum(not torch.allclose(ours[name], value) for name, value in plain.items()) == len(content) // 2
+    parts = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "lora_magnitude_vector": "dora_scale"}
     kohya = {}
-    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te"}
     for name, value in load_file(file).items():
-        component, _, layer = name.partition(".")
-        layer, _, part = layer.partition(".lora_")
-        ending = {
-            "A.weight": "lora_down.weight",
-            "B.weight": "lora_up.weight",
-            "magnitude_vector": "dora_scale",
-        }[part]
-        if ending == "dora_scale":
-            value = value.reshape(-1, *[1] * (1 if value.dim() == 1 else 3))
-        kohya[f"{prefixes[component]}_{layer.replace('.', '_')}.{ending}"] = value
+        layer, part = name.removesuffix(".weight").rsplit(".", 1)
+        layer = layer.replace("text_encoder.", "lora_te_").replace("unet.", "lora_unet_").replace(".", "_")
+        if part == "lora_magnitude_vector":
+            value = value.reshape(-1, *[1] * max(value.dim() - 1, 1))
+        kohya[f"{layer}.{parts[part]}"] = value
     assert_equal(fused(root, family, save(tmp_path / "kohya.safetensors", kohya)), ours)
 
 
