@@ -22,6 +22,7 @@ PROMPTS = (
     "<toy>, <TOY>, <toy>",
     "a photo of a cat",
     "<toy>_1 and <toy>_3",
+    "EasyNegative, easynegative, uneasynegatives",
     " ".join(["a cat"] * 40) + " <toy>",
     "",
 )
@@ -78,6 +79,7 @@ def assert_same_text(ours: Any, theirs: Any, folder: Path, number: str = "") -> 
         ('path = "diffusers"', {}),
         ('path = "one"', {}),
         ('path = "diffusers"\ntoken = "<other>"', {"token": "<other>"}),
+        ('path = "diffusers"\ntoken = "EasyNegative"', {"token": "EasyNegative"}),
         ('path = "embedding.pt"', {"weight_name": "embedding.pt"}),
         ('path = "unnamed.safetensors"\ntoken = "<toy>"', {"weight_name": "unnamed.safetensors", "token": "<toy>"}),
     ],
