@@ -40,8 +40,9 @@ class FakeJob:
         lora: dict[str, float] | None = None,
     ) -> None:
         self.id, self.rows, self.steps, self.batch_key = id, rows, steps, key
+        self.loras = tuple(f"{name}={scale}" for name, scale in (lora or {}).items())
         self.request = SimpleNamespace(
-            settings=SimpleNamespace(priority=5, progress_every=1, lora=lora or {}),
+            settings=SimpleNamespace(priority=5, progress_every=1),
             reports_progress=True,
             timeout=timeout,
         )

@@ -27,7 +27,7 @@ from imprompt_serving.denoiser.schedulers import (
 from imprompt_serving.denoiser.windows import Window, merge, select_frames, windows
 from imprompt_serving.errors import InvalidRequest, RequestError
 from imprompt_serving.gpu import download, upload
-from imprompt_serving.job_request import JobRequest, batch_key
+from imprompt_serving.job_request import JobRequest, batch_key, lora_set
 from imprompt_serving.specs import Bundle
 from imprompt_serving.tensor_names import NEGATIVE, image_embeds
 
@@ -86,6 +86,7 @@ class Job:
             bundle, request.settings, request.frames, request.context, regions=conditioning.regions
         )
         """Jobs with equal keys can share a call."""
+        self.loras = lora_set(request.settings)
 
         self._output_rows: list[Tensor] = []
         self._model_input: Tensor | None = None

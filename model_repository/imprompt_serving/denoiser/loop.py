@@ -27,7 +27,6 @@ from imprompt_serving.denoiser.meter import Meter, Population
 from imprompt_serving.denoiser.policy import FIRST_TURN, Candidate, plan
 from imprompt_serving.denoiser.protocol import LoopJob
 from imprompt_serving.errors import Cancelled, Overloaded, RequestError, unexpected
-from imprompt_serving.job_request import lora_set
 from imprompt_serving.specs import CallRows, Limits
 
 logger = logging.getLogger(__name__)
@@ -367,16 +366,15 @@ class Denoiser:
 
 
 def _candidate(job: LoopJob) -> Candidate:
-    settings = job.request.settings
     return Candidate(
         batch_key=job.batch_key,
         rows=job.rows,
         pending=job.pending,
         last_served_tick=job.last_served_tick,
         started=job.started is not None,
-        priority=settings.priority,
+        priority=job.request.settings.priority,
         frames=job.frames,
-        loras=lora_set(settings),
+        loras=job.loras,
     )
 
 
