@@ -9,12 +9,12 @@ import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
 from imprompt_export import BundleError, BundleFile
 from imprompt_export.base import load_base
 from imprompt_export.checks import check_checkpoints
-from imprompt_serving.pipeline.text import PromptTokenizer
-from imprompt_serving.specs import TextEncoder
+from imprompt_serving.pipeline.embedding_tokens import EmbeddingTokens
 from tiny import base, control, embeddings
 
 PROMPTS = (
@@ -58,19 +58,17 @@ def by_diffusers(root: Path, *arguments: Any, **more: Any) -> Any:
 
 
 def assert_same_text(ours: Any, theirs: Any, folder: Path, number: str = "") -> None:
-    """Compare the vectors of all tokens, and the ids of prompts as the pipeline inside Triton tokenizes them."""
+    """Compare the vectors of all tokens, and the tokens of prompts as the pipeline inside Triton finds them."""
     encoder, tokenizer = f"text_encoder{number}", f"tokenizer{number}"
     vectors = [getattr(pipe, encoder).get_input_embeddings().weight for pipe in (ours, theirs)]
     assert torch.equal(*vectors)
     getattr(ours, tokenizer).backend_tokenizer.save(str(folder / f"{encoder}.tokenizer.json"))
     oracle = getattr(theirs, tokenizer)
-    spec = TextEncoder(engine=encoder, max_length=77, pad_token_id=oracle.pad_token_id, hidden_size=vectors[0].shape[1])
-    served = PromptTokenizer(folder, spec)
+    served = Tokenizer.from_file(str(folder / f"{encoder}.tokenizer.json"))
     for prompt in PROMPTS:
-        expected = oracle(
-            theirs.maybe_convert_prompt(prompt, oracle), padding="max_length", max_length=77, truncation=True
-        )
-        assert served(prompt)[0].tolist() == expected.input_ids, prompt
+        expanded = EmbeddingTokens(served).expand(prompt)
+        assert expanded == theirs.maybe_convert_prompt(prompt, oracle)
+        assert served.encode(expanded).ids == oracle(expanded).input_ids
 
 
 @pytest.mark.parametrize(

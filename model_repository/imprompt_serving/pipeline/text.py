@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from itertools import count, takewhile
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from imprompt_serving.pipeline.embedding_tokens import EmbeddingTokens
 from imprompt_serving.specs import TextEncoder
 
 
 class PromptTokenizer:
-    """Tokenizes a prompt, truncated and padded to the encoder's length (`CLIPTokenizer(padding="max_length")`).
-
-    As in diffusers, the token of a textual inversion embedding with several vectors stands for the tokens of all of
-    them: `<cat>` for `<cat> <cat>_1 <cat>_2`.
-    """
+    """Tokenizes a prompt, truncated and padded to the encoder's length (`CLIPTokenizer(padding="max_length")`)."""
 
     def __init__(self, folder: Path, encoder: TextEncoder) -> None:
         self._tokenizer = Tokenizer.from_file(str(folder / f"{encoder.engine}.tokenizer.json"))
-        self._vectors = _vectors([token.content for token in self._tokenizer.get_added_tokens_decoder().values()])
+        self._embeddings = EmbeddingTokens(self._tokenizer)
         pad = self._tokenizer.id_to_token(encoder.pad_token_id)
         self._tokenizer.enable_truncation(encoder.max_length)
         self._tokenizer.enable_padding(length=encoder.max_length, pad_id=encoder.pad_token_id, pad_token=pad)
@@ -32,25 +27,11 @@ class PromptTokenizer:
 
     def with_rest(self, prompt: str) -> tuple[np.ndarray, str]:
         """Return token ids [1, length], and the part of the prompt that did not fit."""
+        prompt = self._embeddings.expand(prompt)
         encoding = self._tokenizer.encode(prompt)
-        if self._vectors:
-            present = {token for part in (encoding, *encoding.overflowing) for token in part.tokens}
-            for token in sorted(self._vectors.keys() & present):
-                prompt = prompt.replace(token, self._vectors[token])
-            encoding = self._tokenizer.encode(prompt)
         rest = ""
         if encoding.overflowing:
             first = encoding.overflowing[0]
             words = zip(first.offsets, first.special_tokens_mask, strict=True)
             rest = prompt[next((start for (start, _), special in words if not special), len(prompt)) :]
         return np.array([encoding.ids], dtype=np.int64), rest
-
-
-def _vectors(added: Collection[str]) -> dict[str, str]:
-    """Return the text that replaces each token with several vectors (`maybe_convert_prompt` in diffusers)."""
-    vectors = {}
-    for token in added:
-        numbered = takewhile(added.__contains__, (f"{token}_{index}" for index in count(1)))
-        if more := list(numbered):
-            vectors[token] = " ".join((token, *more))
-    return vectors
