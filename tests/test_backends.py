@@ -13,7 +13,7 @@ import pytest
 
 from imprompt_export import BundleError, export
 from imprompt_export.backends import export_backend, openvino
-from imprompt_export.bundle import EngineSection
+from imprompt_export.sections import EngineSection
 from imprompt_serving.backends import MODULES, EngineError, get_backend, onnxruntime
 from imprompt_serving.launcher.install import LaunchError, find_triton
 from test_packaging import ROOMS, ROOT, loaded_by, modules, within

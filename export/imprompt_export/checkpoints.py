@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, DiffusionPipeline
+from diffusers import ControlNetModel
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from imprompt_export import adapters, checks, control, faces, lora, motion, t2i
+from imprompt_export.base import load_base
 from imprompt_export.bundle import BundleFile
 from imprompt_export.errors import refusing
 from imprompt_export.families import ExportFamily, family_of
@@ -58,7 +59,7 @@ def load(bundle: BundleFile) -> Checkpoints:
         BundleError: a checkpoint is missing, belongs to another family, or does not fit the UNet or its image encoder.
     """
     checks.check_checkpoints(bundle)
-    pipeline = _load_base(bundle)
+    pipeline = load_base(bundle)
     family = family_of(type(pipeline).__name__)
     own_processor = getattr(pipeline, "feature_extractor", None)
     encoders, encoder_of = _load_encoders(bundle)
@@ -91,15 +92,6 @@ def load(bundle: BundleFile) -> Checkpoints:
         loras=loras,
         notes=notes,
     )
-
-
-def _load_base(bundle: BundleFile) -> Any:
-    with refusing(f"base: {bundle.base} cannot be loaded as a diffusers pipeline"):
-        pipeline = DiffusionPipeline.from_pretrained(bundle.locate(bundle.base), dtype=torch.float32)
-    # Each pipeline class corrects outdated scheduler configurations in its own way, so start from the original here;
-    # the denoiser applies the corrections of the pipeline for each task.
-    pipeline.scheduler = type(pipeline.scheduler).from_pretrained(bundle.locate(bundle.base), subfolder="scheduler")
-    return pipeline
 
 
 def _load_encoders(bundle: BundleFile) -> tuple[dict[str, CLIPVisionModelWithProjection], dict[str, str]]:
@@ -150,7 +142,7 @@ def _load_adapters(
     loaded = []
     for section, state_dict, projection in zip(bundle.ip_adapter, state_dicts, projections, strict=True):
         kind = adapters.kind_of(state_dict, files[section.name].name)
-        encoder = None if kind == "faceid" else encoder_of[section.name]
+        encoder = None if kind == "faceid" else encoder_of.get(section.name)
         if kind.startswith("faceid_plus"):
             projection.shortcut = kind == "faceid_plusv2"
         embeds = adapters.embed_shapes(kind, state_dict, encoders.get(encoder or ""))

@@ -154,6 +154,7 @@ def describe(bundle: BundleFile, checkpoints: Checkpoints) -> specs.Bundle:
         default_width=width,
         scheduler=type(pipeline.scheduler).__name__,
         scheduler_config=scheduler,
+        defaults=bundle.defaults.values,
         text_encoders=tuple(
             _text_encoder(model, getattr(pipeline, model), getattr(pipeline, tokenizer))
             for model, tokenizer in family.text_encoders

@@ -54,6 +54,7 @@ def capabilities(bundle: Bundle) -> dict[str, Any]:
             "height": bundle.default_height,
             "width": bundle.default_width,
             "scheduler": bundle.scheduler,
+            **bundle.defaults,
         },
         "limits": {
             "height": [shapes.height.min, shapes.height.max],

@@ -228,6 +228,8 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     default_width: int
     scheduler: str
     scheduler_config: dict[str, Any]
+    defaults: dict[str, float] = {}
+    """Values of parameters for requests that leave them out, in place of the defaults of diffusers' pipelines."""
     text_encoders: tuple[TextEncoder, ...]
     max_clip_skip: int
     pooled_size: int | None = None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from imprompt_export import BundleError, fp8, graphs
 from imprompt_export.backends import export_backend, inductor
 from imprompt_export.backends.inductor import Packager
-from imprompt_export.bundle import BundleFile, EngineSection
+from imprompt_export.bundle import BundleFile
 from imprompt_export.checkpoints import load
 from imprompt_export.exporter import bundle_graphs, describe
 from imprompt_export.fp8 import Fp8Linear, calibrate, fp8_layers, measure_quality, quantized
@@ -26,6 +26,7 @@ from imprompt_export.parity import compare
 from imprompt_export.precision import Positional, cast, dtype_of
 from imprompt_export.programs import trace
 from imprompt_export.quality import QualityError, check_quality
+from imprompt_export.sections import EngineSection
 from tiny import base, control
 from tiny.weights import randomize
 

@@ -17,12 +17,12 @@ from export.test_profiles import bundle
 from imprompt_export import BundleError, graphs
 from imprompt_export.backends import BuiltEngine, export_backend
 from imprompt_export.backends.inductor import Packager
-from imprompt_export.bundle import EngineSection
 from imprompt_export.lora import Factors
 from imprompt_export.parity import compare
 from imprompt_export.precision import cast
 from imprompt_export.profiles import exact_axes
 from imprompt_export.programs import trace
+from imprompt_export.sections import EngineSection
 from imprompt_serving.backends import EngineError, get_backend
 from imprompt_serving.backends.inductor import WEIGHTS, EngineInfo, InductorEngine
 from imprompt_serving.gpu import LoraEngine

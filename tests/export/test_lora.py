@@ -167,6 +167,53 @@ def test_alpha_is_read_from_the_metadata_of_diffusers(root: Path, tmp_path: Path
     assert_equal(fused(root, "sd15", file), by_diffusers(root, "sd15", file))
 
 
+def dora(root: Path, family: str, content: Weights) -> Weights:
+    """Add magnitudes to a PEFT LoRA, about those of the base's weights but different in every row."""
+    base_weights = weights(pipeline(root, family))
+    magnitudes = {}
+    for layer in (name.removesuffix(".lora_A.weight") for name in content if name.endswith(".lora_A.weight")):
+        weight = base_weights[f"{layer.replace('text_model.', '')}.weight"]
+        magnitude = weight.flatten(1).norm(dim=1) * torch.linspace(0.8, 1.2, len(weight))
+        # transformers, which loads those of text encoders, only finds them by the longer name.
+        name = f"{layer}.lora_magnitude_vector{'.weight' if layer.startswith('text') else ''}"
+        magnitudes[name] = magnitude if weight.dim() == 2 else magnitude[None, :, None, None]
+    return content | magnitudes
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_doras_are_applied_as_in_diffusers(root: Path, tmp_path: Path, family: str) -> None:
+    """diffusers applies PEFT's DoRAs; kohya's, whose magnitudes it drops, give the same weights here."""
+    content = load_file(root / f"{family}-lora/pytorch_lora_weights.safetensors")
+    file = save(tmp_path / "a.safetensors", dora(root, family, content))
+    ours = fused(root, family, file)
+    assert_equal(ours, by_diffusers(root, family, file))
+    plain = fused(root, family, save(tmp_path / "plain.safetensors", content))
+    assert sum(not torch.allclose(ours[name], value) for name, value in plain.items()) == len(content) // 2
+    parts = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "lora_magnitude_vector": "dora_scale"}
+    kohya = {}
+    for name, value in load_file(file).items():
+        layer, part = name.removesuffix(".weight").rsplit(".", 1)
+        layer = layer.replace("text_encoder.", "lora_te_").replace("unet.", "lora_unet_").replace(".", "_")
+        if part == "lora_magnitude_vector":
+            value = value.reshape(-1, *[1] * max(value.dim() - 1, 1))
+        kohya[f"{layer}.{parts[part]}"] = value
+    assert_equal(fused(root, family, save(tmp_path / "kohya.safetensors", kohya)), ours)
+
+
+def test_a_dora_cannot_be_chosen_by_requests(root: Path, tmp_path: Path) -> None:
+    content = load_file(root / "sdxl-lora/pytorch_lora_weights.safetensors")
+    file = save(tmp_path / "dora.safetensors", dora(root, "sdxl", content))
+    (tmp_path / "bundle.toml").write_text(
+        f'name = "t"\nbase = "{root}/sdxl"\n[engine]\nbackend = "inductor"\n'
+        f'[[lora]]\nname = "a"\npath = "{file.name}"\nfused = false\n'
+    )
+    said = r"is a DoRA, which requests cannot choose: fuse this one \(fused = true\)"
+    with pytest.raises(BundleError, match=said):
+        check_checkpoints(BundleFile.load(tmp_path / "bundle.toml"))
+    with pytest.raises(BundleError, match=said):
+        lora.unet_factors("lora", file, pipeline(root, "sdxl"))
+
+
 def _first(content: Weights) -> str:
     return next(name.partition(".lora_down")[0] for name in content if ".lora_down" in name)
 
@@ -174,8 +221,8 @@ def _first(content: Weights) -> str:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c | {f"{_first(c)}.dora_scale": torch.ones(4)}, r"is a DoRA \(.*dora_scale\), not a LoRA"),
-        (lambda c: c | {f"{_first(c)}.lora_magnitude_vector": torch.ones(4)}, "is a DoRA"),
+        (lambda c: c | {f"{_first(c)}.dora_scale": torch.ones(1, 48)}, r"dora_scale has the shape \[1, 48\], not one"),
+        (lambda c: c | {f"{_first(c)}.lora_magnitude_vector": torch.ones(4)}, r"has the shape \[4\], not one magn"),
         (lambda c: c | {f"{_first(c)}.lora_mid.weight": torch.ones(4, 4, 3, 3)}, r"cannot be applied: .*lora_mid"),
         (lambda c: c | {f"{_first(c)}.diff_b": torch.ones(4)}, r"cannot be applied: .*diff_b"),
         (lambda c: c | {"bundle_emb.cat.string_to_param": torch.ones(4)}, r"cannot be applied: bundle_emb"),

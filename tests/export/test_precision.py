@@ -17,12 +17,13 @@ from transformers import CLIPVisionModelWithProjection
 
 from imprompt_export import control, graphs, parity
 from imprompt_export.backends import export_backend, openvino
-from imprompt_export.bundle import BundleFile, EngineSection
+from imprompt_export.bundle import BundleFile
 from imprompt_export.checkpoints import load
 from imprompt_export.exporter import bundle_graphs
 from imprompt_export.onnx_graph import export_onnx
 from imprompt_export.parity import compare
 from imprompt_export.precision import Positional, cast, dtype_of
+from imprompt_export.sections import EngineSection
 from imprompt_serving.backends import get_backend
 from imprompt_serving.gpu.onnxruntime import OnnxRuntimeDeviceEngine
 from tiny import base

@@ -386,3 +386,21 @@ def test_unusual_prompts_are_accepted() -> None:
 def test_pipeline_imports_no_torch() -> None:
     code = "import sys, imprompt_serving.pipeline.flow; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_defaults_of_the_bundle_come_before_those_of_diffusers() -> None:
+    bundle = msgspec.structs.replace(BUNDLE, defaults={"num_inference_steps": 4, "guidance_scale": 0.0})
+    settings = parse(tensors(bundle, {"prompt": "a cat"}), bundle).settings
+    assert (settings.num_inference_steps, settings.guidance_scale, settings.guidance_rescale) == (4, 0.0, 0.0)
+    asked = {"prompt": "a cat", "num_inference_steps": 6, "guidance_scale": 2.0}
+    settings = parse(tensors(bundle, asked), bundle).settings
+    assert (settings.num_inference_steps, settings.guidance_scale) == (6, 2.0)
+
+
+def test_an_adapter_without_its_encoder_refuses_pictures() -> None:
+    adapters = tuple(msgspec.structs.replace(adapter, image_encoder=None) for adapter in BUNDLE.adapters)
+    bundle = msgspec.structs.replace(BUNDLE, adapters=adapters)
+    values = {"prompt": "a cat", "ip_adapter_image": picture(), "ip_adapter_image_adapter": "plain"}
+    with pytest.raises(InvalidRequest, match="ip_adapter_image: plain only takes embeddings") as caught:
+        parse(tensors(bundle, values), bundle)
+    assert caught.value.parameter == "ip_adapter_image"

@@ -18,10 +18,10 @@ from imprompt_serving.backends import MODULES, get_backend
 from imprompt_serving.specs import Bundle, Shapes
 
 if TYPE_CHECKING:
-    from imprompt_export.bundle import EngineSection
     from imprompt_export.checkpoints import Checkpoints
     from imprompt_export.graphs import Axes, Graph
     from imprompt_export.quality import Quality
+    from imprompt_export.sections import EngineSection
 
 StatusCallback = Callable[[str], None]
 """Shows one line of text about the current work."""

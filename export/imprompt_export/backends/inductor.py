@@ -29,10 +29,10 @@ from imprompt_serving.specs import Bundle, Shapes
 if TYPE_CHECKING:
     import torch
 
-    from imprompt_export.bundle import EngineSection
     from imprompt_export.checkpoints import Checkpoints
     from imprompt_export.graphs import Axes, Graph
     from imprompt_export.quality import Quality
+    from imprompt_export.sections import EngineSection
 
 _FP8_CAPABILITY = (8, 9)
 """Compute capability of the first GPUs whose tensor cores compute in fp8."""

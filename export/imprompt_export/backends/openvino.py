@@ -13,10 +13,10 @@ from imprompt_export.errors import BundleError
 from imprompt_serving.specs import Bundle
 
 if TYPE_CHECKING:
-    from imprompt_export.bundle import EngineSection
     from imprompt_export.checkpoints import Checkpoints
     from imprompt_export.graphs import Graph
     from imprompt_export.quality import Quality
+    from imprompt_export.sections import EngineSection
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,11 +25,13 @@ class Reader:
     """The tensors of one request. Absent ones give the default; present ones must be in the range or among the choices.
 
     Defaults and bounds come from the parameter's row, unless they depend on the bundle or the task: then the caller
-    passes them.
+    passes them. `defaults` are those that the bundle file sets for single numbers, and come before both.
     """
 
-    def __init__(self, tensors: Mapping[str, np.ndarray], limits: Limits) -> None:
-        self._tensors, self._limits = tensors, limits
+    def __init__(
+        self, tensors: Mapping[str, np.ndarray], limits: Limits, defaults: Mapping[str, float] | None = None
+    ) -> None:
+        self._tensors, self._limits, self._defaults = tensors, limits, defaults or {}
         self._pictures: dict[str, list[bytes]] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -93,7 +95,7 @@ class Reader:
     ) -> int:
         row = PARAMETERS[name]
         if name not in self:
-            return int(row.default if default is None else default)
+            return int(self._default(name, default))
         value = int(_single(name, self.integers(name)))
         low = row.low if low is None else low
         high = row.high if high is None else high
@@ -123,7 +125,10 @@ class Reader:
     def number(self, name: str, *, default: float | None = None) -> float:
         if name in self:
             return float(_single(name, self.numbers(name)))
-        return float(PARAMETERS[name].default if default is None else default)
+        return float(self._default(name, default))
+
+    def _default(self, name: str, default: float | None) -> Any:
+        return self._defaults.get(name, PARAMETERS[name].default if default is None else default)
 
     def one_or_each(self, name: str, count: int, what: str, *, default: Any = None) -> tuple[Any, ...]:
         """Expand a parameter with no value, one value, or `count` values to `count` values, one for each of `what`."""

@@ -88,7 +88,7 @@ def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
     for name in tensors:
         if name not in known:
             raise InvalidRequest(name, f"is not a parameter of {bundle.name}")
-    limits, read, family = bundle.limits, Reader(tensors, bundle.limits), get_family(bundle.family)
+    limits, read, family = bundle.limits, Reader(tensors, bundle.limits, bundle.defaults), get_family(bundle.family)
     picture_names = [row.name for row in ROWS if row.type is Type.PICTURES]
     check_count({name: read.count(name) for name in picture_names}, limits)
     check_headers({name: read.pictures(name) for name in picture_names}, limits)

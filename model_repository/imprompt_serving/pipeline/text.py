@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from imprompt_serving.pipeline.embedding_tokens import EmbeddingTokens
 from imprompt_serving.specs import TextEncoder
 
 
@@ -15,6 +16,7 @@ class PromptTokenizer:
 
     def __init__(self, folder: Path, encoder: TextEncoder) -> None:
         self._tokenizer = Tokenizer.from_file(str(folder / f"{encoder.engine}.tokenizer.json"))
+        self._embeddings = EmbeddingTokens(self._tokenizer)
         pad = self._tokenizer.id_to_token(encoder.pad_token_id)
         self._tokenizer.enable_truncation(encoder.max_length)
         self._tokenizer.enable_padding(length=encoder.max_length, pad_id=encoder.pad_token_id, pad_token=pad)
@@ -25,6 +27,7 @@ class PromptTokenizer:
 
     def with_rest(self, prompt: str) -> tuple[np.ndarray, str]:
         """Return token ids [1, length], and the part of the prompt that did not fit."""
+        prompt = self._embeddings.expand(prompt)
         encoding = self._tokenizer.encode(prompt)
         rest = ""
         if encoding.overflowing:
