@@ -41,7 +41,9 @@ ROUTES = [
 ]
 
 
-def create_app(client: AsyncClient, *, keys: Sequence[str] = (), max_bytes: int = MAX_BODY_BYTES) -> Starlette:
+def create_app(
+    client: AsyncClient, *, keys: Sequence[str] = (), max_bytes: int = MAX_BODY_BYTES, health_url: str | None = None
+) -> Starlette:
     """Build the application; it closes `client` when it shuts down."""
 
     @asynccontextmanager
@@ -61,7 +63,7 @@ def create_app(client: AsyncClient, *, keys: Sequence[str] = (), max_bytes: int 
         lifespan=lifespan,
     )
     app.state.client = client
-    app.state.readiness = Readiness(client)
+    app.state.readiness = Readiness(client, health_url)
     app.state.metrics = measured
     app.state.max_bytes = max_bytes
     app.state.started = int(time.time())

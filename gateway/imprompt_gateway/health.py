@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import urllib.request
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -14,13 +15,20 @@ from imprompt_gateway.errors import RETRY_AFTER_S
 CACHED_S = 1.0
 """How long an answer holds: probes, however many, cost the server one call per second."""
 PROBE_TIMEOUT_S = 2.0
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Proxies are for other machines' pages, not for a server next to the gateway."""
 
 
 class Readiness:
-    """Whether the server and all of its models are ready."""
+    """Whether the server makes pictures.
 
-    def __init__(self, client: AsyncClient) -> None:
-        self._client, self._lock = client, asyncio.Lock()
+    Args:
+        client: asks Triton, which only knows whether models were started.
+        health_url: asked instead of Triton; it knows better, such as `/readyz` of the health port of `imprompt serve`.
+    """
+
+    def __init__(self, client: AsyncClient, health_url: str | None = None) -> None:
+        self._client, self._health_url, self._lock = client, health_url, asyncio.Lock()
         self._ready, self._expires = False, 0.0
 
     async def check(self) -> bool:
@@ -28,11 +36,24 @@ class Readiness:
         async with self._lock:
             if time.monotonic() > self._expires:
                 try:
-                    self._ready = await asyncio.wait_for(self._client.is_ready(), PROBE_TIMEOUT_S)
+                    self._ready = await asyncio.wait_for(self._ask(), PROBE_TIMEOUT_S)
                 except TimeoutError:
                     self._ready = False
                 self._expires = time.monotonic() + CACHED_S
             return self._ready
+
+    async def _ask(self) -> bool:
+        if self._health_url is None:
+            return await self._client.is_ready()
+        return await asyncio.to_thread(_answers, self._health_url)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with _OPENER.open(url, timeout=PROBE_TIMEOUT_S):
+            return True
+    except OSError:  # includes answers other than 200
+        return False
 
 
 async def livez(request: Request) -> JSONResponse:

@@ -6,10 +6,10 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 import uvicorn
 from starlette.applications import Starlette
@@ -40,10 +40,11 @@ class _Server(uvicorn.Server):
 
 
 def run(
-    url: str,
+    connection: Mapping[str, Any],
     *,
     host: str,
     port: int,
+    health_url: str | None,
     key_file: Path | None,
     on_ready: Callable[[str], None],
     parent: TextIO | None = None,
@@ -51,19 +52,21 @@ def run(
     """Serve until SIGINT or SIGTERM, then let running requests finish.
 
     Args:
-        url: gRPC address of the server.
+        connection: arguments of `AsyncClient`, such as the gRPC address of the server (`url`).
         port: 0 means any free port.
+        health_url: answers 200 while the server makes pictures, such as `/readyz` of its health port.
         key_file: file with the keys of callers; see `read_keys`.
         on_ready: called with the address once the gateway accepts requests.
         parent: end when this pipe is closed, as when the process at its other end has died.
 
     Raises:
-        InvalidRequest: `url` is not an address.
+        InvalidRequest: an argument of the connection is invalid.
         OSError: the gateway cannot listen on that address, or the file cannot be read.
         ValueError: the file has no keys.
     """
     # Waiting and sending again is up to the caller, who is told for how long (`Retry-After`).
-    app = create_app(AsyncClient(url, max_retries=0), keys=read_keys(key_file) if key_file else ())
+    client = AsyncClient(**connection, max_retries=0)
+    app = create_app(client, keys=read_keys(key_file) if key_file else (), health_url=health_url)
     with _listen(host, port) as listener:
         bound = listener.getsockname()
         shown = f"[{bound[0]}]" if listener.family == socket.AF_INET6 else bound[0]

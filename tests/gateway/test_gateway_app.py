@@ -7,6 +7,7 @@ import hmac
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,21 @@ def test_health_of_gateway_and_server_differ(http: TestClient) -> None:
     assert http.get("/livez").status_code == 200
     answer = http.get("/readyz")
     assert (answer.status_code, answer.json()) == (503, {"ready": False})
+
+
+@pytest.mark.parametrize("status", [200, 503])
+def test_readiness_is_what_the_health_port_says(status: int) -> None:
+    class Health(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status if self.path == "/readyz" else 404)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Health) as health:
+        threading.Thread(target=health.handle_request).start()
+        with client(health_url=f"http://127.0.0.1:{health.server_port}/readyz") as http:
+            assert http.get("/readyz").status_code == status
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import NoReturn
 
 import typer
 from rich.console import Console
@@ -17,9 +17,6 @@ from imprompt import ImpromptError
 from imprompt._request import ALL_LISTED
 
 out, err = Console(), Console(stderr=True)
-
-Url = Annotated[str, typer.Option(envvar="IMPROMPT_URL", help="gRPC address of the server, host:port.")]
-
 
 _PHRASES = {
     ALL_LISTED: "`imprompt generate --help` lists them all",

@@ -14,11 +14,11 @@ _DRAIN_S = 35
 
 
 @contextmanager
-def beside_server(grpc_address: str, *, host: str, port: int) -> Iterator[str]:
+def beside_server(grpc_address: str, health_address: str, *, host: str, port: int) -> Iterator[str]:
     """Run a gateway in a child process, and yield its address. The child ends with this process, however that ends."""
     command = [sys.executable, "-m", "imprompt", "gateway", "--until-stdin-closes", "--url", grpc_address]
     child = subprocess.Popen(
-        [*command, "--host", host, "--port", str(port)],
+        [*command, "--health-url", f"http://{health_address}/readyz", "--host", host, "--port", str(port)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -100,7 +100,8 @@ def serve(
         loading.stop()
         line = f"ready {addresses}"
         if gateway_port is not None:
-            line += " gateway=" + children.enter_context(beside_server(addresses.grpc, host=host, port=gateway_port))
+            gateway = beside_server(addresses.grpc, addresses.health, host=host, port=gateway_port)
+            line += f" gateway={children.enter_context(gateway)}"
         print(line, flush=True)
 
     # On a terminal, one line that changes.
@@ -112,7 +113,7 @@ def serve(
             grpc_port=grpc_port,
             http_port=http_port,
             metrics_port=metrics_port,
-            health_port=health_port,
+            health_port=0 if health_port is None and gateway_port is not None else health_port,
             host=host,
             allow_remote=allow_remote,
             on_ready=print_ready,
