@@ -278,11 +278,11 @@ def _to_response(outputs: dict[str, np.ndarray]) -> Any:
 
 
 @contextmanager
-def running(servicer: FakeTriton) -> Iterator[str]:
+def running(servicer: FakeTriton, port: int = 0) -> Iterator[str]:
     """Run `servicer` on a free port and yield its address."""
     server = grpc.server(ThreadPoolExecutor(8))
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = server.add_insecure_port(f"127.0.0.1:{port}")
     server.start()
     try:
         yield f"127.0.0.1:{port}"
