@@ -113,6 +113,16 @@ NAMES = (
     "progress_every",
     "preview",
 )
+PICTURES = (
+    "image",
+    "mask_image",
+    "control_image",
+    "video",
+)
+OBJECTS = (
+    "lora",
+    "scheduler_config",
+)
 # End
 
 

@@ -22,6 +22,7 @@ from fake_triton import EMBED_SIZE
 from PIL import Image
 
 from imprompt import InvalidRequest
+from imprompt._errors import short_repr
 from imprompt._model import Input, ServedModel
 from imprompt._request import Request, build_encode_request, build_request, check_request
 from imprompt._retry import check_timeout
@@ -344,7 +345,7 @@ def build(model: ServedModel = MODELS[2], prompt: Any = "a", **parameters: Any) 
         "\ud83d",
         ["a", "\ud83d"],
     ],
-    ids=repr,
+    ids=short_repr,
 )
 def test_text_inputs_accept_only_strings(name: str, value: Any) -> None:
     with pytest.raises(InvalidRequest, match=f"^{name}: must be (a string|valid Unicode)") as caught:
@@ -387,10 +388,10 @@ def test_picture_inputs_accept_only_pictures(name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        (b"", "the data is empty; expected a PNG, JPEG or WebP file"),
-        (b"GIF89a", "the data is not a PNG, JPEG or WebP picture"),
-        ("notes.txt", "'notes.txt' is not a PNG, JPEG or WebP picture"),
-        ("empty.png", "'empty.png' is empty; expected a PNG, JPEG or WebP file"),
+        (b"", "the data is empty; expected a PNG, JPEG, WebP, GIF, BMP or AVIF file"),
+        (b"II*\0", "the data is not a PNG, JPEG, WebP, GIF, BMP or AVIF picture"),
+        ("notes.txt", "'notes.txt' is not a PNG, JPEG, WebP, GIF, BMP or AVIF picture"),
+        ("empty.png", "'empty.png' is empty; expected a PNG, JPEG, WebP, GIF, BMP or AVIF file"),
         ("nowhere.png", "no such file: nowhere.png"),
         ("\0", r"'\x00' is not a valid path: embedded null byte"),
         ("\ud83d", "is not a valid path"),
@@ -403,7 +404,7 @@ def test_picture_inputs_accept_only_pictures(name: str, value: Any) -> None:
         (closed_picture(), "the picture cannot be read"),
         (cut_picture(), "the picture cannot be read"),
     ],
-    ids=str,
+    ids=short_repr,
 )
 @pytest.mark.parametrize("name", ["image", "control_image", "video", "ip_adapter_image", "negative_ip_adapter_image"])
 def test_error_describes_the_invalid_picture(
