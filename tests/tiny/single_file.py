@@ -96,7 +96,7 @@ def _unet_names(config: dict[str, Any]) -> Callable[[str], str]:
             block, index, *rest = parts
             place = f"middle_block.{1 if block == 'attentions' else 2 * int(index)}"
         else:
-            level, block, index, *rest = int(parts[0]), parts[1], int(parts[2]), *parts[3:]
+            level, block, number, rest = int(parts[0]), parts[1], int(parts[2]), parts[3:]
             if block == "downsamplers":
                 return f"input_blocks.{(level + 1) * (count + 1)}.0.op"
             if block == "upsamplers":
@@ -104,7 +104,7 @@ def _unet_names(config: dict[str, Any]) -> Callable[[str], str]:
                 return f"output_blocks.{level * (count + 1) + count}.{1 + attends}.conv"
             first = level * (count + 1) + (kind == "down_blocks")
             side = {"down_blocks": "input", "up_blocks": "output"}[kind]
-            place = f"{side}_blocks.{first + index}.{int(block == 'attentions')}"
+            place = f"{side}_blocks.{first + number}.{int(block == 'attentions')}"
         inner = ".".join(rest)
         return f"{place}.{_UNET_RESNET[inner] if block == 'resnets' else inner}"
 
