@@ -20,7 +20,7 @@ from imprompt._image_prompts import (
     encode_image_prompts,
     encode_pictures,
 )
-from imprompt._images import as_list, flatten_control_images
+from imprompt._images import as_list, flatten_control_images, to_numpy
 from imprompt._model import Input, ServedModel
 from imprompt._parameters import NAMES, OutputType
 from imprompt._tensors import PICTURES as START_PICTURES
@@ -32,7 +32,7 @@ MIN_TIMEOUT_S = 1e-3
 MAX_BYTES = 2**31 - 2**20
 """Maximum total size of a request's tensors: a protobuf message must be smaller than 2 GiB."""
 
-_ENCODE = "encode_image"
+_ENCODE, _ENCODE_PROMPT = "encode_image", "encode_prompt"
 _SECOND_PROMPTS = ("prompt_2", "negative_prompt_2")
 """If empty, the first prompt is used, as in diffusers (`prompt_2 or prompt`)."""
 _CLIPS = ("num_frames", "video")
@@ -48,11 +48,6 @@ _DIFFUSERS_EQUIVALENTS = {
 _SUGGESTIONS = {
     "timesteps": ("num_inference_steps", "scheduler_config"),
     "sigmas": ("num_inference_steps", "scheduler_config"),
-    "prompt_embeds": ("prompt",),
-    "negative_prompt_embeds": ("negative_prompt",),
-    "pooled_prompt_embeds": ("prompt_2", "prompt"),
-    "negative_pooled_prompt_embeds": ("negative_prompt_2", "negative_prompt"),
-    "latents": ("image",),
     "denoising_start": ("strength",),
     "cfg": ("guidance_scale",),
     "cfg_scale": ("guidance_scale",),
@@ -121,7 +116,11 @@ def build_request(model: ServedModel, prompt: object, parameters: Mapping[str, o
         if "output_type" not in model.inputs:
             raise invalid("output_type", f"{model.bundle} cannot return latents")
         given["output_type"] = output_type  # the client makes the other two from the same response
-    tensors = [encode_input(model.inputs["prompt"], prompt)]
+    if prompt is None and "prompt_embeds" not in given:
+        raise invalid("prompt", "is needed, or prompt_embeds in its place")
+    if "latents" in given:
+        given["latents"] = _flatten_clip_latents(given["latents"])
+    tensors = [] if prompt is None else [encode_input(model.inputs["prompt"], prompt)]
     tensors += encode_image_prompts(model, given)
     clip = asks_for_clip(given)
     if "control_image" in given:
@@ -155,6 +154,12 @@ def check_request(model: ServedModel, prompt: object, parameters: Mapping[str, o
     build_request(model, prompt, {name: value for name, value in given.items() if name not in later})
 
 
+def _flatten_clip_latents(latents: object) -> object:
+    """Join the channels and frames of clips, [clips, channels, frames, h, w], as the input has four axes."""
+    array = to_numpy(latents, "latents")
+    return array if array.ndim != 5 else array.reshape(len(array), -1, *array.shape[3:])
+
+
 def asks_for_clip(parameters: Mapping[str, object]) -> bool:
     """Whether these parameters ask for clips rather than pictures."""
     return any(parameters.get(name) is not None for name in _CLIPS)
@@ -174,9 +179,17 @@ def build_encode_request(model: ServedModel, adapter: str, images: object) -> Re
     return replace(request, tensors=(*request.tensors, *tensors, tensor))
 
 
+def build_encode_prompt_request(model: ServedModel, prompt: object, parameters: Mapping[str, object]) -> Request:
+    """Encode a request for the text embeddings of `prompt`."""
+    if _ENCODE_PROMPT not in model.inputs:
+        raise invalid("model", f"{model.bundle} does not encode prompts")
+    request = build_request(model, prompt, parameters)
+    return replace(request, tensors=(*request.tensors, encode_input(model.inputs[_ENCODE_PROMPT], True)))
+
+
 def _accepted_keywords(model: ServedModel) -> list[str]:
     """List the keywords that a caller may pass: the model's inputs, except those that this module sets itself."""
-    hidden = {"prompt", _ENCODE, SCALE_CONFIG, *(f"{name}_adapter" for name in PICTURES)}
+    hidden = {"prompt", _ENCODE, _ENCODE_PROMPT, SCALE_CONFIG, *(f"{name}_adapter" for name in PICTURES)}
     names = [name for name in model.inputs if name not in hidden and not name.startswith(f"{EMBEDS}_")]
     if any(name.startswith(f"{EMBEDS}_") for name in model.inputs):
         names.append(EMBEDS)

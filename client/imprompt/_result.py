@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,6 +29,8 @@ FPS = 8
 """Default frame rate of saved clips, which AnimateDiff's motion modules were trained for."""
 _MAX_FPS = 1000
 """Animation formats store the duration of a frame in whole milliseconds."""
+TEXT_EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+"""Outputs of `encode_prompt`; not all models have pooled ones."""
 _ANIMATIONS = (".gif", ".webp")
 _VIDEO = ".mp4"
 _PICTURE_FILES = "pictures must be saved as .png, .jpg or .webp"
@@ -189,6 +192,16 @@ def read_embeds(outputs: Mapping[str, Array], adapter: str, request: Request) ->
     if name not in outputs:
         raise ServerError(f"the response has no {name}: {sorted(outputs)}", request_id=request.id)
     return outputs[name].copy()
+
+
+def read_text_embeds(outputs: Mapping[str, Array], request: Request) -> dict[str, Array]:
+    """Decode the response to `encode_prompt`, and emit the server's warnings as Python warnings."""
+    found = {name: outputs[name].copy() for name in TEXT_EMBEDS if name in outputs}
+    if not found:
+        raise ServerError(f"the response has no text embeddings: {sorted(outputs)}", request_id=request.id)
+    for text in _values(outputs, "warnings"):
+        warnings.warn(text.decode(errors="replace"), stacklevel=3)
+    return found
 
 
 def _pil(image: Any) -> Image.Image:

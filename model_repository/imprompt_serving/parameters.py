@@ -47,6 +47,8 @@ class Type(StrEnum):
     """Encoded pictures."""
     EMBEDS = auto()
     """Image embeddings: one tensor per adapter (`tensor_names.request_embeds`)."""
+    TENSOR = auto()
+    """Floats with several axes (`Parameter.axes`)."""
 
 
 _WIRE: dict[Type, tuple[str, tuple[int, ...]]] = {
@@ -63,7 +65,7 @@ _WIRE: dict[Type, tuple[str, tuple[int, ...]]] = {
     Type.OBJECT: ("STRING", (1,)),
     Type.PICTURES: ("STRING", (-1,)),
 }
-"""Triton data type and shape (-1: any size) of every type except `EMBEDS`."""
+"""Triton data type and shape (-1: any size) of every type except `EMBEDS` and `TENSOR`."""
 
 
 class Group(Enum):
@@ -98,6 +100,8 @@ class Parameter:
     low: float = -math.inf
     high: float = math.inf
     choices: tuple[str, ...] = ()
+    axes: int = 0
+    """Number of axes of a `TENSOR`."""
     sdk: bool = True
     """Whether it is a keyword argument of the Python client; the client sets the others itself."""
     python: str | None = None
@@ -114,12 +118,12 @@ class Parameter:
     @property
     def dtype(self) -> str:
         """Triton data type, without the `TYPE_` prefix."""
-        return _WIRE[self.type][0]
+        return "FP32" if self.type is Type.TENSOR else _WIRE[self.type][0]
 
     @property
     def dims(self) -> tuple[int, ...]:
         """Shape of the input tensor; -1 means any size."""
-        return _WIRE[self.type][1]
+        return (-1,) * self.axes if self.type is Type.TENSOR else _WIRE[self.type][1]
 
     @property
     def range_and_default(self) -> str:
@@ -194,6 +198,29 @@ ROWS: tuple[Parameter, ...] = (
         type=Type.TEXTS,
         group=Group.FAMILY,
         doc="negative prompts for the second text encoder (default: `negative_prompt`)",
+    ),
+    Parameter(
+        name="prompt_embeds",
+        type=Type.TENSOR,
+        axes=3,
+        doc="text embeddings in place of `prompt`, as returned by `encode_prompt` and by diffusers: "
+        "[prompts, tokens, features]",
+    ),
+    Parameter(
+        name="negative_prompt_embeds",
+        type=Type.TENSOR,
+        axes=3,
+        doc="text embeddings in place of `negative_prompt`, in the shape of `prompt_embeds`",
+    ),
+    *(
+        Parameter(
+            name=f"{prefix}pooled_prompt_embeds",
+            type=Type.TENSOR,
+            axes=2,
+            group=Group.FAMILY,
+            doc=f"pooled text embeddings, which go with `{prefix}prompt_embeds`: [prompts, features]",
+        )
+        for prefix in ("", "negative_")
     ),
     Parameter(
         name="ip_adapter_image",
@@ -294,6 +321,15 @@ ROWS: tuple[Parameter, ...] = (
         type=Type.PICTURES,
         doc="pictures to start from, for image-to-image or (with `mask_image`) inpainting",
         option=True,
+    ),
+    Parameter(
+        name="latents",
+        type=Type.TENSOR,
+        axes=4,
+        doc="initial noise, with a standard deviation of 1, in place of noise drawn from `seed`: "
+        "[pictures, channels, h, w]; for clips [clips, channels * frames, h, w]",
+        python_doc="initial noise, with a standard deviation of 1, in place of noise drawn from `seed`: "
+        "[pictures, channels, height / 8, width / 8]; for clips [clips, channels, frames, height / 8, width / 8]",
     ),
     Parameter(
         name="mask_image",
@@ -575,6 +611,13 @@ ROWS: tuple[Parameter, ...] = (
         name="encode_image",
         type=Type.TEXT,
         doc="name of an adapter: return its embeddings of `ip_adapter_image` and nothing else",
+        sdk=False,
+    ),
+    Parameter(
+        name="encode_prompt",
+        type=Type.FLAG,
+        doc="return the text embeddings of the prompts and nothing else",
+        default=False,
         sdk=False,
     ),
     Parameter(

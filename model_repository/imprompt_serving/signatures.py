@@ -26,6 +26,7 @@ _PYTHON = {
     Type.FLAG: "bool",
     Type.OBJECT: "Mapping[str, Any]",
     Type.PICTURES: "Images",
+    Type.TENSOR: "Embeds",
 }
 _OPTION = {
     Type.TEXT: "str",

@@ -255,7 +255,7 @@ def test_equal_sets_of_loras_compare_equal() -> None:
     ]
     assert list(sets[0].lora.items()) == list(sets[1].lora.items()) == [("soft", 0.5), ("bold", 1.0)]
     assert sets[2].lora == sets[3].lora == {}
-    keys = [batch_key(WITH_LORAS, settings, None, None, regions=False) for settings in sets]
+    keys = [batch_key(WITH_LORAS, settings, None, None, regions=False, text_tokens=77) for settings in sets]
     assert keys[0] == keys[1] != keys[2] == keys[3]
 
 
@@ -379,8 +379,64 @@ def test_sizes_without_engines_are_refused() -> None:
             parsed(bundle, **values)
 
 
+def floats(*shape: int) -> np.ndarray:
+    return np.zeros(shape, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "values"),
+    [
+        ("prompt", {"prompt": None}),
+        ("prompt", {"prompt_embeds": floats(1, 77, 768)}),
+        ("prompt_embeds", {"prompt": None, "prompt_embeds": floats(1, 77, 767)}),
+        ("prompt_embeds", {"prompt": None, "prompt_embeds": floats(77, 768)}),
+        ("prompt_embeds", {"prompt": None, "prompt_embeds": floats(1, 0, 768)}),
+        ("prompt_embeds", {"prompt": None, "prompt_embeds": floats(0, 77, 768)}),
+        ("prompt_embeds", {"prompt": None, "prompt_embeds": floats(1, 8 * 77 + 1, 768)}),
+        ("prompt_embeds", {"prompt": None, "prompt_embeds": np.full((1, 77, 768), np.nan, np.float32)}),
+        ("prompt_embeds", {"prompt": None, "prompt_embeds": np.full((1, 77, 768), 2e4, np.float32)}),
+        ("prompt_embeds", {"prompt": None, "prompt_embeds": np.zeros((1, 77, 768), np.int32)}),
+        ("num_images_per_prompt", {"prompt": None, "prompt_embeds": floats(65, 77, 768)}),
+        ("negative_prompt", {"negative_prompt": "b", "negative_prompt_embeds": floats(1, 77, 768)}),
+        ("negative_prompt_embeds", {"negative_prompt_embeds": floats(2, 77, 768)}),
+        ("negative_prompt_embeds", {"negative_prompt_embeds": floats(1, 78, 768)}),
+        ("negative_prompt_embeds", {"prompt": None, "prompt_embeds": floats(1, 78, 768)}),
+        (
+            "negative_prompt_embeds",
+            {"prompt": None, "prompt_embeds": floats(1, 154, 768), "negative_prompt_embeds": floats(1, 77, 768)},
+        ),
+        ("encode_prompt", {"prompt": None, "prompt_embeds": floats(1, 77, 768), "encode_prompt": True}),
+        ("latents", {"latents": floats(1, 4, 8, 9)}),
+        ("latents", {"latents": floats(2, 4, 8, 8)}),
+        ("latents", {"latents": np.full((1, 4, 8, 8), np.inf, np.float32)}),
+        ("latents", {"latents": floats(1, 4, 8, 8), "image": SMALL}),
+        ("latents", {"latents": floats(1, 4, 8, 8), "num_frames": 2}),
+    ],
+)
+def test_invalid_tensors(parameter: str, values: dict[str, Any]) -> None:
+    values = {"prompt": "a cat", **values}
+    if values["prompt"] is None:
+        del values["prompt"]
+    with pytest.raises(InvalidRequest) as caught:
+        parse(tensors(BUNDLE, {"num_inference_steps": 4, **values}), BUNDLE)
+    assert caught.value.parameter == parameter
+
+
+def test_embeddings_without_guidance_need_no_negative_ones() -> None:
+    values = {"prompt_embeds": floats(2, 78, 768), "guidance_scale": 1.0, "num_inference_steps": 4}
+    request = parse(tensors(BUNDLE, values), BUNDLE)
+    assert (request.pictures, request.text.tokens) == (2, 78)
+
+
+def test_lengths_that_differ_by_a_power_of_two_share_calls() -> None:
+    settings = parsed().settings
+    lengths = (77, 154, 308, 616, 231, 462, 64, 1)
+    keys = [batch_key(BUNDLE, settings, None, None, regions=False, text_tokens=tokens) for tokens in lengths]
+    assert [keys.index(key) for key in keys] == [0, 0, 0, 0, 4, 4, 6, 6]
+
+
 def test_unusual_prompts_are_accepted() -> None:
-    assert parsed(prompt=["", "\x00", "👩🏽‍🎨"]).prompts == (("", "\x00", "👩🏽‍🎨"),)
+    assert parsed(prompt=["", "\x00", "👩🏽‍🎨"]).text.prompts == (("", "\x00", "👩🏽‍🎨"),)
 
 
 def test_pipeline_imports_no_torch() -> None:

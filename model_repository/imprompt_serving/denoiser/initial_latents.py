@@ -68,7 +68,7 @@ def make_initial_latents(
 ) -> InitialLatents:
     """Make the initial latents of `request`. The timesteps of `scheduler` must be set."""
     if request.task == "text-to-image":
-        noise = randn_tensor(_shape(request, bundle, pictures), generator=generator)
+        noise = _noise(request, bundle, tensors, generator, pictures)
         with blame_caller(request):
             latents = noise * scheduler.init_noise_sigma
         return InitialLatents(
@@ -99,11 +99,11 @@ def _inpaint(
 ) -> InitialLatents:
     timesteps, steps = _remaining(request, scheduler)
     takes_mask = bundle.unet_channels != bundle.latent_channels
-    pure_noise = request.settings.strength == 1.0
+    pure_noise = request.settings.strength == 1.0 or "latents" in tensors
     image = None
     if not takes_mask or not pure_noise:
         image = _repeat(_sample(tensors["image_moments"], generator) * bundle.vae_scaling_factor, pictures)
-    noise = randn_tensor(_shape(request, bundle, pictures), generator=generator)
+    noise = _noise(request, bundle, tensors, generator, pictures)
     with blame_caller(request):
         if pure_noise:
             latents = noise * scheduler.init_noise_sigma
@@ -117,6 +117,17 @@ def _inpaint(
         return InitialLatents(latents=latents, timesteps=timesteps, steps=steps, channels=channels)
     assert image is not None
     return InitialLatents(latents=latents, timesteps=timesteps, steps=steps, blend=(noise, image, mask))
+
+
+def _noise(
+    request: JobRequest, bundle: Bundle, tensors: Mapping[str, Tensor], generator: Generators, pictures: int
+) -> Tensor:
+    """Return the noise that the caller sent, or else draw it."""
+    shape = _shape(request, bundle, pictures)
+    if "latents" in tensors:
+        return tensors["latents"].reshape(shape)
+    drawn: Tensor = randn_tensor(shape, generator=generator)
+    return drawn
 
 
 def _shape(request: JobRequest, bundle: Bundle, pictures: int) -> tuple[int, ...]:

@@ -28,11 +28,13 @@ from imprompt_serving.denoiser.windows import Window, merge, select_frames, wind
 from imprompt_serving.errors import InvalidRequest, RequestError
 from imprompt_serving.gpu import download, upload
 from imprompt_serving.job_request import JobRequest, batch_key
+from imprompt_serving.parameters import ROWS, Type
 from imprompt_serving.specs import Bundle
 from imprompt_serving.tensor_names import NEGATIVE, image_embeds
 
-_LARGEST_USUAL_SCALE, _LARGEST_USUAL_LORA_SCALE, _LARGEST_USUAL_EMBEDDING = 100.0, 2.0, 1000.0
-"""No sensible scale, and no output of an image encoder, exceeds these."""
+_LARGEST_USUAL_SCALE, _LARGEST_USUAL_LORA_SCALE, _LARGEST_USUAL_VALUE = 100.0, 2.0, 1000.0
+"""No sensible scale, and no output of an encoder, exceeds these."""
+_TENSORS = tuple(row.name for row in ROWS if row.type is Type.TENSOR)
 
 
 class Job:
@@ -83,7 +85,12 @@ class Job:
         self.frames = len(self.windows[0]) if self.windows else 1
         """Frames per row; 1 for pictures."""
         self.batch_key = batch_key(
-            bundle, request.settings, request.frames, request.context, regions=conditioning.regions
+            bundle,
+            request.settings,
+            request.frames,
+            request.context,
+            regions=conditioning.regions,
+            text_tokens=conditioning.text_tokens,
         )
         """Jobs with equal keys can share a call."""
 
@@ -247,9 +254,11 @@ def likely_cause(request: JobRequest, tensors: Mapping[str, Tensor]) -> str | No
         return "controlnet_conditioning_scale"
     if any(abs(scale) > _LARGEST_USUAL_LORA_SCALE for scale in request.settings.lora.values()):
         return "lora"
-    embeds = [prefix + image_embeds(use.name) for use in request.adapters for prefix in ("", NEGATIVE)]
-    if any(tensors[name].abs().max() > _LARGEST_USUAL_EMBEDDING for name in embeds if name in tensors):
-        return "ip_adapter_image_embeds"
+    own_names = {parameter: (parameter,) for parameter in _TENSORS}
+    embeds = tuple(prefix + image_embeds(use.name) for use in request.adapters for prefix in ("", NEGATIVE))
+    for parameter, names in {"ip_adapter_image_embeds": embeds, **own_names}.items():
+        if any(tensors[name].abs().max() > _LARGEST_USUAL_VALUE for name in names if name in tensors):
+            return parameter
     return None if request.settings.scheduler is None else "scheduler"
 
 

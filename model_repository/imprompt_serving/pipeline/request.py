@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from imprompt_serving import tensor_names
 from imprompt_serving.errors import InvalidRequest, shown
 from imprompt_serving.families import Family, get_family
 from imprompt_serving.job_request import ContextWindow, Task
-from imprompt_serving.parameters import PARAMETERS, PICTURE_FORMATS, ROWS, VIDEO_FORMATS, Settings, Type
+from imprompt_serving.parameters import MAX_SCALE, PARAMETERS, PICTURE_FORMATS, ROWS, VIDEO_FORMATS, Settings, Type
 from imprompt_serving.pipeline.controls import Control, ControlPlan, load_controls, plan_controls
 from imprompt_serving.pipeline.image_prompts import ImagePrompt, adapter_name, load_image_prompt, plan_image_prompts
 from imprompt_serving.pipeline.images import check_headers, decode_all
+from imprompt_serving.pipeline.prompts import TextPrompts, check_lengths, parse_prompts
 from imprompt_serving.pipeline.reader import Reader
 from imprompt_serving.pipeline.scheduler import parse_scheduler
 from imprompt_serving.pipeline.video import VideoOptions, parse_video
@@ -42,17 +42,19 @@ class Request:
     """A validated request, with the defaults of diffusers' pipelines filled in."""
 
     task: Task
-    prompts: tuple[tuple[str, ...], ...]
-    """For each text encoder, the prompts: one for every `num_images_per_prompt` results."""
-    negative_prompts: tuple[tuple[str, ...], ...] | None
-    """The same for negative prompts; None if the request has none."""
+    text: TextPrompts
     image_prompts: tuple[ImagePrompt, ...]
     start: StartImages
+    latents: np.ndarray | None
+    """Initial noise [N, C, h, w], for clips [N, C * F, h, w]; None to draw it from the seeds."""
     video: VideoOptions | None
     controls: tuple[Control, ...]
     seeds: tuple[int, ...]
     """One seed for all results together, or one per result."""
     encode_image: str | None
+    """The adapter whose embeddings are requested, instead of pictures."""
+    encode_prompt: bool
+    """Whether text embeddings are requested, instead of pictures."""
     timeout: float
     """Seconds since the request arrived at the pipeline."""
     settings: Settings
@@ -60,7 +62,7 @@ class Request:
     @property
     def pictures(self) -> int:
         """Number of results: pictures or clips."""
-        return len(self.prompts[0]) * self.settings.num_images_per_prompt
+        return self.text.count * self.settings.num_images_per_prompt
 
     @property
     def regions(self) -> bool:
@@ -90,9 +92,11 @@ def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
             raise InvalidRequest(name, f"is not a parameter of {bundle.name}")
     limits, read, family = bundle.limits, Reader(tensors, bundle.limits), get_family(bundle.family)
     check_headers({row.name: read.data(row.name) for row in ROWS if row.type is Type.PICTURES}, limits)
-    _check_characters(read, limits, family)
-    prompts = _prompts(read, family)
-    pictures = len(prompts[0]) * read.integer("num_images_per_prompt")
+    text = parse_prompts(read, bundle)
+    encode_prompt = read.flag("encode_prompt")
+    if encode_prompt and text.embeds:
+        raise InvalidRequest("encode_prompt", f"cannot be combined with {', '.join(text.embeds)}")
+    pictures = text.count * read.integer("num_images_per_prompt")
     if pictures > _MAX_PICTURES:
         raise InvalidRequest(
             "num_images_per_prompt", f"{pictures} pictures exceed the limit of {_MAX_PICTURES} per request"
@@ -100,7 +104,7 @@ def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
     video = parse_video(read, bundle, pictures)
     frames = None if video is None else video.frames
     task = _task(read, bundle, pictures)
-    controls = plan_controls(read, bundle, task, len(prompts[0]), frames)
+    controls = plan_controls(read, bundle, task, text.count, frames)
     step = _size_step(bundle, controls)
     sides = {name: _side(read, bundle, name, step) for name in ("height", "width")}
     encode_image = adapter_name(read.text("encode_image"), bundle, "encode_image")
@@ -111,36 +115,28 @@ def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
         raise InvalidRequest(
             "seed", f"expected one value, or one for each of the {pictures} pictures; got {len(seeds)}"
         )
-    negative_prompts = _negative_prompts(read, family, len(prompts[0]))
     timeout = min(read.number("timeout", default=limits.timeout_seconds), limits.timeout_seconds)
     settings = _settings(read, bundle, family, task, controls, video)
     start, loaded = _load_start(read), load_controls(controls)
     height, width = _size(bundle, task, start, loaded, video, sides, step)
     request = Request(
         task=task,
-        prompts=prompts,
-        negative_prompts=negative_prompts,
+        text=text,
         image_prompts=tuple(map(load_image_prompt, image_prompts)),
         start=start,
+        latents=_latents(read, bundle, task, (pictures, frames or 1, height, width)),
         video=video,
         controls=loaded,
         seeds=seeds or tuple(secrets.randbelow(2**32) for _ in range(pictures)),
         encode_image=encode_image,
+        encode_prompt=encode_prompt,
         timeout=timeout,
         settings=Settings(**settings, height=height, width=width),
     )
     if encode_image is None and bundle.guided(request):
         _check_negatives(request)
+        check_lengths(request.text, bundle)
     return request
-
-
-def _check_characters(read: Reader, limits: Limits, family: Family) -> None:
-    """Refuse long prompts before they are tokenized."""
-    count = 0
-    for name in (prefix + prompt for prompt in family.prompts for prefix in ("", tensor_names.NEGATIVE)):
-        count += sum(map(len, read.texts(name)))
-        if count > limits.prompt_characters:
-            raise InvalidRequest(name, f"the prompts of a request have at most {limits.prompt_characters} characters")
 
 
 def _check_steps(read: Reader, limits: Limits, frames: int) -> None:
@@ -201,29 +197,6 @@ def _check_negatives(request: Request) -> None:
             )
 
 
-def _prompts(read: Reader, family: Family) -> tuple[tuple[str, ...], ...]:
-    first, *others = family.prompts
-    prompt = read.texts(first)
-    if not prompt:
-        raise InvalidRequest(first, "at least one prompt is needed")
-    texts_by_name = {name: read.texts(name) for name in others}
-    for name, texts in texts_by_name.items():
-        if len(texts) not in (0, len(prompt)):
-            raise InvalidRequest(name, f"got {len(texts)} for {len(prompt)} prompts")
-    return (prompt, *(texts or prompt for texts in texts_by_name.values()))
-
-
-def _negative_prompts(read: Reader, family: Family, count: int) -> tuple[tuple[str, ...], ...] | None:
-    first, *others = (tensor_names.NEGATIVE + name for name in family.prompts)
-    if first not in read:
-        for name in others:
-            if name in read:
-                raise InvalidRequest(name, f"needs a {first}")
-        return None
-    prompt = read.one_or_each(first, count, "prompts", default="")
-    return (prompt, *(read.one_or_each(name, count, "prompts") if read.texts(name) else prompt for name in others))
-
-
 def _task(read: Reader, bundle: Bundle, pictures: int) -> Task:
     """Return the task of a request with `pictures` results, and check its start pictures and masks."""
     images, masks, video = (len(read.data(name)) for name in ("image", "mask_image", "video"))
@@ -244,6 +217,25 @@ def _task(read: Reader, bundle: Bundle, pictures: int) -> Task:
     if bundle.unet_channels != bundle.latent_channels and task != "inpainting":
         raise InvalidRequest("mask_image", f"{bundle.name} is an inpainting model, which needs image and mask_image")
     return task
+
+
+def _latents(read: Reader, bundle: Bundle, task: Task, size: tuple[int, int, int, int]) -> np.ndarray | None:
+    """Read the initial noise for results of `size`: their number, and the frames, height, and width of each."""
+    name = "latents"
+    if name not in read:
+        return None
+    if task == "image-to-image":
+        raise InvalidRequest(
+            name, "does not apply to image-to-image and video-to-video, whose noise depends on strength"
+        )
+    latents, (count, frames, height, width) = read.floats(name), size
+    factor = bundle.vae_scale_factor
+    expected = (count, bundle.latent_channels * frames, height // factor, width // factor)
+    if latents.shape != expected:
+        raise InvalidRequest(name, f"must have shape {list(expected)}, got {list(latents.shape)}")
+    if not (np.abs(latents) <= MAX_SCALE).all():  # NaN too
+        raise InvalidRequest(name, f"must be finite, from {-MAX_SCALE:g} to {MAX_SCALE:g}")
+    return latents
 
 
 def _load_start(read: Reader) -> StartImages:
