@@ -23,6 +23,7 @@ from imprompt._parameters import (
     OutputFormat,
     OutputType,
     PerAdapterImages,
+    PromptSyntax,
     Scale,
     Scheduler,
     WeightType,
@@ -90,6 +91,8 @@ class AsyncClient:
         negative_prompt: str | Sequence[str] | None = None,
         prompt_2: str | Sequence[str] | None = None,
         negative_prompt_2: str | Sequence[str] | None = None,
+        prompt_syntax: PromptSyntax | None = None,
+        max_embeddings_multiples: int | None = None,
         prompt_embeds: Embeds | None = None,
         negative_prompt_embeds: Embeds | None = None,
         pooled_prompt_embeds: Embeds | None = None,
@@ -160,6 +163,8 @@ class AsyncClient:
         negative_prompt: str | Sequence[str] | None = None,
         prompt_2: str | Sequence[str] | None = None,
         negative_prompt_2: str | Sequence[str] | None = None,
+        prompt_syntax: PromptSyntax | None = None,
+        max_embeddings_multiples: int | None = None,
         prompt_embeds: Embeds | None = None,
         negative_prompt_embeds: Embeds | None = None,
         pooled_prompt_embeds: Embeds | None = None,
@@ -248,6 +253,8 @@ class AsyncClient:
         prompt_2: str | Sequence[str] | None = None,
         negative_prompt_2: str | Sequence[str] | None = None,
         clip_skip: int | None = None,
+        prompt_syntax: PromptSyntax | None = None,
+        max_embeddings_multiples: int | None = None,
     ) -> dict[str, np.ndarray[Any, Any]]:
         """Encode a prompt and return its embeddings by parameter; see `Client.encode_prompt`."""
         parameters = {
@@ -255,6 +262,8 @@ class AsyncClient:
             "prompt_2": prompt_2,
             "negative_prompt_2": negative_prompt_2,
             "clip_skip": clip_skip,
+            "prompt_syntax": prompt_syntax,
+            "max_embeddings_multiples": max_embeddings_multiples,
         }
         budget = self._budget()
         request = build_encode_prompt_request(await self._model(model, budget), prompt, parameters)

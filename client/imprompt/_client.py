@@ -22,6 +22,7 @@ from imprompt._parameters import (
     OutputFormat,
     OutputType,
     PerAdapterImages,
+    PromptSyntax,
     Scale,
     Scheduler,
     WeightType,
@@ -90,6 +91,8 @@ class Client:
         negative_prompt: str | Sequence[str] | None = None,
         prompt_2: str | Sequence[str] | None = None,
         negative_prompt_2: str | Sequence[str] | None = None,
+        prompt_syntax: PromptSyntax | None = None,
+        max_embeddings_multiples: int | None = None,
         prompt_embeds: Embeds | None = None,
         negative_prompt_embeds: Embeds | None = None,
         pooled_prompt_embeds: Embeds | None = None,
@@ -156,6 +159,11 @@ class Client:
             negative_prompt: what to avoid: one text for all prompts, or one per prompt.
             prompt_2: prompts for the second text encoder (default: `prompt`).
             negative_prompt_2: negative prompts for the second text encoder (default: `negative_prompt`).
+            prompt_syntax: `a1111` reads weights such as `(word:1.3)` and `[word]`, and `BREAK`, as Stable Diffusion web
+                UI does; in `plain` prompts they are text (default `plain`).
+            max_embeddings_multiples: number of chunks of 75 tokens that a prompt may have, up to the bundle's limit;
+                the rest is cut off, with a warning (default: 1, as in diffusers; for `a1111` prompts the bundle's
+                limit) (1 to 64).
             prompt_embeds: text embeddings in place of `prompt`, as returned by `encode_prompt` and by diffusers:
                 [prompts, tokens, features].
             negative_prompt_embeds: text embeddings in place of `negative_prompt`, in the shape of `prompt_embeds`.
@@ -260,6 +268,8 @@ class Client:
         negative_prompt: str | Sequence[str] | None = None,
         prompt_2: str | Sequence[str] | None = None,
         negative_prompt_2: str | Sequence[str] | None = None,
+        prompt_syntax: PromptSyntax | None = None,
+        max_embeddings_multiples: int | None = None,
         prompt_embeds: Embeds | None = None,
         negative_prompt_embeds: Embeds | None = None,
         pooled_prompt_embeds: Embeds | None = None,
@@ -354,6 +364,8 @@ class Client:
         prompt_2: str | Sequence[str] | None = None,
         negative_prompt_2: str | Sequence[str] | None = None,
         clip_skip: int | None = None,
+        prompt_syntax: PromptSyntax | None = None,
+        max_embeddings_multiples: int | None = None,
     ) -> dict[str, np.ndarray[Any, Any]]:
         """Encode a prompt, to reuse its embeddings in many requests: `generate(..., **embeds)`.
 
@@ -372,6 +384,8 @@ class Client:
             "prompt_2": prompt_2,
             "negative_prompt_2": negative_prompt_2,
             "clip_skip": clip_skip,
+            "prompt_syntax": prompt_syntax,
+            "max_embeddings_multiples": max_embeddings_multiples,
         }
         budget = self._budget()
         request = build_encode_prompt_request(self._model(model, budget), prompt, parameters)

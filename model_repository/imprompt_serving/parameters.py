@@ -200,6 +200,25 @@ ROWS: tuple[Parameter, ...] = (
         doc="negative prompts for the second text encoder (default: `negative_prompt`)",
     ),
     Parameter(
+        name="prompt_syntax",
+        type=Type.CHOICE,
+        doc="`a1111` reads weights such as `(word:1.3)` and `[word]`, and `BREAK`, as Stable Diffusion web UI does; in "
+        "`plain` prompts they are text",
+        default="plain",
+        choices=("plain", "a1111"),
+        literal="PromptSyntax",
+        option=True,
+    ),
+    Parameter(
+        name="max_embeddings_multiples",
+        type=Type.INTEGER,
+        doc="number of chunks of 75 tokens that a prompt may have, up to the bundle's limit; the rest is cut off, with "
+        "a warning (default: 1, as in diffusers; for `a1111` prompts the bundle's limit)",
+        low=1,
+        high=64,
+        option=True,
+    ),
+    Parameter(
         name="prompt_embeds",
         type=Type.TENSOR,
         axes=3,

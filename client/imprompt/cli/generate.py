@@ -106,6 +106,20 @@ def generate(
             help="What to avoid: one text for all prompts, or one per prompt.",
         ),
     ] = None,
+    prompt_syntax: Annotated[
+        str | None,
+        typer.Option(
+            help="A1111 reads weights such as (word:1.3) and [word], and BREAK, as Stable Diffusion web UI does; in "
+            "plain prompts they are text (default plain).",
+        ),
+    ] = None,
+    max_embeddings_multiples: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of chunks of 75 tokens that a prompt may have, up to the bundle's limit; the rest is cut off,"
+            " with a warning (default: 1, as in diffusers; for a1111 prompts the bundle's limit) (1 to 64).",
+        ),
+    ] = None,
     image: Annotated[
         list[Path] | None,
         typer.Option(

@@ -15,7 +15,7 @@ MAX_WEIGHT = 100.0
 _MAX_OPEN = 64
 """Largest number of brackets open at once: each part of a prompt takes one multiplication per bracket around it."""
 _ROUND, _SQUARE = 1.1, 1 / 1.1
-_PART = re.compile(r"\\[()\[\]\\]|\\|\(|\[|:([+-]?[.\d]+)\)|\)|\]|[^\\()\[\]:]+|:")
+_PART = re.compile(r"\\[()\[\]\\]|\\|\(|\[|:\s*([+-]?[.\d]+)\s*\)|\)|\]|[^\\()\[\]:]+|:")
 _BREAK = re.compile(r"\bBREAK\b")
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.families import Family, get_family
 from imprompt_serving.parameters import MAX_SCALE
+from imprompt_serving.pipeline.prompt_syntax import parse_weights
 from imprompt_serving.pipeline.reader import Reader
 from imprompt_serving.specs import Bundle, Limits
 from imprompt_serving.tensor_names import NEGATIVE
@@ -57,6 +58,7 @@ def parse_prompts(read: Reader, bundle: Bundle) -> TextPrompts:
     for name, value in embeds.items():
         if not count or len(value) != count:
             raise InvalidRequest(name, f"has embeddings for {len(value)} prompts, expected {count or 'at least 1'}")
+    weighted = read.choice("prompt_syntax") == "a1111"
     negatives = None if NEGATIVE + "prompt_embeds" in embeds else _negative_prompts(read, family, count)
     return TextPrompts(
         count=count,
@@ -66,6 +68,8 @@ def parse_prompts(read: Reader, bundle: Bundle) -> TextPrompts:
         zero_negatives=bundle.force_zeros_for_empty_prompt
         and negatives is None
         and NEGATIVE + "prompt_embeds" not in embeds,
+        weighted=weighted,
+        most_chunks=_most_chunks(read, bundle, weighted=weighted),
     )
 
 
@@ -76,6 +80,19 @@ def _check_characters(read: Reader, limits: Limits, family: Family) -> None:
         count += sum(map(len, read.texts(name)))
         if count > limits.prompt_characters:
             raise InvalidRequest(name, f"the prompts of a request have at most {limits.prompt_characters} characters")
+
+
+def _most_chunks(read: Reader, bundle: Bundle, *, weighted: bool) -> int:
+    """Return how many chunks a prompt may have, and check the syntax of weighted prompts."""
+    limit = bundle.shapes.prompt_chunks
+    if weighted:
+        for name in (prefix + prompt for prompt in get_family(bundle.family).prompts for prefix in ("", NEGATIVE)):
+            for text in read.texts(name):
+                try:
+                    parse_weights(text)
+                except ValueError as error:
+                    raise InvalidRequest(name, str(error)) from None
+    return min(read.integer("max_embeddings_multiples", default=limit if weighted else 1), limit)
 
 
 def _prompts(read: Reader, family: Family) -> Prompts:
