@@ -105,7 +105,7 @@ class Client:
         ip_adapter_start: float | Sequence[float] | None = None,
         ip_adapter_end: float | Sequence[float] | None = None,
         ip_adapter_weight_type: WeightType | Sequence[WeightType] | None = None,
-        image: Images | None = None,
+        image: Images | Embeds | None = None,
         latents: Embeds | None = None,
         mask_image: Images | None = None,
         strength: float | None = None,
@@ -132,6 +132,10 @@ class Client:
         negative_crops_coords_top_left: Sequence[int] | None = None,
         negative_target_size: Sequence[int] | None = None,
         num_inference_steps: int | None = None,
+        timesteps: int | Sequence[int] | None = None,
+        sigmas: float | Sequence[float] | None = None,
+        denoising_start: float | None = None,
+        denoising_end: float | None = None,
         guidance_scale: float | None = None,
         guidance_rescale: float | None = None,
         guidance_end: float | None = None,
@@ -190,7 +194,8 @@ class Client:
             ip_adapter_weight_type: how the scale is distributed over the layers (`linear`, `ease in`, `ease out`, `ease
                 in-out`, `reverse in-out`, `weak input`, `weak middle`, `weak output`, `strong middle`, `style`,
                 `composition` or `style and composition`): one value for all, or one per adapter (default `linear`).
-            image: pictures to start from, for image-to-image or (with `mask_image`) inpainting.
+            image: pictures to start from, for image-to-image or (with `mask_image`) inpainting; for image-to-image also
+                latents as a float array [pictures, 4, height / 8, width / 8], such as `Result.latents`.
             latents: initial noise, with a standard deviation of 1, in place of noise drawn from `seed`: [pictures,
                 channels, height / 8, width / 8]; for clips [clips, channels, frames, height / 8, width / 8].
             mask_image: masks for inpainting, white where to repaint: one for all, or one per `image`.
@@ -229,6 +234,13 @@ class Client:
                 (default 0, 0).
             negative_target_size: SDXL conditioning: target height and width, for the unconditional branch.
             num_inference_steps: number of denoising steps (1 to 1000, default 50).
+            timesteps: timesteps in place of `num_inference_steps`, for schedulers that take them, in descending order.
+            sigmas: noise levels in place of `num_inference_steps`, for schedulers that take them, in descending order
+                (0 to 10000).
+            denoising_start: fraction of the denoising that `image` has behind it: it gets no noise, and `strength` does
+                not apply (0 to 1).
+            denoising_end: fraction of the denoising after which to stop; return latents to continue with
+                `denoising_start` (0 to 1).
             guidance_scale: strength of classifier-free guidance; values up to 1 disable it; default as in diffusers
                 (-10000 to 10000).
             guidance_rescale: how much to rescale the guided noise, as in arXiv 2305.08891 (0 to 1, default 0).
@@ -282,7 +294,7 @@ class Client:
         ip_adapter_start: float | Sequence[float] | None = None,
         ip_adapter_end: float | Sequence[float] | None = None,
         ip_adapter_weight_type: WeightType | Sequence[WeightType] | None = None,
-        image: Images | None = None,
+        image: Images | Embeds | None = None,
         latents: Embeds | None = None,
         mask_image: Images | None = None,
         strength: float | None = None,
@@ -309,6 +321,10 @@ class Client:
         negative_crops_coords_top_left: Sequence[int] | None = None,
         negative_target_size: Sequence[int] | None = None,
         num_inference_steps: int | None = None,
+        timesteps: int | Sequence[int] | None = None,
+        sigmas: float | Sequence[float] | None = None,
+        denoising_start: float | None = None,
+        denoising_end: float | None = None,
         guidance_scale: float | None = None,
         guidance_rescale: float | None = None,
         guidance_end: float | None = None,

@@ -32,6 +32,8 @@ MIN_TIMEOUT_S = 1e-3
 MAX_BYTES = 2**31 - 2**20
 """Maximum total size of a request's tensors: a protobuf message must be smaller than 2 GiB."""
 
+LATENT_CHANNELS = 4
+"""Channels of the latents of Stable Diffusion."""
 _ENCODE, _ENCODE_PROMPT = "encode_image", "encode_prompt"
 _SECOND_PROMPTS = ("prompt_2", "negative_prompt_2")
 """If empty, the first prompt is used, as in diffusers (`prompt_2 or prompt`)."""
@@ -46,9 +48,6 @@ _DIFFUSERS_EQUIVALENTS = {
 }
 """What replaces parameters of the diffusers pipelines that do not exist here."""
 _SUGGESTIONS = {
-    "timesteps": ("num_inference_steps", "scheduler_config"),
-    "sigmas": ("num_inference_steps", "scheduler_config"),
-    "denoising_start": ("strength",),
     "cfg": ("guidance_scale",),
     "cfg_scale": ("guidance_scale",),
     "sampler": ("scheduler",),
@@ -118,6 +117,10 @@ def build_request(model: ServedModel, prompt: object, parameters: Mapping[str, o
         given["output_type"] = output_type  # the client makes the other two from the same response
     if prompt is None and "prompt_embeds" not in given:
         raise invalid("prompt", "is needed, or prompt_embeds in its place")
+    if _is_latents(given.get("image")):
+        if "image_latents" not in model.inputs:
+            raise invalid("image", f"{model.bundle} does not start from latents")
+        given["image_latents"] = given.pop("image")
     if "latents" in given:
         given["latents"] = _flatten_clip_latents(given["latents"])
     tensors = [] if prompt is None else [encode_input(model.inputs["prompt"], prompt)]
@@ -152,6 +155,12 @@ def check_request(model: ServedModel, prompt: object, parameters: Mapping[str, o
     _refuse_unknown(model, given)
     later = {*KEYWORDS, *START_PICTURES}
     build_request(model, prompt, {name: value for name, value in given.items() if name not in later})
+
+
+def _is_latents(image: object) -> bool:
+    """Whether `image` is latents rather than pictures, as in diffusers: four axes, of which the second has size 4."""
+    shape: tuple[int, ...] = getattr(image, "shape", ())
+    return len(shape) == 4 and shape[1] == LATENT_CHANNELS and to_numpy(image, "image").dtype.kind == "f"
 
 
 def _flatten_clip_latents(latents: object) -> object:
@@ -189,7 +198,14 @@ def build_encode_prompt_request(model: ServedModel, prompt: object, parameters: 
 
 def _accepted_keywords(model: ServedModel) -> list[str]:
     """List the keywords that a caller may pass: the model's inputs, except those that this module sets itself."""
-    hidden = {"prompt", _ENCODE, _ENCODE_PROMPT, SCALE_CONFIG, *(f"{name}_adapter" for name in PICTURES)}
+    hidden = {
+        "prompt",
+        _ENCODE,
+        _ENCODE_PROMPT,
+        "image_latents",
+        SCALE_CONFIG,
+        *(f"{name}_adapter" for name in PICTURES),
+    }
     names = [name for name in model.inputs if name not in hidden and not name.startswith(f"{EMBEDS}_")]
     if any(name.startswith(f"{EMBEDS}_") for name in model.inputs):
         names.append(EMBEDS)

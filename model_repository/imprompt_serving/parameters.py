@@ -35,6 +35,7 @@ class Type(StrEnum):
     CHOICE = auto()
     CHOICES = auto()
     INTEGER = auto()
+    INTEGERS = auto()
     PAIR = auto()
     """Two integers."""
     SEEDS = auto()
@@ -57,6 +58,7 @@ _WIRE: dict[Type, tuple[str, tuple[int, ...]]] = {
     Type.CHOICE: ("STRING", (1,)),
     Type.CHOICES: ("STRING", (-1,)),
     Type.INTEGER: ("INT32", (1,)),
+    Type.INTEGERS: ("INT32", (-1,)),
     Type.PAIR: ("INT32", (2,)),
     Type.SEEDS: ("INT64", (-1,)),
     Type.NUMBER: ("FP64", (1,)),
@@ -131,7 +133,7 @@ class Parameter:
         parts = []
         if math.isfinite(self.low) and math.isfinite(self.high):
             parts.append(f"{self.low:g} to {self.high:g}")
-        if self.default not in (None, {}):
+        if self.default not in (None, {}, ()):
             parts.append(f"default {_shown(self.default)}")
         return f" ({', '.join(parts)})" if parts else ""
 
@@ -339,7 +341,17 @@ ROWS: tuple[Parameter, ...] = (
         name="image",
         type=Type.PICTURES,
         doc="pictures to start from, for image-to-image or (with `mask_image`) inpainting",
+        python="Images | Embeds",
+        python_doc="pictures to start from, for image-to-image or (with `mask_image`) inpainting; for image-to-image "
+        "also latents as a float array [pictures, 4, height / 8, width / 8], such as `Result.latents`",
         option=True,
+    ),
+    Parameter(
+        name="image_latents",
+        type=Type.TENSOR,
+        axes=4,
+        doc="latents to start from in place of `image`, for image-to-image: [pictures, channels, h, w]",
+        sdk=False,
     ),
     Parameter(
         name="latents",
@@ -516,6 +528,41 @@ ROWS: tuple[Parameter, ...] = (
         option_names=("--num-inference-steps", "--steps"),
     ),
     Parameter(
+        name="timesteps",
+        type=Type.INTEGERS,
+        doc="timesteps in place of `num_inference_steps`, for schedulers that take them, in descending order",
+        default=(),
+        low=0,
+        option=True,
+    ),
+    Parameter(
+        name="sigmas",
+        type=Type.NUMBERS,
+        doc="noise levels in place of `num_inference_steps`, for schedulers that take them, in descending order",
+        default=(),
+        low=0,
+        high=MAX_SCALE,
+        option=True,
+    ),
+    Parameter(
+        name="denoising_start",
+        type=Type.NUMBER,
+        group=Group.FAMILY,
+        doc="fraction of the denoising that `image` has behind it: it gets no noise, and `strength` does not apply",
+        low=0,
+        high=1,
+        option=True,
+    ),
+    Parameter(
+        name="denoising_end",
+        type=Type.NUMBER,
+        group=Group.FAMILY,
+        doc="fraction of the denoising after which to stop; return latents to continue with `denoising_start`",
+        low=0,
+        high=1,
+        option=True,
+    ),
+    Parameter(
         name="guidance_scale",
         type=Type.NUMBER,
         doc="strength of classifier-free guidance; values up to 1 disable it; default as in diffusers",
@@ -675,6 +722,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     negative_crops_coords_top_left: tuple[int, int]
     negative_target_size: tuple[int, int] | None
     num_inference_steps: int
+    timesteps: tuple[int, ...]
+    sigmas: tuple[float, ...]
+    denoising_start: float | None
+    denoising_end: float | None
     guidance_scale: float
     guidance_rescale: float
     guidance_end: float
@@ -691,6 +742,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     priority: int
     progress_every: int
     preview: bool
+
+    @property
+    def steps(self) -> int:
+        """The number of denoising steps, before `strength` and `denoising_start` skip some."""
+        return len(self.timesteps or self.sigmas) or self.num_inference_steps
 
     @classmethod
     def with_defaults(cls, **values: Any) -> Settings:

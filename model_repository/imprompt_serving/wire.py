@@ -159,4 +159,5 @@ def job_tensors(bundle: Bundle) -> tuple[Tensor, ...]:
         Tensor("masked_image_moments", "FP32", moments),
         Tensor("mask", "FP32", (-1, 1, -1, -1)),
         Tensor("latents", "FP32", (-1, -1, -1, -1)),
+        Tensor("image_latents", "FP32", (-1, -1, -1, -1)),
     )

@@ -422,6 +422,62 @@ def test_invalid_tensors(parameter: str, values: dict[str, Any]) -> None:
     assert caught.value.parameter == parameter
 
 
+SDXL = msgspec.structs.replace(
+    BUNDLE, family="sdxl", text_encoders=BUNDLE.text_encoders * 2, pooled_size=4, scheduler="EulerDiscreteScheduler"
+)
+POOLED = {"prompt": None, "prompt_embeds": floats(1, 77, 1536), "pooled_prompt_embeds": floats(1, 4)}
+LATENTS = {"image_latents": floats(1, 4, 8, 8)}
+
+
+@pytest.mark.parametrize(
+    ("parameter", "values"),
+    [
+        ("pooled_prompt_embeds", {"prompt_embeds": floats(1, 77, 1536), "prompt": None}),
+        ("prompt_embeds", {"pooled_prompt_embeds": floats(1, 4), "prompt": None}),
+        ("prompt_2", {**POOLED, "prompt_2": "b"}),
+        ("pooled_prompt_embeds", {**POOLED, "pooled_prompt_embeds": floats(1, 5)}),
+        ("pooled_prompt_embeds", {**POOLED, "pooled_prompt_embeds": floats(2, 4)}),
+        ("image_latents", {"image_latents": floats(1, 3, 8, 8)}),
+        ("image_latents", {"image_latents": floats(2, 4, 8, 8)}),
+        ("image_latents", {"image_latents": floats(1, 4, 4, 8)}),
+        ("image_latents", {"image_latents": floats(1, 4, 8, 8) + np.float32(np.nan)}),
+        ("image_latents", {**LATENTS, "image": SMALL}),
+        ("image_latents", {**LATENTS, "mask_image": SMALL}),
+        ("image_latents", {**LATENTS, "num_frames": 2}),
+        ("height", {**LATENTS, "height": 128}),
+        ("denoising_start", {"denoising_start": 0.5}),
+        ("denoising_start", {**LATENTS, "denoising_start": 0.0}),
+        ("denoising_start", {**LATENTS, "denoising_start": 0.5, "denoising_end": 0.5}),
+        ("denoising_end", {"denoising_end": 1.0}),
+        ("timesteps", {"timesteps": [5, 5]}),
+        ("timesteps", {"timesteps": [5, 9]}),
+        ("timesteps", {"timesteps": [-1]}),
+        ("timesteps", {"timesteps": list(range(1001, 0, -1))}),
+        ("timesteps", {"timesteps": [5], "scheduler": "DDIMScheduler"}),
+        ("sigmas", {"sigmas": [5.0, np.inf]}),
+        ("sigmas", {"sigmas": [1.0, 2.0]}),
+        ("sigmas", {"timesteps": [5], "sigmas": [1.0]}),
+        ("num_inference_steps", {"timesteps": list(range(300, 0, -1))}),
+        ("prompt", {"prompt": "(a:1.2.3)", "prompt_syntax": "a1111"}),
+        ("negative_prompt_2", {"negative_prompt": "a", "negative_prompt_2": "(" * 70, "prompt_syntax": "a1111"}),
+        ("max_embeddings_multiples", {"max_embeddings_multiples": 0}),
+    ],
+)  # fmt: skip
+def test_invalid_texts_and_steps(parameter: str, values: dict[str, Any]) -> None:
+    values = {"prompt": "a cat", "num_inference_steps": 4, **values}
+    if values["prompt"] is None:
+        del values["prompt"]
+    with pytest.raises(InvalidRequest) as caught:
+        parse(tensors(SDXL, values), SDXL)
+    assert caught.value.parameter == parameter
+
+
+def test_custom_steps_replace_their_number() -> None:
+    request = parse(tensors(SDXL, {"prompt": "a", "timesteps": [900, 500, 1], "num_inference_steps": 50}), SDXL)
+    assert request.settings.steps == 3
+    assert parse(tensors(SDXL, {"prompt": "a", **LATENTS, "denoising_start": 0.5}), SDXL).task == "image-to-image"
+
+
 def test_embeddings_without_guidance_need_no_negative_ones() -> None:
     values = {"prompt_embeds": floats(2, 78, 768), "guidance_scale": 1.0, "num_inference_steps": 4}
     request = parse(tensors(BUNDLE, values), BUNDLE)

@@ -212,6 +212,33 @@ def generate(
             help="Number of denoising steps (1 to 1000, default 50).",
         ),
     ] = None,
+    timesteps: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Timesteps in place of num_inference_steps, for schedulers that take them, in descending order.",
+        ),
+    ] = None,
+    sigmas: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Noise levels in place of num_inference_steps, for schedulers that take them, in descending order (0 "
+            "to 10000).",
+        ),
+    ] = None,
+    denoising_start: Annotated[
+        float | None,
+        typer.Option(
+            help="Fraction of the denoising that image has behind it: it gets no noise, and strength does not apply (0"
+            " to 1).",
+        ),
+    ] = None,
+    denoising_end: Annotated[
+        float | None,
+        typer.Option(
+            help="Fraction of the denoising after which to stop; return latents to continue with denoising_start (0 to"
+            " 1).",
+        ),
+    ] = None,
     guidance_scale: Annotated[
         float | None,
         typer.Option(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imprompt_serving.capabilities import CUSTOM_STEPS
 from imprompt_serving.denoiser.admission import Load
 from imprompt_serving.denoiser.conditioning import CPU, Conditioning
 from imprompt_serving.denoiser.control import PreparedControlNet, is_active
@@ -66,8 +67,10 @@ class Job:
         """The tick that last served this job, or in which it arrived."""
 
         self._scheduler = make_scheduler(bundle, request)
-        with blame_caller(request, "num_inference_steps"):
-            set_timesteps(self._scheduler, request.settings.num_inference_steps)
+        settings = request.settings
+        parameter = next((name for name in CUSTOM_STEPS if getattr(settings, name)), "num_inference_steps")
+        with blame_caller(request, parameter):
+            set_timesteps(self._scheduler, settings.steps, settings.timesteps, settings.sigmas)
         generator = generators(request.seeds)
         self._step_arguments = step_arguments(self._scheduler, eta=request.settings.eta, generator=generator)
         initial = make_initial_latents(request, bundle, tensors, self._scheduler, generator, self.pictures)

@@ -104,6 +104,8 @@ FAMILY = SDXL(
         "negative_prompt_2",
         "pooled_prompt_embeds",
         "negative_pooled_prompt_embeds",
+        "denoising_start",
+        "denoising_end",
         "original_size",
         "crops_coords_top_left",
         "target_size",

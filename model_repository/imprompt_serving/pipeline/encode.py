@@ -121,6 +121,8 @@ async def encode_start(request: Request, bundle: Bundle, models: Models, stages:
     """Encode start pictures (or frames) as moments of the VAE's Gaussian, and scale masks to the latent size."""
     if request.task == "text-to-image":
         return {}
+    if request.image_latents is not None:
+        return {"image_latents": request.image_latents}
     semaphore = asyncio.Semaphore(_CONCURRENT_ENCODES)
 
     async def encode_picture(pixels: np.ndarray) -> np.ndarray:

@@ -80,11 +80,14 @@ class Pipeline:
         """Describe what a request will cost a denoiser."""
         rows = request.pictures * (request.frames or 1) * (2 if self._bundle.guided(request) else 1)
         settings = request.settings
-        fraction = 1.0 if request.task == "text-to-image" else settings.strength
+        start = 0.0 if request.task == "text-to-image" else 1.0 - settings.strength
+        if settings.denoising_start is not None:
+            start = settings.denoising_start
+        end = 1.0 if settings.denoising_end is None else settings.denoising_end
         return Admission(
             id=job_id,
             rows=rows,
-            steps=max(round(settings.num_inference_steps * fraction), 1),
+            steps=max(round(settings.steps * (end - start)), 1),
             batch_key=batch_key(
                 self._bundle,
                 settings,
