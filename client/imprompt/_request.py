@@ -45,6 +45,16 @@ _DIFFUSERS_EQUIVALENTS = {
     "callback": "use `stream`, which reports every step",
     "return_dict": "use `output_type` to choose what to return",
     "num_videos_per_prompt": "use `num_images_per_prompt`",
+    "callback_on_step_end_tensor_inputs": "use `stream`, which reports every step",
+    "callback_steps": "use `stream` with `progress_every`",
+    "conditioning_frames": "use `control_image`",
+    "adapter_conditioning_scale": "use `controlnet_conditioning_scale`",
+    "adapter_conditioning_factor": "use `control_guidance_end`",
+    "masked_image_latents": "the server makes them from `image` and `mask_image`",
+    "aesthetic_score": "only the refiner of SDXL takes it, which is not supported",
+    "negative_aesthetic_score": "only the refiner of SDXL takes it, which is not supported",
+    "enforce_inference_steps": "increase `num_inference_steps` instead",
+    "decode_chunk_size": "the server decodes frames one by one",
 }
 """What replaces parameters of the diffusers pipelines that do not exist here."""
 _SUGGESTIONS = {
