@@ -234,7 +234,7 @@ MAKERS: dict[str, Callable[[Path], list[str]]] = {
 def make(name: str, cache: Path) -> ExportedBundle:
     """Make and export bundle `name`, or return the one in `cache` if its sources have not changed since."""
     folder = cache / f"{name}-{_sources()}"
-    with _locked(folder.with_name(f"{folder.name}.lock")):
+    with locked(folder.with_name(f"{folder.name}.lock")):
         if not (folder / "done").exists():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -252,8 +252,8 @@ def _export(name: str, folder: Path, traced: Path) -> None:
 
 
 @contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Hold a lock on `file`, so that only one process exports a bundle."""
+def locked(file: Path) -> Iterator[None]:
+    """Hold a lock on `file`, so that only one process exports to a folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -13,6 +13,7 @@ import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from imprompt import _transport
+from imprompt._connection import Certificate, Connection
 from imprompt._errors import ConnectionFailed, ImpromptError, InvalidRequest, Overloaded, ServerError
 from imprompt._images import ImageInput
 from imprompt._model import Capabilities, ServedModel, is_bundle, model_name, read_model, unknown_bundle
@@ -49,18 +50,29 @@ class AsyncClient:
 
     def __init__(
         self,
-        url: str = "localhost:8001",
+        url: str | None = None,
         *,
         timeout: float | None = None,
         max_retries: int = MAX_RETRIES,
+        token: str | None = None,
+        root_certificates: Certificate | None = None,
+        client_certificate: Certificate | None = None,
+        client_key: Certificate | None = None,
         credentials: grpc.ChannelCredentials | None = None,
         metadata: Mapping[str, str] | Sequence[tuple[str, str]] | None = None,
     ) -> None:
-        self._address, self._credentials = _transport.check_url(url), credentials
+        self._connection = Connection.resolve(
+            url,
+            token=token,
+            root_certificates=root_certificates,
+            client_certificate=client_certificate,
+            client_key=client_key,
+            credentials=credentials,
+            metadata=metadata,
+        )
+        self._address, self._metadata = self._connection.address, self._connection.metadata
         self._timeout, self._max_retries = check_timeout(timeout), check_retries(max_retries)
-        self._metadata = _transport.check_metadata(metadata)
-        _transport.check_credentials(credentials)
-        self._connections: dict[asyncio.AbstractEventLoop, tuple[Any, Any]] = {}
+        self._channels: dict[asyncio.AbstractEventLoop, tuple[Any, Any]] = {}
         """Channel and stub of each event loop."""
         self._closed = False
         self._models: dict[tuple[str, bool], ServedModel] = {}
@@ -77,8 +89,8 @@ class AsyncClient:
     async def close(self) -> None:
         """Close the connection and cancel the calls in progress."""
         self._closed = True
-        channel, _ = self._connections.pop(asyncio.get_running_loop(), (None, None))
-        self._connections.clear()  # all other loops have ended, and their calls with them
+        channel, _ = self._channels.pop(asyncio.get_running_loop(), (None, None))
+        self._channels.clear()  # all other loops have ended, and their calls with them
         if channel is not None:
             await channel.close()
 
@@ -119,7 +131,7 @@ class AsyncClient:
         guess_mode: bool | None = None,
         lora: Mapping[str, float] | None = None,
         num_frames: int | None = None,
-        video: Sequence[ImageInput] | np.ndarray[Any, Any] | None = None,
+        video: Images | None = None,
         context_length: int | None = None,
         context_stride: int | None = None,
         context_overlap: int | None = None,
@@ -195,7 +207,7 @@ class AsyncClient:
         guess_mode: bool | None = None,
         lora: Mapping[str, float] | None = None,
         num_frames: int | None = None,
-        video: Sequence[ImageInput] | np.ndarray[Any, Any] | None = None,
+        video: Images | None = None,
         context_length: int | None = None,
         context_stride: int | None = None,
         context_overlap: int | None = None,
@@ -301,16 +313,12 @@ class AsyncClient:
         if self._closed:
             raise ConnectionFailed(_transport.CLOSED)
         loop = asyncio.get_running_loop()
-        if loop not in self._connections:
-            for ended in [known for known in self._connections if known.is_closed()]:
-                del self._connections[ended]
-            options = _transport.channel_options(self._address)
-            if self._credentials is None:
-                channel = grpc.aio.insecure_channel(self._address, options)
-            else:
-                channel = grpc.aio.secure_channel(self._address, self._credentials, options)
-            self._connections[loop] = channel, service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        return self._connections[loop][1]
+        if loop not in self._channels:
+            for ended in [known for known in self._channels if known.is_closed()]:
+                del self._channels[ended]
+            channel = self._connection.channel(grpc.aio)
+            self._channels[loop] = channel, service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        return self._channels[loop][1]
 
     def _budget(self, timeout: object = None) -> Budget:
         return Budget(self._max_retries, self._timeout if timeout is None else check_timeout(timeout))
@@ -362,11 +370,11 @@ class AsyncClient:
                 return read_outputs(await call)
             except (grpc.RpcError, asyncio.CancelledError) as error:
                 failure = await self._to_exception(error, call, request, budget, request.bundle)
-                if not isinstance(failure, Overloaded):
+                if not _transport.is_temporary(error, failure):
                     raise failure from error
             finally:
                 call.cancel()
-            await asyncio.sleep(budget.backoff(failure))
+            await self._pause(failure, budget)
 
     async def _events(
         self, model: str, prompt: object, parameters: Mapping[str, object], budget: Budget
@@ -376,7 +384,9 @@ class AsyncClient:
         answered = False
         while True:
             call = self._stub.ModelStreamInfer(
-                iter([request.message(budget.remaining)]), timeout=budget.grpc_timeout, metadata=self._metadata
+                iter([request.message(budget.remaining)]),
+                timeout=budget.grpc_timeout,
+                metadata=self._metadata,
             )
             failure: ImpromptError
             try:
@@ -390,10 +400,20 @@ class AsyncClient:
                 return
             except (grpc.RpcError, asyncio.CancelledError) as error:
                 failure = await self._to_exception(error, call, request, budget, request.bundle)
-                if answered or not isinstance(failure, Overloaded):
+                if answered or not _transport.is_temporary(error, failure):
                     raise failure from error
             finally:
                 call.cancel()
+            await self._pause(failure, budget)
+
+    async def _pause(self, failure: ImpromptError, budget: Budget) -> None:
+        """Wait before a request is resent: as long as a full server asks, or until a lost one is back."""
+        if isinstance(failure, ConnectionFailed):
+            for seconds in budget.reconnects(failure):
+                await asyncio.sleep(seconds)
+                if await self._is_live():
+                    return
+        elif isinstance(failure, Overloaded):
             await asyncio.sleep(budget.backoff(failure))
 
     async def _to_exception(

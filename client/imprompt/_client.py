@@ -12,6 +12,7 @@ import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from imprompt import _transport
+from imprompt._connection import Certificate, Connection
 from imprompt._errors import ConnectionFailed, ImpromptError, InvalidRequest, Overloaded, ServerError
 from imprompt._images import ImageInput
 from imprompt._model import Capabilities, ServedModel, is_bundle, model_name, read_model, unknown_bundle
@@ -37,33 +38,49 @@ class Client:
     """Generate pictures and clips on a server. Thread-safe; use it as a context manager, or call `close`.
 
     Args:
-        url: gRPC address of the server, `host:port` (default port: 8001). Connections to this machine bypass any proxy.
+        url: gRPC address of the server, `host:port` (default port: 8001), or `grpcs://host:port` for TLS; default: the
+            environment variable `IMPROMPT_URL`, or else localhost. Connections to this machine bypass any proxy.
         timeout: seconds for each request that does not set its own (default: no limit).
-        max_retries: how often to resend a request that an overloaded server refused, with exponential backoff.
-        credentials: channel credentials for TLS, such as `grpc.ssl_channel_credentials()`.
-        metadata: gRPC metadata sent with every call, such as `{"authorization": "Bearer ..."}`.
+        max_retries: how often to resend a request that an overloaded server refused, with exponential backoff, or that
+            got no answer because the server was restarted.
+        token: sent with every call as `authorization: Bearer <token>`; default: the environment variable
+            `IMPROMPT_TOKEN`.
+        root_certificates: PEM file with the certificates to trust (default: the well-known ones). This option and the
+            next two turn on TLS.
+        client_certificate: PEM file with the certificate chain that identifies this client, for mutual TLS.
+        client_key: PEM file with the private key of `client_certificate`.
+        credentials: channel credentials of gRPC, in place of the certificates.
+        metadata: further gRPC metadata to send with every call.
 
-    Every method raises `ConnectionFailed` if the server cannot be reached or the client is closed.
+    Every method raises `ConnectionFailed` if the server cannot be reached, if it refuses the token, or if the client is
+    closed.
     """
 
     def __init__(
         self,
-        url: str = "localhost:8001",
+        url: str | None = None,
         *,
         timeout: float | None = None,
         max_retries: int = MAX_RETRIES,
+        token: str | None = None,
+        root_certificates: Certificate | None = None,
+        client_certificate: Certificate | None = None,
+        client_key: Certificate | None = None,
         credentials: grpc.ChannelCredentials | None = None,
         metadata: Mapping[str, str] | Sequence[tuple[str, str]] | None = None,
     ) -> None:
-        self._address = _transport.check_url(url)
+        self._connection = Connection.resolve(
+            url,
+            token=token,
+            root_certificates=root_certificates,
+            client_certificate=client_certificate,
+            client_key=client_key,
+            credentials=credentials,
+            metadata=metadata,
+        )
+        self._address, self._metadata = self._connection.address, self._connection.metadata
         self._timeout, self._max_retries = check_timeout(timeout), check_retries(max_retries)
-        self._metadata = _transport.check_metadata(metadata)
-        _transport.check_credentials(credentials)
-        options = _transport.channel_options(self._address)
-        if credentials is None:
-            self._channel = grpc.insecure_channel(self._address, options)
-        else:
-            self._channel = grpc.secure_channel(self._address, credentials, options)
+        self._channel = self._connection.channel(grpc)
         self._grpc_stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._closed = False
         self._models: dict[tuple[str, bool], ServedModel] = {}
@@ -119,7 +136,7 @@ class Client:
         guess_mode: bool | None = None,
         lora: Mapping[str, float] | None = None,
         num_frames: int | None = None,
-        video: Sequence[ImageInput] | np.ndarray[Any, Any] | None = None,
+        video: Images | None = None,
         context_length: int | None = None,
         context_stride: int | None = None,
         context_overlap: int | None = None,
@@ -216,7 +233,8 @@ class Client:
                 (default false).
             lora: LoRAs to use, as a dict of scales (-10 to 10) by name: `{'watercolor': 0.8}`.
             num_frames: number of frames of a clip; without it and `video`, the result is pictures.
-            video: frames to start from, for video-to-video; see `strength`.
+            video: frames to start from, for video-to-video (see `strength`): a list of pictures, an array [frames,
+                height, width, 3], or an animated GIF or WebP file.
             context_length: number of frames the motion modules see at once; longer clips run in overlapping windows.
             context_stride: number of frame strides to run the windows at (1, 2, 4, ...); larger strides skip frames to
                 cover more (1 to 8, default 1).
@@ -308,7 +326,7 @@ class Client:
         guess_mode: bool | None = None,
         lora: Mapping[str, float] | None = None,
         num_frames: int | None = None,
-        video: Sequence[ImageInput] | np.ndarray[Any, Any] | None = None,
+        video: Images | None = None,
         context_length: int | None = None,
         context_stride: int | None = None,
         context_overlap: int | None = None,
@@ -481,17 +499,19 @@ class Client:
                 return read_outputs(call.result())
             except grpc.RpcError as error:
                 failure = self._to_exception(error, request, budget, request.bundle)
-                if not isinstance(failure, Overloaded):
+                if not _transport.is_temporary(error, failure):
                     raise failure from error
             finally:
                 call.cancel()  # no effect on a finished call; stops the work after an interrupt
-            time.sleep(budget.backoff(failure))
+            self._pause(failure, budget)
 
     def _events(self, request: Request, budget: Budget) -> Generator[Progress | Result, None, None]:
         answered = False
         while True:
             call = self._stub.ModelStreamInfer(
-                iter([request.message(budget.remaining)]), timeout=budget.grpc_timeout, metadata=self._metadata
+                iter([request.message(budget.remaining)]),
+                timeout=budget.grpc_timeout,
+                metadata=self._metadata,
             )
             try:
                 finished = False
@@ -504,10 +524,20 @@ class Client:
                 return
             except grpc.RpcError as error:
                 failure = self._to_exception(error, request, budget, request.bundle)
-                if answered or not isinstance(failure, Overloaded):
+                if answered or not _transport.is_temporary(error, failure):
                     raise failure from error
             finally:
                 call.cancel()
+            self._pause(failure, budget)
+
+    def _pause(self, failure: ImpromptError, budget: Budget) -> None:
+        """Wait before a request is resent: as long as a full server asks, or until a lost one is back."""
+        if isinstance(failure, ConnectionFailed):
+            for seconds in budget.reconnects(failure):
+                time.sleep(seconds)
+                if self._is_live():
+                    return
+        elif isinstance(failure, Overloaded):
             time.sleep(budget.backoff(failure))
 
     def _to_exception(self, error: Any, request: Request | None, budget: Budget, bundle: str) -> ImpromptError:

@@ -128,6 +128,16 @@ NAMES = (
     "progress_every",
     "preview",
 )
+PICTURES = (
+    "image",
+    "mask_image",
+    "control_image",
+    "video",
+)
+OBJECTS = (
+    "lora",
+    "scheduler_config",
+)
 # End
 
 

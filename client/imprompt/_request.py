@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import json
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from tritonclient.grpc import service_pb2
 
-from imprompt._errors import invalid, short_repr
+from imprompt._errors import InvalidRequest, invalid, short_repr
 from imprompt._image_prompts import (
     EMBEDS,
     KEYWORDS,
@@ -23,8 +25,8 @@ from imprompt._image_prompts import (
 from imprompt._images import as_list, flatten_control_images, to_numpy
 from imprompt._model import Input, ServedModel
 from imprompt._parameters import NAMES, OutputType
-from imprompt._tensors import PICTURES as START_PICTURES
-from imprompt._tensors import Tensor, encode_input, numeric_tensor, unsigned_seeds
+from imprompt._parameters import PICTURES as START_PICTURES
+from imprompt._tensors import Tensor, encode_input, numeric_tensor, to_json, unsigned_seeds
 
 OUTPUT_TYPES = get_args(OutputType)
 MIN_TIMEOUT_S = 1e-3
@@ -35,6 +37,13 @@ MAX_BYTES = 2**31 - 2**20
 LATENT_CHANNELS = 4
 """Channels of the latents of Stable Diffusion."""
 _ENCODE, _ENCODE_PROMPT = "encode_image", "encode_prompt"
+_NOT_PLAIN = {
+    *PICTURES,
+    *START_PICTURES,
+    EMBEDS,
+    *("output_type", "output_format", "priority", "progress_every", "preview"),
+}
+"""Parameters that are not plain values, or do not change the result."""
 _SECOND_PROMPTS = ("prompt_2", "negative_prompt_2")
 """If empty, the first prompt is used, as in diffusers (`prompt_2 or prompt`)."""
 _CLIPS = ("num_frames", "video")
@@ -75,7 +84,7 @@ _SUGGESTIONS = {
 """Parameter names used by diffusers and other tools, and the closest parameters here."""
 _MIN_SIMILARITY = 0.8
 """Cutoff of `difflib.get_close_matches`."""
-_ALL_LISTED = "`help(imprompt.Client)` and docs/protocol.md list them all"
+ALL_LISTED = "`help(imprompt.Client)` and docs/protocol.md list them all"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +100,8 @@ class Request:
     clip: bool
     """Whether the result is clips rather than pictures."""
     timeout_input: Input | None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    """What determines the result, as plain values: everything but pictures and arrays."""
     seeds: Mapping[int, int] = field(default_factory=dict)
     """The caller's unsigned seeds of 2**63 and above, keyed by the negative values sent for them."""
 
@@ -151,8 +162,20 @@ def build_request(model: ServedModel, prompt: object, parameters: Mapping[str, o
         output_type=output_type,
         clip=clip,
         timeout_input=model.inputs.get("timeout"),
+        parameters=_plain_parameters({"prompt": prompt, **given}),
         seeds=unsigned_seeds(given.get("seed")),
     )
+
+
+def _plain_parameters(given: Mapping[str, object]) -> dict[str, Any]:
+    plain = {}
+    for name, value in given.items():
+        if name in _NOT_PLAIN:
+            continue
+        with suppress(InvalidRequest):  # for example NaN, which the server refuses
+            value = to_numpy(value, name).tolist() if hasattr(value, "__array__") else value
+            plain[name] = json.loads(to_json(value, name))
+    return plain
 
 
 def check_request(model: ServedModel, prompt: object, parameters: Mapping[str, object]) -> None:
@@ -227,7 +250,7 @@ def _refuse_unknown(model: ServedModel, given: Mapping[str, object]) -> None:
     for name in given:
         if name not in known:
             hint = "" if name in NAMES else _hint(name[:100], known)
-            raise invalid(name, f"{model.bundle} has no such parameter; {hint}{_ALL_LISTED}")
+            raise invalid(name, f"{model.bundle} has no such parameter; {hint}{ALL_LISTED}")
 
 
 def _hint(name: str, known: list[str]) -> str:

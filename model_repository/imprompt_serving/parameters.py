@@ -112,10 +112,10 @@ class Parameter:
     """Name of the Python client's `Literal` type for `choices`."""
     python_doc: str | None = None
     """Documentation of the keyword argument, where it differs from `doc`."""
-    option: bool = False
-    """Whether `imprompt generate` gets a generated option for it."""
     option_names: tuple[str, ...] = ()
-    """Option names, where there is more than one."""
+    """Further names of its option of `imprompt generate`."""
+    option_doc: str | None = None
+    """Documentation of the option, where it differs from `doc`."""
 
     @property
     def dtype(self) -> str:
@@ -187,7 +187,6 @@ ROWS: tuple[Parameter, ...] = (
         name="negative_prompt",
         type=Type.TEXTS,
         doc="what to avoid: one text for all prompts, or one per prompt",
-        option=True,
     ),
     Parameter(
         name="prompt_2",
@@ -209,7 +208,6 @@ ROWS: tuple[Parameter, ...] = (
         default="plain",
         choices=("plain", "a1111"),
         literal="PromptSyntax",
-        option=True,
     ),
     Parameter(
         name="max_embeddings_multiples",
@@ -218,7 +216,6 @@ ROWS: tuple[Parameter, ...] = (
         "a warning (default: 1, as in diffusers; for `a1111` prompts the bundle's limit)",
         low=1,
         high=64,
-        option=True,
     ),
     Parameter(
         name="prompt_embeds",
@@ -246,11 +243,12 @@ ROWS: tuple[Parameter, ...] = (
     Parameter(
         name="ip_adapter_image",
         type=Type.PICTURES,
-        doc="image prompts as encoded bytes (PNG, JPEG, WebP)",
+        doc="image prompts",
         python=_OF_ADAPTERS,
         python_doc="image prompts: a picture, a list with one entry per adapter of the bundle (a picture, a list of "
         "pictures, or None), or a dict keyed by adapter name; for a bundle with a single adapter, a flat list of "
         "pictures works too",
+        option_doc="image prompt, for the adapter NAME; may be repeated",
     ),
     Parameter(
         name="ip_adapter_image_adapter",
@@ -264,6 +262,7 @@ ROWS: tuple[Parameter, ...] = (
         doc="image prompts for the unconditional branch (default: no image or a blank one, whichever the adapter was "
         "trained with)",
         python=_OF_ADAPTERS,
+        option_doc="picture to steer away from; may be repeated",
     ),
     Parameter(
         name="negative_ip_adapter_image_adapter",
@@ -279,6 +278,7 @@ ROWS: tuple[Parameter, ...] = (
         python_doc="precomputed embeddings in place of pictures, as returned by `encode_image` and by diffusers: [2 "
         "(negative, positive) or 1 (positive), pictures, ...]; a list with one array per adapter, or a dict keyed by "
         "adapter name",
+        option_doc="precomputed embeddings in place of image prompts, written by `imprompt encode`; may be repeated",
     ),
     Parameter(
         name="ip_adapter_scale",
@@ -291,6 +291,8 @@ ROWS: tuple[Parameter, ...] = (
         python_doc="strength of the image prompt: a number, or a dict of scales by block "
         "(`{'up': {'block_0': [0.0, 1.0, 0.0]}}`); for several adapters, a list of these or a dict keyed by adapter "
         "name; with masks, an adapter's entry may be a list with one number per picture",
+        option_doc="strength of the image prompt: a number or an object of scales by block; for several adapters, a "
+        "list of these or an object keyed by adapter name (default 1)",
     ),
     Parameter(
         name="ip_adapter_scale_config",
@@ -306,6 +308,8 @@ ROWS: tuple[Parameter, ...] = (
         python="PerAdapterImages | Sequence[Any]",
         python_doc="regional masks: one per picture, nested like `ip_adapter_image`, or diffusers' tensors "
         "[1, pictures, H, W]; an image prompt takes effect where its mask is white",
+        option_names=("--ip-adapter-mask",),
+        option_doc="regional mask; repeat it for each image prompt, in the same order",
     ),
     Parameter(
         name="ip_adapter_masks_adapter",
@@ -344,7 +348,6 @@ ROWS: tuple[Parameter, ...] = (
         python="Images | Embeds",
         python_doc="pictures to start from, for image-to-image or (with `mask_image`) inpainting; for image-to-image "
         "also latents as a float array [pictures, 4, height / 8, width / 8], such as `Result.latents`",
-        option=True,
     ),
     Parameter(
         name="image_latents",
@@ -366,7 +369,6 @@ ROWS: tuple[Parameter, ...] = (
         name="mask_image",
         type=Type.PICTURES,
         doc="masks for inpainting, white where to repaint: one for all, or one per `image`",
-        option=True,
     ),
     Parameter(
         name="strength",
@@ -374,7 +376,6 @@ ROWS: tuple[Parameter, ...] = (
         doc="how strongly to change `image` or `video`, above 0; default as in diffusers",
         low=0,
         high=1,
-        option=True,
     ),
     Parameter(
         name="padding_mask_crop",
@@ -391,7 +392,6 @@ ROWS: tuple[Parameter, ...] = (
         python="Images | Sequence[Sequence[ImageInput]]",
         python_doc="one control image per ControlNet in `controlnet`; or a list of lists as in diffusers: for clips "
         "the frames of each ControlNet, for several prompts the images of each prompt",
-        option=True,
     ),
     Parameter(
         name="control_image_annotator",
@@ -407,7 +407,6 @@ ROWS: tuple[Parameter, ...] = (
         type=Type.TEXTS,
         group=Group.CONTROL,
         doc="names of the ControlNets to use, in this order (default: all in the bundle)",
-        option=True,
     ),
     Parameter(
         name="controlnet_conditioning_scale",
@@ -416,7 +415,6 @@ ROWS: tuple[Parameter, ...] = (
         doc=f"strength of the ControlNets: {_ONE_EACH_NET}; default as in diffusers",
         low=-MAX_SCALE,
         high=MAX_SCALE,
-        option=True,
     ),
     Parameter(
         name="control_guidance_start",
@@ -426,7 +424,6 @@ ROWS: tuple[Parameter, ...] = (
         default=0.0,
         low=0,
         high=1,
-        option=True,
     ),
     Parameter(
         name="control_guidance_end",
@@ -436,7 +433,6 @@ ROWS: tuple[Parameter, ...] = (
         default=1.0,
         low=0,
         high=1,
-        option=True,
     ),
     Parameter(
         name="guess_mode",
@@ -444,7 +440,6 @@ ROWS: tuple[Parameter, ...] = (
         group=Group.CONTROL,
         doc="apply the ControlNets to the conditional branch only, and more weakly to the finer residuals",
         default=False,
-        option=True,
     ),
     Parameter(
         name="lora",
@@ -456,21 +451,21 @@ ROWS: tuple[Parameter, ...] = (
         high=MAX_LORA_SCALE,
         python="Mapping[str, float]",
         python_doc="LoRAs to use, as a dict of scales (-10 to 10) by name: `{'watercolor': 0.8}`",
+        option_doc="LoRA to use, with its scale (-10 to 10); may be repeated",
     ),
     Parameter(
         name="num_frames",
         type=Type.INTEGER,
         group=Group.VIDEO,
         doc="number of frames of a clip; without it and `video`, the result is pictures",
-        option=True,
     ),
     Parameter(
         name="video",
         type=Type.PICTURES,
         group=Group.VIDEO,
         doc="frames to start from, for video-to-video; see `strength`",
-        python="Sequence[ImageInput] | np.ndarray[Any, Any]",
-        option=True,
+        python_doc="frames to start from, for video-to-video (see `strength`): a list of pictures, an array [frames, "
+        "height, width, 3], or an animated GIF or WebP file",
     ),
     Parameter(
         name="context_length",
@@ -500,13 +495,11 @@ ROWS: tuple[Parameter, ...] = (
         name="height",
         type=Type.INTEGER,
         doc="height in pixels, a multiple of 8 (default: that of the picture to start from, or else the bundle's)",
-        option=True,
     ),
     Parameter(
         name="width",
         type=Type.INTEGER,
         doc="width in pixels, a multiple of 8 (default: that of the picture to start from, or else the bundle's)",
-        option=True,
     ),
     *(
         Parameter(name=f"{prefix}{name}", type=Type.PAIR, group=Group.FAMILY, doc=f"{doc}{whose}", default=default)
@@ -524,8 +517,7 @@ ROWS: tuple[Parameter, ...] = (
         default=50,
         low=1,
         high=_MAX_STEPS,
-        option=True,
-        option_names=("--num-inference-steps", "--steps"),
+        option_names=("--steps",),
     ),
     Parameter(
         name="timesteps",
@@ -533,7 +525,6 @@ ROWS: tuple[Parameter, ...] = (
         doc="timesteps in place of `num_inference_steps`, for schedulers that take them, in descending order",
         default=(),
         low=0,
-        option=True,
     ),
     Parameter(
         name="sigmas",
@@ -542,7 +533,6 @@ ROWS: tuple[Parameter, ...] = (
         default=(),
         low=0,
         high=MAX_SCALE,
-        option=True,
     ),
     Parameter(
         name="denoising_start",
@@ -551,7 +541,6 @@ ROWS: tuple[Parameter, ...] = (
         doc="fraction of the denoising that `image` has behind it: it gets no noise, and `strength` does not apply",
         low=0,
         high=1,
-        option=True,
     ),
     Parameter(
         name="denoising_end",
@@ -560,7 +549,6 @@ ROWS: tuple[Parameter, ...] = (
         doc="fraction of the denoising after which to stop; return latents to continue with `denoising_start`",
         low=0,
         high=1,
-        option=True,
     ),
     Parameter(
         name="guidance_scale",
@@ -568,7 +556,6 @@ ROWS: tuple[Parameter, ...] = (
         doc="strength of classifier-free guidance; values up to 1 disable it; default as in diffusers",
         low=-MAX_SCALE,
         high=MAX_SCALE,
-        option=True,
     ),
     Parameter(
         name="guidance_rescale",
@@ -577,7 +564,6 @@ ROWS: tuple[Parameter, ...] = (
         default=0.0,
         low=0,
         high=1,
-        option=True,
     ),
     Parameter(
         name="guidance_end",
@@ -586,7 +572,6 @@ ROWS: tuple[Parameter, ...] = (
         default=1.0,
         low=0,
         high=1,
-        option=True,
     ),
     Parameter(
         name="eta",
@@ -595,7 +580,6 @@ ROWS: tuple[Parameter, ...] = (
         default=0.0,
         low=0,
         high=1,
-        option=True,
     ),
     Parameter(
         name="clip_skip",
@@ -603,7 +587,6 @@ ROWS: tuple[Parameter, ...] = (
         doc="number of final text encoder layers to skip",
         default=0,
         low=0,
-        option=True,
     ),
     Parameter(
         name="num_images_per_prompt",
@@ -612,7 +595,6 @@ ROWS: tuple[Parameter, ...] = (
         default=1,
         low=1,
         high=64,
-        option=True,
     ),
     Parameter(
         name="seed",
@@ -620,7 +602,6 @@ ROWS: tuple[Parameter, ...] = (
         doc="one seed for all pictures together, or one per picture (default: random)",
         python_doc="any seed that `torch.Generator('cpu').manual_seed` accepts: one for all pictures together, or one "
         "per picture (default: random; `Result.seeds` reports it)",
-        option=True,
     ),
     Parameter(
         name="scheduler",
@@ -628,7 +609,6 @@ ROWS: tuple[Parameter, ...] = (
         doc="class name of a diffusers scheduler (default: the bundle's)",
         choices=SCHEDULERS,
         literal="Scheduler",
-        option=True,
     ),
     Parameter(
         name="scheduler_config",
@@ -637,7 +617,6 @@ ROWS: tuple[Parameter, ...] = (
         default={},
         python_doc="values that override the scheduler's configuration, or a whole configuration "
         "(`dict(pipe.scheduler.config)` in diffusers)",
-        option=True,
     ),
     Parameter(
         name="output_type",
@@ -647,6 +626,7 @@ ROWS: tuple[Parameter, ...] = (
         choices=("np", "latent"),
         python="OutputType",
         python_doc="`pil` (default), `np` (uint8 [height, width, 3]) or `latent`",
+        option_doc="`latent` saves latents in a .npy file in place of pictures",
     ),
     Parameter(
         name="output_format",
@@ -658,12 +638,20 @@ ROWS: tuple[Parameter, ...] = (
         python_doc="transfer pictures (or clips) as encoded files instead of raw pixels",
     ),
     Parameter(
+        name="output_encoding",
+        type=Type.CHOICE,
+        doc="how to return encoded files and previews: as bytes (`binary`), or as text for JSON (`base64`, which needs "
+        "`output_format`)",
+        default="binary",
+        choices=("binary", "base64"),
+        sdk=False,
+    ),
+    Parameter(
         name="timeout",
         type=Type.NUMBER,
         doc="seconds after which the server stops working on this request",
         python_doc="seconds after which the client stops waiting and the server stops working",
         low=1e-3,
-        option=True,
     ),
     Parameter(
         name="priority",
@@ -739,6 +727,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     lora: dict[str, float]
     output_type: str
     output_format: str | None
+    output_encoding: str
     priority: int
     progress_every: int
     preview: bool

@@ -25,7 +25,12 @@ ONE = (1,)
 
 RESPONSE: tuple[Tensor, ...] = (
     Tensor("images", "UINT8", (-1, -1, -1, 3), "pictures [N, height, width, RGB]"),
-    Tensor("encoded", "STRING", MANY, "pictures (or clips) as encoded files, when `output_format` is set"),
+    Tensor(
+        "encoded",
+        "STRING",
+        MANY,
+        "pictures (or clips) as encoded files, when `output_format` is set; see `output_encoding`",
+    ),
     Tensor("latents", "FP32", (-1, -1, -1, -1), "latents [N, channels, h, w] when `output_type` is `latent`"),
     Tensor(
         "seeds",
@@ -51,7 +56,7 @@ VIDEO_RESPONSE: tuple[Tensor, ...] = (
 STREAM_RESPONSE: tuple[Tensor, ...] = (
     Tensor("step", "INT32", ONE, "number of steps done"),
     Tensor("steps", "INT32", ONE, "total number of steps"),
-    Tensor("preview", "STRING", MANY, "JPEG preview of each picture, when `preview` is set"),
+    Tensor("preview", "STRING", MANY, "JPEG preview of each picture, when `preview` is set; see `output_encoding`"),
     Tensor("error", "STRING", (2,), "gRPC status and message: the last message of a failed request"),
 )
 

@@ -278,11 +278,12 @@ def _to_response(outputs: dict[str, np.ndarray]) -> Any:
 
 
 @contextmanager
-def running(servicer: FakeTriton) -> Iterator[str]:
-    """Run `servicer` on a free port and yield its address."""
+def running(servicer: FakeTriton, credentials: grpc.ServerCredentials | None = None) -> Iterator[str]:
+    """Run `servicer` on a free port, with TLS if there are credentials, and yield its address."""
     server = grpc.server(ThreadPoolExecutor(8))
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    address = "127.0.0.1:0"
+    port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     server.start()
     try:
         yield f"127.0.0.1:{port}"

@@ -388,10 +388,10 @@ def test_picture_inputs_accept_only_pictures(name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        (b"", "the data is empty; expected a PNG, JPEG or WebP file"),
-        (b"GIF89a", "the data is not a PNG, JPEG or WebP picture"),
-        ("notes.txt", "'notes.txt' is not a PNG, JPEG or WebP picture"),
-        ("empty.png", "'empty.png' is empty; expected a PNG, JPEG or WebP file"),
+        (b"", "the data is empty; expected a PNG, JPEG, WebP, GIF, BMP or AVIF file"),
+        (b"II*\0", "the data is not a PNG, JPEG, WebP, GIF, BMP or AVIF picture"),
+        ("notes.txt", "'notes.txt' is not a PNG, JPEG, WebP, GIF, BMP or AVIF picture"),
+        ("empty.png", "'empty.png' is empty; expected a PNG, JPEG, WebP, GIF, BMP or AVIF file"),
         ("nowhere.png", "no such file: nowhere.png"),
         ("\0", r"'\x00' is not a valid path: embedded null byte"),
         ("\ud83d", "is not a valid path"),

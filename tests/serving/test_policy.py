@@ -10,6 +10,7 @@ import pytest
 
 from imprompt_serving.denoiser.policy import (
     CALL_OVERHEAD,
+    CANARY_PRIORITY,
     DEFAULT_PRIORITY,
     FIRST_PRIORITY,
     FIRST_TURN,
@@ -125,6 +126,12 @@ def test_a_large_job_gets_the_rows_that_small_ones_leave() -> None:
 
 def test_large_jobs_run_one_after_the_other() -> None:
     assert served([started(pending=8, last_served_tick=0), started(pending=8, last_served_tick=1)]) == {0: 8}
+
+
+def test_canary_goes_first_and_delays_no_start() -> None:
+    line = [started(priority=FIRST_PRIORITY), new(), new("small", pending=1, priority=CANARY_PRIORITY)]
+    assert plan(line, CallRows(4)) == [RowGrant(2, 1)]
+    assert not_yet_startable(line, CallRows(4)) == not_yet_startable(line[:2], CallRows(4))
 
 
 def test_priority_decides_who_goes_first() -> None:

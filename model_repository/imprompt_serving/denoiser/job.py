@@ -28,7 +28,7 @@ from imprompt_serving.denoiser.schedulers import (
 from imprompt_serving.denoiser.windows import Window, merge, select_frames, windows
 from imprompt_serving.errors import InvalidRequest, RequestError
 from imprompt_serving.gpu import download, upload
-from imprompt_serving.job_request import JobRequest, batch_key
+from imprompt_serving.job_request import JobRequest, batch_key, lora_set
 from imprompt_serving.parameters import ROWS, Type
 from imprompt_serving.specs import Bundle
 from imprompt_serving.tensor_names import NEGATIVE, image_embeds
@@ -96,6 +96,7 @@ class Job:
             text_tokens=conditioning.text_tokens,
         )
         """Jobs with equal keys can share a call."""
+        self.loras = lora_set(request.settings)
 
         self._output_rows: list[Tensor] = []
         self._model_input: Tensor | None = None

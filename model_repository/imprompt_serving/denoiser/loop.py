@@ -24,10 +24,9 @@ from imprompt_serving.denoiser.admission import Load, check_room
 from imprompt_serving.denoiser.answers import Answers, AnswerThreads, Listener
 from imprompt_serving.denoiser.batch import Batcher, RowSlice
 from imprompt_serving.denoiser.meter import Meter, Population
-from imprompt_serving.denoiser.policy import FIRST_TURN, Candidate, plan
+from imprompt_serving.denoiser.policy import CANARY_PRIORITY, FIRST_TURN, Candidate, plan
 from imprompt_serving.denoiser.protocol import LoopJob
 from imprompt_serving.errors import Cancelled, Overloaded, RequestError, unexpected
-from imprompt_serving.job_request import lora_set
 from imprompt_serving.specs import CallRows, Limits
 
 logger = logging.getLogger(__name__)
@@ -189,10 +188,14 @@ class Denoiser:
         self._report_population()
 
     def _submit(self, job: LoopJob, listener: Listener) -> None:
-        self._admit(job.id, job.load)
-        del self._admitted[job.id]
+        if _is_canary(job):
+            meter = Meter()  # canaries are not traffic: they need no place in the queue, and appear in no metric
+        else:
+            self._admit(job.id, job.load)
+            del self._admitted[job.id]
+            meter = self._meter
         job.last_served_tick = self._tick
-        self._jobs[job.id] = _Active(job, Answers(listener, self._answer_threads, self._meter))
+        self._jobs[job.id] = _Active(job, Answers(listener, self._answer_threads, meter))
         self._report_population()
         self._post(self._start_tick)
 
@@ -302,8 +305,9 @@ class Denoiser:
         seconds = now - max(tick.began, self._last_completed)
         del self._in_flight[:1]
         self._last_completed = now
-        self._tick_seconds += (seconds - self._tick_seconds) * (_LATEST_WEIGHT if self._tick_seconds else 1.0)
-        self._meter.ticked(tick.rows, seconds)
+        if not all(_is_canary(update.active.job) for update in tick.updates):
+            self._tick_seconds += (seconds - self._tick_seconds) * (_LATEST_WEIGHT if self._tick_seconds else 1.0)
+            self._meter.ticked(tick.rows, seconds)
         for update in tick.updates:
             self._answer(update)
         self._start_tick()
@@ -355,7 +359,7 @@ class Denoiser:
 
     def _loads(self) -> tuple[list[Load], list[Load]]:
         """Return the loads of the running jobs, and of the waiting ones, which include admitted jobs."""
-        jobs = [active.job for active in self._jobs.values() if not active.job.done]
+        jobs = [active.job for active in self._jobs.values() if not (active.job.done or _is_canary(active.job))]
         running = [job.load for job in jobs if job.started is not None]
         waiting = [job.load for job in jobs if job.started is None]
         return running, waiting + [load for load, _ in self._admitted.values()]
@@ -366,17 +370,20 @@ class Denoiser:
         self._meter.population(Population(len(running), rows[0], len(waiting), rows[1]))
 
 
+def _is_canary(job: LoopJob) -> bool:
+    return job.request.settings.priority == CANARY_PRIORITY
+
+
 def _candidate(job: LoopJob) -> Candidate:
-    settings = job.request.settings
     return Candidate(
         batch_key=job.batch_key,
         rows=job.rows,
         pending=job.pending,
         last_served_tick=job.last_served_tick,
         started=job.started is not None,
-        priority=settings.priority,
+        priority=job.request.settings.priority,
         frames=job.frames,
-        loras=lora_set(settings),
+        loras=job.loras,
     )
 
 

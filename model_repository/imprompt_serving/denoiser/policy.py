@@ -26,10 +26,15 @@ from imprompt_serving.specs import CallRows
 
 FIRST_PRIORITY, DEFAULT_PRIORITY, LAST_PRIORITY = 1, 5, 9
 """As with Triton's request priorities, 1 is the highest."""
+CANARY_PRIORITY = 0
+"""The canary's priority, which no request can have: it is due first, and no other job waits for it to start."""
 PRIORITY_PATIENCE = 4
 """Ticks that a job lets others go first, for each level that its priority is lower than theirs."""
 START_PATIENCE = 16
 """Ticks that a job which has not started lets others go first: a large part of a job of usual length."""
+
+_FOREVER = 10**9
+"""More ticks than a server computes."""
 
 CALL_OVERHEAD = 1
 """Fixed cost of a call, in rows: by UNet calls on an H200, 1.6 for SD 1.5 at 512 x 512 and 0.2 for SDXL at 1024."""
@@ -83,6 +88,8 @@ class RowGrant(NamedTuple):
 
 def patience(candidate: Candidate) -> int:
     """Return how many ticks after `last_served_tick` the candidate is due."""
+    if candidate.priority == CANARY_PRIORITY:
+        return -_FOREVER
     ticks = PRIORITY_PATIENCE * (candidate.priority - FIRST_PRIORITY)
     return ticks if candidate.started else ticks + START_PATIENCE
 

@@ -19,6 +19,7 @@ from imprompt_serving.pipeline.dispatch import Dispatcher
 from imprompt_serving.pipeline.encode import ImagePromptEncoder, control_tensors, encode_start
 from imprompt_serving.pipeline.encode_text import TextPromptEncoder
 from imprompt_serving.pipeline.models import Models, Tensors, raise_for_error, strings
+from imprompt_serving.pipeline.output_files import file_tensor
 from imprompt_serving.pipeline.postprocess import Postprocessor
 from imprompt_serving.pipeline.request import Request
 from imprompt_serving.pipeline.stages import Stages
@@ -75,6 +76,25 @@ class Pipeline:
         stages.seconds["total"] = time.perf_counter() - started
         result["timings"] = strings(json.dumps(stages.seconds))
         return result
+
+    async def check(self, request: Request, job_id: str) -> Tensors:
+        """Make a picture on every denoiser of the bundle, for the watchdog: without admission, and outside of metrics.
+
+        Returns:
+            The tensors of the response with the first denoiser's picture.
+        """
+        stages = Stages()
+        parts = await _gather(
+            self._text.encode(request, stages, set()),
+            self._images.encode(request, stages),
+            encode_start(request, self._bundle, self._models, stages),
+        )
+        tensors = {name: tensor for part in parts for name, tensor in part.items()}
+        job = self._job(request, job_id, 0.0, reports_progress=False)
+        latents = await asyncio.gather(
+            *(self._denoise(denoiser, job, tensors, None, stages) for denoiser in self._bundle.denoisers)
+        )
+        return await self._postprocess(request, latents[0], stages)
 
     def _admission(self, request: Request, job_id: str) -> Admission:
         """Describe what a request will cost a denoiser."""
@@ -137,7 +157,7 @@ class Pipeline:
         async for response in self._models.stream(denoiser, tensors):
             raise_for_error(response)
             if progress:
-                progress({name: response[name] for name in ("step", "steps", "preview") if name in response})
+                progress(_progress_message(response, job.settings.output_encoding))
             if "latents" in response:
                 stages.seconds.update(json.loads(response["timings"][0]))
                 return response["latents"]
@@ -146,6 +166,12 @@ class Pipeline:
 
 def _warnings(texts: set[str]) -> Tensors:
     return {"warnings": strings(*sorted(texts))} if texts else {}
+
+
+def _progress_message(response: Tensors, encoding: str) -> Tensors:
+    """Return the part of a denoiser's response that callers get."""
+    message = {name: response[name] for name in ("step", "steps") if name in response}
+    return message | ({"preview": file_tensor(response["preview"], encoding)} if "preview" in response else {})
 
 
 async def _gather(*work: Awaitable[Tensors]) -> list[Tensors]:

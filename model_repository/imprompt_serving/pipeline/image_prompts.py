@@ -260,7 +260,7 @@ def adapter_name(name: str | None, bundle: Bundle, parameter: str) -> str | None
 
 def _by_adapter(read: Reader, name: str, bundle: Bundle) -> dict[str, list[bytes]]:
     """Assign the encoded pictures of `name` to adapters by `<name>_adapter`, or else to the adapters in order."""
-    data, names = read.data(name), read.texts(f"{name}_adapter")
+    data, names = read.pictures(name), read.texts(f"{name}_adapter")
     known = [adapter.name for adapter in bundle.adapters]
     by_adapter: dict[str, list[bytes]] = {adapter: [] for adapter in known}
     if not data:

@@ -11,6 +11,7 @@ import numpy as np
 
 from imprompt_serving.errors import InvalidRequest, shown
 from imprompt_serving.parameters import PARAMETERS, Type
+from imprompt_serving.pipeline.images import file_bytes
 from imprompt_serving.specs import Limits
 
 _MAX_VALUES = 4096
@@ -29,6 +30,7 @@ class Reader:
 
     def __init__(self, tensors: Mapping[str, np.ndarray], limits: Limits) -> None:
         self._tensors, self._limits = tensors, limits
+        self._pictures: dict[str, list[bytes]] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -41,8 +43,19 @@ class Reader:
         with np.errstate(over="ignore"):  # an overflow becomes infinite, which the caller refuses
             return values.astype(np.float32, copy=False)
 
-    def data(self, name: str) -> list[bytes]:
-        """Read byte strings, such as encoded pictures."""
+    def count(self, name: str) -> int:
+        """Return the number of byte strings."""
+        return len(self._data(name))
+
+    def pictures(self, name: str) -> list[bytes]:
+        """Read picture files, which may come as base64 text or data URIs."""
+        if name not in self._pictures:
+            files = self._data(name)
+            self._pictures[name] = [file_bytes(file, name, index, len(files)) for index, file in enumerate(files)]
+        return self._pictures[name]
+
+    def _data(self, name: str) -> list[bytes]:
+        """Read byte strings."""
         if name not in self:
             return []
         values = self._tensors[name].ravel().tolist()
@@ -53,7 +66,7 @@ class Reader:
     def texts(self, name: str) -> tuple[str, ...]:
         """Read UTF-8 texts."""
         try:
-            return tuple(value.decode() for value in self.data(name))
+            return tuple(value.decode() for value in self._data(name))
         except UnicodeDecodeError:
             raise InvalidRequest(name, "must be UTF-8 text") from None
 

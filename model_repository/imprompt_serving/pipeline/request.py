@@ -19,7 +19,7 @@ from imprompt_serving.job_request import ContextWindow, Task
 from imprompt_serving.parameters import MAX_SCALE, PARAMETERS, PICTURE_FORMATS, ROWS, VIDEO_FORMATS, Settings, Type
 from imprompt_serving.pipeline.controls import Control, ControlPlan, load_controls, plan_controls
 from imprompt_serving.pipeline.image_prompts import ImagePrompt, adapter_name, load_image_prompt, plan_image_prompts
-from imprompt_serving.pipeline.images import check_headers, decode_all
+from imprompt_serving.pipeline.images import check_count, check_headers, decode_all
 from imprompt_serving.pipeline.prompts import TextPrompts, check_lengths, parse_prompts
 from imprompt_serving.pipeline.reader import Reader
 from imprompt_serving.pipeline.scheduler import parse_scheduler
@@ -95,7 +95,9 @@ def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
         if name not in known:
             raise InvalidRequest(name, f"is not a parameter of {bundle.name}")
     limits, read, family = bundle.limits, Reader(tensors, bundle.limits), get_family(bundle.family)
-    check_headers({row.name: read.data(row.name) for row in ROWS if row.type is Type.PICTURES}, limits)
+    picture_names = [row.name for row in ROWS if row.type is Type.PICTURES]
+    check_count({name: read.count(name) for name in picture_names}, limits)
+    check_headers({name: read.pictures(name) for name in picture_names}, limits)
     text = parse_prompts(read, bundle)
     encode_prompt = read.flag("encode_prompt")
     if encode_prompt and text.embeds:
@@ -207,6 +209,7 @@ def _settings(
         "scheduler_config": scheduler_config,
         "lora": _loras(read, bundle),
         "output_format": _output_format(read, PICTURE_FORMATS if video is None else VIDEO_FORMATS),
+        "output_encoding": _output_encoding(read),
     }
     others = {*Settings.__struct_fields__} - {*settings, "height", "width"}
     return settings | {name: read.setting(name) for name in others}
@@ -240,7 +243,7 @@ def _check_negatives(request: Request) -> None:
 
 def _task(read: Reader, bundle: Bundle, pictures: int) -> Task:
     """Return the task of a request with `pictures` results, and check its start pictures and masks."""
-    images, masks, video = (len(read.data(name)) for name in ("image", "mask_image", "video"))
+    images, masks, video = (read.count(name) for name in ("image", "mask_image", "video"))
     if masks and not images:
         raise InvalidRequest("mask_image", "needs an image")
     for name, count in (("image", images), ("mask_image", masks)):
@@ -303,8 +306,11 @@ def _checked_values(name: str, values: np.ndarray) -> np.ndarray:
 def _load_start(read: Reader) -> StartImages:
     """Decode the pictures to start from."""
     crop = read.integer("padding_mask_crop") if "padding_mask_crop" in read else None
-    video = decode_all(read.data("video"), "video")
-    images, masks = video or decode_all(read.data("image"), "image"), decode_all(read.data("mask_image"), "mask_image")
+    video = decode_all(read.pictures("video"), "video")
+    images, masks = (
+        video or decode_all(read.pictures("image"), "image"),
+        decode_all(read.pictures("mask_image"), "mask_image"),
+    )
     if crop is not None and masks[0].size != images[0].size:
         raise InvalidRequest("mask_image", "must have the size of image if padding_mask_crop is set")
     if crop is not None and masks[0].convert("L").getbbox() is None:
@@ -319,6 +325,13 @@ def _output_format(read: Reader, formats: tuple[str, ...]) -> str | None:
     if chosen is not None and chosen not in formats:
         raise InvalidRequest("output_format", f"{chosen!r} is not one of {', '.join(formats)}")
     return chosen
+
+
+def _output_encoding(read: Reader) -> str:
+    encoding = read.choice("output_encoding") or ""
+    if encoding == "base64" and "output_format" not in read:
+        raise InvalidRequest("output_encoding", "base64 needs an output_format: raw pixels are numbers in JSON")
+    return encoding
 
 
 def _strength(read: Reader, task: Task, steps: int, *, default: float) -> float:
