@@ -27,7 +27,7 @@ from tiny.faces import people
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "demo").rglob("*.md")])
-GUIDE = ("guide", "image-prompts", "faces", "control", "client")
+GUIDE = ("guide", "prompts", "image-prompts", "faces", "control", "client")
 """The pages for callers in Python, in reading order."""
 SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SHELL = re.compile(r"^```sh\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -64,6 +64,9 @@ class EveryServer:
 
     def generate(self, *, model: str, **arguments: Any) -> Any:
         return self._served(model).client.generate(model=model, **arguments)
+
+    def encode_prompt(self, model: str, prompt: str, **arguments: Any) -> Any:
+        return self._served(model).client.encode_prompt(model, prompt, **arguments)
 
     def stream(self, *, model: str, **arguments: Any) -> Any:
         return self._served(model).client.stream(model=model, **arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,6 +35,9 @@ from imprompt._request import Request
 from imprompt._transport import StreamError
 
 Array = np.ndarray[Any, Any]
+
+TEXT_EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+"""Outputs of `encode_prompt`; not all models have pooled ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -229,3 +233,13 @@ def read_embeds(outputs: Mapping[str, Array], adapter: str, request: Request) ->
     if name not in outputs:
         raise ServerError(f"the response has no {name}: {sorted(outputs)}", request_id=request.id)
     return outputs[name].copy()
+
+
+def read_text_embeds(outputs: Mapping[str, Array], request: Request) -> dict[str, Array]:
+    """Decode the response to `encode_prompt`, and emit the server's warnings as Python warnings."""
+    found = {name: outputs[name].copy() for name in TEXT_EMBEDS if name in outputs}
+    if not found:
+        raise ServerError(f"the response has no text embeddings: {sorted(outputs)}", request_id=request.id)
+    for text in _values(outputs, "warnings"):
+        warnings.warn(text.decode(errors="replace"), stacklevel=3)
+    return found

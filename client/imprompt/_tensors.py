@@ -106,6 +106,8 @@ def numeric_tensor(spec: Input, value: object, *, parameter: str | None = None, 
     kinds, one, many = _KINDS[target.kind]
     expected = f"{label}must be {one if spec.dims == (1,) else many}"
     try:
+        if isinstance(value, Image.Image):
+            raise invalid(parameter, "is a picture")
         array = to_numpy(value, parameter)
     except InvalidRequest:
         raise invalid(parameter, f"{expected}, got {short_repr(value)}") from None

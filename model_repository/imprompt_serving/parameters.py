@@ -35,6 +35,7 @@ class Type(StrEnum):
     CHOICE = auto()
     CHOICES = auto()
     INTEGER = auto()
+    INTEGERS = auto()
     PAIR = auto()
     """Two integers."""
     SEEDS = auto()
@@ -47,6 +48,8 @@ class Type(StrEnum):
     """Encoded pictures."""
     EMBEDS = auto()
     """Image embeddings: one tensor per adapter (`tensor_names.request_embeds`)."""
+    TENSOR = auto()
+    """Floats with several axes (`Parameter.axes`)."""
 
 
 _WIRE: dict[Type, tuple[str, tuple[int, ...]]] = {
@@ -55,6 +58,7 @@ _WIRE: dict[Type, tuple[str, tuple[int, ...]]] = {
     Type.CHOICE: ("STRING", (1,)),
     Type.CHOICES: ("STRING", (-1,)),
     Type.INTEGER: ("INT32", (1,)),
+    Type.INTEGERS: ("INT32", (-1,)),
     Type.PAIR: ("INT32", (2,)),
     Type.SEEDS: ("INT64", (-1,)),
     Type.NUMBER: ("FP64", (1,)),
@@ -63,7 +67,7 @@ _WIRE: dict[Type, tuple[str, tuple[int, ...]]] = {
     Type.OBJECT: ("STRING", (1,)),
     Type.PICTURES: ("STRING", (-1,)),
 }
-"""Triton data type and shape (-1: any size) of every type except `EMBEDS`."""
+"""Triton data type and shape (-1: any size) of every type except `EMBEDS` and `TENSOR`."""
 
 
 class Group(Enum):
@@ -98,6 +102,8 @@ class Parameter:
     low: float = -math.inf
     high: float = math.inf
     choices: tuple[str, ...] = ()
+    axes: int = 0
+    """Number of axes of a `TENSOR`."""
     sdk: bool = True
     """Whether it is a keyword argument of the Python client; the client sets the others itself."""
     python: str | None = None
@@ -114,12 +120,12 @@ class Parameter:
     @property
     def dtype(self) -> str:
         """Triton data type, without the `TYPE_` prefix."""
-        return _WIRE[self.type][0]
+        return "FP32" if self.type is Type.TENSOR else _WIRE[self.type][0]
 
     @property
     def dims(self) -> tuple[int, ...]:
         """Shape of the input tensor; -1 means any size."""
-        return _WIRE[self.type][1]
+        return (-1,) * self.axes if self.type is Type.TENSOR else _WIRE[self.type][1]
 
     @property
     def range_and_default(self) -> str:
@@ -127,7 +133,7 @@ class Parameter:
         parts = []
         if math.isfinite(self.low) and math.isfinite(self.high):
             parts.append(f"{self.low:g} to {self.high:g}")
-        if self.default not in (None, {}):
+        if self.default not in (None, {}, ()):
             parts.append(f"default {_shown(self.default)}")
         return f" ({', '.join(parts)})" if parts else ""
 
@@ -193,6 +199,46 @@ ROWS: tuple[Parameter, ...] = (
         type=Type.TEXTS,
         group=Group.FAMILY,
         doc="negative prompts for the second text encoder (default: `negative_prompt`)",
+    ),
+    Parameter(
+        name="prompt_syntax",
+        type=Type.CHOICE,
+        doc="`a1111` reads weights such as `(word:1.3)` and `[word]`, and `BREAK`, as Stable Diffusion web UI does; in "
+        "`plain` prompts they are text",
+        default="plain",
+        choices=("plain", "a1111"),
+        literal="PromptSyntax",
+    ),
+    Parameter(
+        name="max_embeddings_multiples",
+        type=Type.INTEGER,
+        doc="number of chunks of 75 tokens that a prompt may have, up to the bundle's limit; the rest is cut off, with "
+        "a warning (default: 1, as in diffusers; for `a1111` prompts the bundle's limit)",
+        low=1,
+        high=64,
+    ),
+    Parameter(
+        name="prompt_embeds",
+        type=Type.TENSOR,
+        axes=3,
+        doc="text embeddings in place of `prompt`, as returned by `encode_prompt` and by diffusers: "
+        "[prompts, tokens, features]",
+    ),
+    Parameter(
+        name="negative_prompt_embeds",
+        type=Type.TENSOR,
+        axes=3,
+        doc="text embeddings in place of `negative_prompt`, in the shape of `prompt_embeds`",
+    ),
+    *(
+        Parameter(
+            name=f"{prefix}pooled_prompt_embeds",
+            type=Type.TENSOR,
+            axes=2,
+            group=Group.FAMILY,
+            doc=f"pooled text embeddings, which go with `{prefix}prompt_embeds`: [prompts, features]",
+        )
+        for prefix in ("", "negative_")
     ),
     Parameter(
         name="ip_adapter_image",
@@ -299,6 +345,25 @@ ROWS: tuple[Parameter, ...] = (
         name="image",
         type=Type.PICTURES,
         doc="pictures to start from, for image-to-image or (with `mask_image`) inpainting",
+        python="Images | Embeds",
+        python_doc="pictures to start from, for image-to-image or (with `mask_image`) inpainting; for image-to-image "
+        "also latents as a float array [pictures, 4, height / 8, width / 8], such as `Result.latents`",
+    ),
+    Parameter(
+        name="image_latents",
+        type=Type.TENSOR,
+        axes=4,
+        doc="latents to start from in place of `image`, for image-to-image: [pictures, channels, h, w]",
+        sdk=False,
+    ),
+    Parameter(
+        name="latents",
+        type=Type.TENSOR,
+        axes=4,
+        doc="initial noise, with a standard deviation of 1, in place of noise drawn from `seed`: "
+        "[pictures, channels, h, w]; for clips [clips, channels * frames, h, w]",
+        python_doc="initial noise, with a standard deviation of 1, in place of noise drawn from `seed`: "
+        "[pictures, channels, height / 8, width / 8]; for clips [clips, channels, frames, height / 8, width / 8]",
     ),
     Parameter(
         name="mask_image",
@@ -455,6 +520,37 @@ ROWS: tuple[Parameter, ...] = (
         option_names=("--steps",),
     ),
     Parameter(
+        name="timesteps",
+        type=Type.INTEGERS,
+        doc="timesteps in place of `num_inference_steps`, for schedulers that take them, in descending order",
+        default=(),
+        low=0,
+    ),
+    Parameter(
+        name="sigmas",
+        type=Type.NUMBERS,
+        doc="noise levels in place of `num_inference_steps`, for schedulers that take them, in descending order",
+        default=(),
+        low=0,
+        high=MAX_SCALE,
+    ),
+    Parameter(
+        name="denoising_start",
+        type=Type.NUMBER,
+        group=Group.FAMILY,
+        doc="fraction of the denoising that `image` has behind it: it gets no noise, and `strength` does not apply",
+        low=0,
+        high=1,
+    ),
+    Parameter(
+        name="denoising_end",
+        type=Type.NUMBER,
+        group=Group.FAMILY,
+        doc="fraction of the denoising after which to stop; return latents to continue with `denoising_start`",
+        low=0,
+        high=1,
+    ),
+    Parameter(
         name="guidance_scale",
         type=Type.NUMBER,
         doc="strength of classifier-free guidance; values up to 1 disable it; default as in diffusers",
@@ -572,6 +668,13 @@ ROWS: tuple[Parameter, ...] = (
         sdk=False,
     ),
     Parameter(
+        name="encode_prompt",
+        type=Type.FLAG,
+        doc="return the text embeddings of the prompts and nothing else",
+        default=False,
+        sdk=False,
+    ),
+    Parameter(
         name="progress_every",
         type=Type.INTEGER,
         group=Group.STREAM,
@@ -607,6 +710,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     negative_crops_coords_top_left: tuple[int, int]
     negative_target_size: tuple[int, int] | None
     num_inference_steps: int
+    timesteps: tuple[int, ...]
+    sigmas: tuple[float, ...]
+    denoising_start: float | None
+    denoising_end: float | None
     guidance_scale: float
     guidance_rescale: float
     guidance_end: float
@@ -624,6 +731,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     priority: int
     progress_every: int
     preview: bool
+
+    @property
+    def steps(self) -> int:
+        """The number of denoising steps, before `strength` and `denoising_start` skip some."""
+        return len(self.timesteps or self.sigmas) or self.num_inference_steps
 
     @classmethod
     def with_defaults(cls, **values: Any) -> Settings:

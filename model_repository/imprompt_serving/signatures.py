@@ -19,6 +19,7 @@ _PYTHON = {
     Type.TEXT: "str",
     Type.TEXTS: "str | Sequence[str]",
     Type.INTEGER: "int",
+    Type.INTEGERS: "int | Sequence[int]",
     Type.PAIR: "Sequence[int]",
     Type.SEEDS: "int | Sequence[int]",
     Type.NUMBER: "float",
@@ -26,6 +27,7 @@ _PYTHON = {
     Type.FLAG: "bool",
     Type.OBJECT: "Mapping[str, Any]",
     Type.PICTURES: "Images",
+    Type.TENSOR: "Embeds",
 }
 _OPTION_KINDS = {
     Type.TEXT: "text",
@@ -33,6 +35,7 @@ _OPTION_KINDS = {
     Type.CHOICE: "text",
     Type.CHOICES: "texts",
     Type.INTEGER: "integer",
+    Type.INTEGERS: "integers",
     Type.PAIR: "pair",
     Type.SEEDS: "integers",
     Type.NUMBER: "number",
@@ -46,8 +49,9 @@ _OPTION_KINDS = {
 _WIDTH = 120
 _KEYWORDS = tuple(row for row in ROWS if row.sdk)
 _COMMON = tuple(row for row in _KEYWORDS if row.group is not Group.STREAM)
-OPTIONS = tuple(row for row in _KEYWORDS if row.name != "preview")
-"""The rows with a generated option. `imprompt generate` declares `--preview` itself: it takes the file to write."""
+OPTIONS = tuple(row for row in _KEYWORDS if row.name != "preview" and row.type is not Type.TENSOR)
+"""The rows with a generated option. Tensors have none, and `imprompt generate` declares `--preview` itself: it takes
+the file to write."""
 
 
 def python_type(row: Parameter) -> str:

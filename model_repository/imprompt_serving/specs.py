@@ -69,6 +69,8 @@ class Shapes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     image_tokens: tuple[int, ...] = (4, 16, 64, 257, 1028)
     regions: int = 8
     """Largest number of masked images per adapter."""
+    prompt_chunks: int = 8
+    """Largest number of chunks of a prompt, each as long as the input of the text encoder."""
 
     def call_rows(self, *, bucketed: bool = False) -> CallRows:
         """Return the rows that a UNet call may have; with `bucketed`, engines run only a few numbers of rows."""
@@ -271,6 +273,11 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     def levels(self) -> tuple[int, ...]:
         """The attention resolutions, each as the number of times that the latent size is halved."""
         return tuple(sorted({layer.level for layer in self.layers}))
+
+    @property
+    def max_text_tokens(self) -> int:
+        """The largest number of tokens in the text embeddings of a prompt."""
+        return self.text_encoders[0].max_length * self.shapes.prompt_chunks
 
     @property
     def region_tokens(self) -> int:

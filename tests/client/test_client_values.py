@@ -317,7 +317,8 @@ TEXTS = [
 NUMBERS = [
     name
     for name, wanted in MODELS[0].inputs.items()
-    if wanted.dtype != "BYTES" and name not in ("timeout", "ip_adapter_scale", "ip_adapter_start", "ip_adapter_end")
+    if wanted.dtype != "BYTES"
+    and name not in ("timeout", "encode_prompt", "ip_adapter_scale", "ip_adapter_start", "ip_adapter_end")
 ]
 
 

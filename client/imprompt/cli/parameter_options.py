@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import get_args
 
-from imprompt._parameters import Annotator, OutputFormat, OutputType, Scheduler, WeightType
+from imprompt._parameters import Annotator, OutputFormat, OutputType, PromptSyntax, Scheduler, WeightType
 from imprompt.cli.options import Option
 
 OPTIONS: tuple[Option, ...] = (
@@ -23,6 +23,23 @@ OPTIONS: tuple[Option, ...] = (
         name="negative_prompt_2",
         kind="texts",
         help="Negative prompts for the second text encoder (default: --negative-prompt).",
+    ),
+    Option(
+        name="prompt_syntax",
+        kind="text",
+        help=(
+            "A1111 reads weights such as (word:1.3) and [word], and BREAK, as Stable Diffusion web UI does; in "
+            "plain prompts they are text (default plain)."
+        ),
+        choices=get_args(PromptSyntax),
+    ),
+    Option(
+        name="max_embeddings_multiples",
+        kind="integer",
+        help=(
+            "Number of chunks of 75 tokens that a prompt may have, up to the bundle's limit; the rest is cut off,"
+            " with a warning (default: 1, as in diffusers; for a1111 prompts the bundle's limit) (1 to 64)."
+        ),
     ),
     Option(
         name="ip_adapter_image",
@@ -228,6 +245,34 @@ OPTIONS: tuple[Option, ...] = (
         kind="integer",
         help="Number of denoising steps (1 to 1000, default 50).",
         aliases=("--steps",),
+    ),
+    Option(
+        name="timesteps",
+        kind="integers",
+        help="Timesteps in place of --num-inference-steps, for schedulers that take them, in descending order.",
+    ),
+    Option(
+        name="sigmas",
+        kind="numbers",
+        help=(
+            "Noise levels in place of --num-inference-steps, for schedulers that take them, in descending order "
+            "(0 to 10000)."
+        ),
+    ),
+    Option(
+        name="denoising_start",
+        kind="number",
+        help=(
+            "Fraction of the denoising that --image has behind it: it gets no noise, and --strength does not "
+            "apply (0 to 1)."
+        ),
+    ),
+    Option(
+        name="denoising_end",
+        kind="number",
+        help=(
+            "Fraction of the denoising after which to stop; return latents to continue with --denoising-start (0 to 1)."
+        ),
     ),
     Option(
         name="guidance_scale",
