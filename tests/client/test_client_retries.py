@@ -60,7 +60,9 @@ def test_requests_are_resent_to_a_server_that_restarts(
         client.generate(model="one", prompt="a", seed=1)
         list(client.stream(model="one", prompt="a", seed=2))
         servers.close()
-        restart = threading.Timer(0.3, lambda: servers.enter_context(running(triton, int(address.rpartition(":")[2]))))
+        restart = threading.Timer(
+            0.3, lambda: servers.enter_context(running(triton, port=int(address.rpartition(":")[2])))
+        )
         restart.start()
         result = getattr(client, method)(model="one", prompt="a", seed=3)
         assert isinstance(result if method == "generate" else list(result)[-1], Result)
