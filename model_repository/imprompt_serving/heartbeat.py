@@ -83,7 +83,7 @@ class InProgress:
 
 
 class Heart:
-    """Writes the heartbeat of the process that hosts the model instance `name`, on a thread."""
+    """Writes the heartbeat of the process that hosts the model instance `name`, regularly once it is loaded."""
 
     def __init__(self, name: str) -> None:
         self.sending, self.canary = InProgress(), InProgress()
@@ -91,16 +91,23 @@ class Heart:
         self._loaded, self._closed = False, threading.Event()
         self._picture: float | None = None
         folder = os.environ.get(FOLDER_VARIABLE)
-        if folder:
-            memory = _map(Path(folder) / name)
-            threading.Thread(target=self._run, args=(memory,), name="heartbeat", daemon=True).start()
+        self._memory = _map(Path(folder) / name) if folder else None
+        self._write()
 
     def call(self, model: str) -> Any:
         """Return a context to wait in for a response of `model`."""
         return self._calls.setdefault(model, InProgress()).one()
 
     def loaded(self) -> None:
+        """Record that the model has been loaded, and keep writing from now on.
+
+        No thread runs before: it would compete for the GIL with Triton's, which on a busy machine aborts if a process
+        that loads a model does not answer for a second.
+        """
         self._loaded = True
+        self._write()
+        if self._memory is not None:
+            threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
     def sent_picture(self) -> None:
         self._picture = time.monotonic()
@@ -108,10 +115,14 @@ class Heart:
     def close(self) -> None:
         self._closed.set()
 
-    def _run(self, memory: mmap.mmap) -> None:
+    def _run(self) -> None:
         while not self._closed.wait(INTERVAL_S):
+            self._write()
+
+    def _write(self) -> None:
+        if self._memory is not None:
             text = msgspec.json.encode(self._pulse())
-            memory[:] = text[:BYTES].ljust(BYTES)
+            self._memory[:] = text[:BYTES].ljust(BYTES)
 
     def _pulse(self) -> Pulse:
         calls = {model: calls.waiting() for model, calls in list(self._calls.items())}

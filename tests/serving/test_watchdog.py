@@ -205,6 +205,8 @@ def test_health_says_what_the_canary_saw(watched: tuple[Watchdog, Path]) -> None
 def test_heartbeat_tells_of_the_oldest_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IMPROMPT_HEARTBEATS", str(tmp_path))
     heart = Heart("model_0_0")
+    assert not read_pulses(tmp_path)["model_0_0"].loaded
+    heart.loaded()
     first = heart.sending.begin()
     heart.sending.begin()
     with heart.call("encoder"):
