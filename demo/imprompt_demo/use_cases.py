@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from imprompt import Client, Result
 from imprompt_demo.sheet import Row
@@ -77,8 +77,8 @@ class UseCases:
         return Row(title=f'image-to-image\n"a {start.layout.thing}"', cells=cells)
 
     def inpainting(self, start: Picture, style: Picture, thing: str) -> Row:
-        """Replace the thing in a picture and keep the rest."""
-        mask = start.mask_image().filter(ImageFilter.MaxFilter(7))
+        """Replace the thing in a picture and keep the rest. A rectangle has room for any thing."""
+        mask = start.region_image()
         result = self.generate(
             prompt=f"a {thing}",
             image=start.image(),
