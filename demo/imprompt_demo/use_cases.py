@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from imprompt import Client, Result
 from imprompt_demo.sheet import Row
@@ -38,7 +38,7 @@ class UseCases:
             yield self.text_to_image(picture(seed), thing, seed)
         yield self.adapters(picture(5), picture(32))
         yield self.image_to_image(picture(63), picture(0))
-        yield self.inpainting(picture(64), picture(62), "heart")
+        yield self.inpainting(picture(9), picture(5), "fish")
         yield self.edges(picture(33), picture(53))
         yield self.fast(picture(12), "flower")
 
@@ -78,7 +78,7 @@ class UseCases:
 
     def inpainting(self, start: Picture, style: Picture, thing: str) -> Row:
         """Replace the thing in a picture and keep the rest. A rectangle has room for any thing."""
-        mask = start.region_image()
+        mask = start.region_image().filter(ImageFilter.MaxFilter(5))  # with the border, which is not part of the thing
         result = self.generate(
             prompt=f"a {thing}",
             image=start.image(),
