@@ -31,6 +31,8 @@ try:
 except ImportError:
     FACES = False
 """Whether `imprompt[face]` is installed, so that FaceID adapters can take pictures."""
+LORAS: dict[str, control.LoraFormat] = {"soft": "kohya", "bold": "peft"}
+"""The LoRAs of the bundle `inductor` for requests to choose."""
 SHAPES = """
 [shapes]
 height = [32, 64, 256]
@@ -180,12 +182,15 @@ def _with_depth(folder: Path) -> list[str]:
 
 
 def _inductor(folder: Path) -> list[str]:
-    """Make AOTInductor packages: a UNet of two resolutions with a plain and a plus adapter."""
+    """Make AOTInductor packages: a UNet of two resolutions with a plain and a plus adapter, and two LoRAs."""
     base.make_sd15(folder / "base", levels=2)
     root = folder / "ip"
     adapters.make_image_encoder(root / "models/image_encoder")
     made = {kind: adapters.make_adapter(root, kind, levels=2) for kind in ("plain", "plus")}
     sections = [adapter(kind, file, root, "models/image_encoder") for kind, file in made.items()]
+    for seed, (name, fmt) in enumerate(LORAS.items(), 1):
+        file = control.make_lora(folder / "loras", fmt=fmt, weight_name=f"{name}.safetensors", levels=2, seed=seed)
+        sections.append(f'\n[[lora]]\nname = "{name}"\npath = "loras/{file.name}"\nfused = false\n')
     return ['\n[engine]\nbackend = "inductor"\n', *sections]
 
 

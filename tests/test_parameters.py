@@ -38,6 +38,7 @@ BUNDLE = msgspec.structs.replace(
     controlnets=(ControlNet(name="depth"),),
     residuals=(Residual(4, 0),),
     motion=Motion(window=16),
+    loras=("soft", "bold"),
 )
 """A bundle that takes every parameter."""
 

@@ -109,6 +109,7 @@ class Client:
         control_guidance_start: float | Sequence[float] | None = None,
         control_guidance_end: float | Sequence[float] | None = None,
         guess_mode: bool | None = None,
+        lora: Mapping[str, float] | None = None,
         num_frames: int | None = None,
         video: Sequence[ImageInput] | np.ndarray[Any, Any] | None = None,
         context_length: int | None = None,
@@ -187,6 +188,7 @@ class Client:
                 all, or one per ControlNet (0 to 1, default 1).
             guess_mode: apply the ControlNets to the conditional branch only, and more weakly to the finer residuals
                 (default false).
+            lora: LoRAs to use, as a dict of scales (-10 to 10) by name: `{'watercolor': 0.8}`.
             num_frames: number of frames of a clip; without it and `video`, the result is pictures.
             video: frames to start from, for video-to-video; see `strength`.
             context_length: number of frames the motion modules see at once; longer clips run in overlapping windows.
@@ -264,6 +266,7 @@ class Client:
         control_guidance_start: float | Sequence[float] | None = None,
         control_guidance_end: float | Sequence[float] | None = None,
         guess_mode: bool | None = None,
+        lora: Mapping[str, float] | None = None,
         num_frames: int | None = None,
         video: Sequence[ImageInput] | np.ndarray[Any, Any] | None = None,
         context_length: int | None = None,

@@ -82,6 +82,7 @@ NAMES = (
     "control_guidance_start",
     "control_guidance_end",
     "guess_mode",
+    "lora",
     "num_frames",
     "video",
     "context_length",

@@ -20,7 +20,7 @@ from imprompt._parameters import NAMES
 
 PICTURES = ("image", "mask_image", "control_image", "video")
 """Inputs that hold pictures; a string among their values is a path."""
-_CONFIGURATIONS = ("scheduler_config",)
+_CONFIGURATIONS = ("scheduler_config", "lora")
 _TEXTS = {*NAMES, "prompt", "encode_image"}
 """BYTES inputs that hold text, unless they are one of the above."""
 

@@ -16,7 +16,7 @@ from imprompt_export import checkpoint_kinds, sources
 from imprompt_export.backends import export_backend
 from imprompt_export.errors import BundleError, did_you_mean, one_of, some_of
 from imprompt_export.families import all_families
-from imprompt_serving.backends import MODULES
+from imprompt_serving.backends import MODULES, get_backend
 from imprompt_serving.specs import Limits, Shapes
 
 NO_FACES = "face_encoder: the bundle has no FaceID adapter to use it"
@@ -71,12 +71,15 @@ class FaceEncoderSection(_Section, frozen=True):
 
 
 class LoraSection(_Section, frozen=True):
-    """A LoRA that is fused into the base, with the parameters of diffusers' `load_lora_weights`."""
+    """A LoRA, with the parameters of diffusers' `load_lora_weights`: fused into the base, or chosen by requests."""
 
     path: str
     weight_name: str | None = None
     subfolder: str | None = None
-    scale: float = 1.0
+    scale: float | None = None
+    fused: bool = True
+    name: str | None = None
+    """The name in requests, for a LoRA that is not fused."""
 
 
 class EngineSection(_Section, frozen=True):
@@ -84,8 +87,9 @@ class EngineSection(_Section, frozen=True):
 
     `host` names the process that hosts the encoders and the VAE (`python`, or `native` for Triton's own backends).
     `threads` are those of one engine call on the CPU; 0 means one per core. `devices` are the GPUs that get a denoiser
-    each. `min_snr_db` is the minimum quality of int8 (`int8.Quality`). `targets` are the compute capabilities that
-    TensorRT-RTX builds for. `refit` says whether the weights of TensorRT engines can be replaced later.
+    each. `min_snr_db` is the minimum quality of int8 and fp8 (`quality.Quality`). `targets` are the compute
+    capabilities that TensorRT-RTX builds for. `refit` says whether the weights of TensorRT engines can be replaced
+    later.
     """
 
     backend: str = "onnxruntime"
@@ -148,6 +152,7 @@ class BundleFile(_Section, frozen=True):
         self._check_limits(self.limits)
         self._check_engine(self.engine)
         self.locate(self.base, "base")
+        self._check_unfused_loras()
         for lora in self.lora:
             sources.tensors(f"lora {lora.path}", self.lora_file(lora))
         for adapter in self.ip_adapter:
@@ -204,6 +209,25 @@ class BundleFile(_Section, frozen=True):
             if not re.fullmatch(r"SM\d{2,3}", target):
                 raise BundleError(f"engine.targets: must be compute capabilities such as SM89, got {target!r}")
 
+    def _check_unfused_loras(self) -> None:
+        engine = self.engine
+        for lora in self.unfused_loras:
+            if lora.name is None:
+                raise BundleError(
+                    f"lora.name: lora {lora.path} is not fused and needs a name, which requests choose it by"
+                )
+            if lora.scale is not None:
+                raise BundleError(f"lora.scale: lora {lora.name} is not fused; requests choose its scale")
+        if self.unfused_loras and not get_backend(engine.backend).swaps_weights:
+            raise BundleError(
+                f'lora.fused: engine.backend = "{engine.backend}" cannot change weights between requests; '
+                'fuse the LoRA, or use backend = "inductor"'
+            )
+        if self.unfused_loras and engine.precision == "fp8":
+            raise BundleError(
+                'lora.fused: weights in fp8 cannot change between requests; fuse the LoRA, or use precision = "fp16"'
+            )
+
     def _check_face_encoder(self, section: FaceEncoderSection) -> None:
         folder = self.folder / section.path
         if not any(folder.glob("*.onnx")):
@@ -222,7 +246,13 @@ class BundleFile(_Section, frozen=True):
             "name": (self,),
             "ip_adapter.name": self.ip_adapter,
             "controlnet.name, t2i_adapter.name": (*self.controlnet, *self.t2i_adapter),
+            "lora.name": [lora for lora in self.lora if lora.name is not None],
         }
+
+    @property
+    def unfused_loras(self) -> tuple[LoraSection, ...]:
+        """The LoRAs that requests choose."""
+        return tuple(lora for lora in self.lora if not lora.fused)
 
     def denoiser_engines(self) -> list[str]:
         """List the names of the engines that the denoiser loads."""

@@ -45,6 +45,8 @@ class Checkpoints:
     t2i_adapters: dict[str, Any]
     motion_unet: Any | None
     face_models: dict[str, Path]
+    loras: dict[str, dict[str, lora.Factors]]
+    """Factors of the LoRAs that requests choose for the UNet, by name and layer."""
     notes: tuple[str, ...] = ()
     """Messages for the user."""
 
@@ -62,10 +64,14 @@ def load(bundle: BundleFile) -> Checkpoints:
     encoders, encoder_of = _load_encoders(bundle)
     loaded = _load_adapters(bundle, pipeline, encoders, encoder_of)
     notes = _fuse_carried_loras(pipeline)
+    loras = {}
     for section in bundle.lora:
-        what = f"lora {section.path}"
+        what, file = f"lora {section.path}", bundle.lora_file(section)
         with refusing(what):
-            lora.fuse(what, bundle.lora_file(section), section.scale, pipeline)
+            if section.fused:
+                lora.fuse(what, file, 1.0 if section.scale is None else section.scale, pipeline)
+            else:
+                loras[str(section.name)] = lora.unet_factors(what, file, pipeline)
     widths = {a.name: a.embeds["image_embeds"][-1] for a in loaded if a.kind.startswith("faceid")}
     used = {adapter.image_encoder for adapter in loaded}
     encoders = {name: model for name, model in encoders.items() if name in used}
@@ -82,6 +88,7 @@ def load(bundle: BundleFile) -> Checkpoints:
         t2i_adapters=t2i.load_t2i_adapters(bundle, pipeline.unet, family),
         motion_unet=motion.load_motion_unet(bundle, pipeline.unet, family),
         face_models=faces.find_models(bundle, widths),
+        loras=loras,
         notes=notes,
     )
 

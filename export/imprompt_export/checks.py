@@ -98,7 +98,9 @@ def _check_base_and_parts(bundle: BundleFile) -> None:
         what, file = f"lora {lora_section.path}", bundle.lora_file(lora_section)
         content = tensors(what, file)
         if content is not None and targets is not None:
-            lora.plan(what, flat(content), targets)
+            updates = lora.plan(what, flat(content), targets)
+            if not lora_section.fused:
+                lora.check_unet_only(what, [update.component for update in updates])
         elif content is not None:
             lora.factors(what, flat(content))
 

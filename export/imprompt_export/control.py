@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from imprompt_export.bundle import BundleFile
 from imprompt_export.checks import check_controlnet
 from imprompt_export.errors import refusing
-from imprompt_export.graphs import Axes, Graph, Input, added_conditions, added_input, level_axes, level_sizes
+from imprompt_export.graphs import WITH_FP8, Axes, Graph, Input, added_conditions, added_input, level_axes, level_sizes
 from imprompt_serving.specs import Residual, residual_names
 
 
@@ -116,6 +116,8 @@ def _net(name: str, model: Any) -> Graph:
         run=run,
         inputs=tuple(inputs),
         outputs={key: ("batch", shape.channels, *size(shape)) for key, shape in zip(names, shapes, strict=True)},
+        precisions=WITH_FP8,
+        internal=frozenset(names),
         checks=(axes(2, 8, 8, 1.0), axes(3, 9, 12, 0.8)),
         tolerance=1e-3,
     )

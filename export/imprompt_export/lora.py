@@ -1,4 +1,4 @@
-"""Read LoRAs in the formats of kohya, diffusers, PEFT, and ComfyUI, and add them to the weights of the base.
+"""Read LoRAs in the formats of kohya, diffusers, PEFT, and ComfyUI, and fuse them into the base or keep them apart.
 
 A weight becomes W + scale * alpha / rank * up @ down (https://arxiv.org/abs/2106.09685). Every tensor of a file must be
 used: if a part were left out, pictures would differ without anybody noticing.
@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from imprompt_export import checkpoint_kinds
 from imprompt_export.errors import BundleError, some_of
 from imprompt_export.sources import flat
+
+if TYPE_CHECKING:
+    import torch
 
 Shape = tuple[int, ...]
 Targets = Mapping[str, Mapping[str, Shape]]
@@ -129,6 +132,16 @@ def plan(what: str, tensors: Mapping[str, Any], targets: Targets) -> list[Update
     return updates
 
 
+class Factors(NamedTuple):
+    """The change of one weight at scale 1, `up @ down`. `up` includes alpha / rank.
+
+    `down` has the shape of the weight, but its first axis is the rank; `up` is [outputs, rank].
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+
+
 def fuse(what: str, file: Path, scale: float, pipeline: Any) -> None:
     """Add the LoRA in `file`, times `scale`, to the weights of a diffusers `pipeline`.
 
@@ -136,22 +149,69 @@ def fuse(what: str, file: Path, scale: float, pipeline: Any) -> None:
         BundleError: the file is not a LoRA, or some of it does not fit.
     """
     import torch
+
+    weights = _weights(pipeline)
+    with torch.no_grad():
+        for (component, layer), (down, up) in _read_factors(what, file, weights).items():
+            weight = weights[component][layer]
+            weight += scale * (up @ down.flatten(1)).reshape(weight.shape)
+
+
+def unet_factors(what: str, file: Path, pipeline: Any) -> dict[str, Factors]:
+    """Return the factors of the LoRA in `file` for the UNet of a diffusers `pipeline`, by layer.
+
+    Raises:
+        BundleError: the file is not a LoRA, some of it does not fit, or it changes text encoders.
+    """
+    factored = _read_factors(what, file, _weights(pipeline))
+    check_unet_only(what, [component for component, _ in factored])
+    return {layer: factors for (_, layer), factors in factored.items()}
+
+
+def check_unet_only(what: str, components: Iterable[str]) -> None:
+    """Refuse a LoRA for requests to choose if it changes text encoders.
+
+    These run as separate models, whose outputs are cached, so their weights cannot change.
+
+    Args:
+        components: the component of each of its layers.
+
+    Raises:
+        BundleError: one of them is a text encoder.
+    """
+    others = [component for component in components if component != "unet"]
+    if others:
+        raise BundleError(
+            f"{what}: {len(others)} of its layers are in the {others[0]}; requests can only choose LoRAs of the UNet: "
+            "fuse this one (fused = true)"
+        )
+
+
+def _weights(pipeline: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the weights that a LoRA may change, by component and layer."""
     from torch import nn
 
-    tensors = read(file)
-    weights: dict[str, dict[str, torch.Tensor]] = {}
+    weights = {}
     for name in COMPONENTS:
         modules = getattr(pipeline, name, nn.Module()).named_modules()
         weights[name] = {layer: m.weight for layer, m in modules if isinstance(m, nn.Linear | nn.Conv2d)}
+    return weights
+
+
+def _read_factors(
+    what: str, file: Path, weights: Mapping[str, Mapping[str, torch.Tensor]]
+) -> dict[tuple[str, str], Factors]:
+    """Return the factors of the LoRA in `file` for `weights`, by component and layer."""
+    tensors, settings = read(file), _settings(file)
     targets = {name: {layer: tuple(w.shape) for layer, w in found.items()} for name, found in weights.items()}
-    settings = _settings(file)
-    with torch.no_grad():
-        for update in plan(what, tensors, targets):
-            down, up = tensors[update.down].float().flatten(1), tensors[update.up].float().flatten(1)
-            alpha = None if update.alpha is None else float(tensors[update.alpha])
-            weight = weights[update.component][update.layer]
-            change = _strength(settings.get(update.component, {}), update.layer, alpha, len(down)) * (up @ down)
-            weight += scale * change.reshape(weight.shape)
+    factored = {}
+    for update in plan(what, tensors, targets):
+        down, up = tensors[update.down].float(), tensors[update.up].float().flatten(1)
+        alpha = None if update.alpha is None else float(tensors[update.alpha])
+        strength = _strength(settings.get(update.component, {}), update.layer, alpha, len(down))
+        shape = targets[update.component][update.layer][1:]
+        factored[update.component, update.layer] = Factors(down.reshape(-1, *shape), strength * up)
+    return factored
 
 
 def read(file: Path) -> dict[str, Any]:

@@ -56,16 +56,16 @@ def t2i_adapter(name: str, model: Any, shapes: tuple[Residual, ...]) -> Graph:
     def axes(batch: int, h: int, w: int) -> Axes:
         return {"batch": batch, "height": 8 * h, "width": 8 * w} | level_sizes(shapes, h, w)
 
-    step = factor // 8
+    step, names = factor // 8, feature_names(len(shapes))
     return Graph(
         name=f"t2i_adapter_{name}",
         module=model,
         run=run,
         inputs=(Input(name="control_image", shape=("batch", channels, "height", "width"), values="unit"),),
         outputs={
-            key: ("batch", shape.channels, *level_axes(shape.level))
-            for key, shape in zip(feature_names(len(shapes)), shapes, strict=True)
+            key: ("batch", shape.channels, *level_axes(shape.level)) for key, shape in zip(names, shapes, strict=True)
         },
+        internal=frozenset(names),
         checks=(axes(1, 8, 8), axes(2, 10 * step, 12 * step)),
         tolerance=1e-3,
     )

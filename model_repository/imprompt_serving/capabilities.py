@@ -47,6 +47,7 @@ def capabilities(bundle: Bundle) -> dict[str, Any]:
             for adapter in bundle.adapters
         ],
         "controlnets": list(bundle.net_names),
+        "loras": list(bundle.loras),
         "video": bundle.motion is not None,
         "schedulers": list(SCHEDULERS),
         "defaults": {

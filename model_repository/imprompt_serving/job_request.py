@@ -76,7 +76,12 @@ class Admission(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def batch_key(
-    bundle: Bundle, height: int, width: int, frames: int | None, context: ContextWindow | None, *, regions: bool
+    bundle: Bundle,
+    settings: Settings,
+    frames: int | None,
+    context: ContextWindow | None,
+    *,
+    regions: bool,
 ) -> str:
     """Return a key that is equal for jobs whose rows can share a UNet call.
 
@@ -86,8 +91,13 @@ def batch_key(
         regions: whether an adapter has several masked images. Engines built for ranges of shapes have a separate
             profile for these, which cannot run long lists of pictures.
     """
-    sizes = [height, width]
+    sizes = [settings.height, settings.width]
     if frames is not None:
         sizes.insert(0, frames if context is None else min(frames, context.length))
     separate = regions and get_backend(bundle.backend).builds_for_ranges
-    return "x".join(map(str, sizes)) + (" regions" if separate else "")
+    return " ".join(["x".join(map(str, sizes)), *(["regions"] if separate else []), *lora_set(settings)])
+
+
+def lora_set(settings: Settings) -> tuple[str, ...]:
+    """Return a value that is equal for jobs that run with the same LoRAs and scales."""
+    return tuple(f"{name}={scale}" for name, scale in sorted(settings.lora.items()))

@@ -21,6 +21,8 @@ from imprompt_serving.weight_types import WEIGHT_TYPES
 
 MAX_SCALE = 1e4
 """Upper limit for guidance and conditioning scales and for values of image embeddings; float16 overflows at 65504."""
+MAX_LORA_SCALE = 10.0
+"""Upper limit for the scales of LoRAs: sliders are used up to about 5, and larger scales leave nothing of a picture."""
 _MAX_STEPS = 1000
 PICTURE_FORMATS, VIDEO_FORMATS = ("png", "jpeg", "webp"), ("gif", "webp")
 
@@ -74,6 +76,8 @@ class Group(Enum):
     """Bundles with ControlNets or T2I-Adapters; a T2I-Adapter counts as a net."""
     VIDEO = "VIDEO_REQUEST"
     """Bundles with a motion adapter."""
+    LORA = "LORA_REQUEST"
+    """Bundles with LoRAs that are not fused."""
     STREAM = "STREAM_REQUEST"
     """The streaming model of every bundle."""
 
@@ -138,6 +142,8 @@ class Parameter:
                 return bool(bundle.net_names)
             case Group.VIDEO:
                 return bundle.motion is not None
+            case Group.LORA:
+                return bool(bundle.loras)
             case Group.STREAM:
                 return stream
 
@@ -374,6 +380,17 @@ ROWS: tuple[Parameter, ...] = (
         option=True,
     ),
     Parameter(
+        name="lora",
+        type=Type.OBJECT,
+        group=Group.LORA,
+        doc="JSON object with the names of LoRAs and a scale for each",
+        default={},
+        low=-MAX_LORA_SCALE,
+        high=MAX_LORA_SCALE,
+        python="Mapping[str, float]",
+        python_doc="LoRAs to use, as a dict of scales (-10 to 10) by name: `{'watercolor': 0.8}`",
+    ),
+    Parameter(
         name="num_frames",
         type=Type.INTEGER,
         group=Group.VIDEO,
@@ -606,6 +623,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     scheduler: str | None
     scheduler_config: dict[str, Any]
     guess_mode: bool
+    lora: dict[str, float]
     output_type: str
     output_format: str | None
     priority: int

@@ -89,7 +89,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     prompt_characters: int = 65536
     """Characters in all prompts of a request."""
     json_characters: int = 65536
-    """Characters of a JSON parameter (`scheduler_config`, `ip_adapter_scale_config`)."""
+    """Characters of a JSON parameter (`scheduler_config`, `ip_adapter_scale_config`, `lora`)."""
     images: int = 256
     """Pictures in a request: image prompts, masks, start and control images, and frames of a video."""
     image_megapixels: float = 64.0
@@ -245,6 +245,8 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     t2i_adapters: tuple[T2IAdapter, ...] = ()
     features: tuple[Residual, ...] = ()
     """What T2I-Adapters add within the blocks."""
+    loras: tuple[str, ...] = ()
+    """LoRAs of the UNets for requests to choose."""
     motion: Motion | None = None
     shapes: Shapes = Shapes()
     sizes: tuple[tuple[int, int], ...] = ()

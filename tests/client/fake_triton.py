@@ -49,6 +49,7 @@ INPUTS = {
     "seed": ("INT64", MANY),
     "scheduler": ("STRING", ONE),
     "scheduler_config": ("STRING", ONE),
+    "lora": ("STRING", ONE),
     "output_type": ("STRING", ONE),
     "output_format": ("STRING", ONE),
     "preview": ("BOOL", ONE),

@@ -61,6 +61,7 @@ def test_several_pictures_are_numbered(generate: Any, triton: FakeTriton, folder
         ("--controlnet depth --controlnet canny", "controlnet", [b"depth", b"canny"]),
         ("--controlnet-conditioning-scale 0.5", "controlnet_conditioning_scale", [0.5]),
         ("--guess-mode", "guess_mode", [True]),
+        ("--lora soft=0.8 --lora bold=-1", "lora", [b'{"soft": 0.8, "bold": -1.0}']),
         ("--num-frames 8", "num_frames", [8]),
         ("--height 64", "height", [64]),
         ("--num-inference-steps 3", "num_inference_steps", [3]),
@@ -185,6 +186,8 @@ def test_default_output_file_depends_on_the_result(generate: Any, triton: FakeTr
     "options",
     [
         "--scheduler-config {",
+        "--lora soft",
+        "--lora soft=much",
         "--height tall",
         "--param height",
         f"--scheduler-config {'[' * 100_000}",

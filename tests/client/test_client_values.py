@@ -371,9 +371,10 @@ def test_numeric_inputs_accept_only_numbers(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", ['{"a": 1}', [{"a": 1}], [["a", 1]], 3, b"{}", True])
-def test_scheduler_config_must_be_a_dict(value: Any) -> None:
-    with pytest.raises(InvalidRequest, match=r"^scheduler_config: must be a dict"):
-        build(scheduler_config=value)
+@pytest.mark.parametrize("name", ["scheduler_config", "lora"])
+def test_configurations_must_be_dicts(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest, match=rf"^{name}: must be a dict"):
+        build(**{name: value})
 
 
 @pytest.mark.parametrize("name", ["image", "mask_image", "control_image", "video", "ip_adapter_image"])

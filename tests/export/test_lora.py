@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, MotionAdapter, UNetMotionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from imprompt_export import BundleError, BundleFile, lora
+from imprompt_export.backends.inductor import _save_loras
 from imprompt_export.checks import check_checkpoints
+from imprompt_export.graphs import Graph
+from imprompt_serving.gpu.loras import LoraWeights
 from tiny import adapters, base, control
 
 Weights = dict[str, Tensor]
@@ -208,3 +212,72 @@ def test_ip_adapter_is_refused_as_lora(root: Path, tmp_path: Path) -> None:
     (tmp_path / "bundle.toml").write_text(f'name = "t"\nbase = "{root}/sd15"\n[[lora]]\npath = "{faceid.name}"\n')
     with pytest.raises(BundleError, match=r"is an IP-Adapter .*, not a LoRA"):
         check_checkpoints(BundleFile.load(tmp_path / "bundle.toml"))
+
+
+def test_a_lora_for_requests_adds_what_a_fused_one_does(root: Path, tmp_path: Path) -> None:
+    file = control.make_lora(tmp_path)
+    pipe, theirs = pipeline(root, "sd15"), fused(root, "sd15", file)
+    ours = weights(pipe)
+    for layer, (down, up) in lora.unet_factors("lora", file, pipe).items():
+        weight = ours[f"unet.{layer}.weight"]
+        weight += 0.7 * (up @ down.flatten(1)).reshape(weight.shape)
+    assert_equal(ours, theirs)
+
+
+def test_a_lora_for_requests_must_not_change_text_encoders(root: Path, tmp_path: Path) -> None:
+    """It is refused before weights are loaded, and again when they are loaded, as with a base on the hub."""
+    file = control.make_lora(tmp_path, text_encoder=True)
+    (tmp_path / "bundle.toml").write_text(
+        f'name = "t"\nbase = "{root}/sd15"\n[engine]\nbackend = "inductor"\n'
+        f'[[lora]]\nname = "a"\npath = "{file.name}"\nfused = false\n'
+    )
+    said = r"of its layers are in the text_encoder; .*fuse this one \(fused = true\)"
+    with pytest.raises(BundleError, match=said):
+        check_checkpoints(BundleFile.load(tmp_path / "bundle.toml"))
+    pipe = pipeline(root, "sd15")
+    with pytest.raises(BundleError, match=said):
+        lora.unet_factors("lora", file, pipe)
+
+
+def test_a_motion_unet_has_the_layers_of_its_unet(root: Path, tmp_path: Path) -> None:
+    """So the same factors fit both networks."""
+    pipe = pipeline(root, "sd15")
+    motion = MotionAdapter.from_pretrained(control.make_motion_adapter(tmp_path / "motion"))
+    state = UNetMotionModel.from_unet2d(pipe.unet, motion).state_dict()
+    factored = lora.unet_factors("lora", control.make_lora(tmp_path), pipe)
+    assert len(factored) > 100
+    for layer, (down, up) in factored.items():
+        assert state[f"{layer}.weight"].shape == (len(up), *down.shape[1:])
+
+
+def test_sets_of_loras_replace_weights_as_diffusers_does(root: Path, tmp_path: Path) -> None:
+    """Compare the weights of a served UNet after switches between sets of LoRAs with those after `set_adapters`."""
+    files = {n: control.make_lora(tmp_path, weight_name=f"{n}.safetensors", seed=i) for i, n in enumerate("ab")}
+    pipe, oracle = pipeline(root, "sd15"), pipeline(root, "sd15")
+    graph = SimpleNamespace(
+        name="unet", loras={name: lora.unet_factors(name, file, pipe) for name, file in files.items()}
+    )
+    served = {f"module.{name}": weight.detach() for name, weight in pipe.unet.named_parameters()}
+    _save_loras(cast(Graph, graph), tmp_path / "unet.json", served)
+    loaded = LoraWeights(tmp_path / "unet.json", served, lambda name: served[name].clone())
+    before = weights(pipe)
+    loaded.use({"a": 0.7, "b": -0.4})
+    ours = weights(pipe)
+    loaded.use({"b": 1.0})
+    loaded.use({})
+    assert all(torch.equal(value, before[name]) for name, value in weights(pipe).items())
+    loaded.use({"a": 0.7, "b": -0.4})
+    assert all(torch.equal(value, ours[name]) for name, value in weights(pipe).items())
+    for name, file in files.items():
+        oracle.load_lora_weights(file, adapter_name=name)
+    oracle.set_adapters(["a", "b"], [0.7, -0.4])
+    oracle.fuse_lora(adapter_names=["a", "b"])
+    oracle.unload_lora_weights()
+    assert_equal(ours, weights(oracle))
+
+
+def test_a_lora_for_weights_that_a_network_lacks_is_refused(tmp_path: Path) -> None:
+    factors = lora.Factors(torch.ones(1, 4), torch.ones(4, 1))
+    graph = SimpleNamespace(name="unet", loras={"a": {"mid": factors}})
+    with pytest.raises(BundleError, match="lora a: unet does not use the weights of mid"):
+        _save_loras(cast(Graph, graph), tmp_path / "unet.json", ["module.conv.weight"])

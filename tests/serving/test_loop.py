@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from imprompt_serving.denoiser.answers import Listener
 from imprompt_serving.denoiser.batch import RowSlice
 from imprompt_serving.denoiser.loop import Denoiser
 from imprompt_serving.denoiser.meter import Meter, Population
+from imprompt_serving.denoiser.policy import TURN_COST
 from imprompt_serving.errors import Cancelled, InvalidRequest, Overloaded, RequestError
 from imprompt_serving.specs import CallRows, Limits
 
@@ -27,10 +29,22 @@ WAIT_S = 10.0
 class FakeJob:
     """A job with the members that the loop uses."""
 
-    def __init__(self, id: str, *, rows: int = 2, steps: int = 3, key: str = "a", timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        id: str,
+        *,
+        rows: int = 2,
+        steps: int = 3,
+        key: str = "a",
+        timeout: float | None = None,
+        lora: dict[str, float] | None = None,
+    ) -> None:
         self.id, self.rows, self.steps, self.batch_key = id, rows, steps, key
+        self.loras = tuple(f"{name}={scale}" for name, scale in (lora or {}).items())
         self.request = SimpleNamespace(
-            settings=SimpleNamespace(priority=5, progress_every=1), reports_progress=True, timeout=timeout
+            settings=SimpleNamespace(priority=5, progress_every=1),
+            reports_progress=True,
+            timeout=timeout,
         )
         self.deadline = None if timeout is None else time.monotonic() + timeout
         self.started: float | None = None
@@ -163,6 +177,17 @@ def test_a_job_runs_to_its_end(rig: Rig) -> None:
     assert answers.steps == [1, 2]
     assert rig.gate.calls == [[("a", 2)]] * 3
     assert rig.meter.last == Population(0, 0, 0, 0)
+
+
+def test_jobs_with_different_loras_take_turns_of_several_ticks(rig: Rig) -> None:
+    jobs = [FakeJob(name, steps=40, key=name, lora={name: 1.0}) for name in "ab"]
+    answers = [rig.submit(job) for job in jobs]
+    rig.gate.open(None)
+    assert [answer.final for answer in answers] == ["finished"] * 2
+    turns = [len(list(calls)) for _, calls in groupby(rig.gate.calls)]
+    assert sum(turns) == 80
+    # A call of two rows costs three; a job that has not started lets the other one go first for a while.
+    assert turns[1:6] == [-(-TURN_COST // 3)] * 5
 
 
 def test_a_job_joins_at_the_next_tick(rig: Rig) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from imprompt_bench import rig
 from imprompt_serving.errors import InvalidRequest
+from imprompt_serving.job_request import batch_key
 from imprompt_serving.pipeline import images
 from imprompt_serving.pipeline.request import Request, parse
 from imprompt_serving.specs import (
@@ -216,6 +217,46 @@ def test_scheduler_configurations_are_bounded(config: Any) -> None:
     text = config if isinstance(config, str) else json.dumps(config)
     bundle = msgspec.structs.replace(BUNDLE, limits=msgspec.structs.replace(LIMITS, json_characters=100_000))
     assert refused(bundle, scheduler_config=text).parameter == "scheduler_config"
+
+
+WITH_LORAS = msgspec.structs.replace(BUNDLE, loras=("soft", "bold"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('"soft"', "must be a JSON object of scales by name, got 'soft'"),
+        ('{"loud": 1}', "'loud' is not one of soft, bold"),
+        ('{"soft": true}', "the scale of soft must be a number, got True"),
+        ('{"soft": [1]}', "the scale of soft must be a number"),
+        ('{"soft": NaN}', "the scale of soft must be -10 to 10, got nan"),
+        ('{"soft": Infinity}', "the scale of soft must be -10 to 10, got inf"),
+        ('{"soft": 0.5, "bold": -10.5}', "the scale of bold must be -10 to 10, got -10.5"),
+        (f'{{"soft": {10**18}}}', "the scale of soft must be -10 to 10"),
+    ],
+)
+def test_invalid_loras_are_refused(text: str, message: str) -> None:
+    error = refused(WITH_LORAS, lora=text)
+    assert error.parameter == "lora"
+    assert message in str(error)
+
+
+def test_loras_are_refused_if_the_bundle_has_none() -> None:
+    error = refused(lora="{}")
+    assert error.parameter == "lora"
+    assert "is not a parameter of" in str(error)
+
+
+def test_equal_sets_of_loras_compare_equal() -> None:
+    """They are sorted as in the bundle, without scales of zero, so that their jobs share calls."""
+    sets = [
+        parsed(WITH_LORAS, lora=json.dumps(lora)).settings
+        for lora in ({"bold": 1, "soft": 0.5}, {"soft": 0.5, "bold": 1.0}, {"soft": 0.0}, {})
+    ]
+    assert list(sets[0].lora.items()) == list(sets[1].lora.items()) == [("soft", 0.5), ("bold", 1.0)]
+    assert sets[2].lora == sets[3].lora == {}
+    keys = [batch_key(WITH_LORAS, settings, None, None, regions=False) for settings in sets]
+    assert keys[0] == keys[1] != keys[2] == keys[3]
 
 
 def test_json_is_bounded() -> None:

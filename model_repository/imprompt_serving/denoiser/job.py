@@ -27,11 +27,11 @@ from imprompt_serving.denoiser.schedulers import (
 from imprompt_serving.denoiser.windows import Window, merge, select_frames, windows
 from imprompt_serving.errors import InvalidRequest, RequestError
 from imprompt_serving.gpu import download, upload
-from imprompt_serving.job_request import JobRequest, batch_key
+from imprompt_serving.job_request import JobRequest, batch_key, lora_set
 from imprompt_serving.specs import Bundle
 from imprompt_serving.tensor_names import NEGATIVE, image_embeds
 
-_LARGEST_USUAL_SCALE, _LARGEST_USUAL_EMBEDDING = 100.0, 1000.0
+_LARGEST_USUAL_SCALE, _LARGEST_USUAL_LORA_SCALE, _LARGEST_USUAL_EMBEDDING = 100.0, 2.0, 1000.0
 """No sensible scale, and no output of an image encoder, exceeds these."""
 
 
@@ -83,14 +83,10 @@ class Job:
         self.frames = len(self.windows[0]) if self.windows else 1
         """Frames per row; 1 for pictures."""
         self.batch_key = batch_key(
-            bundle,
-            request.settings.height,
-            request.settings.width,
-            request.frames,
-            request.context,
-            regions=conditioning.regions,
+            bundle, request.settings, request.frames, request.context, regions=conditioning.regions
         )
         """Jobs with equal keys can share a call."""
+        self.loras = lora_set(request.settings)
 
         self._output_rows: list[Tensor] = []
         self._model_input: Tensor | None = None
@@ -250,6 +246,8 @@ def likely_cause(request: JobRequest, tensors: Mapping[str, Tensor]) -> str | No
         return "ip_adapter_scale"
     if any(abs(use.scale) > _LARGEST_USUAL_SCALE for use in request.controls):
         return "controlnet_conditioning_scale"
+    if any(abs(scale) > _LARGEST_USUAL_LORA_SCALE for scale in request.settings.lora.values()):
+        return "lora"
     embeds = [prefix + image_embeds(use.name) for use in request.adapters for prefix in ("", NEGATIVE)]
     if any(tensors[name].abs().max() > _LARGEST_USUAL_EMBEDDING for name in embeds if name in tensors):
         return "ip_adapter_image_embeds"

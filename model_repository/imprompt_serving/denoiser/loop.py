@@ -24,7 +24,7 @@ from imprompt_serving.denoiser.admission import Load, check_room
 from imprompt_serving.denoiser.answers import Answers, AnswerThreads, Listener
 from imprompt_serving.denoiser.batch import Batcher, RowSlice
 from imprompt_serving.denoiser.meter import Meter, Population
-from imprompt_serving.denoiser.policy import Candidate, plan
+from imprompt_serving.denoiser.policy import FIRST_TURN, Candidate, plan
 from imprompt_serving.denoiser.protocol import LoopJob
 from imprompt_serving.errors import Cancelled, Overloaded, RequestError, unexpected
 from imprompt_serving.specs import CallRows, Limits
@@ -109,6 +109,7 @@ class Denoiser:
         self._last_completed = 0.0
         """When the latest tick completed."""
         self._tick, self._tick_seconds = 0, 0.0
+        self._turn = FIRST_TURN
 
     def admit(self, job_id: str, load: Load) -> None:
         """Reserve a place in the queue for a job that is about to arrive. Further calls for the same job do nothing.
@@ -238,7 +239,11 @@ class Denoiser:
         actives = [active for active in self._jobs.values() if not active.job.done]
         candidates = [_candidate(active.job) for active in actives]
         planned = []
-        for grant in plan(candidates, self._call_rows):
+        grants = plan(candidates, self._call_rows, self._turn)
+        if grants:
+            leader, rows = candidates[grants[0].index], sum(grant.rows for grant in grants)
+            self._turn = self._turn.after(leader, rows, self._call_rows)
+        for grant in grants:
             job = actives[grant.index].job
             start = job.rows - job.pending
             planned.append((actives[grant.index], RowSlice(job, start, start + grant.rows)))
@@ -369,6 +374,7 @@ def _candidate(job: LoopJob) -> Candidate:
         started=job.started is not None,
         priority=job.request.settings.priority,
         frames=job.frames,
+        loras=job.loras,
     )
 
 

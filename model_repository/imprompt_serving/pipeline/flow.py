@@ -81,9 +81,7 @@ class Pipeline:
             id=job_id,
             rows=rows,
             steps=max(round(settings.num_inference_steps * fraction), 1),
-            batch_key=batch_key(
-                self._bundle, settings.height, settings.width, request.frames, request.context, regions=request.regions
-            ),
+            batch_key=batch_key(self._bundle, settings, request.frames, request.context, regions=request.regions),
         )
 
     async def _embeddings_only(self, request: Request, adapter: str) -> Tensors:

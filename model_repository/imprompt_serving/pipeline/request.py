@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from imprompt_serving import tensor_names
-from imprompt_serving.errors import InvalidRequest
+from imprompt_serving.errors import InvalidRequest, shown
 from imprompt_serving.families import Family, get_family
 from imprompt_serving.job_request import ContextWindow, Task
 from imprompt_serving.parameters import PARAMETERS, PICTURE_FORMATS, ROWS, VIDEO_FORMATS, Settings, Type
@@ -168,10 +168,28 @@ def _settings(
         "clip_skip": read.integer("clip_skip", high=bundle.max_clip_skip),
         "scheduler": scheduler,
         "scheduler_config": scheduler_config,
+        "lora": _loras(read, bundle),
         "output_format": _output_format(read, PICTURE_FORMATS if video is None else VIDEO_FORMATS),
     }
     others = {*Settings.__struct_fields__} - {*settings, "height", "width"}
     return settings | {name: read.setting(name) for name in others}
+
+
+def _loras(read: Reader, bundle: Bundle) -> dict[str, float]:
+    """Return the scales of the LoRAs in the order of the bundle, without zeros, so that equal sets compare equal."""
+    row = PARAMETERS["lora"]
+    scales = read.json(row.name) if row.name in read else row.default
+    if not isinstance(scales, dict):
+        raise InvalidRequest(row.name, f"must be a JSON object of scales by name, got {shown(scales)}")
+    for name, scale in scales.items():
+        if name not in bundle.loras:
+            raise InvalidRequest(row.name, f"{shown(name)} is not one of {', '.join(bundle.loras)}")
+        if isinstance(scale, bool) or not isinstance(scale, int | float):
+            raise InvalidRequest(row.name, f"the scale of {name} must be a number, got {shown(scale)}")
+        if not row.low <= scale <= row.high:  # NaN too
+            problem = f"must be {row.low:g} to {row.high:g}, got {shown(scale)}"
+            raise InvalidRequest(row.name, f"the scale of {name} {problem}")
+    return {name: float(scales[name]) for name in bundle.loras if scales.get(name)}
 
 
 def _check_negatives(request: Request) -> None:
