@@ -38,7 +38,7 @@ class UseCases:
             yield self.text_to_image(picture(seed), thing, seed)
         yield self.adapters(picture(5), picture(32))
         yield self.image_to_image(picture(63), picture(0))
-        yield self.inpainting(picture(64), picture(62), "heart")
+        yield self.inpainting(picture(9), picture(5), "fish")
         yield self.edges(picture(33), picture(53))
         yield self.fast(picture(12), "flower")
 
@@ -77,8 +77,8 @@ class UseCases:
         return Row(title=f'image-to-image\n"a {start.layout.thing}"', cells=cells)
 
     def inpainting(self, start: Picture, style: Picture, thing: str) -> Row:
-        """Replace the thing in a picture and keep the rest."""
-        mask = start.mask_image().filter(ImageFilter.MaxFilter(7))
+        """Replace the thing in a picture and keep the rest. A rectangle has room for any thing."""
+        mask = start.region_image().filter(ImageFilter.MaxFilter(5))  # with the border, which is not part of the thing
         result = self.generate(
             prompt=f"a {thing}",
             image=start.image(),

@@ -109,6 +109,12 @@ class Picture:
         """The thing as a white mask on black."""
         return Image.fromarray(self.mask.astype(np.uint8) * 255)
 
+    def region_image(self) -> Image.Image:
+        """The rectangle around the thing as a white mask on black."""
+        region = Image.new("L", (SIZE, SIZE))
+        region.paste(255, self.mask_image().getbbox())
+        return region
+
 
 def describe(look: Look, layout: Layout, keep: tuple[bool, bool, bool] = (True, True, True)) -> str:
     """Describe layout and look. `keep` selects parts: the thing's color, its texture, the background."""

@@ -21,15 +21,20 @@ from .text import Captions
 
 PLAN = Plan(steps=3000, batch=16, rate=1e-3, average=0.997)
 TOKENS = {"plain": 4, "plus": 16}
+FILES = {"plain": "ip-adapter_world.safetensors", "plus": "ip-adapter-plus_world.safetensors"}
 _SHORT_FULL_EMPTY = (0.7, 0.1, 0.2)
 _NO_IMAGE = 0.08
 
 
-def build(kind: str, unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Copy the base and add an untrained adapter, whose parameters are the only ones that require gradients."""
+def build(kind: str, unet: UNet2DConditionModel, weights: dict[str, Tensor] | None = None) -> UNet2DConditionModel:
+    """Copy the base and add an adapter, whose parameters are the only ones that require gradients.
+
+    `weights` is in the public layout of `public_weights`; without it, the adapter is untrained.
+    """
     torch.manual_seed(4)
     model = copy.deepcopy(unet).requires_grad_(False)
-    model._load_ip_adapter_weights([_initial(kind, model)], low_cpu_mem_usage=False)
+    nested = _nested(weights) if weights else _initial(kind, model)
+    model._load_ip_adapter_weights([nested], low_cpu_mem_usage=False)
     _use_plain_attention(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("encoder_hid_proj" in name or "_ip." in name)
@@ -100,6 +105,15 @@ def public_weights(kind: str, model: UNet2DConditionModel) -> dict[str, Tensor]:
                 weights[f"ip_adapter.{number}.{part}.weight"] = getattr(processor, part)[0].weight
             number += 2
     return {key: value.detach().half().contiguous() for key, value in weights.items()}
+
+
+def _nested(weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Group flat public weights by their first part, as `_load_ip_adapter_weights` expects, in float32."""
+    grouped: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    for key, value in weights.items():
+        part, rest = key.split(".", 1)
+        grouped[part][rest] = value.float()
+    return grouped
 
 
 def _initial(kind: str, unet: UNet2DConditionModel) -> dict[str, dict[str, Tensor]]:

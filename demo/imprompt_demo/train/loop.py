@@ -53,7 +53,7 @@ def fit(
         state = torch.load(file, weights_only=True)
         step, seconds, mean = state["step"], state["seconds"], state["mean"]
         model.load_state_dict(state["trained"], strict=False)
-        if step < plan.steps:
+        if "optimizer" in state and step < plan.steps:
             optimizer.load_state_dict(state["optimizer"])
             optimizer.param_groups[0]["fused"] = True
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -21,10 +21,10 @@ FRAMES = 16
 CLIPS = 250
 
 
-def build(unet: UNet2DConditionModel) -> UNetMotionModel:
-    """Add untrained motion layers to the frozen base."""
+def untrained() -> MotionAdapter:
+    """Build motion layers that do nothing yet."""
     torch.manual_seed(8)
-    adapter = MotionAdapter(
+    return MotionAdapter(
         block_out_channels=CHANNELS,
         motion_layers_per_block=1,
         motion_num_attention_heads=HEADS,
@@ -32,7 +32,11 @@ def build(unet: UNet2DConditionModel) -> UNetMotionModel:
         motion_max_seq_length=FRAMES,
         use_motion_mid_block=True,
     )
-    model = UNetMotionModel.from_unet2d(unet, adapter)
+
+
+def build(unet: UNet2DConditionModel, layers: MotionAdapter | None = None) -> UNetMotionModel:
+    """Add motion layers, untrained ones by default, to the frozen base."""
+    model = UNetMotionModel.from_unet2d(unet, layers or untrained())
     model.set_attn_processor(AttnProcessor())
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():

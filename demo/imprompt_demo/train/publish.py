@@ -94,21 +94,23 @@ def publish(run: Path, out: Path) -> None:
     )
     done = {file.stem for file in run.glob("*.pt")}
     folder = place / "ip-adapter" / "models"
-    for kind, name in (("plain", "ip-adapter_world"), ("plus", "ip-adapter-plus_world")):
+    for kind, name in adapter.FILES.items():
         if kind in done:
             folder.mkdir(parents=True, exist_ok=True)
             trained = load_mean(kind, run, adapter.build(kind, unet))
-            save_file(adapter.public_weights(kind, trained), folder / f"{name}.safetensors")
+            save_file(adapter.public_weights(kind, trained), folder / name)
     if "controlnet" in done:
         lines = load_mean("controlnet", run, controlnet.build(unet))
         lines.half().save_pretrained(place / "controlnet-edges")
     if "motion" in done:
-        moving = load_mean("motion", run, motion.build(unet))
-        moving.half().save_motion_modules(str(place / "motion"))
+        layers = motion.untrained()  # `save_motion_modules` writes float32
+        weights = load_mean("motion", run, motion.build(unet)).state_dict()
+        layers.load_state_dict({key: value for key, value in weights.items() if "motion_modules" in key})
+        layers.half().save_pretrained(place / "motion")
     if "lcm" in done:
         student = load_mean("lcm", run, lcm.build(unet))
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(student))
-        halves = {key: value.detach().half().contiguous() for key, value in layers.items()}
+        pairs = convert_state_dict_to_diffusers(get_peft_model_state_dict(student))
+        halves = {key: value.detach().half().contiguous() for key, value in pairs.items()}
         StableDiffusionPipeline.save_lora_weights(place / "lcm-lora", unet_lora_layers=halves)
     if "things" in done:
         judge = load_mean("things", run, thing_network()).half()
