@@ -257,7 +257,7 @@ class Client:
                 (0 to 10000).
             denoising_start: fraction of the denoising that `image` has behind it: it gets no noise, and `strength` does
                 not apply (0 to 1).
-            denoising_end: fraction of the denoising after which to stop; return latents to continue with
+            denoising_end: fraction of the denoising after which to stop; another request can continue with
                 `denoising_start` (0 to 1).
             guidance_scale: strength of classifier-free guidance; values up to 1 disable it; default as in diffusers
                 (-10000 to 10000).

@@ -28,11 +28,13 @@ _SINGLE: dict[Type, dict[str, Any]] = {
     Type.OBJECT: {"type": "object"},
     Type.PAIR: {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2},
     Type.EMBEDS: {"type": ["array", "object"]},
+    Type.TENSOR: {"type": "array"},
 }
 _ITEM: dict[Type, dict[str, Any]] = {
     Type.TEXTS: {"type": "string"},
     Type.CHOICES: {"type": "string"},
     Type.SEEDS: {"type": "integer"},
+    Type.INTEGERS: {"type": "integer"},
     Type.NUMBERS: {"type": "number"},
     Type.PICTURES: _PICTURE,
 }
@@ -46,7 +48,7 @@ def schema(row: Parameter) -> dict[str, Any]:
     described: dict[str, Any] = {"description": row.python_doc or row.doc, "x-type": row.type.value}
     if row.group is Group.STREAM:
         described["x-stream"] = True
-    if row.default not in (None, {}):
+    if row.default not in (None, {}, ()):
         described["default"] = row.default
     if row.type is Type.OBJECT and (limits := _limits(row)):
         return {"type": "object", "additionalProperties": {"type": "number"} | limits} | described

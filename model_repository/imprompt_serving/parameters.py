@@ -546,7 +546,7 @@ ROWS: tuple[Parameter, ...] = (
         name="denoising_end",
         type=Type.NUMBER,
         group=Group.FAMILY,
-        doc="fraction of the denoising after which to stop; return latents to continue with `denoising_start`",
+        doc="fraction of the denoising after which to stop; another request can continue with `denoising_start`",
         low=0,
         high=1,
     ),

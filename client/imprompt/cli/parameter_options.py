@@ -271,8 +271,8 @@ OPTIONS: tuple[Option, ...] = (
         name="denoising_end",
         kind="number",
         help=(
-            "Fraction of the denoising after which to stop; return latents to continue with --denoising-start (0 "
-            "to 1)."
+            "Fraction of the denoising after which to stop; another request can continue with --denoising-start "
+            "(0 to 1)."
         ),
     ),
     Option(
