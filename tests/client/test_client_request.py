@@ -152,8 +152,6 @@ def test_invalid_value_is_rejected_before_sending(
         ("hight", "did you mean height?"),
         ("step", "did you mean num_inference_steps?"),
         ("inference_steps", "did you mean num_inference_steps?"),
-        ("timesteps", "did you mean num_inference_steps or scheduler_config?"),
-        ("sigmas", "did you mean num_inference_steps or scheduler_config?"),
         ("cfg_scale", "did you mean guidance_scale?"),
         ("sampler", "did you mean scheduler?"),
         ("seeds", "did you mean seed?"),

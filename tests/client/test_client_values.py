@@ -318,7 +318,8 @@ NUMBERS = [
     name
     for name, wanted in MODELS[0].inputs.items()
     if wanted.dtype != "BYTES"
-    and name not in ("timeout", "encode_prompt", "ip_adapter_scale", "ip_adapter_start", "ip_adapter_end")
+    and name
+    not in ("timeout", "encode_prompt", "image_latents", "ip_adapter_scale", "ip_adapter_start", "ip_adapter_end")
 ]
 
 
