@@ -66,7 +66,8 @@ def _route(path: str, method: str, route: dict[str, Any]) -> str:
 def _reference(schema: dict[str, Any]) -> str:
     name = schema["$ref"].rpartition("/")[2]
     required = ", ".join(f"<code>{field}</code>" for field in document()["components"]["schemas"][name]["required"])
-    return f"<a href='#ImageRequest'>the parameters</a>, of which {required} are required"
+    prompt = "<code>prompt</code> or <code>prompt_embeds</code>"
+    return f"<a href='#ImageRequest'>the parameters</a>, of which {required}, and {prompt} are required"
 
 
 def _schema(name: str, schema: dict[str, Any]) -> str:

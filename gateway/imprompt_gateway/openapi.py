@@ -27,9 +27,10 @@ _FACTS: Schema = {
     "warnings": {"type": "array", "items": {"type": "string"}},
     "nsfw_content_detected": {"type": "array", "items": {"type": "boolean"}},
 }
+_PROMPT: list[Schema] = [{"required": ["prompt"]}, {"required": ["prompt_embeds"]}]
 _SCHEMAS: dict[str, Schema] = {
-    "ImageRequest": _REQUEST | {"required": ["model", "prompt"]},
-    "EditRequest": _REQUEST | {"required": ["model", "prompt", "image"]},
+    "ImageRequest": _REQUEST | {"required": ["model"], "anyOf": _PROMPT},
+    "EditRequest": _REQUEST | {"required": ["model", "image"], "anyOf": _PROMPT},
     "Images": {
         "type": "object",
         "properties": {

@@ -68,7 +68,7 @@ def _of_type(*types: str) -> frozenset[str]:
     return frozenset(name for name, schema in KNOWN.items() if schema["x-type"] in types)
 
 
-PICTURES, EMBEDS = _of_type("pictures"), _of_type("embeds")
+PICTURES, EMBEDS = _of_type("pictures"), _of_type("embeds", "tensor")
 STREAM_ONLY = frozenset(name for name, schema in KNOWN.items() if "x-stream" in schema)
 TEXTS = _of_type("text", "texts", "choice", "choices")
 """Parameters whose form fields are text, even if it looks like JSON."""

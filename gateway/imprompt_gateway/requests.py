@@ -72,7 +72,7 @@ def read_request(given: Mapping[str, Any], *, accept: str, required: Sequence[st
             raise refuse(name[:100], f"unknown parameter; {hint(name[:100]) or 'see /docs for all parameters'}")
     fields = {name: value for name, value in given.items() if value is not None}
     for name in required:
-        if name not in fields:
+        if name not in fields and not (name == "prompt" and "prompt_embeds" in fields):
             raise refuse(name, "is required")
     for name in OPENAI.keys() & fields.keys():
         choices = OPENAI[name].get("enum")
@@ -193,6 +193,7 @@ def _first_accepted(accept: str) -> str | None:
 
 def _count(keywords: Mapping[str, Any]) -> int:
     """Count the pictures or clips that are asked for. A value of a wrong type counts as one; the SDK refuses it."""
-    prompt, each = keywords["prompt"], keywords.get("num_images_per_prompt", 1)
-    prompts = len(prompt) if isinstance(prompt, list) else 1
+    prompt = keywords.get("prompt", keywords.get("prompt_embeds"))
+    each = keywords.get("num_images_per_prompt", 1)
+    prompts = len(prompt) if isinstance(prompt, list | np.ndarray) and np.ndim(prompt) else 1
     return prompts * (each if isinstance(each, int) and each > 0 else 1)

@@ -119,6 +119,15 @@ def test_required_fields(name: str, null: bool) -> None:
         read_request(fields, accept="", required=("model", "prompt", "image"))
 
 
+def test_text_embeddings_stand_for_prompts() -> None:
+    embeds = [[[0.5] * 4] * 77] * 2
+    fields = {"model": "world", "prompt_embeds": embeds, "num_images_per_prompt": 3}
+    keywords = read_request(fields, accept="", required=("model", "prompt")).keywords
+    assert keywords["prompt_embeds"].shape == (2, 77, 4)
+    assert "prompt" not in keywords
+    assert len(keywords["seed"]) == 6
+
+
 def test_null_means_not_given() -> None:
     assert "guidance_scale" not in read(guidance_scale=None, stream=None, response_format=None).keywords
 
