@@ -7,7 +7,7 @@ PYTHONS := $(or $(PYTHON),python3.11 python3.12 python3 python)
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable
 PACKAGING := pyproject.toml demo/pyproject.toml constraints.txt
 
-.PHONY: demo test check docs bench fuzz faults mutants clean
+.PHONY: demo test check docs bench fuzz faults fleet mutants clean
 
 demo: $(VENV)/.installed  ## export a small bundle, serve it, and make imprompt-demo.png
 	$(BIN)/imprompt demo
@@ -32,6 +32,9 @@ fuzz: $(VENV)/.installed-dev  ## 10,000 hostile requests, 3,000 refusals, 1,000 
 faults: $(VENV)/.installed-dev  ## kills and stops processes of a server under load, and more; options in FAULTS="--only kill"
 	PYTHONPATH=tests $(BIN)/python -m faults $(FAULTS)
 
+fleet: $(VENV)/.installed-fleet  ## several servers behind Envoy, the Helm chart, and a batch on a Ray cluster
+	$(BIN)/python -m pytest tests/fleet tests/serving/test_batch_command.py
+
 mutants: $(VENV)/.installed-dev  ## small changes of the code that the fast tests do not notice; options in MUTANTS="--seed 1"
 	$(BIN)/python tools/mutants.py $(MUTANTS)
 
@@ -55,6 +58,10 @@ $(VENV)/.installed: $(PACKAGING) | $(VENV)/pyvenv.cfg
 $(VENV)/.installed-dev: $(PACKAGING) | $(VENV)/pyvenv.cfg
 	$(INSTALL) ".[cpu,export,server,gateway,openvino,int8,face,rtx,bench,dev]" --editable ./demo
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-fleet: $(PACKAGING) | $(VENV)/.installed-dev
+	$(INSTALL) ".[fleet]"
+	@touch $@
 
 $(VENV)/.installed-docs: $(PACKAGING) | $(VENV)/pyvenv.cfg
 	$(INSTALL) ".[docs]"
