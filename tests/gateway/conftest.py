@@ -48,15 +48,16 @@ def guarded(world: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield address
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def lora_gateway(served: Callable[[str], Served]) -> Iterator[str]:
     """Serve a bundle whose requests choose LoRAs."""
     with running("--url", served("inductor").server.grpc_address) as address:
         yield address
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """Run Chromium. Until the end of its module, Playwright keeps an event loop running, which bars `asyncio.run`."""
     with chromium.launched() as browser:
         yield browser
 
