@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 from PIL import Image
@@ -21,7 +22,8 @@ from imprompt_demo.world import picture
 from imprompt_serving.launcher import Server
 from served import read_metrics
 
-PAGE = Path(__file__).parents[2] / "docs/gateway.md"
+ROOT = Path(__file__).parents[2]
+PAGE, README = ROOT / "docs/gateway.md", ROOT / "README.md"
 BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -189,3 +191,19 @@ def test_full_queue_is_refused_with_the_time_to_wait(gateway: str, world: Server
     for caller in callers:
         caller.join(120)
     until(lambda: world_metric(world, "imprompt_requests_in_flight") == 0)
+
+
+@pytest.mark.usefixtures("files")
+def test_snippets_of_the_readme_make_the_same_picture(gateway: str) -> None:
+    """The README sends the same request with curl and with the `openai` package."""
+    pictures = {}
+    for language, snippet in BLOCK.findall(README.read_text(encoding="utf-8")):
+        if "http://localhost:8080" not in snippet:
+            continue
+        snippet = snippet.replace("http://localhost:8080", gateway).replace("sd15", "world")
+        if language == "python":
+            exec(compile(snippet, str(README), "exec"), {})
+        else:
+            subprocess.run(["sh", "-euc", snippet], check=True, timeout=300)
+        pictures[language] = np.asarray(Image.open("garden.png").convert("RGB"), np.int16)
+    assert np.abs(pictures["python"] - pictures["sh"]).max() <= 2
