@@ -27,12 +27,17 @@ def read_file(source: str | os.PathLike[str] | bytes | bytearray | memoryview, p
         return _checked(bytes(source), "the data", parameter)
     if isinstance(source, str) and source.startswith(SCHEMES):
         return _checked(download(source, parameter), source.partition("?")[0][:200], parameter)
-    if isinstance(source, str) and source[: len(_DATA_URI)].lower() == _DATA_URI:
+    if isinstance(source, str) and not is_path(source):
         return _checked(_from_data_uri(source, parameter), "the data URI", parameter)
     name = short_repr(str(source))
     if isinstance(source, str | os.PathLike) and str(source).lower().endswith(_VIDEOS):
         raise invalid(parameter, f"{name} cannot be read: {FORMATS} files are supported; {_VIDEO_HINT}")
     return _checked(_read(source, parameter), name, parameter)
+
+
+def is_path(source: str) -> bool:
+    """Whether `source` names a file on this machine, rather than being a web address or a data URI."""
+    return not source.startswith(SCHEMES) and source[: len(_DATA_URI)].lower() != _DATA_URI
 
 
 def _read(path: str | os.PathLike[str], parameter: str) -> bytes:

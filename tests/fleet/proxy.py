@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from faults.server import Foreground, wait_for
+from served import read_metrics
 
 CONFIGURE = Path(__file__).parents[2] / "deploy/envoy/configure.py"
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -49,9 +50,8 @@ class Member:
     def metric(self, name: str) -> float:
         """Sum the samples of a metric whose names start with `name`."""
         assert self.server is not None
-        with _OPENER.open(f"http://{self.server.addresses['metrics']}/metrics") as answer:
-            lines = answer.read().decode().splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+        samples = read_metrics(self.server.addresses["metrics"])
+        return sum(value for sample, value in samples.items() if sample.startswith(name))
 
     def __str__(self) -> str:
         return f"{self.host}:{self.grpc_port}:{self.health_port}"

@@ -12,23 +12,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from imprompt._errors import short_repr
-from imprompt._parameters import NAMES
+from imprompt._image_prompts import PICTURES as PER_ADAPTER_PICTURES
+from imprompt._parameters import NAMES, PICTURES
+from imprompt._picture_files import is_path
 
 _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")
-_PICTURES = (
-    "ip_adapter_image",
-    "negative_ip_adapter_image",
-    "ip_adapter_masks",
-    "image",
-    "mask_image",
-    "control_image",
-    "video",
-)
+_PICTURES = (*PER_ADAPTER_PICTURES, *PICTURES)
 """Parameters with pictures, which a job gives as paths relative to its file."""
 _KEYS = ("id", "model", "prompt", *(name for name in NAMES if name not in ("output_type", "output_format")))
 _MAX_PROBLEMS = 5
-_ELSEWHERE = re.compile(r"(data|https?):", re.IGNORECASE)
-"""What a picture starts with that is not a path."""
 
 
 class JobError(ValueError):
@@ -144,7 +136,7 @@ class JobFile:
 
     def _located(self, pictures: Any) -> Any:
         """Resolve paths against the folder of the file."""
-        if isinstance(pictures, str) and not _ELSEWHERE.match(pictures):
+        if isinstance(pictures, str) and is_path(pictures):
             return str(self.path.parent / pictures)
         if isinstance(pictures, list):
             return [self._located(each) for each in pictures]
