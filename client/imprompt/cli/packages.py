@@ -20,6 +20,7 @@ from rich.markup import escape
 
 from imprompt.cli import console
 from imprompt.cli.gateway_process import beside_server
+from imprompt.cli.observability import OTLP_ENDPOINT, REQUEST_LOG, observe
 
 _OWN_PACKAGES = (
     "imprompt",
@@ -85,12 +86,20 @@ def serve(
         float, typer.Option(help="Seconds after which a bundle that made no picture is no longer ready.", min=5.0)
     ] = 30.0,
     drain_timeout: Annotated[float, typer.Option(help="Seconds to let running requests finish on shutdown.")] = 30.0,
+    request_log: Annotated[str, REQUEST_LOG] = "-",
+    otlp_endpoint: Annotated[str | None, OTLP_ENDPOINT] = None,
+    triton_spans: Annotated[
+        bool, typer.Option(help="Also send the spans of Triton itself, of requests whose caller traces them.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show all of Triton's output.")] = False,
 ) -> None:
     """Run Triton in the foreground, and restart it when it fails. Ctrl-C drains.
 
     Prints a line that starts with `ready` once every bundle has made a picture.
     """
+    if triton_spans and otlp_endpoint is None:
+        console.fail("--triton-spans needs --otlp-endpoint")
+    observe(request_log, otlp_endpoint)
     launcher = load("imprompt_serving.launcher", "server")
     if gateway_port is not None:
         load("imprompt_gateway.server", "gateway")
@@ -121,6 +130,7 @@ def serve(
             restart=restart is Restart.ON_FAILURE,
             max_canary_age=max_canary_age,
             drain_timeout=drain_timeout,
+            triton_spans_to=otlp_endpoint if triton_spans else None,
             verbose=verbose,
         )
     except launcher.LaunchError as error:
