@@ -7,27 +7,34 @@ import logging
 import os
 import queue
 import sys
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
-from logging.handlers import QueueHandler, QueueListener, WatchedFileHandler
+from logging.handlers import WatchedFileHandler
 from typing import Any
 
 LOG_VARIABLE = "IMPROMPT_REQUEST_LOG"
 """Environment variable with the file for the lines, or `-` for standard error. Without it, there are none."""
 MAX_QUEUED = 10_000
 """Lines that wait for a slow disk or reader. More are dropped: a log must not hold requests up."""
+CLOSE_S = 1.0
+"""How long the end of a process waits for the last lines to be written."""
+
+
+def _ignore(record: logging.LogRecord) -> None:
+    """Drop a line that cannot be written: the disk is full, or the reader has gone."""
 
 
 class RequestLog:
     """Writes lines on a thread. The file may be rotated while it is open."""
 
     def __init__(self, target: str | None) -> None:
-        self._queued = _Queued(queue.Queue(MAX_QUEUED))
-        self._listener: QueueListener | None = None
+        self._lines = queue.Queue[str | None](MAX_QUEUED)
+        self._thread: threading.Thread | None = None
         if target is not None:
             file = logging.StreamHandler(sys.stderr) if target == "-" else WatchedFileHandler(target)
-            self._listener = QueueListener(self._queued.queue, file)
-            self._listener.start()
+            self._thread = threading.Thread(target=self._run, args=(file,), name="request log", daemon=True)
+            self._thread.start()
 
     @classmethod
     def from_environment(cls) -> RequestLog:
@@ -36,17 +43,18 @@ class RequestLog:
 
     def write(self, fields: Mapping[str, Any]) -> None:
         """Queue a line, and return at once."""
-        if self._listener is not None:
-            text = json.dumps(fields, separators=(",", ":"))
-            self._queued.handle(logging.makeLogRecord({"msg": text}))
+        if self._thread is not None:
+            with suppress(queue.Full):
+                self._lines.put_nowait(json.dumps(fields, separators=(",", ":")))
 
     def close(self) -> None:
         """Write the queued lines."""
-        if self._listener is not None:
-            self._listener.stop()
+        if self._thread is not None:
+            with suppress(queue.Full):
+                self._lines.put(None, timeout=CLOSE_S)
+            self._thread.join(CLOSE_S)
 
-
-class _Queued(QueueHandler):
-    def enqueue(self, record: logging.LogRecord) -> None:
-        with suppress(queue.Full):
-            self.queue.put_nowait(record)
+    def _run(self, file: logging.Handler) -> None:
+        file.handleError = _ignore  # type: ignore[method-assign]
+        while (line := self._lines.get()) is not None:
+            file.emit(logging.makeLogRecord({"msg": line}))

@@ -19,7 +19,7 @@ import typer
 from rich.markup import escape
 
 from imprompt.cli import console
-from imprompt.cli.gateway_process import beside_server
+from imprompt.cli.gateway_process import Gateway, beside_server
 from imprompt.cli.observability import OTLP_ENDPOINT, REQUEST_LOG, observe
 
 _OWN_PACKAGES = (
@@ -103,14 +103,21 @@ def serve(
     launcher = load("imprompt_serving.launcher", "server")
     if gateway_port is not None:
         load("imprompt_gateway.server", "gateway")
-    children = ExitStack()
+    children, gateways = ExitStack(), list[Gateway]()
 
     def print_ready(addresses: Any) -> None:
         loading.stop()
         line = f"ready {addresses}"
         if gateway_port is not None:
-            gateway = beside_server(addresses.grpc, addresses.health, host=host, port=gateway_port)
-            line += f" gateway={children.enter_context(gateway)}"
+            gateway = beside_server(
+                addresses.grpc,
+                addresses.health,
+                host=host,
+                port=gateway_port,
+                restart=restart is Restart.ON_FAILURE,
+            )
+            gateways.append(children.enter_context(gateway))
+            line += f" gateway={gateways[0].address}"
         print(line, flush=True)
 
     # On a terminal, one line that changes.
@@ -139,7 +146,7 @@ def serve(
     finally:
         loading.stop()
         children.close()
-    raise typer.Exit(status)
+    raise typer.Exit(status or int(any(gateway.failed for gateway in gateways)))
 
 
 def doctor(
