@@ -42,6 +42,7 @@ def test_span_covers_all_attempts_and_the_server_continues_its_trace(
     assert [(event.name, event.attributes) for event in span.events] == [("retry", {"error": "Overloaded"})]
     assert span.status.status_code is trace.StatusCode.UNSET
     context = span.get_span_context()
+    assert context is not None
     traceparent = f"00-{context.trace_id:032x}-{context.span_id:016x}"
     assert [call.metadata["traceparent"][:-3] for call in triton.calls] == [traceparent] * 2
     assert [call.id for call in triton.calls] == ["mine/1"] * 2

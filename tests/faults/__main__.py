@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,8 +15,9 @@ from typing import TextIO
 import msgspec
 
 from faults.cases import Case, Outcome, cases, drained, run
+from faults.gateway import failed_gateway
 from faults.server import Foreground, pick
-from faults.soak import soak
+from faults.soak import gateway, soak
 
 BUNDLE = "world_lcm"
 SMALL_FOLDERS = (
@@ -47,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for case in cases(BUNDLE):
             if options.only in case.name:
                 failed |= not _run(case, repository, options.work, record)
+        for word, number in (("kill -9", signal.SIGKILL), ("SIGSTOP", signal.SIGSTOP)):
+            if options.only in (name := f"{word} gateway"):
+                failed |= not _report(failed_gateway(name, gateway(number), repository, BUNDLE), record)
         for steps in (4, 1000):
             if options.only in f"SIGTERM, requests of {steps} steps":
                 with Foreground(repository, "--drain-timeout", "10") as server:

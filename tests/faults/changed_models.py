@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from faults.known import KnownPictures, RetryingCallers
@@ -94,7 +95,7 @@ def poisoned_jobs(server: Foreground, held: ExitStack) -> None:
     assert neighbors.tally.pictures, neighbors.tally
     assert not [*neighbors.tally.wrong, *neighbors.tally.lost, *neighbors.tally.resent], neighbors.tally
     for request_id, seed in zip(ids, seeds, strict=True):
-        line = wait_for(lambda request_id=request_id: server.line_with(f'"request_id":"{request_id}"'), 10, "its line")
+        line = wait_for(partial(server.line_with, f'"request_id":"{request_id}"'), 10, "the line of the request")
         assert json.loads(line)["error"] == POISON[seed], line
         if POISON[seed] != "ServerError":
             assert server.line_with(f"job {request_id}-"), "the denoiser's error has the id"

@@ -108,9 +108,9 @@ class RetryingCallers:
                 lambda name: _array(list(client.stream(**self._known.arguments(name)))[-1]),
             ]
             if self._gateway is not None:
-                ways.append(self._over_http)
+                ways.append(self.over_http)
             way = ways[index % len(ways)]
-            names = OVER_HTTP if way == self._over_http else tuple(REQUESTS)
+            names = OVER_HTTP if way == self.over_http else tuple(REQUESTS)
             while not self._stop.is_set():
                 self._insist(choices.choice(names), way)
 
@@ -139,7 +139,12 @@ class RetryingCallers:
                     self.tally.wrong += [problem] if problem else []
                 return
 
-    def _over_http(self, name: str) -> np.ndarray:
+    def over_http(self, name: str) -> np.ndarray:
+        """Send a request to the gateway once.
+
+        Raises:
+            OSError: the gateway, or the server behind it, is away.
+        """
         body = json.dumps(self._known.arguments(name)).encode()
         url, headers = f"{self._gateway}/v1/images/generations", {"Content-Type": "application/json"}
         try:

@@ -75,7 +75,7 @@ class Figures(msgspec.Struct, kw_only=True):
 
 def soak(repository: Path, bundle: str, *, minutes: float, seed: int) -> Figures:
     """Inject faults for this long. Which faults and requests are chosen only depends on `seed`."""
-    choices, known_faults = random.Random(seed), list(faults(bundle).items())
+    choices, known_faults = random.Random(seed), faults(bundle)
     figures = Figures(minutes=minutes, seed=seed)
     with Foreground(repository, "--gateway-port", "0", "--request-log", "/dev/null") as server:
         server.wait_until_ready()
@@ -85,7 +85,7 @@ def soak(repository: Path, bundle: str, *, minutes: float, seed: int) -> Figures
         figures.memory.append(_memory(server))
         end = time.monotonic() + 60 * minutes
         while time.monotonic() < end:
-            name, (inject, noticed) = choices.choice(known_faults)
+            name, inject, noticed = choices.choice(known_faults)
             figures.faults[name] += 1
             print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
             with ExitStack() as held:
@@ -105,19 +105,17 @@ def soak(repository: Path, bundle: str, *, minutes: float, seed: int) -> Figures
     return figures
 
 
-def faults(bundle: str) -> dict[str, tuple[Inject, Noticed | None]]:
-    """List the faults by name, and who notices each."""
-    found: dict[str, tuple[Inject, Noticed | None]] = {}
-    for name in ("tritonserver", *(bundle + model for model in MODELS)):
-        found[f"kill -9 {name}"] = send(signal.SIGKILL, name), _server_failure
-        found[f"SIGSTOP {name}"] = send(signal.SIGSTOP, name), _server_failure
-    found["kill -9 gateway"] = gateway(signal.SIGKILL), _gateway_failure
-    found["SIGSTOP gateway"] = gateway(signal.SIGSTOP), _gateway_failure
-    # These are as frequent as the others together.
-    for number in range(5):
-        for inject in (killed_clients, slow_readers, bad_requests, idle_connections):
-            found[f"{inject.__name__.replace('_', ' ')}{number or ''}"] = inject, None
-    return found
+def faults(bundle: str) -> list[tuple[str, Inject, Noticed | None]]:
+    """List the faults: their names, what causes them, and who notices them."""
+    signals = {"kill -9": signal.SIGKILL, "SIGSTOP": signal.SIGSTOP}
+    found: list[tuple[str, Inject, Noticed | None]] = []
+    for word, number in signals.items():
+        for name in ("tritonserver", *(bundle + model for model in MODELS)):
+            found.append((f"{word} {name}", send(number, name), _server_failure))
+        found.append((f"{word} gateway", gateway(number), gateway_failure))
+    harmless = (killed_clients, slow_readers, bad_requests, idle_connections)
+    # As frequent as the others together.
+    return found + [(inject.__name__, inject, None) for inject in harmless] * 4
 
 
 def gateway(number: int) -> Inject:
@@ -144,7 +142,7 @@ def _server_failure(server: Foreground, since: float) -> float | None:
     return found and found[0]
 
 
-def _gateway_failure(server: Foreground, since: float) -> float | None:
+def gateway_failure(server: Foreground, since: float) -> float | None:
     return server.said(GATEWAY_FAILURE, since)
 
 
@@ -164,7 +162,7 @@ def _inject(
         return
     at = wait_for(lambda: noticed(server, began), NOTICE_LIMIT_S, "noticed")
     figures.noticed.append(at - began)
-    if noticed is _gateway_failure:
+    if noticed is gateway_failure:
         wait_for(lambda: server.said(GATEWAY_AGAIN, at), RECOVERY_LIMIT_S, "the gateway again")
     else:
         wait_for(lambda: server.health()[0] == 200, RECOVERY_LIMIT_S, "ready again")

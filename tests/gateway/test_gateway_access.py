@@ -74,7 +74,7 @@ def test_id_of_the_caller_goes_through_everything(http: TestClient, refusing: Re
 
 @pytest.mark.parametrize("given", [None, "", "a b", "x" * 129, "\xe4"])
 def test_requests_without_a_usable_id_get_one(http: TestClient, given: str | None, log: Path) -> None:
-    headers = {} if given is None else {"X-Request-Id": given.encode("latin-1")}
+    headers = {} if given is None else {b"X-Request-Id": given.encode("latin-1")}
     answers = [http.post(GENERATIONS, json=FLOWER, headers=headers) for _ in range(2)]
     assert [answer.status_code for answer in answers] == [401, 401]
     ids = [answer.headers["X-Request-Id"] for answer in answers]
