@@ -111,8 +111,8 @@ def _growth(measurements: Sequence[Measurement]) -> plt.Figure:
         medians = [percentile(point.latencies(), 50) for point in points]
         errors = [[m.value - m.low for m in medians], [m.high - m.value for m in medians]]
         axis.errorbar(values, [m.value for m in medians], yerr=errors, marker="o", ms=3, capsize=2)
-        axis.set(xlabel=_GROWTH[label], ylim=(0, None), xticks=values)
-    axes[0, 0].set_ylabel("median latency (s)")
+        axis.set(xlabel=_GROWTH[label], xticks=values)
+    axes[0, 0].set(ylabel="median latency (s)", ylim=(0, None))
     return figure
 
 
