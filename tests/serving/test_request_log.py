@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from collector import Collector, collecting
 from imprompt import Client, DeadlineExceeded, InvalidRequest
 from imprompt_serving import metrics, request_log
 from imprompt_serving.launcher import Server
+from imprompt_serving.tracing import Tracer
 
 BEAR = {"model": "world_lcm", "prompt": "clandestine bear", "num_inference_steps": 2}
 TRACE_ID, PARENT_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -211,3 +213,13 @@ def test_without_a_file_nothing_is_logged(monkeypatch: pytest.MonkeyPatch, capsy
     log.write({"n": 1})
     log.close()
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("endpoint", ["", "http://127.0.0.1:1"])
+def test_without_a_collector_or_the_extra_there_is_no_tracer(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+    assert Tracer.from_environment() is None
+    assert ('pip install "imprompt[otel]"' in caplog.text) == bool(endpoint)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 
@@ -34,7 +33,5 @@ def observe(request_log: str, otlp_endpoint: str | None) -> None:
             console.fail(f"cannot write {file}: {error.strerror}")
         request_log = str(file)
     os.environ[_LOG_VARIABLE] = request_log
-    if otlp_endpoint is not None:
-        if importlib.util.find_spec("opentelemetry") is None:
-            console.fail('--otlp-endpoint needs more packages: pip install "imprompt[otel]"')
+    if otlp_endpoint is not None:  # processes without the extra `otel` warn
         os.environ[_ENDPOINT_VARIABLE] = otlp_endpoint
