@@ -83,7 +83,7 @@ def _steps(bundle: Bundle, repository: Path, lengths: list[int], size: int) -> l
     shapes = get_family(bundle.family).text_shapes(bundle)
     found: list[Callable[[], object]] = []
     for chunks in lengths:
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name, (first, *rest) in shapes.items():
             value = torch.randn(1, first * chunks if rest else first, *rest)
             tensors |= {name: value, NEGATIVE + name: value}

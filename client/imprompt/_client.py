@@ -202,8 +202,8 @@ class Client:
             negative_ip_adapter_image: image prompts for the unconditional branch (default: no image or a blank one,
                 whichever the adapter was trained with).
             ip_adapter_image_embeds: precomputed embeddings in place of pictures, as returned by `encode_image` and by
-                diffusers: [2 (negative, positive) or 1 (positive), pictures, ...], and for several prompts also [2 *
-                prompts, pictures, ...]; a list with one array per adapter, or a dict keyed by adapter name.
+                diffusers: [2 (negative, positive) or 1 (positive), pictures, ...]; a list with one array per adapter,
+                or a dict keyed by adapter name.
             ip_adapter_image_per: what the pictures of an adapter apply to: all of them to every result (`request`), or
                 an equal share, in order, to each `prompt` or to each `frame` of a clip: one value for all, or one per
                 adapter (default `request`).

@@ -277,12 +277,11 @@ ROWS: tuple[Parameter, ...] = (
     Parameter(
         name="ip_adapter_image_embeds",
         type=Type.EMBEDS,
-        doc="precomputed embeddings in place of pictures: [2 (negative, positive) or 1 (positive), pictures, ...], "
-        "and for several prompts also [2 * prompts, pictures, ...], as in diffusers",
+        doc="precomputed embeddings in place of image prompts: [2 (negative, positive) or 1 (positive), pictures, ...]",
         python="Embeds | Sequence[Embeds | None] | Mapping[str, Embeds]",
         python_doc="precomputed embeddings in place of pictures, as returned by `encode_image` and by diffusers: [2 "
-        "(negative, positive) or 1 (positive), pictures, ...], and for several prompts also [2 * prompts, pictures, "
-        "...]; a list with one array per adapter, or a dict keyed by adapter name",
+        "(negative, positive) or 1 (positive), pictures, ...]; a list with one array per adapter, or a dict keyed by "
+        "adapter name",
         option_doc="precomputed embeddings in place of image prompts, written by `imprompt encode`; may be repeated",
     ),
     Parameter(

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import msgspec
 import numpy as np
 from PIL import Image
 
@@ -91,8 +90,7 @@ def plan_image_prompts(
         _by_adapter(read, name, bundle)
         for name in ("ip_adapter_image", "negative_ip_adapter_image", "ip_adapter_masks")
     )
-    given = [a for a in bundle.adapters if tensor_names.request_embeds(a.name) in read]
-    embeds = {adapter.name: _embeds(read, adapter, targets.prompts) for adapter in given}
+    embeds = {a.name: _embeds(read, a) for a in bundle.adapters if tensor_names.request_embeds(a.name) in read}
     used = [adapter for adapter in bundle.adapters if files[adapter.name] or adapter.name in embeds]
     for parameter, items_by_adapter in (("ip_adapter_masks", masks), ("negative_ip_adapter_image", negatives)):
         idle = [
@@ -102,26 +100,24 @@ def plan_image_prompts(
             raise InvalidRequest(parameter, f"{', '.join(idle)} has no ip_adapter_image")
     if encode_image is not None and not files[encode_image]:
         raise InvalidRequest("ip_adapter_image", f"no picture for adapter {encode_image}")
-    plans = []
-    for adapter, options in zip(used, _options(read, bundle, used, targets), strict=True):
-        name, values = adapter.name, embeds.get(adapter.name)
-        if values is not None and len(values) > 2:
-            options, values = _divided(options, values)
-        plans.append(
-            ImagePromptPlan(
-                adapter=adapter,
-                files=tuple(files[name]),
-                negatives=tuple(negatives[name]),
-                embeds=values,
-                masks=tuple(masks[name]),
-                shares=options.shares(targets.prompts),
-                options=options,
-            )
+    plans = tuple(
+        ImagePromptPlan(
+            adapter=adapter,
+            files=tuple(files[n]),
+            negatives=tuple(negatives[n]),
+            embeds=embeds.get(n),
+            masks=tuple(masks[n]),
+            shares=options.shares(targets.prompts),
+            options=options,
         )
-        _check_plan(plans[-1], bundle, targets)
+        for adapter, options in zip(used, _options(read, bundle, used, targets), strict=True)
+        for n in [adapter.name]
+    )
+    for plan in plans:
+        _check_plan(plan, bundle, targets)
     if encode_image is None:
         check_tokens(plans, bundle)
-    return tuple(plans)
+    return plans
 
 
 def load_image_prompt(plan: ImagePromptPlan) -> ImagePrompt:
@@ -189,7 +185,7 @@ def _check_masks(plan: ImagePromptPlan, targets: Targets) -> None:
         raise InvalidRequest("ip_adapter_masks", problem)
 
 
-def check_tokens(plans: Sequence[ImagePromptPlan], bundle: Bundle) -> None:
+def check_tokens(plans: tuple[ImagePromptPlan, ...], bundle: Bundle) -> None:
     """Refuse more pictures or masks than the engines support."""
     limit, regions = bundle.shapes.image_tokens[-1], bundle.shapes.regions
     for plan in plans:
@@ -257,14 +253,6 @@ def _keyframes(read: Reader, frames: int | None, scopes: Sequence[str]) -> tuple
     return keyframes
 
 
-def _divided(options: AdapterOptions, embeds: np.ndarray) -> tuple[AdapterOptions, np.ndarray]:
-    """Bring embeddings [2 * prompts, pictures, ...] into the layout of pictures per prompt [2, all pictures, ...]."""
-    if options.per == "frame":
-        problem = f"{options.name}: {list(embeds.shape)} has embeddings per prompt, but ip_adapter_image_per is frame"
-        raise InvalidRequest("ip_adapter_image_embeds", problem)
-    return msgspec.structs.replace(options, per="prompt"), embeds.reshape(2, -1, *embeds.shape[2:])
-
-
 def adapter_name(name: str | None, bundle: Bundle, parameter: str) -> str | None:
     """Check that the bundle has an adapter `name`, if one is given."""
     known = [adapter.name for adapter in bundle.adapters]
@@ -295,17 +283,16 @@ def _by_adapter(read: Reader, name: str, bundle: Bundle) -> dict[str, list[bytes
     return by_adapter
 
 
-def _embeds(read: Reader, adapter: Adapter, prompts: int) -> np.ndarray:
+def _embeds(read: Reader, adapter: Adapter) -> np.ndarray:
     parameter = "ip_adapter_image_embeds"
     embeds = read.floats(tensor_names.request_embeds(adapter.name))
     if embeds.ndim != 2 + len(adapter.embed_shape) or embeds.shape[2:] != adapter.embed_shape:
         expected = ", ".join(map(str, adapter.embed_shape))
         raise InvalidRequest(parameter, f"{adapter.name} takes [2, pictures, {expected}], got {list(embeds.shape)}")
-    if embeds.shape[0] not in (1, 2, 2 * prompts) or not embeds.shape[1]:
-        expected = "2 (negative, positive) or 1 (positive)"
-        if prompts > 1:
-            expected += f", or {2 * prompts} (negatives of all {prompts} prompts, then positives)"
-        message = f"{adapter.name}: the first axis must be {expected}; got {list(embeds.shape)}"
+    if embeds.shape[0] not in (1, 2) or not embeds.shape[1]:
+        message = (
+            f"{adapter.name}: the first axis must be 2 (negative, positive) or 1 (positive); got {list(embeds.shape)}"
+        )
         raise InvalidRequest(parameter, message)
     if not (np.abs(embeds) <= MAX_SCALE).all():
         raise InvalidRequest(parameter, f"{adapter.name}: must be finite, from {-MAX_SCALE:g} to {MAX_SCALE:g}")
