@@ -1,7 +1,7 @@
 """Different image prompts for each prompt of a request, and for each frame of a clip: the same as diffusers.
 
-diffusers is called once per prompt, because it gives all embeddings to all prompts. Its motion UNets repeat image tokens
-for all frames; here they keep those of each frame.
+diffusers is called once per prompt, because it gives all embeddings to all prompts. Its motion UNets repeat image
+tokens for all frames; here they keep those of each frame.
 """
 
 from __future__ import annotations
