@@ -31,18 +31,22 @@ def load(server: Served, cls: Any) -> Any:
     return oracle.pipeline(server.bundle.checkpoints / "base", (), cls)
 
 
-def test_refiner_continues_with_the_latents_of_a_base(served: Callable[[str], Served], refiner: Served) -> None:
+@pytest.mark.parametrize("end", [0.8, 0.4])
+def test_refiner_continues_with_the_latents_of_a_base(
+    served: Callable[[str], Served], refiner: Served, end: float
+) -> None:
     base = served("sdxl")
     first, second = load(base, StableDiffusionXLPipeline), load(refiner, StableDiffusionXLImg2ImgPipeline)
-    part = {**PROMPT, "height": 64, "width": 64, "denoising_end": 0.8, "output_type": "latent"}
+    part = {**PROMPT, "height": 64, "width": 64, "denoising_end": end, "output_type": "latent"}
     latents = first(**part, generator=torch.Generator("cpu").manual_seed(0)).images
-    rest = {**PROMPT, "denoising_start": 0.8, "aesthetic_score": 7.0}
+    rest = {**PROMPT, "denoising_start": end, "aesthetic_score": 7.0}
     expected = oracle.generate(second, **rest, image=latents)
     found = base.generate(**part, seed=0)
     np.testing.assert_allclose(found.latents, latents.numpy(), atol=5e-3)
     result = refiner.generate(**rest, image=found.latents, seed=0)
     assert_same(result, expected)
-    assert_different(result, base.generate(**rest | {"aesthetic_score": None}, image=found.latents, seed=0))
+    if end < 0.5:  # a single step of another model changes little
+        assert_different(result, base.generate(**rest | {"aesthetic_score": None}, image=found.latents, seed=0))
 
 
 @pytest.mark.parametrize(
