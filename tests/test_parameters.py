@@ -21,7 +21,9 @@ import imprompt_gateway
 from imprompt import AsyncClient, Client, cli
 from imprompt._request import MIN_TIMEOUT_S
 from imprompt_bench import rig
+from imprompt_export.sections import DefaultsSection
 from imprompt_serving import config, json_schema, signatures
+from imprompt_serving.capabilities import capabilities
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.parameters import PARAMETERS, ROWS, Group, Parameter, Settings, Type
 from imprompt_serving.pipeline.request import Request, parse
@@ -131,6 +133,16 @@ def test_unknown_choices_are_refused(row: Parameter) -> None:
     with pytest.raises(InvalidRequest, match="'none such' is not one of") as caught:
         parsed(row, PICTURE | {row.name: [b"none such"]})
     assert caught.value.parameter == row.name
+
+
+def test_defaults_of_a_bundle_are_documented_and_described() -> None:
+    section = DefaultsSection(num_inference_steps=4, guidance_scale=0.0, guidance_rescale=0.7)
+    assert section.values.keys() == {row.name for row in ROWS if row.set_by_bundles}
+    assert "(1 to 1000, default: the bundle's, usually 50)" in signatures.summary(PARAMETERS["num_inference_steps"])
+    usual = capabilities(PLAIN)["defaults"]
+    assert (usual["num_inference_steps"], usual["guidance_scale"], usual["guidance_rescale"]) == (50, 7.5, 0.0)
+    own = capabilities(msgspec.structs.replace(PLAIN, defaults=section.values))["defaults"]
+    assert section.values.items() <= own.items()
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.sdk], ids=ids)
