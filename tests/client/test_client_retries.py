@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -144,6 +145,31 @@ def test_backoff_grows_has_jitter_and_follows_the_servers_hint(monkeypatch: pyte
 
 
 # Timeouts and cancellation
+
+
+def test_looking_for_a_lost_server_costs_one_retry_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses have jitter; without a timeout the client looks for two minutes."""
+    now = 100.0
+    monkeypatch.setattr(_retry, "time", SimpleNamespace(monotonic=lambda: now))
+    budget, lost = _retry.Budget(2, None), ConnectionFailed("the server is gone")
+    for _ in range(2):
+        pauses = []
+        with pytest.raises(ConnectionFailed):
+            for pause in budget.reconnects(lost):
+                pauses.append(pause)
+                now += pause
+        assert all(0.5 <= pause <= 0.625 for pause in pauses)
+        assert len(set(pauses)) > 1
+        assert 120 <= sum(pauses) < 121
+    with pytest.raises(ConnectionFailed):
+        next(budget.reconnects(lost))
+    limited = _retry.Budget(1, 10)
+    with pytest.raises(ConnectionFailed):
+        for pause in limited.reconnects(lost):
+            now += pause
+    assert limited.expired
+    assert limited.grpc_timeout is not None
+    assert 1 < limited.grpc_timeout <= _retry.GRACE_S  # the server has that long to respond
 
 
 @pytest.mark.parametrize("method", ["generate", "stream"])
