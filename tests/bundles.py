@@ -21,6 +21,7 @@ from rich.console import Console
 
 from imprompt_export import export, graphs, onnx_graph
 from imprompt_export.onnx_graph import export_onnx
+from imprompt_export.stages import Stages
 from tiny import adapters, base, control, embeddings, faces, layout, oracle, single_file
 
 ROOT = Path(__file__).parents[1]
@@ -302,7 +303,7 @@ def locked(file: Path) -> Iterator[None]:
         yield
 
 
-def _export_once(cache: Path, graph: graphs.Graph, path: Path, dtype: torch.dtype = torch.float32) -> None:
+def _export_once(cache: Path, graph: graphs.Graph, path: Path, dtype: torch.dtype, stages: Stages) -> None:
     """Replace `export_onnx`: graphs that bundles have in common, mostly encoders and VAEs, are traced only once."""
     config: Any = getattr(graph.module, "config", {})
     values = {**(config if isinstance(config, dict) else config.to_dict()), "_name_or_path": type(graph.module)}
@@ -314,7 +315,7 @@ def _export_once(cache: Path, graph: graphs.Graph, path: Path, dtype: torch.dtyp
     if kept.exists():
         shutil.copyfile(kept, path)
         return
-    export_onnx(graph, path, dtype)
+    export_onnx(graph, path, dtype, stages)
     cache.mkdir(parents=True, exist_ok=True)
     unfinished = cache / f"{kept.name}.{os.getpid()}"
     shutil.copyfile(path, unfinished)

@@ -147,7 +147,7 @@ def test_engine_sizes_include_external_weights(tmp_path: Path) -> None:
 def test_error_if_a_preset_does_not_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = type("Memory", (), {"available": 2**30})
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
-    with pytest.raises(BenchError, match=r"needs about 10 GiB of memory; 1 GiB"):
+    with pytest.raises(BenchError, match=r"needs about 6 GiB of memory; 1 GiB"):
         check_memory(PRESETS["sd15"])
     check_memory(PRESETS["tiny"])
     baselines.check_memory("eager", parameters(PRESETS["tiny"]), 64)
