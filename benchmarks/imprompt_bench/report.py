@@ -1,8 +1,8 @@
-"""Format results as the tables of `docs/performance.md` and `docs/benchmarks.md`: `imprompt bench report`.
+"""Format results as the tables of the documentation: `imprompt bench report`.
 
 Replaces everything between `<!-- summary -->` and `<!-- end -->` by the comparison of all runs with the baselines, and
 everything between `<!-- results -->` and `<!-- end -->` by a section for the JSON file of each run and the overhead of
-the denoiser's loop.
+the denoiser's loop. `fleet/report.py` makes the tables of `docs/scale.md`, which have places of their own.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from imprompt_bench.fleet import report as fleet_report
 from imprompt_bench.results import Measurement, Run
 from imprompt_bench.stats import Estimate, percentile, ratio
 
 OVERHEAD = "overhead.json"
 RESULTS_PAGE = "benchmarks.md"
-_PLACE = re.compile(r"(<!-- (summary|results) -->\n).*?(<!-- end -->)", re.DOTALL)
+_PLACE = re.compile(r"(<!-- (summary|results|routing|fleet|details) -->\n).*?(<!-- end -->)", re.DOTALL)
 _SYSTEMS = {
     "imprompt": "imprompt (served)",
     "eager": "diffusers (eager)",
@@ -36,6 +37,7 @@ def write(results: Path, pages: Sequence[Path]) -> None:
     images = pages[0].parent / "images"
     for name, run in runs(results).items():
         draw(run, name, images)
+    fleet_report.draw(results, images)
     for page in pages:
         page.write_text(filled(page.read_text(encoding="utf-8"), results, images), encoding="utf-8")
 
@@ -51,7 +53,7 @@ def filled(page: str, results: Path, images: Path) -> str:
     parts = [section(name, run, images) for name, run in measured.items()]
     if (results / OVERHEAD).exists():
         parts.append(overhead(json.loads((results / OVERHEAD).read_text())))
-    tables = {"summary": summary(measured), "results": "".join(parts)}
+    tables = {"summary": summary(measured), "results": "".join(parts), **fleet_report.tables(results)}
     return _PLACE.sub(lambda place: f"{place[1]}{tables[place[2]]}{place[3]}", page)
 
 
