@@ -203,6 +203,23 @@ def size(
 
 
 @app.command()
+def cache(
+    url: Annotated[list[str], typer.Option(help="gRPC address of a server; give at least two.")],
+    model: Annotated[str, typer.Option(help="Bundle to measure.")],
+    requests: Annotated[int, typer.Option(help="Different requests to send to each server.", min=1)] = 40,
+) -> None:
+    """Send the same requests to servers with a shared cache, which only the first has to encode."""
+    from imprompt_bench.fleet.cache import STAGES, compare
+
+    served = target.connect(url[0], model)
+    size: int = served.capabilities["defaults"]["height"]
+    smallest: int = served.capabilities["limits"]["height"][0]
+    workload = Workload(model=model, adapter=served.adapter, size=size, steps=1, smallest=smallest)
+    for address, seconds in zip(url, compare(url, workload, requests), strict=True):
+        print(f"{address}: " + ", ".join(f"{stage} {1000 * seconds[stage]:.2f} ms" for stage in STAGES))
+
+
+@app.command()
 def report(
     results: Annotated[Path, typer.Option(help="Folder with the JSON files.")] = RESULTS,
     page: Annotated[
