@@ -15,8 +15,9 @@ from statistics import median
 from typing import Any
 
 from imprompt_bench.fleet import report as fleet_report
+from imprompt_bench.markdown import interval, table
 from imprompt_bench.results import Measurement, Run
-from imprompt_bench.stats import Estimate, percentile, ratio
+from imprompt_bench.stats import percentile, ratio
 
 OVERHEAD = "overhead.json"
 RESULTS_PAGE = "benchmarks.md"
@@ -64,8 +65,8 @@ def summary(measured: Mapping[str, Run]) -> str:
         systems = {measurement.label: measurement.latencies() for measurement in run.of("latency")}
         if len(systems) > 1:
             own = systems["imprompt"]
-            speedups = [_interval(ratio(systems[other], own), 2) if other in systems else "" for other in others]
-            latency = _interval(percentile(own, 50), 2)
+            speedups = [interval(ratio(systems[other], own), 2) if other in systems else "" for other in others]
+            latency = interval(percentile(own, 50), 2)
             rate = f"{run.arithmetic['gemm_flops'] / 1e9:.0f}" if run.arithmetic else ""
             rows.append([f"[{name}]({RESULTS_PAGE}#{name})", _title(run), *_requests(run), rate, latency, *speedups])
     if not rows:
@@ -114,12 +115,6 @@ def section(name: str, run: Run, images: Path) -> str:
     return "\n\n".join(["", *blocks]).lstrip("\n") + "\n\n"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Format a Markdown table; all columns but the first are right-aligned for numbers."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def _has(images: Path, name: str, plot: str) -> bool:
     return (images / f"bench-{name}-{plot}.svg").exists()
 
@@ -134,13 +129,9 @@ def _machine(environment: dict[str, Any]) -> str:
     )
 
 
-def _interval(estimate: Estimate, digits: int = 3) -> str:
-    return f"{estimate.value:.{digits}f} ({estimate.low:.{digits}f} to {estimate.high:.{digits}f})"
-
-
 def _percentiles(measurement: Measurement) -> list[str]:
     values = measurement.latencies()
-    return [_interval(percentile(values, q)) for q in (50, 90, 99)] if values else ["-"] * 3
+    return [interval(percentile(values, q)) for q in (50, 90, 99)] if values else ["-"] * 3
 
 
 def _stable(measurement: Measurement) -> str:
@@ -153,7 +144,7 @@ def _latency(run: Run) -> str:
         return ""
     own, rows = measured["imprompt"].latencies(), []
     for name, measurement in measured.items():
-        speedup = "" if name == "imprompt" else _interval(ratio(measurement.latencies(), own), 2)
+        speedup = "" if name == "imprompt" else interval(ratio(measurement.latencies(), own), 2)
         difference = " / ".join(f"{value:.2g}" for value in run.parity.get(name, ()))
         count = str(len(measurement.samples))
         rows.append([_SYSTEMS[name], *_percentiles(measurement), speedup, difference, count, _stable(measurement)])
@@ -169,7 +160,7 @@ def _stages(run: Run) -> str:
     for stage in _STAGES:
         values = [sample.timings.get(stage, 0.0) for sample in samples]
         share = median(values) / median([sample.latency for sample in samples])
-        rows.append([f"`{stage}`", _interval(percentile(values, 50), 4), f"{100 * share:.1f}"])
+        rows.append([f"`{stage}`", interval(percentile(values, 50), 4), f"{100 * share:.1f}"])
     return table(["stage", "p50, s", "% of the request's latency"], rows)
 
 
@@ -248,7 +239,7 @@ def _mixed(run: Run) -> str:
             statuses = [str(sum(sample.status == status for sample in own)) for status in ("ok", "left", "refused")]
             values = [sample.latency for sample in own if sample.status == "ok"]
             rows.append(
-                [kind, *statuses, *([_interval(percentile(values, q)) for q in (50, 90)] if values else ["", ""])]
+                [kind, *statuses, *([interval(percentile(values, q)) for q in (50, 90)] if values else ["", ""])]
             )
         if point.server is not None:
             looked = point.server.cache_hits + point.server.cache_misses
@@ -265,8 +256,8 @@ def _growth(run: Run) -> str:
     for point in run.of("growth"):
         base = first.setdefault(point.label, point)
         times = ratio(point.latencies(), base.latencies())
-        latency = _interval(percentile(point.latencies(), 50))
-        rows.append([f"{point.label}: {point.value:g}", latency, _interval(times, 2), _stable(point)])
+        latency = interval(percentile(point.latencies(), 50))
+        rows.append([f"{point.label}: {point.value:g}", latency, interval(times, 2), _stable(point)])
     return table(["varied parameter", "p50, s", "relative to the first", "stable"], rows) if rows else ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from imprompt_bench.fleet.study import DETAIL_MEMBERS, DETAILS, ENVOYS, LOAD, Point, Study
+from imprompt_bench.markdown import interval, table
 from imprompt_bench.results import Run
 from imprompt_bench.stats import percentile
 
@@ -24,11 +25,6 @@ def tables(results: Path) -> dict[str, str]:
     return made
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
 def routing(run: Run) -> str:
     """Compare the ways of routing, as measured."""
     rows = []
@@ -38,7 +34,7 @@ def routing(run: Run) -> str:
         rows.append(
             [
                 measurement.label,
-                *(f"{percentile(latencies, q).value:.2f}" for q in (50, 99)),
+                *(interval(percentile(latencies, q), 2) for q in (50, 99)),
                 f"{measurement.pictures_per_second:.1f}",
                 f"{measurement.notes['busiest']:.2f}",
                 f"{100 * measurement.notes['idle']:.0f}",
@@ -54,13 +50,13 @@ def routing(run: Run) -> str:
         f"{requests} requests each. {machine['cpu']}, {machine['cores']} cores for all {run.bundle['members']} members "
         f"and {run.bundle['callers']} callers, Envoy {machine['envoy']}, {machine['date']}.{busy}"
     )
-    return f"{_table(header, rows)}\n{text}\n"
+    return f"{table(header, rows)}\n\n{text}\n"
 
 
 def fleet(study: Study) -> str:
     """Compare the ways of routing in simulated fleets, by number of members."""
     rows = [[f"{point.members}, {point.arrivals}", point.policy, *_numbers(point)] for point in _usual(study)]
-    return _table(["members, arrivals", "routing", "p50, s", "p99, s", "refused, %", "idle, %"], rows)
+    return table(["members, arrivals", "routing", "p50, s", "p99, s", "refused, %", "idle, %"], rows) + "\n"
 
 
 def details(study: Study) -> str:
@@ -72,8 +68,12 @@ def details(study: Study) -> str:
     }
     header = [f"{envoys} Envoy{'s'[: envoys > 1]}, load {load}" for envoys, load in DETAILS]
     policies = list(dict.fromkeys(policy for policy, _, _ in points))
-    rows = [[policy, *(f"{points[policy, *detail].p99:.2f}" for detail in DETAILS)] for policy in policies]
-    return _table(["routing", *header], rows)
+    rows = [[policy, *(_p99(points[policy, *detail]) for detail in DETAILS)] for policy in policies]
+    return table(["routing", *header], rows) + "\n"
+
+
+def _p99(point: Point) -> str:
+    return f"{point.p99:.2f}" + (f" ({100 * point.refused:.0f} % refused)" if point.refused >= 0.005 else "")
 
 
 def _usual(study: Study) -> list[Point]:

@@ -35,7 +35,7 @@ def routings(members: Sequence[str], load_port: int) -> dict[str, Change]:
 def _choose(config: dict[str, Any], **fields: Any) -> None:
     """Replace the policy of the cluster. The servers of a measurement have no health port."""
     (cluster,) = config["static_resources"]["clusters"]
-    for name in ("load_balancing_policy", "health_checks"):
+    for name in ("lb_policy", "least_request_lb_config", "health_checks"):
         del cluster[name]
     cluster.update(fields)
 

@@ -25,8 +25,8 @@ from imprompt_serving.specs import CallRows, Limits
 RETRIES = 3
 BACK_OFF_S = 0.1
 """Retries and the base of their delay, as in the configuration of Envoy: from 0 to (2**retry - 1) times the base."""
-REPICKS = 5
-"""How often Envoy chooses again if it gets a member that has already refused the request."""
+REPICKS = 100
+"""How often Envoy chooses again while it gets a member that has already refused the request."""
 NOTICE_S = 2.0
 """Until an Envoy takes a dead member out: the interval of its health checks."""
 WARM_UP = 0.2

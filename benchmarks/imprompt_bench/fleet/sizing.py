@@ -11,7 +11,7 @@ from imprompt_bench.fleet.traffic import Kind
 from imprompt_bench.results import BenchError
 from imprompt_serving.specs import CallRows
 
-ROUTING = "least requests of all"
+ROUTING = "least requests, 8 draws"
 """What the configuration of Envoy in `deploy` does."""
 REQUESTS = 3000
 """Requests per simulation, so that the p99 rests on the slowest 30 or so."""

@@ -18,7 +18,7 @@ from imprompt_bench.fleet.traffic import MIX
 from imprompt_bench.results import environment
 from imprompt_serving.specs import CallRows
 
-LOAD, HIGH_LOAD = 0.8, 0.9
+LOAD, HIGH_LOAD, OVERLOAD = 0.8, 0.9, 1.2
 """Arrival rates, relative to the capacity of all members."""
 ENVOYS = 2
 STEPS, CALL_ROWS = 20, CallRows(16)
@@ -29,7 +29,7 @@ SECONDS = {
 }
 """How long requests arrive, by number of members: larger fleets see as many requests in less time."""
 DETAIL_MEMBERS = 100
-DETAILS = ((1, LOAD), (2, LOAD), (4, LOAD), (16, LOAD), (2, HIGH_LOAD))
+DETAILS = ((1, LOAD), (2, LOAD), (4, LOAD), (16, LOAD), (2, HIGH_LOAD), (2, OVERLOAD))
 """Numbers of Envoys and loads to compare, for one number of members."""
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 GUIDANCE_BRANCHES = 2
-BURST_S, QUIET_S = 2.0, 2.0
+BURST_S, QUIET_S = 1.0, 1.0
 """Average length of a burst and of the pause after it, in which nothing arrives."""
 
 
