@@ -28,6 +28,11 @@ _SYSTEMS = {
     "compiled": "diffusers (`torch.compile`, frozen)",
     "bare": "the same engines, no server",
 }
+_PLOTS = {
+    "load": "Latency by number of callers and by arrival rate",
+    "growth": "Latency by size of the request",
+    "request": "When each stage of a request begins and ends",
+}
 _STAGES = ("total", "admission", "text_encoder", "preprocess", "image_encoder", "queue", "denoise", "vae_decoder")
 
 
@@ -59,26 +64,35 @@ def filled(page: str, results: Path, images: Path) -> str:
 
 
 def summary(measured: Mapping[str, Run]) -> str:
-    """Compare the server with each baseline, one line per file."""
-    others, rows = [name for name in _SYSTEMS if name != "imprompt"], []
+    """Compare the server with each baseline: a table for each machine and day, a line for each file."""
+    groups: dict[str, dict[str, Run]] = {}
     for name, run in measured.items():
-        systems = {measurement.label: measurement.latencies() for measurement in run.of("latency")}
-        if len(systems) > 1:
-            own = systems["imprompt"]
-            speedups = [interval(ratio(systems[other], own), 2) if other in systems else "" for other in others]
-            latency = interval(percentile(own, 50), 2)
-            rate = f"{run.arithmetic['gemm_flops'] / 1e9:.0f}" if run.arithmetic else ""
-            rows.append([f"[{name}]({RESULTS_PAGE}#{name})", _title(run), *_requests(run), rate, latency, *speedups])
-    if not rows:
+        if len(run.of("latency")) > 1:
+            groups.setdefault(_hardware(run.environment), {})[name] = run
+    if not groups:
         return ""
-    columns = ["run", "bundle", "pixels", "steps", "machine, GFLOP/s", "p50 latency, s"]
-    header = [*columns, *(f"speed-up over {_SYSTEMS[name]}" for name in others)]
     text = (
         "Latency of a served request, and its speed-up over each baseline (above 1: the server is faster), with 95 % "
-        "intervals. The runs come from different machines; GFLOP/s is the machine's rate for a large float32 matrix "
-        "product."
+        "intervals. All rows of a table were measured on the same machine on the same day."
     )
-    return f"## Comparison with the baselines\n\n{text}\n\n{table(header, rows)}\n\n"
+    tables = (f"### {hardware}\n\n{_comparison(group)}\n\n" for hardware, group in groups.items())
+    return f"## Comparison with the baselines\n\n{text}\n\n{''.join(tables)}"
+
+
+def _comparison(measured: Mapping[str, Run]) -> str:
+    systems = {
+        name: {measurement.label: measurement.latencies() for measurement in run.of("latency")}
+        for name, run in measured.items()
+    }
+    others = [name for name in _SYSTEMS if name != "imprompt" and any(name in own for own in systems.values())]
+    rows = []
+    for name, run in measured.items():
+        own = systems[name]["imprompt"]
+        speedups = [interval(ratio(systems[name][other], own), 2) if other in systems[name] else "" for other in others]
+        latency = interval(percentile(own, 50), 2)
+        rows.append([f"[{name}]({RESULTS_PAGE}#{name})", _title(run), *_requests(run), latency, *speedups])
+    columns = ["run", "bundle", "pixels", "steps", "p50 latency, s"]
+    return table([*columns, *(f"speed-up over {_SYSTEMS[name]}" for name in others)], rows)
 
 
 def _title(run: Run) -> str:
@@ -111,7 +125,7 @@ def section(name: str, run: Run, images: Path) -> str:
         ("Export and startup", _setup),
     )
     blocks += [f"### {title}\n\n{text}" for title, make in tables if (text := make(run))]
-    blocks += [f"![{plot}](images/bench-{name}-{plot}.svg)" for plot in ("load", "request") if _has(images, name, plot)]
+    blocks += [f"![{alt}](images/bench-{name}-{plot}.svg)" for plot, alt in _PLOTS.items() if _has(images, name, plot)]
     return "\n\n".join(["", *blocks]).lstrip("\n") + "\n\n"
 
 
@@ -124,8 +138,16 @@ def _machine(environment: dict[str, Any]) -> str:
     load = environment["load_average"][0]
     busy = f" **The machine was busy with other work (load {load}), so these numbers are only indicative.**"
     return (
-        f"{environment['cpu']}, {environment['cores']} cores, {environment['memory_gib']} GiB, {environment['date']}; "
-        f"Python {environment['python']}, {versions}.{busy if load > environment['cores'] / 2 else ''}"
+        f"{_hardware(environment)}; Python {environment['python']}, {versions}."
+        f"{busy if load > environment['cores'] / 2 else ''}"
+    )
+
+
+def _hardware(environment: dict[str, Any]) -> str:
+    machine = f", machine {environment['machine']}" if "machine" in environment else ""
+    return (
+        f"{environment['cpu']}, {environment['cores']} cores, {environment['memory_gib']} GiB{machine}, "
+        f"{environment['date']}"
     )
 
 

@@ -66,7 +66,7 @@ def test_report_updates_the_page_and_plots(measured: Path, tmp_path: Path) -> No
     assert "old" not in text
     for title in ("One request at a time", "Throughput by number of callers", "Random arrivals", "Overload", "Mixed"):
         assert f"### {title}" in text
-    for plot in ("load", "request"):
+    for plot in ("load", "growth", "request"):
         assert f"images/bench-run-{plot}.svg" in text
         assert (tmp_path / f"images/bench-run-{plot}.svg").read_text().startswith("<?xml")
 
@@ -80,7 +80,19 @@ def test_summary_has_a_line_for_each_run_with_baselines(measured: Path) -> None:
     assert report.summary({"alone": run}) == ""
     line = report.summary({"alone": run, "both": beside}).splitlines()[-2]
     assert line.startswith("| [both](benchmarks.md#both) | sd15, onnxruntime, fp32 | 64 x 64 | 2 |")
-    assert re.search(r"\|  \| \d\.\d\d \([^|]*\| 2\.00 \([^|]*\|  \|  \|$", line), line
+    assert re.search(r"\| \d\.\d\d \([^|]*\| 2\.00 \([^|]*\|$", line), line
+
+
+def test_summary_never_mixes_machines(measured: Path) -> None:
+    run = Run.load(measured)
+    (own,) = run.of("latency")
+    here = msgspec.structs.replace(run, measurements=[own, msgspec.structs.replace(own, label="bare")])
+    there = msgspec.structs.replace(here, environment=here.environment | {"machine": "01234567"})
+    later = msgspec.structs.replace(here, environment=here.environment | {"date": "2030-01-01"})
+    tables = report.summary({"first": here, "there": there, "later": later, "second": here}).split("\n### ")[1:]
+    assert [part.count("\n| [") for part in tables] == [2, 1, 1]
+    assert "01234567" in tables[1]
+    assert "2030-01-01" in tables[2]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
