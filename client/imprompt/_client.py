@@ -20,6 +20,7 @@ from imprompt._parameters import (
     Annotator,
     Embeds,
     Images,
+    ImageScope,
     OutputFormat,
     OutputType,
     PerAdapterImages,
@@ -119,6 +120,8 @@ class Client:
         ip_adapter_image: PerAdapterImages | None = None,
         negative_ip_adapter_image: PerAdapterImages | None = None,
         ip_adapter_image_embeds: Embeds | Sequence[Embeds | None] | Mapping[str, Embeds] | None = None,
+        ip_adapter_image_per: ImageScope | Sequence[ImageScope] | None = None,
+        ip_adapter_keyframes: int | Sequence[int] | None = None,
         ip_adapter_scale: Scale | Sequence[Scale] | Mapping[str, Scale | Sequence[float]] | None = None,
         ip_adapter_masks: PerAdapterImages | Sequence[Any] | None = None,
         ip_adapter_start: float | Sequence[float] | None = None,
@@ -150,6 +153,8 @@ class Client:
         negative_original_size: Sequence[int] | None = None,
         negative_crops_coords_top_left: Sequence[int] | None = None,
         negative_target_size: Sequence[int] | None = None,
+        aesthetic_score: float | None = None,
+        negative_aesthetic_score: float | None = None,
         num_inference_steps: int | None = None,
         timesteps: int | Sequence[int] | None = None,
         sigmas: float | Sequence[float] | None = None,
@@ -202,11 +207,18 @@ class Client:
             ip_adapter_image_embeds: precomputed embeddings in place of pictures, as returned by `encode_image` and by
                 diffusers: [2 (negative, positive) or 1 (positive), pictures, ...]; a list with one array per adapter,
                 or a dict keyed by adapter name.
+            ip_adapter_image_per: what the pictures of an adapter apply to: all of them to every result (`request`), or
+                an equal share, in order, to each `prompt` or to each `frame` of a clip: one value for all, or one per
+                adapter (default `request`).
+            ip_adapter_keyframes: for adapters with pictures per `frame`: the frames that have pictures, in ascending
+                order from 0 (default: all frames); image tokens are interpolated between them, and stay the same after
+                the last one.
             ip_adapter_scale: strength of the image prompt: a number, or a dict of scales by block (`{'up': {'block_0':
                 [0.0, 1.0, 0.0]}}`); for several adapters, a list of these or a dict keyed by adapter name; with masks,
                 an adapter's entry may be a list with one number per picture.
             ip_adapter_masks: regional masks: one per picture, nested like `ip_adapter_image`, or diffusers' tensors [1,
-                pictures, H, W]; an image prompt takes effect where its mask is white.
+                pictures, H, W]; an image prompt takes effect where its mask is white; or such a set of masks for each
+                prompt (for clips, for each frame), in order.
             ip_adapter_start: fraction of the steps after which an adapter takes effect: one value for all, or one per
                 adapter (0 to 1, default 0).
             ip_adapter_end: fraction of the steps after which an adapter no longer takes effect: one value for all, or
@@ -254,7 +266,10 @@ class Client:
             negative_crops_coords_top_left: SDXL conditioning: top and left of the crop, for the unconditional branch
                 (default 0, 0).
             negative_target_size: SDXL conditioning: target height and width, for the unconditional branch.
-            num_inference_steps: number of denoising steps (1 to 1000, default 50).
+            aesthetic_score: conditioning of the SDXL refiner: how appealing the picture should be (0 to 10, default 6).
+            negative_aesthetic_score: conditioning of the SDXL refiner: how appealing the picture should be, for the
+                unconditional branch (0 to 10, default 2.5).
+            num_inference_steps: number of denoising steps (1 to 1000, default: the bundle's, usually 50).
             timesteps: timesteps in place of `num_inference_steps`, for schedulers that take them, in descending order.
             sigmas: noise levels in place of `num_inference_steps`, for schedulers that take them, in descending order
                 (0 to 10000).
@@ -262,9 +277,10 @@ class Client:
                 not apply (0 to 1).
             denoising_end: fraction of the denoising after which to stop; another request can continue with
                 `denoising_start` (0 to 1).
-            guidance_scale: strength of classifier-free guidance; values up to 1 disable it; default as in diffusers
-                (-10000 to 10000).
-            guidance_rescale: how much to rescale the guided noise, as in arXiv 2305.08891 (0 to 1, default 0).
+            guidance_scale: strength of classifier-free guidance; values up to 1 disable it (default: the bundle's,
+                usually as in diffusers) (-10000 to 10000).
+            guidance_rescale: how much to rescale the guided noise, as in arXiv 2305.08891 (0 to 1, default: the
+                bundle's, usually 0).
             guidance_end: fraction of the steps after which guidance stops; a step without guidance is half the work (0
                 to 1, default 1).
             eta: how much noise each step of DDIM and TCD adds (0 to 1, default 0).
@@ -311,6 +327,8 @@ class Client:
         ip_adapter_image: PerAdapterImages | None = None,
         negative_ip_adapter_image: PerAdapterImages | None = None,
         ip_adapter_image_embeds: Embeds | Sequence[Embeds | None] | Mapping[str, Embeds] | None = None,
+        ip_adapter_image_per: ImageScope | Sequence[ImageScope] | None = None,
+        ip_adapter_keyframes: int | Sequence[int] | None = None,
         ip_adapter_scale: Scale | Sequence[Scale] | Mapping[str, Scale | Sequence[float]] | None = None,
         ip_adapter_masks: PerAdapterImages | Sequence[Any] | None = None,
         ip_adapter_start: float | Sequence[float] | None = None,
@@ -342,6 +360,8 @@ class Client:
         negative_original_size: Sequence[int] | None = None,
         negative_crops_coords_top_left: Sequence[int] | None = None,
         negative_target_size: Sequence[int] | None = None,
+        aesthetic_score: float | None = None,
+        negative_aesthetic_score: float | None = None,
         num_inference_steps: int | None = None,
         timesteps: int | Sequence[int] | None = None,
         sigmas: float | Sequence[float] | None = None,

@@ -64,8 +64,6 @@ _DIFFUSERS_EQUIVALENTS = {
     "adapter_conditioning_scale": "use `controlnet_conditioning_scale`",
     "adapter_conditioning_factor": "use `control_guidance_end`",
     "masked_image_latents": "the server makes them from `image` and `mask_image`",
-    "aesthetic_score": "only the refiner of SDXL takes it, which is not supported",
-    "negative_aesthetic_score": "only the refiner of SDXL takes it, which is not supported",
     "enforce_inference_steps": "increase `num_inference_steps` instead",
     "decode_chunk_size": "the server decodes frames one by one",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +21,13 @@ from imprompt_serving import metrics
 from imprompt_serving.drain import admitted, check_drain_deadline
 from imprompt_serving.errors import Cancelled, DeadlineExceeded, RequestError, unexpected
 from imprompt_serving.heartbeat import CANARY_PARAMETER, Heart
+from imprompt_serving.pipeline import shared_cache
 from imprompt_serving.pipeline.canary import canary_request
 from imprompt_serving.pipeline.flow import Pipeline
-from imprompt_serving.pipeline.models import Tensors
+from imprompt_serving.pipeline.models import Models, Tensors
 from imprompt_serving.pipeline.record import RequestRecord
 from imprompt_serving.pipeline.request import parse
+from imprompt_serving.pipeline.shared_cache import SharedCache, open_store
 from imprompt_serving.request_log import RequestLog
 from imprompt_serving.specs import Bundle
 from imprompt_serving.tracing import HEADERS, Tracer, trace_id_of
@@ -145,16 +148,24 @@ class TritonPythonModel:
         limits, shapes = self._bundle.limits, self._bundle.shapes
         max_jobs = len(self._bundle.denoisers) * (limits.waiting_rows + 2 * shapes.rows.max)
         self._models = TritonModels(self._bundle, max_jobs + _EXTRA_THREADS, self._heart)
-        self._pipeline = Pipeline(self._bundle, folder, self._models)
-        self._tasks: set[asyncio.Future[Any]] = set()
         self._name = args["model_name"]
         self._metrics = Metrics(metrics.PIPELINE, self._name)
+        self._pipeline = Pipeline(self._bundle, folder, self._cached(folder))
+        self._tasks: set[asyncio.Future[Any]] = set()
         self._log, self._tracer = RequestLog.from_environment(), Tracer.from_environment()
         self._in_flight = self._metrics.of(metrics.IN_FLIGHT)
         policy = json.loads(args["model_config"]).get("model_transaction_policy", {})
         self._streaming = bool(policy.get("decoupled", False))
         self._canary = canary_request(self._bundle)
         self._heart.loaded()
+
+    def _cached(self, folder: Path) -> Models:
+        """Put the shared cache in front of the models, if there is one."""
+        url = os.environ.get(shared_cache.VARIABLE)
+        if not url:
+            return self._models
+        count = partial(self._metrics.add, metrics.SHARED_CACHE)
+        return SharedCache.of_bundle(self._models, open_store(url), self._bundle, folder, count)
 
     async def execute(self, requests: list[Any]) -> None:
         """Start the requests. A unary model does not await them: Triton sends no others until this returns."""
