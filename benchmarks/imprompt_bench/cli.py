@@ -138,6 +138,19 @@ def overhead(
 
 
 @app.command()
+def prompts(
+    repository: Annotated[Path, typer.Argument(help="Exported model repository.")],
+    model: Annotated[str, typer.Option(help="Bundle to measure.")],
+    size: Annotated[int | None, typer.Option(help="Height and width of a picture (default: the bundle's).")] = None,
+    rounds: Annotated[int, typer.Option(help="Measurements of each length.", min=1)] = 9,
+) -> None:
+    """Measure the CPU time that long prompts take, with the engines of an exported bundle."""
+    from imprompt_bench.prompts import measure, table
+
+    print(table(measure(repository, model, size=size, rounds=rounds)))
+
+
+@app.command()
 def routing(
     context: typer.Context,
     requests: Annotated[int, typer.Option(help="Requests through each way of routing, in each round.", min=1)] = 160,

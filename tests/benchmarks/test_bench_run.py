@@ -148,7 +148,7 @@ def test_engine_sizes_include_external_weights(tmp_path: Path) -> None:
 def test_error_if_a_preset_does_not_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = type("Memory", (), {"available": 2**30})
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
-    with pytest.raises(BenchError, match=r"needs about 10 GiB of memory; 1 GiB"):
+    with pytest.raises(BenchError, match=r"needs about 6 GiB of memory; 1 GiB"):
         check_memory(PRESETS["sd15"])
     check_memory(PRESETS["tiny"])
     baselines.check_memory("eager", parameters(PRESETS["tiny"]), 64)
@@ -160,3 +160,14 @@ def test_error_if_a_preset_does_not_fit_into_memory(monkeypatch: pytest.MonkeyPa
 def test_url_and_preset_are_mutually_exclusive(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--url", "localhost:1", "--preset", "tiny"]) == 2
     assert "--preset" in capsys.readouterr().err
+
+
+def test_costs_of_long_prompts(bundle: object, capsys: pytest.CaptureFixture[str]) -> None:
+    repository = str(bundle("sd15").repository)  # type: ignore[operator]
+    assert cli.main(["prompts", repository, "--model", "sd15", "--rounds", "1"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split()[0] == "chunks"
+    assert [line.split()[0] for line in rows] == ["1", "2", "4", "8"]
+    assert all(float(value) > 0 for line in rows for value in line.split())
+    assert cli.main(["prompts", repository, "--model", "other"]) == 1
+    assert "no bundle other in" in capsys.readouterr().err
