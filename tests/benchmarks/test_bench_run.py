@@ -22,7 +22,8 @@ from imprompt_export.bundle import BundleFile
 from served import Served
 
 ROOT = Path(__file__).parents[2]
-PAGES, RESULTS = (ROOT / "docs/performance.md", ROOT / "docs/benchmarks.md"), ROOT / "benchmarks/results"
+PAGES = tuple(ROOT / "docs" / f"{name}.md" for name in ("performance", "benchmarks", "scale"))
+RESULTS = ROOT / "benchmarks/results"
 WORKLOAD = Workload(model="sd15", adapter="plain", size=64, steps=2, smallest=32)
 
 

@@ -97,7 +97,10 @@ def draw(results: Path, images: Path) -> None:
         members = [point.members for point in own]
         axes[0].plot(members, [point.p99 for point in own], marker="o", ms=3, label=policy)
         axes[1].plot(members, [100 * point.idle for point in own], marker="o", ms=3)
-    axes[0].set(xlabel="members", ylabel="p99 of the latency (s)", xscale="log", ylim=(0, None))
-    axes[1].set(xlabel="members", ylabel="time in which members are idle (%)", xscale="log", ylim=(0, None))
+    for axis, label in zip(axes, ("p99 of the latency (s)", "idle time of members (%)"), strict=True):
+        axis.set(xlabel="members", ylabel=label, xscale="log", ylim=(0, None))
+        axis.set_xticks(sorted({point.members for point in points}))
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.minorticks_off()
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
     save(figure, images / PLOT)
