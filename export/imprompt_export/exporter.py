@@ -81,7 +81,7 @@ def export_bundle(bundle: BundleFile, work: Path, console: Console | None, refit
                 export_report.engines += [report.EngineRow.of(row, export_seconds=result.seconds) for row in rows]
                 check_parity(rows)
             gc.collect()  # engines and traced programs are in reference cycles
-            console.print(f"{graph.name}: {watch}")
+            console.print(f"{graph.name}: {watch}", soft_wrap=True)
             progress.advance(task)
         if built or reused:
             console.print(f"{built} packages built, {reused} reused from earlier exports")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,11 @@ def test_engines_are_compared_without_the_weights(tmp_path: Path) -> None:
     net, file, stages = graph(nn.Linear(2, 2)), tmp_path / "net.onnx", Stages()
     shown: list[str] = []
     stages.show = shown.append
+    weight = weakref.ref(next(net.module.parameters()))
     export_onnx(net, file, torch.float32, stages)
     expected = references(net)
     _drop_weights(net, [])
+    assert weight() is None
     assert [row.passed for row in compare(net, expected, file, "onnxruntime")] == [True, True]
     assert shown == [*stages.seconds] == ["tracing", "translating to ONNX", "writing"]
     assert re.fullmatch(r"tracing \d+\.\d s, translating to ONNX \d+\.\d s, writing \d+\.\d s", str(stages))
