@@ -74,7 +74,7 @@ def test_full_members_refuse_and_others_are_tried() -> None:
     rate = 3 * 4 * capacity(SD15_H200, MIX, 20, CallRows(16))
     limited = Setup(SD15_H200, 4, POLICIES[ROUTING], rate, 10, limits=Limits(waiting_rows=16))
     outcome = simulate(limited)
-    assert outcome.refused == pytest.approx(2 / 3, abs=0.15)
+    assert 0.4 < outcome.refused < 0.7, "a third of the rows can be computed, and small requests find room more easily"
     assert outcome.idle < 0.02
     assert outcome.resent > outcome.requests
     assert simulate(limited._replace(rate=rate / 6)).refused == 0
