@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 PRIVATE: dict[str, set[str]] = {
     "diffusers==0.42.1": {"diffusers.loaders.unet_loader_utils._maybe_expand_lora_scales_for_one_adapter"},
     "torch==2.13.0": {
+        "torch._dynamo.config",
         "torch._inductor.config",
         "torch.onnx._internal.exporter._fx_passes",
         "torch.onnx._internal.exporter._registration",

@@ -196,12 +196,12 @@ def size(
     envoys: Annotated[int, typer.Option(help="Number of Envoys.", min=1)] = 2,
 ) -> None:
     """Say how many servers a load needs, by simulation."""
-    from imprompt_bench.fleet.engine import SD15_H200, measured
+    from imprompt_bench.fleet.engine import ON_H200, measured
     from imprompt_bench.fleet.sizing import answers
     from imprompt_bench.results import Run
     from imprompt_serving.specs import CallRows
 
-    engine = SD15_H200 if result is None else measured(Run.load(result))
+    engine = ON_H200 if result is None else measured(Run.load(result))
     mix = tuple(each for each in MIX if not kind or each.name in kind)
     found = answers(
         engine, rate=rate, p99=p99, mix=mix, steps=steps, call_rows=CallRows(rows), arrivals=arrivals, envoys=envoys

@@ -10,7 +10,7 @@ import pytest
 
 from imprompt_bench import cli
 from imprompt_bench.fleet import sizing
-from imprompt_bench.fleet.engine import SD15_H200, Engine, measured
+from imprompt_bench.fleet.engine import ON_H200, Engine, measured
 from imprompt_bench.fleet.policies import POLICIES, View
 from imprompt_bench.fleet.simulation import Setup, capacity, seconds_alone, simulate
 from imprompt_bench.fleet.sizing import ROUTING, answers
@@ -59,8 +59,8 @@ def test_every_request_ends_once_while_members_fail(policy: str) -> None:
         views.add(view)
         return POLICIES[policy](view)
 
-    rate = 0.8 * 8 * capacity(SD15_H200, MIX, 20, CallRows(16))
-    outcome = simulate(Setup(SD15_H200, 8, choose, rate, 20, envoys=3, lifetime=20, downtime=3))
+    rate = 0.8 * 8 * capacity(ON_H200, MIX, 20, CallRows(16))
+    outcome = simulate(Setup(ON_H200, 8, choose, rate, 20, envoys=3, lifetime=20, downtime=3))
     assert outcome.open == 0
     assert outcome.resent > 0
     assert outcome.requests == pytest.approx(20 * rate, rel=0.2)
@@ -71,8 +71,8 @@ def test_every_request_ends_once_while_members_fail(policy: str) -> None:
 
 
 def test_full_members_refuse_and_others_are_tried() -> None:
-    rate = 3 * 4 * capacity(SD15_H200, MIX, 20, CallRows(16))
-    limited = Setup(SD15_H200, 4, POLICIES[ROUTING], rate, 10, limits=Limits(waiting_rows=16))
+    rate = 3 * 4 * capacity(ON_H200, MIX, 20, CallRows(16))
+    limited = Setup(ON_H200, 4, POLICIES[ROUTING], rate, 10, limits=Limits(waiting_rows=16))
     outcome = simulate(limited)
     assert 0.4 < outcome.refused < 0.7, "a third of the rows can be computed, and small requests find room more easily"
     assert outcome.idle < 0.02
@@ -81,8 +81,8 @@ def test_full_members_refuse_and_others_are_tried() -> None:
 
 
 def test_knowing_all_requests_beats_taking_turns() -> None:
-    rate = 0.8 * 10 * capacity(SD15_H200, MIX, 20, CallRows(16))
-    setup = Setup(SD15_H200, 10, POLICIES["round robin"], rate, 30, envoys=1)
+    rate = 0.8 * 10 * capacity(ON_H200, MIX, 20, CallRows(16))
+    setup = Setup(ON_H200, 10, POLICIES["round robin"], rate, 30, envoys=1)
     turns, least, rows = (
         simulate(setup._replace(policy=POLICIES[name])).percentile(99)
         for name in ("round robin", "least requests of all", "least outstanding rows")
@@ -94,7 +94,7 @@ def test_knowing_all_requests_beats_taking_turns() -> None:
 
 
 def test_simulations_repeat() -> None:
-    setup = Setup(SD15_H200, 5, POLICIES["least requests, 2 draws"], 10, 10, lifetime=30)
+    setup = Setup(ON_H200, 5, POLICIES["least requests, 2 draws"], 10, 10, lifetime=30)
     first, same, other = simulate(setup), simulate(setup), simulate(setup._replace(seed=1))
     assert np.array_equal(first.latencies, same.latencies)
     assert not np.array_equal(first.latencies, other.latencies)
@@ -155,15 +155,15 @@ def test_seconds_of_a_lone_request(kind: Kind) -> None:
 
 def test_sizing_finds_the_smallest_fleet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizing, "REQUESTS", 800)
-    found = list(answers(SD15_H200, rate=40, p99=1.5, mix=MIX, steps=20, call_rows=CallRows(16)))
+    found = list(answers(ON_H200, rate=40, p99=1.5, mix=MIX, steps=20, call_rows=CallRows(16)))
     members, outcome = found[-1]
     assert outcome.percentile(99) <= 1.5
     assert not outcome.refused
     fewer = dict(found)[members - 1]
     assert fewer.percentile(99) > 1.5 or fewer.refused
-    assert members > 40 / 1.6 / capacity(SD15_H200, MIX, 20, CallRows(16))
+    assert members > 40 / 1.6 / capacity(ON_H200, MIX, 20, CallRows(16))
     with pytest.raises(BenchError, match=r"\(full\) takes 0\.75 s on a server of its own"):
-        list(answers(SD15_H200, rate=40, p99=0.1, mix=FULL, steps=20, call_rows=CallRows(16)))
+        list(answers(ON_H200, rate=40, p99=0.1, mix=FULL, steps=20, call_rows=CallRows(16)))
 
 
 def test_size_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ class Engine(NamedTuple):
     """For each request outside the denoiser; requests do not wait for each other here."""
 
 
-SD15_H200 = Engine(call=0.0034, row=0.00213)
+ON_H200 = Engine(call=0.0034, row=0.00213)
 """SD 1.5 at 512 x 512 in fp16 on an H200, without encoders and VAE: a UNet call took 7.7 ms with 2 rows, and 37.5 ms
 with 16. `CALL_OVERHEAD` of the denoiser's policy comes from the same calls."""
 

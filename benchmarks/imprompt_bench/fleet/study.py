@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from imprompt_bench.fleet.engine import SD15_H200
+from imprompt_bench.fleet.engine import ON_H200
 from imprompt_bench.fleet.policies import POLICIES
 from imprompt_bench.fleet.simulation import Setup, capacity, simulate
 from imprompt_bench.fleet.traffic import MIX
@@ -89,10 +89,10 @@ def cells() -> Iterator[tuple[int, int, float, str, str]]:
 
 def run(members: int, envoys: int, load: float, arrivals: str, policy: str) -> Point:
     """Simulate one fleet."""
-    rate = load * members * capacity(SD15_H200, MIX, STEPS, CALL_ROWS)
+    rate = load * members * capacity(ON_H200, MIX, STEPS, CALL_ROWS)
     outcome = simulate(
         Setup(
-            engine=SD15_H200,
+            engine=ON_H200,
             members=members,
             policy=POLICIES[policy],
             rate=rate,
