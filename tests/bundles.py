@@ -152,6 +152,11 @@ def _sdxl(folder: Path) -> list[str]:
     ]
 
 
+def _sdxl_refiner(folder: Path) -> list[str]:
+    base.make_sdxl_refiner(folder / "base")
+    return []
+
+
 def _inpaint(folder: Path) -> list[str]:
     """Make an inpainting UNet (nine input channels), and serve it with two denoisers, which also works on a CPU."""
     base.make_sd15(folder / "base", in_channels=9, levels=2)
@@ -261,6 +266,7 @@ MAKERS: dict[str, Callable[[Path], list[str]]] = {
     "sd15_face": _sd15_face,
     "lcm": _lcm,
     "sdxl": _sdxl,
+    "sdxl_refiner": _sdxl_refiner,
     "inpaint": _inpaint,
     "int8": _int8,
     "inductor": _inductor,
@@ -345,7 +351,8 @@ def _sources() -> str:
     files = [*(ROOT / "export").rglob("*.py"), *(ROOT / "tests/tiny").glob("*.py"), Path(__file__)]
     files += [file for package in ("backends", "families") for file in (serving / package).glob("*.py")]
     files += [
-        serving / f"{name}.py" for name in ("capabilities", "config", "parameters", "specs", "tensor_names", "wire")
+        serving / f"{name}.py"
+        for name in ("capabilities", "config", "parameters", "scheduler_names", "specs", "tensor_names", "wire")
     ]
     for file in sorted(files):
         digest.update(file.read_bytes())

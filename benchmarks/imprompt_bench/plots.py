@@ -75,14 +75,14 @@ def draw(run: Run, name: str, folder: Path) -> list[Path]:
         figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
         _latency(axes[0], run.of("closed"), "callers at a time")
         _latency(axes[1], run.of("open"), "random arrivals, as a share of the highest throughput")
-        written.append(_save(figure, folder / f"bench-{name}-load.svg"))
+        written.append(save(figure, folder / f"bench-{name}-load.svg"))
     if run.of("growth"):
-        written.append(_save(_growth(run.of("growth")), folder / f"bench-{name}-growth.svg"))
+        written.append(save(_growth(run.of("growth")), folder / f"bench-{name}-growth.svg"))
     served = [measurement for measurement in run.of("latency") if measurement.label == "imprompt"]
     if served:
         figure, axis = plt.subplots(figsize=(8, 2.4), layout="constrained")
         _waterfall(axis, typical(served[0].samples))
-        written.append(_save(figure, folder / f"bench-{name}-request.svg"))
+        written.append(save(figure, folder / f"bench-{name}-request.svg"))
     return written
 
 
@@ -131,7 +131,8 @@ def _waterfall(axis: Axes, sample: Sample) -> None:
     axis.invert_yaxis()
 
 
-def _save(figure: plt.Figure, path: Path) -> Path:
+def save(figure: plt.Figure, path: Path) -> Path:
+    """Write `figure` to `path` and return `path`."""
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
     return path

@@ -101,7 +101,7 @@ class CalibrationRunner:
         bundle, shapes = self.bundle, self.bundle.shapes
         return JobRequest(
             id="calibration",
-            task="inpainting" if bundle.unet_channels != bundle.latent_channels else "text-to-image",
+            task=bundle.plain_task,
             settings=Settings.with_defaults(
                 height=shapes.height.opt,
                 width=shapes.width.opt,

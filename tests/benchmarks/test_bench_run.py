@@ -22,7 +22,8 @@ from imprompt_export.bundle import BundleFile
 from served import Served
 
 ROOT = Path(__file__).parents[2]
-PAGES, RESULTS = (ROOT / "docs/performance.md", ROOT / "docs/benchmarks.md"), ROOT / "benchmarks/results"
+PAGES = tuple(ROOT / "docs" / f"{name}.md" for name in ("performance", "benchmarks", "scale"))
+RESULTS = ROOT / "benchmarks/results"
 WORKLOAD = Workload(model="sd15", adapter="plain", size=64, steps=2, smallest=32)
 
 
@@ -159,3 +160,14 @@ def test_error_if_a_preset_does_not_fit_into_memory(monkeypatch: pytest.MonkeyPa
 def test_url_and_preset_are_mutually_exclusive(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--url", "localhost:1", "--preset", "tiny"]) == 2
     assert "--preset" in capsys.readouterr().err
+
+
+def test_costs_of_long_prompts(bundle: object, capsys: pytest.CaptureFixture[str]) -> None:
+    repository = str(bundle("sd15").repository)  # type: ignore[operator]
+    assert cli.main(["prompts", repository, "--model", "sd15", "--rounds", "1"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split()[0] == "chunks"
+    assert [line.split()[0] for line in rows] == ["1", "2", "4", "8"]
+    assert all(float(value) > 0 for line in rows for value in line.split())
+    assert cli.main(["prompts", repository, "--model", "other"]) == 1
+    assert "no bundle other in" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -59,23 +60,29 @@ def of_shapes() -> Bundle:
 
 
 class Workshop:
-    """Builds engines with a cache of its own."""
+    """Builds engines with a cache of its own. Workers, which take seconds to start, stay for the next build."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.count = folder, 0
+        self._packagers: dict[tuple[str, bool], Packager] = {}
 
     def make(self, graph: graphs.Graph, precision: str = "fp32", *, exact: bool = False) -> BuiltEngine:
         self.count += 1
-        packager = Packager(precision, exact=exact, cache=self.folder / "cache")
-        try:
-            return packager.start(graph, self.folder / str(self.count) / graph.name, of_shapes())()
-        finally:
+        kind = precision, exact
+        if kind not in self._packagers:
+            self._packagers[kind] = Packager(precision, exact=exact, cache=self.folder / "cache")
+        return self._packagers[kind].start(graph, self.folder / str(self.count) / graph.name, of_shapes())()
+
+    def close(self) -> None:
+        for packager in self._packagers.values():
             packager.close()
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("inductor"))
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
+    made = Workshop(tmp_path_factory.mktemp("inductor"))
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="module")
