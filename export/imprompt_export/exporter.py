@@ -108,7 +108,8 @@ def _drop_weights(graph: Graph, later: Sequence[Graph]) -> None:
     """Free the weights of `graph` in PyTorch, unless one of the graphs `later` shares some of them."""
     shared = {id(weight) for other in later for weight in other.module.parameters()}
     if shared.isdisjoint(map(id, graph.module.parameters())):
-        graph.module.to("meta")
+        for tensor in (*graph.module.parameters(), *graph.module.buffers()):
+            tensor.data = tensor.new_empty(0)  # also for those who keep the tensor, such as onnxscript's matchers
         gc.collect()  # traced programs are in reference cycles
 
 

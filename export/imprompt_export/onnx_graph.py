@@ -55,8 +55,6 @@ def export_onnx(graph: Graph, path: Path, dtype: torch.dtype = torch.float32, st
             onnx_program = _translate(graph, program)
         with stages.time("writing"):
             onnx_program.save(path, external_data=weights > _EXTERNAL_DATA_FROM)
-    for value in onnx_program.model.graph.initializers.values():
-        value.const_value = None  # onnxscript's matchers keep the last graph that they saw, and so its weights
 
 
 def _translate(graph: Graph, program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:

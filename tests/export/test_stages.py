@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +37,10 @@ def test_weights_stay_until_the_last_graph_that_has_them() -> None:
     vae, unet = nn.Linear(2, 2), nn.Linear(2, 2)
     encoder, decoder, denoiser = graph(vae), graph(nn.Sequential(vae)), graph(unet)
     _drop_weights(encoder, [decoder, denoiser])
-    assert not vae.weight.is_meta
+    assert vae.weight.numel()
     _drop_weights(decoder, [denoiser])
-    assert vae.weight.is_meta
-    assert not unet.weight.is_meta
+    assert not vae.weight.numel()
+    assert unet.weight.numel()
 
 
 @pytest.mark.parametrize(
@@ -65,11 +64,11 @@ def test_engines_are_compared_without_the_weights(tmp_path: Path) -> None:
     net, file, stages = graph(nn.Linear(2, 2)), tmp_path / "net.onnx", Stages()
     shown: list[str] = []
     stages.show = shown.append
-    weight = weakref.ref(next(net.module.parameters()))
+    weight = next(net.module.parameters())
     export_onnx(net, file, torch.float32, stages)
     expected = references(net)
     _drop_weights(net, [])
-    assert weight() is None
+    assert not weight.numel()
     assert [row.passed for row in compare(net, expected, file, "onnxruntime")] == [True, True]
     assert shown == [*stages.seconds] == ["tracing", "translating to ONNX", "writing"]
     assert re.fullmatch(r"tracing \d+\.\d s, translating to ONNX \d+\.\d s, writing \d+\.\d s", str(stages))
