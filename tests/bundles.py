@@ -21,7 +21,7 @@ from rich.console import Console
 
 from imprompt_export import export, graphs, onnx_graph
 from imprompt_export.onnx_graph import export_onnx
-from tiny import adapters, base, control, faces, oracle
+from tiny import adapters, base, control, embeddings, faces, layout, oracle, single_file
 
 ROOT = Path(__file__).parents[1]
 try:
@@ -31,6 +31,10 @@ try:
 except ImportError:
     FACES = False
 """Whether `imprompt[face]` is installed, so that FaceID adapters can take pictures."""
+LORAS: dict[str, control.LoraFormat] = {"soft": "kohya", "bold": "peft"}
+"""The LoRAs of the bundle `inductor` for requests to choose."""
+ZERO_SNR: dict[str, Any] = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+"""What the scheduler of the bundle `sd2` has besides v-prediction."""
 SHAPES = """
 [shapes]
 height = [32, 64, 256]
@@ -109,6 +113,31 @@ det_thresh = 0.8
 """
 
 
+def _sd2(folder: Path) -> list[str]:
+    """Make an SD 2.1 base as people find it: v-prediction, in a single file, with what others have trained for it.
+
+    That is another VAE, a word with three vectors, a LoRA of the UNet and the text encoder, and an adapter for requests
+    that bring embeddings. The folder `base` holds the configuration alone.
+    """
+    made = base.make_sd2(folder / "made", levels=2)
+    single_file.write_base(made, folder / "base/sd2.safetensors")
+    layout.copy_configuration(made, folder / "base")
+    single_file.write_vae(base.make_sd2(folder / "other", levels=2, seed=7) / "vae", folder / "vae.ckpt")
+    embeddings.make_embedding(folder, layout="a1111", width=64)
+    lora = control.make_lora(folder / "lora", family="sd2", text_encoder=True, levels=2)
+    root = folder / "ip"
+    plus = adapters.make_adapter(root, "plus", family="sd2", weight_name="ip-adapter-plus_sd21.safetensors", levels=2)
+    return [
+        'weight_name = "sd2.safetensors"\nconfig = "base"\n',
+        '\n[vae]\npath = "vae.ckpt"\n',
+        '\n[[textual_inversion]]\npath = "embedding.pt"\n',
+        f'\n[[lora]]\npath = "lora/{lora.name}"\nscale = 0.7\n',
+        adapter("plus", plus, root, None),
+        "\n[defaults]\nnum_inference_steps = 4\nguidance_scale = 3.0\nguidance_rescale = 0.7\n",
+        'scheduler_config = { rescale_betas_zero_snr = true, timestep_spacing = "trailing" }\n',
+    ]
+
+
 def _sdxl(folder: Path) -> list[str]:
     """Make a plain adapter with the bigG encoder, and a plus adapter with the ViT-H encoder."""
     base.make_sdxl(folder / "base")
@@ -129,7 +158,10 @@ def _inpaint(folder: Path) -> list[str]:
 
 
 def _lcm(folder: Path) -> list[str]:
-    """Make a distilled base (guidance is an input of its UNet) with an LCM-LoRA, a safety checker, and a ControlNet."""
+    """Make a distilled base (guidance is an input of its UNet) with an LCM-LoRA, a safety checker, and a ControlNet.
+
+    The ControlNet is in a single file.
+    """
     base.make_sd15(folder / "base", safety_checker=True, time_cond_proj_dim=32, levels=2)
     lora = control.make_lora(folder / "lora", levels=2)
     section = f"""
@@ -137,8 +169,10 @@ def _lcm(folder: Path) -> list[str]:
 path = "lora"
 weight_name = "{lora.name}"
 """
-    depth = controlnet("depth", control.make_controlnet(folder / "depth", levels=2))
-    return [section, _plain(folder, levels=2), depth]
+    depth = control.make_controlnet(folder / "depth", levels=2)
+    single_file.write_controlnet(depth, folder / "depth.pth")
+    net = '\n[[controlnet]]\nname = "depth"\npath = "depth.pth"\nconfig = "depth"\n'
+    return [section, _plain(folder, levels=2), net]
 
 
 def _control(folder: Path) -> list[str]:
@@ -155,9 +189,12 @@ def _control(folder: Path) -> list[str]:
 
 
 def _sdxl_control(folder: Path) -> list[str]:
-    """Make a small SDXL base with a ControlNet and a T2I-Adapter."""
-    base.make_sdxl(folder / "base", layers_per_block=1)
+    """Make a small SDXL base in half precision with a ControlNet, a T2I-Adapter, and a word for both text encoders."""
+    layout.as_variant(base.make_sdxl(folder / "base", layers_per_block=1), "fp16")
+    embeddings.make_embedding(folder, layout="sdxl", vectors=2)
     return [
+        'variant = "fp16"\n',
+        '\n[[textual_inversion]]\npath = "learned_embeds.safetensors"\ntoken = "<toy>"\n',
         controlnet("depth", control.make_controlnet(folder / "depth", family="sdxl", layers_per_block=1)),
         t2i_adapter("sketch", control.make_t2i_adapter(folder / "sketch", family="sdxl")),
     ]
@@ -180,12 +217,15 @@ def _with_depth(folder: Path) -> list[str]:
 
 
 def _inductor(folder: Path) -> list[str]:
-    """Make AOTInductor packages: a UNet of two resolutions with a plain and a plus adapter."""
+    """Make AOTInductor packages: a UNet of two resolutions with a plain and a plus adapter, and two LoRAs."""
     base.make_sd15(folder / "base", levels=2)
     root = folder / "ip"
     adapters.make_image_encoder(root / "models/image_encoder")
     made = {kind: adapters.make_adapter(root, kind, levels=2) for kind in ("plain", "plus")}
     sections = [adapter(kind, file, root, "models/image_encoder") for kind, file in made.items()]
+    for seed, (name, fmt) in enumerate(LORAS.items(), 1):
+        file = control.make_lora(folder / "loras", fmt=fmt, weight_name=f"{name}.safetensors", levels=2, seed=seed)
+        sections.append(f'\n[[lora]]\nname = "{name}"\npath = "loras/{file.name}"\nfused = false\n')
     return ['\n[engine]\nbackend = "inductor"\n', *sections]
 
 
@@ -216,6 +256,7 @@ MAKERS: dict[str, Callable[[Path], list[str]]] = {
     "openvino": _openvino,
     "control": _control,
     "sdxl_control": _sdxl_control,
+    "sd2": _sd2,
     "sd15_face": _sd15_face,
     "lcm": _lcm,
     "sdxl": _sdxl,
@@ -229,7 +270,7 @@ MAKERS: dict[str, Callable[[Path], list[str]]] = {
 def make(name: str, cache: Path) -> ExportedBundle:
     """Make and export bundle `name`, or return the one in `cache` if its sources have not changed since."""
     folder = cache / f"{name}-{_sources()}"
-    with _locked(folder.with_name(f"{folder.name}.lock")):
+    with locked(folder.with_name(f"{folder.name}.lock")):
         if not (folder / "done").exists():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -247,8 +288,8 @@ def _export(name: str, folder: Path, traced: Path) -> None:
 
 
 @contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Hold a lock on `file`, so that only one process exports a bundle."""
+def locked(file: Path) -> Iterator[None]:
+    """Hold a lock on `file`, so that only one process exports to a folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

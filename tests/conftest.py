@@ -13,8 +13,12 @@ import torch
 
 import bundles
 from imprompt import Client
+from imprompt_demo import demo
 from imprompt_serving.launcher import LaunchError, Server
 from served import Served
+
+MAX_SERVERS = 4
+"""Servers that a process of the suite keeps running. Each takes up to a gigabyte."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--in-process"):
-        items[:] = [item for item in items if "bundle" not in getattr(item, "fixturenames", ())]
+        items[:] = [item for item in items if not {"bundle", "world"} & {*getattr(item, "fixturenames", ())}]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,43 +35,70 @@ def _one_torch_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
-def bundle(request: pytest.FixtureRequest) -> Iterator[Callable[[str], bundles.ExportedBundle]]:
-    """Return exported bundles by name. If the whole suite runs, they are exported in the background from the start."""
-    cache = Path(str(request.config.cache.mkdir("bundles")))
-    if request.config.args_source != pytest.Config.ArgsSource.TESTPATHS:
-        yield lambda name: bundles.make(name, cache)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Export all bundles in the background if the whole suite runs. Tests that need one earlier wait for it."""
+    config = session.config
+    if hasattr(config, "workerinput") or config.args_source != pytest.Config.ArgsSource.TESTPATHS:
         return
     pool = ProcessPoolExecutor(2, get_context("spawn"), initializer=bundles.give_way)
-    ahead = {name: pool.submit(bundles.make, name, cache) for name in bundles.MAKERS}
-    yield lambda name: ahead[name].result()
-    pool.shutdown(wait=False, cancel_futures=True)
+    for name in bundles.MAKERS:
+        pool.submit(bundles.make, name, _cache(config))
+    config.add_cleanup(lambda: pool.shutdown(wait=False, cancel_futures=True))
+
+
+def _cache(config: pytest.Config, name: str = "bundles") -> Path:
+    return Path(str(config.cache.mkdir(name)))
+
+
+@pytest.fixture(scope="session")
+def bundle(request: pytest.FixtureRequest) -> Callable[[str], bundles.ExportedBundle]:
+    """Return exported bundles by name."""
+    return lambda name: bundles.make(name, _cache(request.config))
 
 
 @pytest.fixture(scope="session")
 def served(bundle: Callable[[str], bundles.ExportedBundle]) -> Iterator[Callable[[str], Served]]:
     """Return served bundles by name.
 
-    If a server has died, the next test that uses it fails, and the one after that gets a new server.
+    The least recently used server stops when there are too many. If a server has died, the next test that uses it
+    fails, and the one after that gets a new server.
     """
-    running: dict[str, Served] = {}
-    with ExitStack() as stack:
+    running: dict[str, tuple[Served, ExitStack]] = {}
 
-        def start(name: str) -> Served:
-            if name not in running:
-                made = bundle(name)
-                server = stack.enter_context(Server(made.repository, http_port=0))
-                stack.callback(server.kill)  # at the end of the session, do not wait for a drain
-                client = stack.enter_context(Client(server.grpc_address))
-                running[name] = Served(made, server, client)
-            try:
-                running[name].server.check()
-            except LaunchError:
-                del running[name]
-                raise
-            return running[name]
+    def start(name: str) -> Served:
+        found = running.pop(name, None)
+        if found is None:
+            made, stack = bundle(name), ExitStack()
+            if len(running) == MAX_SERVERS:
+                stop(next(iter(running)))
+            server = stack.enter_context(Server(made.repository, http_port=0))
+            stack.callback(server.kill)  # do not wait for a drain
+            found = Served(made, server, stack.enter_context(Client(server.grpc_address))), stack
+        running[name] = found
+        try:
+            found[0].server.check()
+        except LaunchError:
+            stop(name)
+            raise
+        return found[0]
 
-        yield start
+    def stop(name: str) -> None:
+        running.pop(name)[1].close()
+
+    yield start
+    for name in list(running):
+        stop(name)
+
+
+@pytest.fixture(scope="session")
+def world(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """Serve the bundles that the demo exports, `world` and `world_lcm`."""
+    folder = _cache(request.config, "demo")
+    with bundles.locked(folder / "lock"):
+        server = Server(demo.export_once(folder))
+    server.start()
+    yield server
+    server.kill()
 
 
 @pytest.fixture

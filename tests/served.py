@@ -28,8 +28,12 @@ class Served:
         return self.client.generate(model=self.bundle.name, **arguments)
 
     def metrics(self) -> dict[str, float]:
-        """Read the server's metrics; keys are names with labels, as in Prometheus' text format."""
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(f"http://{self.server.metrics_address}/metrics") as answer:
-            lines = [line for line in answer.read().decode().splitlines() if line and not line.startswith("#")]
-        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+        return read_metrics(self.server.metrics_address)
+
+
+def read_metrics(address: str) -> dict[str, float]:
+    """Read the metrics at `address`; keys are names with labels, as in Prometheus' text format."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"http://{address}/metrics") as answer:
+        lines = [line for line in answer.read().decode().splitlines() if line and not line.startswith("#")]
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}

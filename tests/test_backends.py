@@ -13,9 +13,9 @@ import pytest
 
 from imprompt_export import BundleError, export
 from imprompt_export.backends import export_backend, openvino
-from imprompt_export.bundle import EngineSection
-from imprompt_serving._triton_install import LaunchError, find_triton
+from imprompt_export.sections import EngineSection
 from imprompt_serving.backends import MODULES, EngineError, get_backend, onnxruntime
+from imprompt_serving.launcher.install import LaunchError, find_triton
 from test_packaging import ROOMS, ROOT, loaded_by, modules, within
 
 HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "nncf", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")

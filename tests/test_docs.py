@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
 import tomllib
 import urllib.error
 import urllib.request
@@ -24,14 +27,21 @@ from tiny.faces import people
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "demo").rglob("*.md")])
-GUIDE = ("guide", "image-prompts", "faces", "control", "client")
+GUIDE = ("guide", "prompts", "image-prompts", "faces", "control", "client")
 """The pages for callers in Python, in reading order."""
 SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+SHELL = re.compile(r"^```sh\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FENCE = re.compile(r"^( *)```.*?^\1```$", re.DOTALL | re.MULTILINE)
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-MODULE_FOLDERS = {"Pipeline": "pipeline", "Denoiser": "denoiser", "Backends": "backends"}
-"""Sections of the architecture page that list modules of `imprompt_serving`."""
+SERVING = ROOT / "model_repository/imprompt_serving"
+MODULE_FOLDERS = {
+    "Pipeline": SERVING / "pipeline",
+    "Denoiser": SERVING / "denoiser",
+    "Backends": SERVING / "backends",
+    "Gateway": ROOT / "gateway/imprompt_gateway",
+}
+"""Sections of the architecture page that list modules."""
 
 PICTURES = (
     *("statue", "flowers", "vermeer", "river", "girl", "gummy", "einstein", "woman", "painting", "noise"),
@@ -54,6 +64,9 @@ class EveryServer:
 
     def generate(self, *, model: str, **arguments: Any) -> Any:
         return self._served(model).client.generate(model=model, **arguments)
+
+    def encode_prompt(self, model: str, prompt: str, **arguments: Any) -> Any:
+        return self._served(model).client.encode_prompt(model, prompt, **arguments)
 
     def stream(self, *, model: str, **arguments: Any) -> Any:
         return self._served(model).client.stream(model=model, **arguments)
@@ -86,8 +99,12 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def run(page: str, names: dict[str, Any]) -> int:
     """Run the page's snippets in order, as a reader would; return how many there are."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    # Snippets that search pictures for faces need an extra.
-    snippets = [match for match in SNIPPET.finditer(text) if bundles.FACES or "selfie" not in match[1]]
+    # Snippets that search pictures for faces need an extra; tests/gateway runs those of the `openai` package.
+    snippets = [
+        match
+        for match in SNIPPET.finditer(text)
+        if (bundles.FACES or "selfie" not in match[1]) and "import OpenAI" not in match[1]
+    ]
     for match in snippets:
         line = text.count("\n", 0, match.start(1))
         exec(compile("\n" * line + match[1], str(ROOT / page), "exec"), names)
@@ -97,7 +114,7 @@ def run(page: str, names: dict[str, Any]) -> int:
 @pytest.mark.usefixtures("pictures")
 def test_guide_runs(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     connect = imprompt.AsyncClient
-    monkeypatch.setattr(imprompt, "Client", lambda url: EveryServer(served))
+    monkeypatch.setattr(imprompt, "Client", lambda url, **options: EveryServer(served))
     monkeypatch.setattr(imprompt, "AsyncClient", lambda url: connect(served("sd15").server.grpc_address))
     names: dict[str, Any] = {}
     assert sum(run(f"docs/{page}.md", names) for page in GUIDE) >= 20
@@ -141,15 +158,26 @@ def _ask(sd15: Served, body: object) -> tuple[int, Any]:
         return error.code, json.load(error)
 
 
-def test_http_call_of_the_protocol_page_runs(sd15: Served) -> None:
+@pytest.mark.usefixtures("pictures")
+def test_shell_commands_of_the_protocol_page_run(sd15: Served) -> None:
+    """All calls by HTTP work as written, and the pictures are those of the Python client."""
+    if missing := [name for name in ("bash", "curl", "jq") if shutil.which(name) is None]:
+        pytest.skip(f"needs {', '.join(missing)}")
     page = (ROOT / "docs/protocol.md").read_text(encoding="utf-8")
-    body = re.search(r"infer -d '(.*?)'", page, re.DOTALL)
-    assert body is not None
-    status, answer = _ask(sd15, json.loads(body[1]))
-    assert status == 200
-    (output,) = answer["outputs"]
-    assert output["shape"] == [1, 64, 64, 3]
-    assert (output["name"], output["datatype"]) == ("images", "UINT8")
+    commands = [command for command in SHELL.findall(page) if "curl " in command and "grpcurl" not in command]
+    outputs = []
+    for command in commands:
+        script = "set -euo pipefail\n" + command.replace("localhost:8000", str(sd15.server.http_address))
+        environment = os.environ | {"no_proxy": "127.0.0.1"}
+        done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+    assert outputs == ["", "", "", "".join(f"step {step} of 10\n" for step in range(1, 11)) + "done\n"]
+    bear = {"prompt": "a polar bear sitting in a chair", "ip_adapter_image": {"plain": "statue.png"}}
+    winter = {"prompt": "a garden in winter", "image": "flowers.png", "strength": 0.5}
+    for file, request in (("bear.png", bear), ("winter.webp", winter), ("polar.png", {"prompt": "a polar bear"})):
+        expected = sd15.generate(**request, seed=0, output_format=Path(file).suffix[1:])
+        assert expected.encoded == [Path(file).read_bytes()]
 
 
 @pytest.mark.parametrize(
@@ -252,5 +280,5 @@ def test_architecture_lists_every_module(section: str) -> None:
     table = re.search(rf"^### {section}\n(.*?)^##", page, re.DOTALL | re.MULTILINE)
     assert table is not None
     listed = re.findall(r"^\| `(\w+\.py)` \|", table[1], re.MULTILINE)
-    folder = ROOT / "model_repository/imprompt_serving" / MODULE_FOLDERS[section]
+    folder = MODULE_FOLDERS[section]
     assert set(listed) - {"__init__.py"} == {file.name for file in folder.glob("*.py")} - {"__init__.py"}

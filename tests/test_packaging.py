@@ -18,6 +18,7 @@ ROOMS = {
     "imprompt_export": ROOT / "export",
     "imprompt_serving": ROOT / "model_repository",
     "imprompt_bench": ROOT / "benchmarks",
+    "imprompt_gateway": ROOT / "gateway",
     "imprompt_demo": ROOT / "demo",
 }
 SPECS = ("specs", "parameters", "tensor_names", "wire", "config", "capabilities")
@@ -29,6 +30,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "imprompt_serving": (),
     "imprompt_bench": ("imprompt", "imprompt_export", "imprompt_serving"),
+    "imprompt_gateway": ("imprompt",),
     "imprompt_demo": ("imprompt", "imprompt_export", "imprompt_serving"),
 }
 PRIVATE: dict[str, set[str]] = {
@@ -135,6 +137,12 @@ def test_client_is_light() -> None:
     assert not {name for name in loaded_by("imprompt", "imprompt.cli") if within(name, heavy)}
 
 
+def test_gateway_is_light() -> None:
+    heavy = ("torch", "diffusers", "transformers", "onnxruntime", "scipy", "msgspec", "openai")
+    others = set(ROOMS) - {"imprompt", "imprompt_gateway"}
+    assert not {name for name in loaded_by("imprompt_gateway.server") if within(name, (*heavy, *others))}
+
+
 def test_benchmark_of_a_running_server_is_light() -> None:
     heavy = ("torch", "diffusers", "transformers", "onnxruntime", "imprompt_export", "imprompt_serving")
     assert not {name for name in loaded_by("imprompt_bench.cli") if within(name, heavy)}
@@ -176,7 +184,7 @@ print(*(type(getattr(diffusers, name).from_config({{}})).__name__ for name in SC
     assert len(done.stdout.split()) == 16
 
 
-@pytest.mark.parametrize("command", ["", "export", "serve", "generate", "models", "bench"])
+@pytest.mark.parametrize("command", ["", "export", "serve", "doctor", "gateway", "generate", "models", "bench"])
 def test_commands_have_help(command: str) -> None:
     done = subprocess.run(
         [Path(sys.executable).with_name("imprompt"), *filter(None, [command]), "--help"],
@@ -213,6 +221,8 @@ def test_wheel_contains_all_packages_and_no_weights(tmp_path: Path) -> None:
     for room in ROOMS.keys() - {"imprompt_demo"}:
         assert packed(room) <= names
     assert "imprompt/py.typed" in names
+    pages = ("parameters.json", "docs.css", "playground/index.html")
+    assert {f"imprompt_gateway/{name}" for name in pages} <= names
     assert not [name for name in names if name.startswith(("imprompt_demo/", "tests/", "docs/"))]
     assert any(name.endswith("LICENSE") for name in names)
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 2**20  # too small for weights

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,16 @@ from tritonclient.grpc import model_config_pb2 as pb
 from typer.main import get_command
 
 import imprompt
+import imprompt_gateway
 from imprompt import AsyncClient, Client, cli
 from imprompt._request import MIN_TIMEOUT_S
 from imprompt_bench import rig
-from imprompt_serving import config, signatures
+from imprompt_serving import config, json_schema, signatures
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.parameters import PARAMETERS, ROWS, Group, Parameter, Settings, Type
 from imprompt_serving.pipeline.request import Request, parse
 from imprompt_serving.specs import ControlNet, Motion, Range, Residual, Shapes
+from imprompt_serving.weight_types import WEIGHT_TYPES
 from tiny import images
 
 SOURCES = Path(imprompt.__file__).parent
@@ -38,6 +41,8 @@ BUNDLE = msgspec.structs.replace(
     controlnets=(ControlNet(name="depth"),),
     residuals=(Residual(4, 0),),
     motion=Motion(window=16),
+    pooled_size=4,
+    loras=("soft", "bold"),
 )
 """A bundle that takes every parameter."""
 
@@ -132,11 +137,14 @@ def test_client_documents_a_keyword_for_every_row(row: Parameter) -> None:
     assert f"            {row.name}: " in (where.__doc__ or "")
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.option], ids=ids)
+@pytest.mark.parametrize("row", [row for row in ROWS if row.sdk and row.type is not Type.TENSOR], ids=ids)
 def test_command_has_an_option_for_every_row(row: Parameter) -> None:
     generate = get_command(cli.app).commands["generate"]  # type: ignore[attr-defined]
     (option,) = (parameter for parameter in generate.params if parameter.name == row.name)
-    assert option.help.endswith(f"{row.range_and_default}.".replace("`", ""))
+    assert f"--{row.name.replace('_', '-')}" in option.opts
+    assert set(row.option_names) <= set(option.opts)
+    if row in signatures.OPTIONS and row.option_doc is None:
+        assert option.help.endswith(f"{row.range_and_default}.".replace("`", ""))
 
 
 @pytest.mark.parametrize("name", signatures.FILES)
@@ -144,6 +152,25 @@ def test_client_source_matches_the_table(name: str) -> None:
     source = (SOURCES / name).read_text(encoding="utf-8")
     assert "imprompt_serving.signatures" in source
     assert signatures.filled(source) == source, "run: python -m imprompt_serving.signatures client/imprompt"
+
+
+def test_gateway_knows_every_parameter() -> None:
+    file = Path(imprompt_gateway.__file__).parent / json_schema.FILE
+    assert file.read_text(encoding="utf-8") == json_schema.text(), (
+        "run: python -m imprompt_serving.json_schema gateway/imprompt_gateway"
+    )
+    schemas = json.loads(json_schema.text())
+    assert schemas.keys() == {row.name for row in ROWS if row.sdk} - {"output_type"} | {"prompt"}
+    assert schemas["eta"] == {
+        "type": "number",
+        "minimum": 0,
+        "maximum": 1,
+        "description": PARAMETERS["eta"].doc,
+        "x-type": "number",
+        "default": 0.0,
+    }
+    assert schemas["ip_adapter_weight_type"]["anyOf"][0]["enum"] == list(WEIGHT_TYPES)
+    assert schemas["preview"]["x-stream"]
 
 
 def test_stale_source_would_be_noticed() -> None:

@@ -27,7 +27,10 @@ FOLDERS = ("client", "export", "model_repository")
 """Import roots, besides `tests`."""
 _SDK = tuple(
     f"client/test_client_{name}.py"
-    for name in ("values", "image_prompts", "request", "result", "calls", "errors", "retries", "connection", "public")
+    for name in (
+        *("values", "image_prompts", "request", "urls", "result", "show", "calls", "errors", "retries", "connection"),
+        *("tls", "public"),
+    )
 )
 _DENOISER = {
     "admission": "admission",
@@ -58,8 +61,9 @@ TESTS: dict[str, tuple[str, ...]] = {
     **{
         f"{CLIENT}/{name}.py": _SDK
         for name in (
-            *("_async_client", "_client", "_errors", "_image_prompts", "_images", "_model", "_request", "_result"),
-            *("_retry", "_tensors", "_transport"),
+            *("_async_client", "_client", "_connection", "_download", "_errors", "_image_prompts", "_images", "_model"),
+            *("_notebook", "_output_files", "_picture_files", "_provenance", "_request", "_result", "_retry"),
+            *("_tensors", "_transport"),
         )
     },
 }

@@ -113,7 +113,7 @@ class BareLoop:
 
     def _embeds(self, prompt: str) -> dict[str, np.ndarray]:
         answers = [
-            engine.run({"input_ids": tokenizer(prompt), "clip_skip": np.zeros((1, 1), np.int64)})
+            engine.run({"input_ids": tokenizer.chunks(prompt, 1)[0][0].ids, "clip_skip": np.zeros((1, 1), np.int64)})
             for tokenizer, engine in self._text
         ]
         return get_family(self._bundle.family).join_text(answers)

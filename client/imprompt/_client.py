@@ -12,6 +12,7 @@ import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from imprompt import _transport
+from imprompt._connection import Certificate, Connection
 from imprompt._errors import ConnectionFailed, ImpromptError, InvalidRequest, Overloaded, ServerError
 from imprompt._images import ImageInput
 from imprompt._model import Capabilities, ServedModel, is_bundle, model_name, read_model, unknown_bundle
@@ -22,13 +23,14 @@ from imprompt._parameters import (
     OutputFormat,
     OutputType,
     PerAdapterImages,
+    PromptSyntax,
     Scale,
     Scheduler,
     WeightType,
     given_parameters,
 )
-from imprompt._request import Request, build_encode_request, build_request
-from imprompt._result import Progress, Result, read_embeds, read_event, read_outputs, read_result
+from imprompt._request import Request, build_encode_prompt_request, build_encode_request, build_request
+from imprompt._result import Progress, Result, read_embeds, read_event, read_outputs, read_result, read_text_embeds
 from imprompt._retry import MAX_RETRIES, PROBE_TIMEOUT_S, Budget, check_retries, check_timeout
 
 
@@ -36,33 +38,49 @@ class Client:
     """Generate pictures and clips on a server. Thread-safe; use it as a context manager, or call `close`.
 
     Args:
-        url: gRPC address of the server, `host:port` (default port: 8001). Connections to this machine bypass any proxy.
+        url: gRPC address of the server, `host:port` (default port: 8001), or `grpcs://host:port` for TLS; default: the
+            environment variable `IMPROMPT_URL`, or else localhost. Connections to this machine bypass any proxy.
         timeout: seconds for each request that does not set its own (default: no limit).
-        max_retries: how often to resend a request that an overloaded server refused, with exponential backoff.
-        credentials: channel credentials for TLS, such as `grpc.ssl_channel_credentials()`.
-        metadata: gRPC metadata sent with every call, such as `{"authorization": "Bearer ..."}`.
+        max_retries: how often to resend a request that an overloaded server refused, with exponential backoff, or that
+            got no answer because the server was restarted.
+        token: sent with every call as `authorization: Bearer <token>`; default: the environment variable
+            `IMPROMPT_TOKEN`.
+        root_certificates: PEM file with the certificates to trust (default: the well-known ones). This option and the
+            next two turn on TLS.
+        client_certificate: PEM file with the certificate chain that identifies this client, for mutual TLS.
+        client_key: PEM file with the private key of `client_certificate`.
+        credentials: channel credentials of gRPC, in place of the certificates.
+        metadata: further gRPC metadata to send with every call.
 
-    Every method raises `ConnectionFailed` if the server cannot be reached or the client is closed.
+    Every method raises `ConnectionFailed` if the server cannot be reached, if it refuses the token, or if the client is
+    closed.
     """
 
     def __init__(
         self,
-        url: str = "localhost:8001",
+        url: str | None = None,
         *,
         timeout: float | None = None,
         max_retries: int = MAX_RETRIES,
+        token: str | None = None,
+        root_certificates: Certificate | None = None,
+        client_certificate: Certificate | None = None,
+        client_key: Certificate | None = None,
         credentials: grpc.ChannelCredentials | None = None,
         metadata: Mapping[str, str] | Sequence[tuple[str, str]] | None = None,
     ) -> None:
-        self._address = _transport.check_url(url)
+        self._connection = Connection.resolve(
+            url,
+            token=token,
+            root_certificates=root_certificates,
+            client_certificate=client_certificate,
+            client_key=client_key,
+            credentials=credentials,
+            metadata=metadata,
+        )
+        self._address, self._metadata = self._connection.address, self._connection.metadata
         self._timeout, self._max_retries = check_timeout(timeout), check_retries(max_retries)
-        self._metadata = _transport.check_metadata(metadata)
-        _transport.check_credentials(credentials)
-        options = _transport.channel_options(self._address)
-        if credentials is None:
-            self._channel = grpc.insecure_channel(self._address, options)
-        else:
-            self._channel = grpc.secure_channel(self._address, credentials, options)
+        self._channel = self._connection.channel(grpc)
         self._grpc_stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._closed = False
         self._models: dict[tuple[str, bool], ServedModel] = {}
@@ -85,11 +103,17 @@ class Client:
         self,
         *,
         model: str,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         # Generated by imprompt_serving.signatures: arguments of generate
         negative_prompt: str | Sequence[str] | None = None,
         prompt_2: str | Sequence[str] | None = None,
         negative_prompt_2: str | Sequence[str] | None = None,
+        prompt_syntax: PromptSyntax | None = None,
+        max_embeddings_multiples: int | None = None,
+        prompt_embeds: Embeds | None = None,
+        negative_prompt_embeds: Embeds | None = None,
+        pooled_prompt_embeds: Embeds | None = None,
+        negative_pooled_prompt_embeds: Embeds | None = None,
         ip_adapter_image: PerAdapterImages | None = None,
         negative_ip_adapter_image: PerAdapterImages | None = None,
         ip_adapter_image_embeds: Embeds | Sequence[Embeds | None] | Mapping[str, Embeds] | None = None,
@@ -98,7 +122,8 @@ class Client:
         ip_adapter_start: float | Sequence[float] | None = None,
         ip_adapter_end: float | Sequence[float] | None = None,
         ip_adapter_weight_type: WeightType | Sequence[WeightType] | None = None,
-        image: Images | None = None,
+        image: Images | Embeds | None = None,
+        latents: Embeds | None = None,
         mask_image: Images | None = None,
         strength: float | None = None,
         padding_mask_crop: int | None = None,
@@ -109,8 +134,9 @@ class Client:
         control_guidance_start: float | Sequence[float] | None = None,
         control_guidance_end: float | Sequence[float] | None = None,
         guess_mode: bool | None = None,
+        lora: Mapping[str, float] | None = None,
         num_frames: int | None = None,
-        video: Sequence[ImageInput] | np.ndarray[Any, Any] | None = None,
+        video: Images | None = None,
         context_length: int | None = None,
         context_stride: int | None = None,
         context_overlap: int | None = None,
@@ -123,6 +149,10 @@ class Client:
         negative_crops_coords_top_left: Sequence[int] | None = None,
         negative_target_size: Sequence[int] | None = None,
         num_inference_steps: int | None = None,
+        timesteps: int | Sequence[int] | None = None,
+        sigmas: float | Sequence[float] | None = None,
+        denoising_start: float | None = None,
+        denoising_end: float | None = None,
         guidance_scale: float | None = None,
         guidance_rescale: float | None = None,
         guidance_end: float | None = None,
@@ -150,6 +180,17 @@ class Client:
             negative_prompt: what to avoid: one text for all prompts, or one per prompt.
             prompt_2: prompts for the second text encoder (default: `prompt`).
             negative_prompt_2: negative prompts for the second text encoder (default: `negative_prompt`).
+            prompt_syntax: `a1111` reads weights such as `(word:1.3)` and `[word]`, and `BREAK`, as Stable Diffusion web
+                UI does; in `plain` prompts they are text (default `plain`).
+            max_embeddings_multiples: number of chunks of 75 tokens that a prompt may have, up to the bundle's limit;
+                the rest is cut off, with a warning (default: 1, as in diffusers; for `a1111` prompts the bundle's
+                limit) (1 to 64).
+            prompt_embeds: text embeddings in place of `prompt`, as returned by `encode_prompt` and by diffusers:
+                [prompts, tokens, features].
+            negative_prompt_embeds: text embeddings in place of `negative_prompt`, in the shape of `prompt_embeds`.
+            pooled_prompt_embeds: pooled text embeddings, which go with `prompt_embeds`: [prompts, features].
+            negative_pooled_prompt_embeds: pooled text embeddings, which go with `negative_prompt_embeds`: [prompts,
+                features].
             ip_adapter_image: image prompts: a picture, a list with one entry per adapter of the bundle (a picture, a
                 list of pictures, or None), or a dict keyed by adapter name; for a bundle with a single adapter, a flat
                 list of pictures works too.
@@ -170,7 +211,10 @@ class Client:
             ip_adapter_weight_type: how the scale is distributed over the layers (`linear`, `ease in`, `ease out`, `ease
                 in-out`, `reverse in-out`, `weak input`, `weak middle`, `weak output`, `strong middle`, `style`,
                 `composition` or `style and composition`): one value for all, or one per adapter (default `linear`).
-            image: pictures to start from, for image-to-image or (with `mask_image`) inpainting.
+            image: pictures to start from, for image-to-image or (with `mask_image`) inpainting; for image-to-image also
+                latents as a float array [pictures, 4, height / 8, width / 8], such as `Result.latents`.
+            latents: initial noise, with a standard deviation of 1, in place of noise drawn from `seed`: [pictures,
+                channels, height / 8, width / 8]; for clips [clips, channels, frames, height / 8, width / 8].
             mask_image: masks for inpainting, white where to repaint: one for all, or one per `image`.
             strength: how strongly to change `image` or `video`, above 0; default as in diffusers (0 to 1).
             padding_mask_crop: inpaint only a crop around the mask, with this margin in pixels (0 to 4096).
@@ -187,8 +231,10 @@ class Client:
                 all, or one per ControlNet (0 to 1, default 1).
             guess_mode: apply the ControlNets to the conditional branch only, and more weakly to the finer residuals
                 (default false).
+            lora: LoRAs to use, as a dict of scales (-10 to 10) by name: `{'watercolor': 0.8}`.
             num_frames: number of frames of a clip; without it and `video`, the result is pictures.
-            video: frames to start from, for video-to-video; see `strength`.
+            video: frames to start from, for video-to-video (see `strength`): a list of pictures, an array [frames,
+                height, width, 3], or an animated GIF or WebP file.
             context_length: number of frames the motion modules see at once; longer clips run in overlapping windows.
             context_stride: number of frame strides to run the windows at (1, 2, 4, ...); larger strides skip frames to
                 cover more (1 to 8, default 1).
@@ -206,6 +252,13 @@ class Client:
                 (default 0, 0).
             negative_target_size: SDXL conditioning: target height and width, for the unconditional branch.
             num_inference_steps: number of denoising steps (1 to 1000, default 50).
+            timesteps: timesteps in place of `num_inference_steps`, for schedulers that take them, in descending order.
+            sigmas: noise levels in place of `num_inference_steps`, for schedulers that take them, in descending order
+                (0 to 10000).
+            denoising_start: fraction of the denoising that `image` has behind it: it gets no noise, and `strength` does
+                not apply (0 to 1).
+            denoising_end: fraction of the denoising after which to stop; another request can continue with
+                `denoising_start` (0 to 1).
             guidance_scale: strength of classifier-free guidance; values up to 1 disable it; default as in diffusers
                 (-10000 to 10000).
             guidance_rescale: how much to rescale the guided noise, as in arXiv 2305.08891 (0 to 1, default 0).
@@ -240,11 +293,17 @@ class Client:
         self,
         *,
         model: str,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         # Generated by imprompt_serving.signatures: arguments of stream
         negative_prompt: str | Sequence[str] | None = None,
         prompt_2: str | Sequence[str] | None = None,
         negative_prompt_2: str | Sequence[str] | None = None,
+        prompt_syntax: PromptSyntax | None = None,
+        max_embeddings_multiples: int | None = None,
+        prompt_embeds: Embeds | None = None,
+        negative_prompt_embeds: Embeds | None = None,
+        pooled_prompt_embeds: Embeds | None = None,
+        negative_pooled_prompt_embeds: Embeds | None = None,
         ip_adapter_image: PerAdapterImages | None = None,
         negative_ip_adapter_image: PerAdapterImages | None = None,
         ip_adapter_image_embeds: Embeds | Sequence[Embeds | None] | Mapping[str, Embeds] | None = None,
@@ -253,7 +312,8 @@ class Client:
         ip_adapter_start: float | Sequence[float] | None = None,
         ip_adapter_end: float | Sequence[float] | None = None,
         ip_adapter_weight_type: WeightType | Sequence[WeightType] | None = None,
-        image: Images | None = None,
+        image: Images | Embeds | None = None,
+        latents: Embeds | None = None,
         mask_image: Images | None = None,
         strength: float | None = None,
         padding_mask_crop: int | None = None,
@@ -264,8 +324,9 @@ class Client:
         control_guidance_start: float | Sequence[float] | None = None,
         control_guidance_end: float | Sequence[float] | None = None,
         guess_mode: bool | None = None,
+        lora: Mapping[str, float] | None = None,
         num_frames: int | None = None,
-        video: Sequence[ImageInput] | np.ndarray[Any, Any] | None = None,
+        video: Images | None = None,
         context_length: int | None = None,
         context_stride: int | None = None,
         context_overlap: int | None = None,
@@ -278,6 +339,10 @@ class Client:
         negative_crops_coords_top_left: Sequence[int] | None = None,
         negative_target_size: Sequence[int] | None = None,
         num_inference_steps: int | None = None,
+        timesteps: int | Sequence[int] | None = None,
+        sigmas: float | Sequence[float] | None = None,
+        denoising_start: float | None = None,
+        denoising_end: float | None = None,
         guidance_scale: float | None = None,
         guidance_rescale: float | None = None,
         guidance_end: float | None = None,
@@ -323,6 +388,42 @@ class Client:
         budget = self._budget()
         request = build_encode_request(self._model(model, budget), adapter, images)
         return read_embeds(self._infer(request, budget), adapter, request)
+
+    def encode_prompt(
+        self,
+        model: str,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        prompt_2: str | Sequence[str] | None = None,
+        negative_prompt_2: str | Sequence[str] | None = None,
+        clip_skip: int | None = None,
+        prompt_syntax: PromptSyntax | None = None,
+        max_embeddings_multiples: int | None = None,
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        """Encode a prompt, to reuse its embeddings in many requests: `generate(..., **embeds)`.
+
+        Args:
+            others: as for `generate`.
+            progress_every: number of steps between progress messages (1 to 1000, default 1).
+            preview: whether progress messages carry small preview pictures (default false).
+
+        Returns:
+            What diffusers' `encode_prompt` returns, by parameter: `prompt_embeds` and `negative_prompt_embeds`, float32
+            [prompts, tokens, features]; for SDXL also `pooled_prompt_embeds` and `negative_pooled_prompt_embeds`,
+            float32 [prompts, features]. `warnings.warn` reports a prompt that was truncated.
+        """
+        parameters = {
+            "negative_prompt": negative_prompt,
+            "prompt_2": prompt_2,
+            "negative_prompt_2": negative_prompt_2,
+            "clip_skip": clip_skip,
+            "prompt_syntax": prompt_syntax,
+            "max_embeddings_multiples": max_embeddings_multiples,
+        }
+        budget = self._budget()
+        request = build_encode_prompt_request(self._model(model, budget), prompt, parameters)
+        return read_text_embeds(self._infer(request, budget), request)
 
     def describe(self, model: str) -> Capabilities:
         """Describe a bundle: its adapters, ControlNets, schedulers, defaults and limits."""
@@ -398,17 +499,19 @@ class Client:
                 return read_outputs(call.result())
             except grpc.RpcError as error:
                 failure = self._to_exception(error, request, budget, request.bundle)
-                if not isinstance(failure, Overloaded):
+                if not _transport.is_temporary(error, failure):
                     raise failure from error
             finally:
                 call.cancel()  # no effect on a finished call; stops the work after an interrupt
-            time.sleep(budget.backoff(failure))
+            self._pause(failure, budget)
 
     def _events(self, request: Request, budget: Budget) -> Generator[Progress | Result, None, None]:
         answered = False
         while True:
             call = self._stub.ModelStreamInfer(
-                iter([request.message(budget.remaining)]), timeout=budget.grpc_timeout, metadata=self._metadata
+                iter([request.message(budget.remaining)]),
+                timeout=budget.grpc_timeout,
+                metadata=self._metadata,
             )
             try:
                 finished = False
@@ -421,10 +524,20 @@ class Client:
                 return
             except grpc.RpcError as error:
                 failure = self._to_exception(error, request, budget, request.bundle)
-                if answered or not isinstance(failure, Overloaded):
+                if answered or not _transport.is_temporary(error, failure):
                     raise failure from error
             finally:
                 call.cancel()
+            self._pause(failure, budget)
+
+    def _pause(self, failure: ImpromptError, budget: Budget) -> None:
+        """Wait before a request is resent: as long as a full server asks, or until a lost one is back."""
+        if isinstance(failure, ConnectionFailed):
+            for seconds in budget.reconnects(failure):
+                time.sleep(seconds)
+                if self._is_live():
+                    return
+        elif isinstance(failure, Overloaded):
             time.sleep(budget.backoff(failure))
 
     def _to_exception(self, error: Any, request: Request | None, budget: Budget, bundle: str) -> ImpromptError:

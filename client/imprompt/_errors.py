@@ -96,6 +96,8 @@ _TRITON_ERRORS = (
     ),
 )
 """Errors that Triton itself raises in a stream, before any model runs. They carry no status, only this text."""
+_DEAD_MODEL = re.compile(r"^Failed to process the request.* is not healthy")
+"""What Triton says until `imprompt serve` restarts it, because the process of a model has died."""
 _GRPC_LIMIT = re.compile(r"larger than max|metadata size exceeds")
 """gRPC's own size limits: they have the same status as a full server, but a retry cannot succeed."""
 
@@ -134,6 +136,8 @@ def invalid(parameter: str, problem: str) -> InvalidRequest:
 
 def from_status(status: grpc.StatusCode, message: str, *, request_id: str | None = None) -> ImpromptError:
     """Build the exception for a request that ended with this gRPC status and message."""
+    if _DEAD_MODEL.search(message):
+        status = grpc.StatusCode.UNAVAILABLE
     kind = BY_STATUS.get(status, ServerError)
     if kind is Cancelled and _DEADLINE_MESSAGE.match(message):
         kind = DeadlineExceeded

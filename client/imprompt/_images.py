@@ -1,27 +1,36 @@
-"""Encode pictures as the server expects them: bytes of a PNG, JPEG or WebP file."""
+"""Encode pictures as the server expects them: bytes of a picture file."""
 
 from __future__ import annotations
 
 import io
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from imprompt._errors import InvalidRequest, invalid, short_repr
+from imprompt._picture_files import read_file
 
-ImageInput: TypeAlias = Image.Image | str | os.PathLike[str] | bytes | np.ndarray[Any, Any]
-"""A PIL image, a path, encoded bytes (PNG, JPEG, WebP), or a uint8 array [height, width, 1, 3 or 4 channels]."""
+
+class SupportsDetach(Protocol):
+    """A torch tensor."""
+
+    def detach(self) -> Any:
+        """Return the tensor without its gradient."""
+
+
+ImageInput: TypeAlias = Image.Image | str | os.PathLike[str] | bytes | np.ndarray[Any, Any] | SupportsDetach
+"""A PIL image; a path, a web address, or a data URI; the bytes of a file (PNG, JPEG, WebP, GIF, BMP, AVIF); an array
+[height, width, 1, 3 or 4 channels], uint8 or float from 0 to 1; or such a torch tensor [channels, height, width]."""
 
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 """Pillow modes that PNG supports directly."""
+_CHANNELS = (1, 3, 4)
 _ALPHA_MODES = {"La": "LA", "PA": "RGBA", "RGBa": "RGBA"}
 # Speed over size: on a fast network, compressing takes longer than transferring.
 _PNG_OPTIONS = {"compress_level": 1}
-_FORMATS = "PNG, JPEG or WebP"
 
 Encoder: TypeAlias = Callable[[object, str], bytes]
 
@@ -32,15 +41,16 @@ def encode(image: object, parameter: str) -> bytes:
     Raises:
         InvalidRequest: `image` is not a picture, or its file cannot be read.
     """
-    if isinstance(image, bytes | bytearray | memoryview):
-        return _check_format(bytes(image), "the data", parameter)
-    if isinstance(image, str | os.PathLike):
-        return _check_format(_read(image, parameter), short_repr(str(image)), parameter)
+    if isinstance(image, bytes | bytearray | memoryview | str | os.PathLike):
+        return read_file(image, parameter)
     if isinstance(image, Image.Image):
         return _png(image, parameter)
     if hasattr(image, "__array__"):
-        return _png(_from_array(to_numpy(image, parameter), parameter), parameter)
-    raise invalid(parameter, f"must be a PIL image, a path, encoded bytes or a uint8 array, not {type(image).__name__}")
+        return _png(_from_array(_pixels(image, parameter), parameter), parameter)
+    raise invalid(
+        parameter,
+        f"must be a PIL image, a path, a URL, encoded bytes, an array or a tensor, not {type(image).__name__}",
+    )
 
 
 def encode_mask(mask: object, parameter: str) -> bytes:
@@ -51,12 +61,8 @@ def encode_mask(mask: object, parameter: str) -> bytes:
     if isinstance(mask, Image.Image) and mask.mode == "F":
         mask = np.asarray(mask)
     if hasattr(mask, "__array__") and not isinstance(mask, Image.Image):
-        values = to_numpy(mask, parameter)
-        if values.dtype.kind == "f":
-            if not ((values >= 0) & (values <= 1)).all():
-                raise invalid(parameter, "values of a float mask must be 0 to 1")
-            values = (values * 255).round().astype(np.uint8)
-        elif values.dtype == np.bool_:
+        values = _pixels(mask, parameter)
+        if values.dtype == np.bool_:
             values = values.astype(np.uint8) * 255
         return _png(_from_array(values, parameter).convert("L"), parameter)
     return encode(mask, parameter)
@@ -77,13 +83,32 @@ def encode_all(images: Sequence[object], parameter: str, encoder: Encoder = enco
 
 
 def as_list(images: object, parameter: str) -> list[object]:
-    """List the pictures in a single picture, a list, or an array [pictures, height, width, channels]."""
+    """List the pictures in a picture, an array [pictures, ...] of them, or a list of either."""
     if isinstance(images, Sequence) and not isinstance(images, str | bytes | bytearray | memoryview):
-        return list(images)
-    if hasattr(images, "__array__") and not isinstance(images, Image.Image):
-        array = to_numpy(images, parameter)
-        return list(array) if array.ndim == 4 else [array]
-    return [images]
+        return [picture for entry in images for picture in _split(entry, parameter)]
+    return _split(images, parameter)
+
+
+def _split(image: object, parameter: str) -> list[object]:
+    if isinstance(image, Image.Image) or not hasattr(image, "__array__"):
+        return [image]
+    array = _pixels(image, parameter)
+    return list(array) if array.ndim == 4 else [array]
+
+
+def as_frames(video: object, parameter: str) -> list[object]:
+    """List the frames in an animated picture or its file; anything else is listed as by `as_list`."""
+    if isinstance(video, str | os.PathLike | bytes | bytearray | memoryview):
+        video = read_file(video, parameter)
+    if not isinstance(video, Image.Image | bytes):
+        return as_list(video, parameter)
+    try:
+        clip = Image.open(io.BytesIO(video)) if isinstance(video, bytes) else video
+        if getattr(clip, "n_frames", 1) == 1:
+            return [video]
+        return [frame.convert("RGB") for frame in ImageSequence.Iterator(clip)]
+    except Exception as error:  # whatever pillow raises for a damaged file
+        raise invalid(parameter, f"the clip cannot be read: {error}") from None
 
 
 def as_mask_list(masks: object, parameter: str) -> list[object]:
@@ -128,6 +153,18 @@ def to_numpy(values: Any, parameter: str) -> np.ndarray[Any, Any]:
         raise invalid(parameter, f"must be a value or an array, got {short_repr(values)}") from None
 
 
+def _pixels(values: Any, parameter: str) -> np.ndarray[Any, Any]:
+    """Convert pictures to numpy, with channels last.
+
+    Tensors have them first, as in diffusers' `VaeImageProcessor`, unless only the last axis can be channels.
+    """
+    array = to_numpy(values, parameter)
+    if not hasattr(values, "detach") or array.ndim < 3:
+        return array
+    last = array.shape[-1] in _CHANNELS and array.shape[-3] not in _CHANNELS
+    return array if last else np.moveaxis(array, -3, -1)
+
+
 def decode(data: bytes) -> Image.Image:
     """Decode a picture sent by the server."""
     image = Image.open(io.BytesIO(data))
@@ -135,44 +172,19 @@ def decode(data: bytes) -> Image.Image:
     return image
 
 
-def _read(path: str | os.PathLike[str], parameter: str) -> bytes:
-    try:
-        if str(path).startswith(("http://", "https://")):
-            raise invalid(parameter, f"{path} is a URL; download it and pass the bytes")
-        return Path(path).read_bytes()
-    except FileNotFoundError:
-        raise invalid(parameter, f"no such file: {path}") from None
-    except OSError as error:
-        raise invalid(parameter, f"cannot read {path}: {error.strerror or error}") from None
-    except (TypeError, ValueError) as error:  # a bytes path, or characters that no path can contain
-        if isinstance(error, InvalidRequest):
-            raise
-        raise invalid(parameter, f"{short_repr(path)} is not a valid path: {error}") from None
-
-
-def _check_format(data: bytes, what: str, parameter: str) -> bytes:
-    """Return `data` if it starts like a supported format; only the client knows the file name for the error."""
-    if not data:
-        raise invalid(parameter, f"{what} is empty; expected a {_FORMATS} file")
-    if not data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")) and not (
-        data.startswith(b"RIFF") and data[8:12] == b"WEBP"
-    ):
-        raise invalid(parameter, f"{what} is not a {_FORMATS} picture")
-    return data
-
-
 def _from_array(array: np.ndarray[Any, Any], parameter: str) -> Image.Image:
+    shape = list(array.shape)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
-    if (
-        array.dtype != np.uint8
-        or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4)))
-        or not array.size
-    ):
-        raise invalid(
-            parameter,
-            f"an array must be uint8 [height, width, 1, 3 or 4 channels], not {array.dtype} {list(array.shape)}",
-        )
+    fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    if not fits or not array.size or (array.dtype != np.uint8 and array.dtype.kind != "f"):
+        expected = "uint8, or float from 0 to 1, [height, width, 1, 3 or 4 channels] (a tensor: channels first)"
+        raise invalid(parameter, f"an array must be {expected}, not {array.dtype} {shape}")
+    if array.dtype.kind == "f":
+        if not ((array >= 0) & (array <= 1)).all():
+            found = f"{array.min():g} to {array.max():g}"
+            raise invalid(parameter, f"values of a float array must be 0 to 1, not {found}; rescale it")
+        array = (array * 255).round().astype(np.uint8)
     return Image.fromarray(np.ascontiguousarray(array))
 
 

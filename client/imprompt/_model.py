@@ -40,6 +40,8 @@ class Capabilities(TypedDict, total=False):
     precision: str
     ip_adapters: list[AdapterCapabilities]
     controlnets: list[str]
+    loras: list[str]
+    """LoRAs that requests choose by `lora`."""
     schedulers: list[str]
     """Class names of diffusers schedulers."""
     defaults: dict[str, Any]

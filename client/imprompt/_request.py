@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import json
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from tritonclient.grpc import service_pb2
 
-from imprompt._errors import invalid, short_repr
+from imprompt._errors import InvalidRequest, invalid, short_repr
 from imprompt._image_prompts import (
     EMBEDS,
     KEYWORDS,
@@ -20,11 +22,11 @@ from imprompt._image_prompts import (
     encode_image_prompts,
     encode_pictures,
 )
-from imprompt._images import as_list, flatten_control_images
+from imprompt._images import as_list, flatten_control_images, to_numpy
 from imprompt._model import Input, ServedModel
 from imprompt._parameters import NAMES, OutputType
-from imprompt._tensors import PICTURES as START_PICTURES
-from imprompt._tensors import Tensor, encode_input, numeric_tensor, unsigned_seeds
+from imprompt._parameters import PICTURES as START_PICTURES
+from imprompt._tensors import Tensor, encode_input, numeric_tensor, to_json, unsigned_seeds
 
 OUTPUT_TYPES = get_args(OutputType)
 MIN_TIMEOUT_S = 1e-3
@@ -32,7 +34,16 @@ MIN_TIMEOUT_S = 1e-3
 MAX_BYTES = 2**31 - 2**20
 """Maximum total size of a request's tensors: a protobuf message must be smaller than 2 GiB."""
 
-_ENCODE = "encode_image"
+LATENT_CHANNELS = 4
+"""Channels of the latents of Stable Diffusion."""
+_ENCODE, _ENCODE_PROMPT = "encode_image", "encode_prompt"
+_NOT_PLAIN = {
+    *PICTURES,
+    *START_PICTURES,
+    EMBEDS,
+    *("output_type", "output_format", "priority", "progress_every", "preview"),
+}
+"""Parameters that are not plain values, or do not change the result."""
 _SECOND_PROMPTS = ("prompt_2", "negative_prompt_2")
 """If empty, the first prompt is used, as in diffusers (`prompt_2 or prompt`)."""
 _CLIPS = ("num_frames", "video")
@@ -43,17 +54,19 @@ _DIFFUSERS_EQUIVALENTS = {
     "callback": "use `stream`, which reports every step",
     "return_dict": "use `output_type` to choose what to return",
     "num_videos_per_prompt": "use `num_images_per_prompt`",
+    "callback_on_step_end_tensor_inputs": "use `stream`, which reports every step",
+    "callback_steps": "use `stream` with `progress_every`",
+    "conditioning_frames": "use `control_image`",
+    "adapter_conditioning_scale": "use `controlnet_conditioning_scale`",
+    "adapter_conditioning_factor": "use `control_guidance_end`",
+    "masked_image_latents": "the server makes them from `image` and `mask_image`",
+    "aesthetic_score": "only the refiner of SDXL takes it, which is not supported",
+    "negative_aesthetic_score": "only the refiner of SDXL takes it, which is not supported",
+    "enforce_inference_steps": "increase `num_inference_steps` instead",
+    "decode_chunk_size": "the server decodes frames one by one",
 }
 """What replaces parameters of the diffusers pipelines that do not exist here."""
 _SUGGESTIONS = {
-    "timesteps": ("num_inference_steps", "scheduler_config"),
-    "sigmas": ("num_inference_steps", "scheduler_config"),
-    "prompt_embeds": ("prompt",),
-    "negative_prompt_embeds": ("negative_prompt",),
-    "pooled_prompt_embeds": ("prompt_2", "prompt"),
-    "negative_pooled_prompt_embeds": ("negative_prompt_2", "negative_prompt"),
-    "latents": ("image",),
-    "denoising_start": ("strength",),
     "cfg": ("guidance_scale",),
     "cfg_scale": ("guidance_scale",),
     "sampler": ("scheduler",),
@@ -71,7 +84,7 @@ _SUGGESTIONS = {
 """Parameter names used by diffusers and other tools, and the closest parameters here."""
 _MIN_SIMILARITY = 0.8
 """Cutoff of `difflib.get_close_matches`."""
-_ALL_LISTED = "`help(imprompt.Client)` and docs/protocol.md list them all"
+ALL_LISTED = "`help(imprompt.Client)` and docs/protocol.md list them all"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +100,8 @@ class Request:
     clip: bool
     """Whether the result is clips rather than pictures."""
     timeout_input: Input | None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    """What determines the result, as plain values: everything but pictures and arrays."""
     seeds: Mapping[int, int] = field(default_factory=dict)
     """The caller's unsigned seeds of 2**63 and above, keyed by the negative values sent for them."""
 
@@ -121,7 +136,15 @@ def build_request(model: ServedModel, prompt: object, parameters: Mapping[str, o
         if "output_type" not in model.inputs:
             raise invalid("output_type", f"{model.bundle} cannot return latents")
         given["output_type"] = output_type  # the client makes the other two from the same response
-    tensors = [encode_input(model.inputs["prompt"], prompt)]
+    if prompt is None and "prompt_embeds" not in given:
+        raise invalid("prompt", "is needed, or prompt_embeds in its place")
+    if _is_latents(given.get("image")):
+        if "image_latents" not in model.inputs:
+            raise invalid("image", f"{model.bundle} does not start from latents")
+        given["image_latents"] = given.pop("image")
+    if "latents" in given:
+        given["latents"] = _flatten_clip_latents(given["latents"])
+    tensors = [] if prompt is None else [encode_input(model.inputs["prompt"], prompt)]
     tensors += encode_image_prompts(model, given)
     clip = asks_for_clip(given)
     if "control_image" in given:
@@ -139,8 +162,20 @@ def build_request(model: ServedModel, prompt: object, parameters: Mapping[str, o
         output_type=output_type,
         clip=clip,
         timeout_input=model.inputs.get("timeout"),
+        parameters=_plain_parameters({"prompt": prompt, **given}),
         seeds=unsigned_seeds(given.get("seed")),
     )
+
+
+def _plain_parameters(given: Mapping[str, object]) -> dict[str, Any]:
+    plain = {}
+    for name, value in given.items():
+        if name in _NOT_PLAIN:
+            continue
+        with suppress(InvalidRequest):  # for example NaN, which the server refuses
+            value = to_numpy(value, name).tolist() if hasattr(value, "__array__") else value
+            plain[name] = json.loads(to_json(value, name))
+    return plain
 
 
 def check_request(model: ServedModel, prompt: object, parameters: Mapping[str, object]) -> None:
@@ -153,6 +188,18 @@ def check_request(model: ServedModel, prompt: object, parameters: Mapping[str, o
     _refuse_unknown(model, given)
     later = {*KEYWORDS, *START_PICTURES}
     build_request(model, prompt, {name: value for name, value in given.items() if name not in later})
+
+
+def _is_latents(image: object) -> bool:
+    """Whether `image` is latents rather than pictures, as in diffusers: four axes, of which the second has size 4."""
+    shape: tuple[int, ...] = getattr(image, "shape", ())
+    return len(shape) == 4 and shape[1] == LATENT_CHANNELS and to_numpy(image, "image").dtype.kind == "f"
+
+
+def _flatten_clip_latents(latents: object) -> object:
+    """Join the channels and frames of clips, [clips, channels, frames, h, w], as the input has four axes."""
+    array = to_numpy(latents, "latents")
+    return array if array.ndim != 5 else array.reshape(len(array), -1, *array.shape[3:])
 
 
 def asks_for_clip(parameters: Mapping[str, object]) -> bool:
@@ -174,9 +221,24 @@ def build_encode_request(model: ServedModel, adapter: str, images: object) -> Re
     return replace(request, tensors=(*request.tensors, *tensors, tensor))
 
 
+def build_encode_prompt_request(model: ServedModel, prompt: object, parameters: Mapping[str, object]) -> Request:
+    """Encode a request for the text embeddings of `prompt`."""
+    if _ENCODE_PROMPT not in model.inputs:
+        raise invalid("model", f"{model.bundle} does not encode prompts")
+    request = build_request(model, prompt, parameters)
+    return replace(request, tensors=(*request.tensors, encode_input(model.inputs[_ENCODE_PROMPT], True)))
+
+
 def _accepted_keywords(model: ServedModel) -> list[str]:
     """List the keywords that a caller may pass: the model's inputs, except those that this module sets itself."""
-    hidden = {"prompt", _ENCODE, SCALE_CONFIG, *(f"{name}_adapter" for name in PICTURES)}
+    hidden = {
+        "prompt",
+        _ENCODE,
+        _ENCODE_PROMPT,
+        "image_latents",
+        SCALE_CONFIG,
+        *(f"{name}_adapter" for name in PICTURES),
+    }
     names = [name for name in model.inputs if name not in hidden and not name.startswith(f"{EMBEDS}_")]
     if any(name.startswith(f"{EMBEDS}_") for name in model.inputs):
         names.append(EMBEDS)
@@ -188,7 +250,7 @@ def _refuse_unknown(model: ServedModel, given: Mapping[str, object]) -> None:
     for name in given:
         if name not in known:
             hint = "" if name in NAMES else _hint(name[:100], known)
-            raise invalid(name, f"{model.bundle} has no such parameter; {hint}{_ALL_LISTED}")
+            raise invalid(name, f"{model.bundle} has no such parameter; {hint}{ALL_LISTED}")
 
 
 def _hint(name: str, known: list[str]) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,28 @@ import numpy as np
 from PIL import Image, ImageSequence
 from tritonclient.utils import deserialize_bytes_tensor, triton_to_np_dtype
 
-from imprompt._errors import ServerError, invalid, short_repr, triton_status
+from imprompt import _notebook as notebook
+from imprompt._errors import ServerError, triton_status
 from imprompt._images import decode
+from imprompt._output_files import (
+    FPS,
+    check_extension,
+    check_fps,
+    check_path,
+    container,
+    encode_picture,
+    format_of,
+    save_clip,
+    with_png_text,
+)
+from imprompt._provenance import provenance
 from imprompt._request import Request
-from imprompt._tensors import is_number
 from imprompt._transport import StreamError
 
 Array = np.ndarray[Any, Any]
 
-FPS = 8
-"""Default frame rate of saved clips, which AnimateDiff's motion modules were trained for."""
-_MAX_FPS = 1000
-"""Animation formats store the duration of a frame in whole milliseconds."""
-_ANIMATIONS = (".gif", ".webp")
-_VIDEO = ".mp4"
-_PICTURE_FILES = "pictures must be saved as .png, .jpg or .webp"
-_CLIP_FILES = "clips must be saved as .gif, .webp or .mp4"
+TEXT_EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+"""Outputs of `encode_prompt`; not all models have pooled ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +73,7 @@ class Result:
     _images: Array | None = field(default=None, repr=False)
     _frames: Array | None = field(default=None, repr=False)
     _clip: bool = field(default=False, repr=False)
+    _parameters: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
     def images(self) -> list[Any]:
@@ -83,35 +90,67 @@ class Result:
             return [self._unpacked(decode(data)) for data in self.encoded] if self._clip else None
         return None if self._frames is None else [[self._picture(frame) for frame in clip] for clip in self._frames]
 
-    def save(self, path: str | Path, *, fps: float = FPS) -> list[Path]:
+    def save(self, path: str | Path, *, fps: float = FPS, metadata: bool = True) -> list[Path]:
         """Save the pictures or clips in the format of the file's extension, numbered if several (`out-0.png`).
 
-        Clips are saved as `.gif` or `.webp` with pillow, or as `.mp4` (requires `pip install "imageio[pyav]"`).
+        Clips are saved as `.gif` or `.webp` with pillow, or as `.mp4` (requires `pip install "imageio[pyav]"`), and
+        latents as `.npy`.
+
+        Args:
+            metadata: write seed, prompt, and the other parameters of the request into PNG files, as text chunks.
 
         Returns:
             The paths of the written files.
 
         Raises:
-            ValueError: the result has no pictures (only latents), or `path` or `fps` is invalid.
+            ValueError: the extension does not fit the result, or `path` or `fps` is invalid.
         """
         path = check_path(path)
         check_fps(fps)
-        if self.encoded is not None and all(_container(data) == _format_of(path) for data in self.encoded):
-            return self._write(path, self.encoded, lambda data, target: target.write_bytes(data))
-        items: Sequence[Any] = self.frames if self.frames is not None else self.images
-        if not items:
-            raise ValueError(f"there are no pictures to save; output_type was {self.output_type!r}")
-        check_extension(path, clip=self.frames is not None)
-        if self.frames is None:
-            return self._write(path, items, _save_picture)
-        return self._write(path, items, lambda clip, target: _save_clip(clip, target, fps))
-
-    @staticmethod
-    def _write(path: Path, items: Sequence[Any], save: Callable[[Any, Path], Any]) -> list[Path]:
-        paths = [path] if len(items) == 1 else [path.with_stem(f"{path.stem}-{index}") for index in range(len(items))]
-        for item, target in zip(items, paths, strict=True):
-            save(item, target)
+        files = self._encoded_as(format_of(path)) if self.encoded is not None else None
+        if files is None:
+            check_extension(path, clip=self.frames is not None, latents=self.latents is not None)
+        if self.latents is not None:
+            np.save(path, self.latents)
+            return [path]
+        if files is None and self.frames is not None:
+            paths = _numbered(path, len(self.frames))
+            for clip, target in zip(self.frames, paths, strict=True):
+                save_clip(clip, target, fps)
+            return paths
+        if files is None:
+            files = [encode_picture(image, format_of(path)) for image in self.images]
+        if metadata and format_of(path) == "PNG":
+            files = [with_png_text(data, self._provenance(index, len(files))) for index, data in enumerate(files)]
+        paths = _numbered(path, len(files))
+        for data, target in zip(files, paths, strict=True):
+            target.write_bytes(data)
         return paths
+
+    def _encoded_as(self, format: str | None) -> list[bytes] | None:
+        """Return the encoded files if all of them have this format."""
+        files = self.encoded or []
+        return files if all(container(data) == format for data in files) else None
+
+    def _provenance(self, index: int, count: int) -> dict[str, str]:
+        image = self.images[index]
+        return provenance(
+            model=self.model,
+            parameters=self._parameters,
+            seeds=self.seeds,
+            index=index,
+            count=count,
+            size=image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0]),
+            version=version("imprompt"),
+        )
+
+    def _repr_png_(self) -> bytes | None:
+        """Show a single picture in a notebook."""
+        return notebook.png(self.images)
+
+    def _repr_html_(self) -> str | None:
+        """Show several pictures, or clips, in a notebook."""
+        return notebook.row(self.images, self.frames, self.seeds)
 
     def _picture(self, image: Array) -> Any:
         return image.copy() if self.output_type == "np" else Image.fromarray(image)
@@ -119,6 +158,10 @@ class Result:
     def _unpacked(self, clip: Image.Image) -> list[Any]:
         frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(clip)]
         return [np.asarray(frame) for frame in frames] if self.output_type == "np" else frames
+
+
+def _numbered(path: Path, count: int) -> list[Path]:
+    return [path] if count == 1 else [path.with_stem(f"{path.stem}-{index}") for index in range(count)]
 
 
 def read_outputs(response: Any) -> dict[str, Array]:
@@ -175,6 +218,7 @@ def read_result(outputs: Mapping[str, Array], request: Request) -> Result:
         _images=outputs.get("images"),
         _frames=outputs.get("frames"),
         _clip=request.clip,
+        _parameters=request.parameters,
     )
 
 
@@ -191,78 +235,11 @@ def read_embeds(outputs: Mapping[str, Array], adapter: str, request: Request) ->
     return outputs[name].copy()
 
 
-def _pil(image: Any) -> Image.Image:
-    return image if isinstance(image, Image.Image) else Image.fromarray(image)
-
-
-def check_path(path: object) -> Path:
-    """Return `path` as a `Path`, or raise `InvalidRequest`."""
-    if not isinstance(path, str | os.PathLike):
-        raise invalid("path", f"must be a file path, got {short_repr(path)}")
-    return Path(path)
-
-
-def check_fps(fps: object) -> None:
-    """Raise `InvalidRequest` if `fps` is not a possible frame rate."""
-    if not is_number(fps) or not 0 < fps <= _MAX_FPS:
-        raise invalid("fps", f"must be a number above 0, at most {_MAX_FPS}; got {short_repr(fps)}")
-
-
-def check_extension(path: Path, *, clip: bool = False) -> None:
-    """Check that pictures, or clips, can be saved in the format of the file's extension.
-
-    Raises:
-        ValueError: they cannot, or the package for this format is missing.
-    """
-    if not clip:
-        if not _pillow_writes(_format_of(path)):
-            raise ValueError(f"{path.name}: {_PICTURE_FILES}")
-    elif path.suffix.lower() == _VIDEO:
-        _imageio()
-    elif path.suffix.lower() not in _ANIMATIONS:
-        raise ValueError(f"{path.name}: {_CLIP_FILES}")
-
-
-def _pillow_writes(format: str | None) -> bool:
-    """Whether pillow can write pictures in `format`; some formats are read-only, and some need a plugin."""
-    try:
-        Image.new("RGB", (64, 64)).save(io.BytesIO(), format or "")
-        return True
-    except (KeyError, OSError, ValueError):
-        return False
-
-
-def _format_of(path: Path) -> str | None:
-    """Return pillow's name for the format of the file's extension, or None."""
-    return Image.registered_extensions().get(path.suffix.lower(), "MP4" if path.suffix.lower() == _VIDEO else None)
-
-
-def _container(data: bytes) -> str | None:
-    """Detect the format of an encoded picture or clip."""
-    return "MP4" if data[4:8] == b"ftyp" else Image.open(io.BytesIO(data)).format
-
-
-def _save_picture(image: Any, path: Path) -> None:
-    _pil(image).save(path)
-
-
-def _save_clip(clip: Sequence[Any], path: Path, fps: float) -> None:
-    frames = [_pil(frame) for frame in clip]
-    if path.suffix.lower() == _VIDEO:
-        # PyAV encodes in this process. The ffmpeg plugin would fork it, which is unsafe with gRPC's threads running.
-        pixels = np.stack([np.asarray(frame) for frame in frames])
-        _imageio().imwrite(path, pixels, fps=fps, plugin="pyav", codec="libx264")
-    else:
-        first, *rest = frames
-        first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
-
-
-def _imageio() -> Any:
-    try:
-        from imageio import v3
-        from imageio.plugins import pyav  # noqa: F401
-    except ImportError:
-        raise ValueError(
-            f'saving {_VIDEO} requires: pip install "imageio[pyav]" (.gif and .webp work without it)'
-        ) from None
-    return v3
+def read_text_embeds(outputs: Mapping[str, Array], request: Request) -> dict[str, Array]:
+    """Decode the response to `encode_prompt`, and emit the server's warnings as Python warnings."""
+    found = {name: outputs[name].copy() for name in TEXT_EMBEDS if name in outputs}
+    if not found:
+        raise ServerError(f"the response has no text embeddings: {sorted(outputs)}", request_id=request.id)
+    for text in _values(outputs, "warnings"):
+        warnings.warn(text.decode(errors="replace"), stacklevel=3)
+    return found

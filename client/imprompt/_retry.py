@@ -1,12 +1,13 @@
-"""Timeouts and retries: how long a call may take, and how often it is resent to an overloaded server."""
+"""Timeouts and retries: how long a call may take, and how often it is resent to an overloaded or restarting server."""
 
 from __future__ import annotations
 
 import numbers
 import random
 import time
+from collections.abc import Iterator
 
-from imprompt._errors import DeadlineExceeded, Overloaded, invalid, short_repr
+from imprompt._errors import ConnectionFailed, DeadlineExceeded, Overloaded, invalid, short_repr
 from imprompt._tensors import is_number
 
 MAX_RETRIES = 4
@@ -16,6 +17,10 @@ MAX_DELAY_S = 30.0
 """If the server suggests a longer delay, the call fails, unless the caller's `timeout` leaves enough time."""
 JITTER = 0.25
 """Random extra delay, up to this fraction, so that clients refused together do not retry together."""
+RESTART_S = 120.0
+"""How long to wait for a server that has answered before and no longer does: `imprompt serve` restarts a failed one."""
+RECONNECT_S = 0.5
+"""Seconds between checks whether a lost server is back."""
 GRACE_S = 2.0
 """How long after the caller's deadline gRPC's own deadline falls, so that the server can respond first."""
 CONTROL_TIMEOUT_S = 30.0
@@ -101,3 +106,17 @@ class Budget:
         self._retries_left -= 1
         self._delay *= 2
         return delay
+
+    def reconnects(self, error: ConnectionFailed) -> Iterator[float]:
+        """Use up one retry, because the request may have been at fault, and yield pauses between looks for the server.
+
+        Raises:
+            ConnectionFailed: `error` itself, if no retry or no time is left, or the server stays away for too long.
+        """
+        until = time.monotonic() + RESTART_S
+        if not self._retries_left:
+            raise error
+        self._retries_left -= 1
+        while time.monotonic() < until and not self.expired:
+            yield RECONNECT_S * (1 + JITTER * random.random())
+        raise error

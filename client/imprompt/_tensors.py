@@ -14,13 +14,10 @@ from PIL import Image
 from tritonclient.utils import serialize_byte_tensor, triton_to_np_dtype
 
 from imprompt._errors import InvalidRequest, invalid, short_repr
-from imprompt._images import as_list, encode, encode_all, encode_mask, to_numpy
+from imprompt._images import as_frames, as_list, encode, encode_all, encode_mask, to_numpy
 from imprompt._model import Input
-from imprompt._parameters import NAMES
+from imprompt._parameters import NAMES, OBJECTS, PICTURES
 
-PICTURES = ("image", "mask_image", "control_image", "video")
-"""Inputs that hold pictures; a string among their values is a path."""
-_CONFIGURATIONS = ("scheduler_config",)
 _TEXTS = {*NAMES, "prompt", "encode_image"}
 """BYTES inputs that hold text, unless they are one of the above."""
 
@@ -51,8 +48,9 @@ def encode_input(spec: Input, value: object) -> Tensor:
 def _elements(spec: Input, value: object) -> list[bytes]:
     name = spec.name
     if name in PICTURES:
-        return encode_all(as_list(value, name), name, encode_mask if name == "mask_image" else encode)
-    if name in _CONFIGURATIONS:
+        pictures = as_frames(value, name) if name == "video" else as_list(value, name)
+        return encode_all(pictures, name, encode_mask if name == "mask_image" else encode)
+    if name in OBJECTS:
         if not isinstance(value, Mapping):
             raise invalid(name, f"must be a dict, got {short_repr(value)}")
         return [to_json(value, name)]
@@ -108,6 +106,8 @@ def numeric_tensor(spec: Input, value: object, *, parameter: str | None = None, 
     kinds, one, many = _KINDS[target.kind]
     expected = f"{label}must be {one if spec.dims == (1,) else many}"
     try:
+        if isinstance(value, Image.Image):
+            raise invalid(parameter, "is a picture")
         array = to_numpy(value, parameter)
     except InvalidRequest:
         raise invalid(parameter, f"{expected}, got {short_repr(value)}") from None

@@ -37,8 +37,8 @@ def export(
 
     Raises:
         BundleError: the bundle file or one of its checkpoints is not usable; nothing was written.
-        ParityError: an engine's results differ from PyTorch's by more than is allowed, or int8 loses too much quality;
-            nothing was written.
+        ParityError: an engine's results differ from PyTorch's by more than is allowed, or quantization loses too much
+            quality; nothing was written.
         EngineError: an engine cannot be built; nothing was written.
     """
     from imprompt_export import checks, install

@@ -17,6 +17,8 @@ StateDict = Mapping[str, Mapping[str, Any]]
 _PARTS = ("image_proj", "ip_adapter")
 _INPUT_WEIGHTS = {"plain": "proj.weight", "full_face": "proj.0.weight", "plus": "proj_in.weight"}
 """The first weight of each kind of projection, which multiplies the output of the image encoder."""
+_VIT_H_TOKENS = 257
+"""Hidden states of one picture that the encoders of all public adapters produce: 16 x 16 patches and the class."""
 
 
 def read(file: Path) -> StateDict:
@@ -87,19 +89,18 @@ def kind_of(state_dict: StateDict, weight_name: str) -> AdapterKind:
 
 
 def embed_shapes(kind: AdapterKind, state_dict: StateDict, encoder: Any | None) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each projection input for one picture, by name, as diffusers' pipelines pass it."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    """Return the shape of each projection input for one picture, by name, as diffusers' pipelines pass it.
+
+    Without an `encoder`, requests bring embeddings, which have the size that the public encoders produce.
+    """
+    projection, tokens = state_dict["image_proj"], _VIT_H_TOKENS
+    if encoder is not None:
+        tokens = (encoder.config.image_size // encoder.config.patch_size) ** 2 + 1
     if kind.startswith("faceid"):
-        shapes["image_embeds"] = (1, state_dict["image_proj"]["proj.0.weight"].shape[1])
-    if encoder is None:
-        return shapes
-    config = encoder.config
-    hidden = ((config.image_size // config.patch_size) ** 2 + 1, config.hidden_size)
-    if kind.startswith("faceid_plus"):
-        shapes["clip_embeds"] = hidden
-    elif kind != "faceid":
-        shapes["image_embeds"] = (config.projection_dim,) if kind == "plain" else hidden
-    return shapes
+        face: dict[str, tuple[int, ...]] = {"image_embeds": (1, projection["proj.0.weight"].shape[1])}
+        return face if encoder is None else face | {"clip_embeds": (tokens, encoder.config.hidden_size)}
+    width = projection[_INPUT_WEIGHTS[kind]].shape[1]
+    return {"image_embeds": (width,) if kind == "plain" else (tokens, width)}
 
 
 def check_fit(
@@ -129,12 +130,17 @@ def check_fit(
     kind = kind_of(state_dict, file)
     if kind == "faceid":
         return
-    if encoder is None:
-        raise BundleError(f"ip_adapter {name}: a {kind} adapter needs an image encoder; set image_encoder_folder")
+    if encoder is None and kind.startswith("faceid"):
+        raise BundleError(
+            f"ip_adapter {name}: a {kind} adapter needs an image encoder besides the face embedding; set "
+            "image_encoder_folder"
+        )
     projection = state_dict["image_proj"]
     key = _INPUT_WEIGHTS.get(kind, "perceiver_resampler.proj_in.weight")
     if key not in projection:
         raise BundleError(f"ip_adapter {name}: {file} is incomplete: it has no image_proj.{key}")
+    if encoder is None:
+        return
     size, what = ("projection_dim", "embeddings") if kind == "plain" else ("hidden_size", "hidden states")
     expected, actual = projection[key].shape[1], encoder[size]
     if expected != actual:

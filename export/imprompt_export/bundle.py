@@ -8,15 +8,31 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import msgspec
 
-from imprompt_export import checkpoint_kinds, sources
+from imprompt_export import checkpoint_kinds, single_files, sources
 from imprompt_export.backends import export_backend
 from imprompt_export.errors import BundleError, did_you_mean, one_of, some_of
 from imprompt_export.families import all_families
-from imprompt_serving.backends import MODULES
+from imprompt_export.sections import (
+    ControlNetSection,
+    DefaultsSection,
+    EngineSection,
+    FaceEncoderSection,
+    IPAdapterSection,
+    LoraSection,
+    MotionAdapterSection,
+    NetworkSection,
+    Section,
+    T2IAdapterSection,
+    TextualInversionSection,
+)
+from imprompt_export.sources import Source
+from imprompt_serving.backends import MODULES, get_backend
+from imprompt_serving.capabilities import SCHEDULERS
+from imprompt_serving.parameters import PARAMETERS
 from imprompt_serving.specs import Limits, Shapes
 
 NO_FACES = "face_encoder: the bundle has no FaceID adapter to use it"
@@ -28,81 +44,30 @@ _LEAST = {"waiting_rows": 0, "waiting_seconds": 0, "image_aspect_ratio": 1}
 """Minimum of some keys of `[limits]`; other integers must be at least 1, other floats above 0."""
 
 
-class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    pass
+class Network(NamedTuple):
+    """A network besides the base: its name in messages, where it is, and the kind that it must be."""
+
+    what: str
+    source: Source
+    kind: str
 
 
-class IPAdapterSection(_Section, frozen=True):
-    """An IP-Adapter, with the parameters of diffusers' `load_ip_adapter`; `path` may also be the file itself."""
+class BundleFile(Section, frozen=True):
+    """A parsed bundle file; its paths are relative to `folder`.
 
-    name: str
-    path: str
-    weight_name: str | None = None
-    subfolder: str = ""
-    image_encoder_folder: str | Literal[False] = "image_encoder"
-
-
-class ControlNetSection(_Section, frozen=True):
-    """A ControlNet: its name in requests and its diffusers folder."""
-
-    name: str
-    path: str
-
-
-class T2IAdapterSection(_Section, frozen=True):
-    """A T2I-Adapter: its name in requests and its diffusers folder."""
-
-    name: str
-    path: str
-
-
-class MotionAdapterSection(_Section, frozen=True):
-    """An AnimateDiff motion adapter: its diffusers folder."""
-
-    path: str
-
-
-class FaceEncoderSection(_Section, frozen=True):
-    """A folder of insightface models, so that FaceID adapters take pictures of people, and the detector's settings."""
-
-    path: str
-    det_size: tuple[int, int] = (640, 640)
-    det_thresh: float = 0.5
-
-
-class LoraSection(_Section, frozen=True):
-    """A LoRA that is fused into the base, with the parameters of diffusers' `load_lora_weights`."""
-
-    path: str
-    weight_name: str | None = None
-    subfolder: str | None = None
-    scale: float = 1.0
-
-
-class EngineSection(_Section, frozen=True):
-    """The backend of the engines and its options.
-
-    `host` names the process that hosts the encoders and the VAE (`python`, or `native` for Triton's own backends).
-    `threads` are those of one engine call on the CPU; 0 means one per core. `devices` are the GPUs that get a denoiser
-    each. `min_snr_db` is the minimum quality of int8 (`int8.Quality`). `targets` are the compute capabilities that
-    TensorRT-RTX builds for. `refit` says whether the weights of TensorRT engines can be replaced later.
+    `weight_name`, `config`, and `variant` belong to `base`, as in a `NetworkSection`. `unet` and `vae` replace those of
+    the base.
     """
-
-    backend: str = "onnxruntime"
-    precision: str = "fp32"
-    host: str = "python"
-    threads: int = 0
-    devices: tuple[int, ...] = ()
-    min_snr_db: float = 10.0
-    targets: tuple[str, ...] = ("SM80", "SM86", "SM89", "SM120")
-    refit: bool = False
-
-
-class BundleFile(_Section, frozen=True):
-    """A parsed bundle file; its paths are relative to `folder`."""
 
     name: str
     base: str
+    weight_name: str | None = None
+    config: str | None = None
+    variant: str | None = None
+    unet: NetworkSection | None = None
+    vae: NetworkSection | None = None
+    textual_inversion: tuple[TextualInversionSection, ...] = ()
+    defaults: DefaultsSection = DefaultsSection()
     ip_adapter: tuple[IPAdapterSection, ...] = ()
     controlnet: tuple[ControlNetSection, ...] = ()
     t2i_adapter: tuple[T2IAdapterSection, ...] = ()
@@ -147,14 +112,21 @@ class BundleFile(_Section, frozen=True):
         self._check_shapes(self.shapes)
         self._check_limits(self.limits)
         self._check_engine(self.engine)
-        self.locate(self.base, "base")
+        self._check_defaults(self.defaults)
+        self.base_source()
+        self._check_unfused_loras()
         for lora in self.lora:
             sources.tensors(f"lora {lora.path}", self.lora_file(lora))
         for adapter in self.ip_adapter:
             self.adapter_file(adapter)
             self.image_encoder(adapter)
-        for what, path, expected in self.networks():
-            checkpoint_kinds.model_config(what, self.locate(path, what), "", expected)
+        for embedding in self.textual_inversion:
+            sources.flat_tensors(f"textual_inversion {embedding.path}", self.embedding_file(embedding))
+        for what, source, expected in self.networks():
+            if source.config is not None:
+                checkpoint_kinds.model_config(what, source.config, source.subfolder, expected)
+            if source.file is not None:
+                single_files.check_kind(what, source.file, expected)
         if self.face_encoder is not None:
             self._check_face_encoder(self.face_encoder)
 
@@ -204,6 +176,37 @@ class BundleFile(_Section, frozen=True):
             if not re.fullmatch(r"SM\d{2,3}", target):
                 raise BundleError(f"engine.targets: must be compute capabilities such as SM89, got {target!r}")
 
+    def _check_defaults(self, defaults: DefaultsSection) -> None:
+        if defaults.scheduler is not None:
+            hint = did_you_mean(defaults.scheduler, SCHEDULERS)
+            if defaults.scheduler not in SCHEDULERS:
+                raise BundleError(
+                    f"defaults.scheduler: {defaults.scheduler!r} is not one of {', '.join(SCHEDULERS)}{hint}"
+                )
+        for name, value in defaults.values.items():
+            row = PARAMETERS[name]
+            if not row.low <= value <= row.high:
+                raise BundleError(f"defaults.{name}: must be {row.low:g} to {row.high:g}, got {value}")
+
+    def _check_unfused_loras(self) -> None:
+        engine = self.engine
+        for lora in self.unfused_loras:
+            if lora.name is None:
+                raise BundleError(
+                    f"lora.name: lora {lora.path} is not fused and needs a name, which requests choose it by"
+                )
+            if lora.scale is not None:
+                raise BundleError(f"lora.scale: lora {lora.name} is not fused; requests choose its scale")
+        if self.unfused_loras and not get_backend(engine.backend).swaps_weights:
+            raise BundleError(
+                f'lora.fused: engine.backend = "{engine.backend}" cannot change weights between requests; '
+                'fuse the LoRA, or use backend = "inductor"'
+            )
+        if self.unfused_loras and engine.precision == "fp8":
+            raise BundleError(
+                'lora.fused: weights in fp8 cannot change between requests; fuse the LoRA, or use precision = "fp16"'
+            )
+
     def _check_face_encoder(self, section: FaceEncoderSection) -> None:
         folder = self.folder / section.path
         if not any(folder.glob("*.onnx")):
@@ -222,7 +225,13 @@ class BundleFile(_Section, frozen=True):
             "name": (self,),
             "ip_adapter.name": self.ip_adapter,
             "controlnet.name, t2i_adapter.name": (*self.controlnet, *self.t2i_adapter),
+            "lora.name": [lora for lora in self.lora if lora.name is not None],
         }
+
+    @property
+    def unfused_loras(self) -> tuple[LoraSection, ...]:
+        """The LoRAs that requests choose."""
+        return tuple(lora for lora in self.lora if not lora.fused)
 
     def denoiser_engines(self) -> list[str]:
         """List the names of the engines that the denoiser loads."""
@@ -239,14 +248,58 @@ class BundleFile(_Section, frozen=True):
         parts += [f"image_encoder_{adapter.name}" for adapter in self.ip_adapter]
         return [self.name, *(f"{self.name}_{part}" for part in parts)]
 
-    def networks(self) -> Iterator[tuple[str, str, str]]:
-        """Yield each network besides the base: its name in messages, its path, and the kind that it must be."""
+    def base_source(self) -> Source:
+        """Return where the base is."""
+        root = self.locate(self.base, "base")
+        file = sources.single_file("base", root, self.weight_name)
+        if file is None:
+            self._check_no_config("config", self.config)
+            return Source(root, variant=self.variant)
+        self._check_no_variant("variant", self.variant)
+        if self.config is not None:
+            return Source(self.locate(self.config, "config"), file=file)
+        return Source(self.locate(single_files.default_config(file), f"config, which {file.name} needs"), file=file)
+
+    def networks(self) -> Iterator[Network]:
+        """Yield each network besides the base."""
+        config = self.base_source().config
+        if self.unet is not None:
+            yield Network("unet", self._source("unet", self.unet, Source(config, "unet")), "a UNet")
+        if self.vae is not None:
+            yield Network("vae", self._source("vae", self.vae, Source(config, "vae")), "a VAE")
         for net in self.controlnet:
-            yield f"controlnet {net.name}", net.path, "a ControlNet"
+            what = f"controlnet {net.name}"
+            yield Network(what, self._source(what, net, Source(None)), "a ControlNet")
         for t2i in self.t2i_adapter:
-            yield f"t2i_adapter {t2i.name}", t2i.path, "a T2I-Adapter"
-        if self.motion_adapter is not None:
-            yield "motion_adapter", self.motion_adapter.path, "a motion adapter"
+            what = f"t2i_adapter {t2i.name}"
+            yield Network(what, Source(self.locate(t2i.path, what), variant=t2i.variant), "a T2I-Adapter")
+        if (motion := self.motion_adapter) is not None:
+            source = Source(self.locate(motion.path, "motion_adapter"), variant=motion.variant)
+            yield Network("motion_adapter", source, "a motion adapter")
+
+    def source(self, what: str) -> Source | None:
+        """Return where the network that messages call `what` is; None if the bundle has none."""
+        return next((network.source for network in self.networks() if network.what == what), None)
+
+    def _source(self, what: str, section: NetworkSection, default: Source) -> Source:
+        """Return where a network is; for a single file without a configuration, that of `default`."""
+        root = self.locate(section.path, what)
+        file = sources.single_file(what, root, section.weight_name)
+        if file is None:
+            self._check_no_config(f"{what}: config", section.config)
+            return Source(root, variant=section.variant)
+        self._check_no_variant(f"{what}: variant", section.variant)
+        if section.config is None:
+            return default._replace(file=file)
+        return Source(self.locate(section.config, what), file=file)
+
+    def _check_no_config(self, key: str, config: str | None) -> None:
+        if config is not None:
+            raise BundleError(f"{key}: only a single file needs one; a diffusers folder has its own: leave it out")
+
+    def _check_no_variant(self, key: str, variant: str | None) -> None:
+        if variant is not None:
+            raise BundleError(f"{key}: only diffusers folders have variants; name the file of the variant itself")
 
     def locate(self, path: str, what: str = "path") -> str:
         """Return a path relative to the bundle file as an absolute path or a hub id (`sources.locate`)."""
@@ -256,6 +309,12 @@ class BundleFile(_Section, frozen=True):
         """Return the weight file of a LoRA."""
         what = f"lora {lora.path}"
         return sources.weights_file(what, self.locate(lora.path, what), lora.subfolder or "", lora.weight_name)
+
+    def embedding_file(self, embedding: TextualInversionSection) -> Path:
+        """Return the file of a textual inversion embedding."""
+        what = f"textual_inversion {embedding.path}"
+        root = self.locate(embedding.path, what)
+        return sources.weights_file(what, root, embedding.subfolder or "", embedding.weight_name)
 
     def adapter_file(self, adapter: IPAdapterSection) -> Path:
         """Return the weight file of an adapter."""
@@ -274,7 +333,7 @@ class BundleFile(_Section, frozen=True):
         if sources.is_local(root) and not Path(root, subfolder, "config.json").is_file():
             raise BundleError(
                 f"{what}: no image encoder at {Path(root, subfolder)}; "
-                "set image_encoder_folder (false for FaceID adapters)"
+                "set image_encoder_folder (false for FaceID adapters, and if requests only bring embeddings)"
             )
         checkpoint_kinds.model_config(what, root, subfolder, "a CLIP image encoder")
         return root, subfolder

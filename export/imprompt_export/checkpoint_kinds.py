@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 from imprompt_export.errors import BundleError
-from imprompt_export.sources import WEIGHTS, find, flat, is_local, read_json, tensors
+from imprompt_export.sources import WEIGHTS, Source, find, flat, is_local, read_json, tensors
 
 _CLASSES = {
     "ControlNetModel": "a ControlNet",
@@ -31,8 +31,11 @@ _ARCHITECTURES = {
     "StableDiffusionSafetyChecker": "a safety checker",
 }
 """Kind by `architectures` in a `config.json` of transformers."""
-_MODEL_FILE = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)(-\d+-of-\d+)?\.(safetensors|bin)")
-"""Names of the weight files that diffusers and transformers load."""
+WHOLE = "a checkpoint in a single file"
+_MODEL_FILE = re.compile(
+    r"(diffusion_pytorch_model|pytorch_model|model)(\.(?P<variant>\w+))?(-\d+-of-\d+)?(\.(?P<after>\w+))?\.(safetensors|bin)"
+)
+"""Names of the weight files that diffusers and transformers load; a variant stands before or after numbers of parts."""
 _TENSOR_NAMES = (
     (r"(image_proj|ip_adapter)\.", "an IP-Adapter"),
     (r".*\.lokr_", "a LoKr"),
@@ -42,13 +45,14 @@ _TENSOR_NAMES = (
     (r".*[._]lora[._]", "a LoRA"),
     (r".*lora_(down|up|A|B|linear_layer)", "a LoRA"),
     (r".*motion_modules\.", "a motion adapter"),
-    (r"(model\.diffusion_model|cond_stage_model)\.", "a checkpoint in a single file"),
-    (r"(control_model\.|controlnet_|input_hint_block)", "a ControlNet"),
+    (r"control_model\.", "a ControlNet"),  # some of these files hold the base as well
+    (r"(model\.diffusion_model|cond_stage_model)\.", WHOLE),
+    (r"(controlnet_|input_hint_block)", "a ControlNet"),
     (r"adapter\.(body|conv_in)\.", "a T2I-Adapter"),
     (r"(vision_model|visual_projection)", "a CLIP image encoder"),
     (r"(text_model|text_projection)\.", "a CLIP text encoder"),
     (r"(down_blocks|time_embedding)\.", "a UNet"),
-    (r"(encoder|decoder)\.", "a VAE"),
+    (r"(first_stage_model\.)?(encoder|decoder)\.", "a VAE"),
     (r"(emb_params|string_to_param|clip_[gl]$)", "a textual inversion embedding"),
 )
 """Kind by the beginning of any tensor's name; the first pattern that matches wins."""
@@ -129,39 +133,67 @@ def model_config(what: str, root: str, subfolder: str, expected: str) -> dict[st
     return config
 
 
-def check_weights(what: str, folder: Path) -> None:
-    """Check that the model in `folder` has weights, and that they are not damaged, for example by a broken download."""
-    if not (folder / "config.json").is_file():
-        return  # not a model but a tokenizer or a scheduler
-    files = [file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".bin")]
-    if not any(_MODEL_FILE.fullmatch(file.name) for file in files):
-        hint = f"; {files[0].name} is not a name that diffusers or transformers load" if files else ""
-        raise BundleError(f"{what}: no weights in {folder}{hint}")
-    for file in files:
-        if file.suffix == ".safetensors":
-            tensors(what, file)
+def check_weights(what: str, folder: Path, variant: str | None = None) -> bool:
+    """Check that the model in `folder` has weights, and that they are not damaged, for example by a broken download.
 
-
-def pipeline_index(what: str, root: str) -> dict[str, Any]:
-    """Read the `model_index.json` of a diffusers pipeline, and check that none of its parts is missing or damaged.
+    Returns:
+        Whether the weights are those of `variant`. As diffusers does, take others if there are none of the variant.
 
     Raises:
-        BundleError: `root` is something else, or a part of it is missing or damaged.
+        BundleError: there are no weights, or a file is damaged.
     """
+    if not (folder / "config.json").is_file():
+        return False  # not a model but a tokenizer or a scheduler
+    files = {file: _variant(file.name) for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".bin")}
+    if not {None, variant} & {*files.values()}:
+        hint = ""
+        if named := next((found for found in files.values() if found), None):
+            hint = f'; it has those of variant = "{named}"'
+        elif files:
+            hint = f"; {next(iter(files)).name} is not a name that diffusers or transformers load"
+        raise BundleError(f"{what}: no weights in {folder}{hint}")
+    chosen = variant if variant in files.values() else None
+    for file, found in files.items():
+        if found == chosen and file.suffix == ".safetensors":
+            tensors(what, file)
+    return chosen is not None
+
+
+def _variant(name: str) -> str | None:
+    """Return the variant of a weight file; None without one, empty if neither diffusers nor transformers load it."""
+    found = _MODEL_FILE.fullmatch(name)
+    return "" if found is None else found["variant"] or found["after"]
+
+
+def pipeline_index(what: str, source: Source, replaced: Collection[str] = ()) -> dict[str, Any]:
+    """Read the `model_index.json` of a diffusers pipeline, and check that none of its parts is missing or damaged.
+
+    Args:
+        what: the name of the pipeline in messages.
+        source: where it is. If its weights are in a single file, only its configurations are checked.
+        replaced: parts that are not loaded from it.
+
+    Raises:
+        BundleError: `source` is something else, or a part of it is missing or damaged.
+    """
+    root = str(source.config)
     if is_local(root):
         folder = Path(root)
         if not (folder / "model_index.json").is_file():
-            hint = "; convert a single file with diffusers' from_single_file and save_pretrained"
             raise BundleError(
                 f"{what}: {folder} cannot be loaded as a diffusers pipeline: it is {describe(folder)}"
-                + (hint if folder.is_file() else ", without model_index.json")
+                + (", without model_index.json" if folder.is_dir() else "")
             )
     else:
         find(what, root, "model_index.json")
     index = read_json(what, root, "model_index.json")
+    variants = []
     for part, kind in index.items() if is_local(root) else ():
-        if not part.startswith("_") and isinstance(kind, list) and all(kind):
+        if not part.startswith("_") and isinstance(kind, list) and all(kind) and part not in replaced:
             if not Path(root, part).is_dir():
                 raise BundleError(f"{what}: no folder {part} in {root}, which its model_index.json names")
-            check_weights(what, Path(root, part))
+            if source.file is None:
+                variants.append(check_weights(what, Path(root, part), source.variant))
+    if source.variant is not None and variants and not any(variants):
+        raise BundleError(f'variant: no part of {root} has weights of the variant "{source.variant}"')
     return index

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, DiffusionPipeline
+from diffusers import ControlNetModel
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from imprompt_export import adapters, checks, control, faces, lora, motion, t2i
+from imprompt_export.base import load_base
 from imprompt_export.bundle import BundleFile
 from imprompt_export.errors import refusing
 from imprompt_export.families import ExportFamily, family_of
@@ -45,6 +46,8 @@ class Checkpoints:
     t2i_adapters: dict[str, Any]
     motion_unet: Any | None
     face_models: dict[str, Path]
+    loras: dict[str, dict[str, lora.Factors]]
+    """Factors of the LoRAs that requests choose for the UNet, by name and layer."""
     notes: tuple[str, ...] = ()
     """Messages for the user."""
 
@@ -56,16 +59,20 @@ def load(bundle: BundleFile) -> Checkpoints:
         BundleError: a checkpoint is missing, belongs to another family, or does not fit the UNet or its image encoder.
     """
     checks.check_checkpoints(bundle)
-    pipeline = _load_base(bundle)
+    pipeline = load_base(bundle)
     family = family_of(type(pipeline).__name__)
     own_processor = getattr(pipeline, "feature_extractor", None)
     encoders, encoder_of = _load_encoders(bundle)
     loaded = _load_adapters(bundle, pipeline, encoders, encoder_of)
     notes = _fuse_carried_loras(pipeline)
+    loras = {}
     for section in bundle.lora:
-        what = f"lora {section.path}"
+        what, file = f"lora {section.path}", bundle.lora_file(section)
         with refusing(what):
-            lora.fuse(what, bundle.lora_file(section), section.scale, pipeline)
+            if section.fused:
+                lora.fuse(what, file, 1.0 if section.scale is None else section.scale, pipeline)
+            else:
+                loras[str(section.name)] = lora.unet_factors(what, file, pipeline)
     widths = {a.name: a.embeds["image_embeds"][-1] for a in loaded if a.kind.startswith("faceid")}
     used = {adapter.image_encoder for adapter in loaded}
     encoders = {name: model for name, model in encoders.items() if name in used}
@@ -82,17 +89,9 @@ def load(bundle: BundleFile) -> Checkpoints:
         t2i_adapters=t2i.load_t2i_adapters(bundle, pipeline.unet, family),
         motion_unet=motion.load_motion_unet(bundle, pipeline.unet, family),
         face_models=faces.find_models(bundle, widths),
+        loras=loras,
         notes=notes,
     )
-
-
-def _load_base(bundle: BundleFile) -> Any:
-    with refusing(f"base: {bundle.base} cannot be loaded as a diffusers pipeline"):
-        pipeline = DiffusionPipeline.from_pretrained(bundle.locate(bundle.base), dtype=torch.float32)
-    # Each pipeline class corrects outdated scheduler configurations in its own way, so start from the original here;
-    # the denoiser applies the corrections of the pipeline for each task.
-    pipeline.scheduler = type(pipeline.scheduler).from_pretrained(bundle.locate(bundle.base), subfolder="scheduler")
-    return pipeline
 
 
 def _load_encoders(bundle: BundleFile) -> tuple[dict[str, CLIPVisionModelWithProjection], dict[str, str]]:
@@ -143,7 +142,7 @@ def _load_adapters(
     loaded = []
     for section, state_dict, projection in zip(bundle.ip_adapter, state_dicts, projections, strict=True):
         kind = adapters.kind_of(state_dict, files[section.name].name)
-        encoder = None if kind == "faceid" else encoder_of[section.name]
+        encoder = None if kind == "faceid" else encoder_of.get(section.name)
         if kind.startswith("faceid_plus"):
             projection.shortcut = kind == "faceid_plusv2"
         embeds = adapters.embed_shapes(kind, state_dict, encoders.get(encoder or ""))

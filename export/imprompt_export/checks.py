@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from imprompt_export import adapters, checkpoint_kinds, lora
+from imprompt_export import adapters, checkpoint_kinds, lora, single_files, textual_inversion
 from imprompt_export.backends import export_backend
-from imprompt_export.bundle import NO_FACES, BundleFile, IPAdapterSection
+from imprompt_export.bundle import NO_FACES, BundleFile
 from imprompt_export.errors import BundleError, refusing
 from imprompt_export.families import ExportFamily, all_families, family_of
-from imprompt_export.sources import flat, is_local, read_json, tensors
+from imprompt_export.sections import IPAdapterSection
+from imprompt_export.sources import Source, flat, is_local, read_json, tensors
 from imprompt_serving.backends.onnxruntime import check_one_installed
 
 _DEFAULTS: dict[str, Any] = {
@@ -83,34 +84,53 @@ def _check_base_and_parts(bundle: BundleFile) -> None:
     read = len(kinds_of_adapters) == len(bundle.ip_adapter)
     if bundle.face_encoder is not None and read and not any(kind.startswith("faceid") for kind in kinds_of_adapters):
         raise BundleError(NO_FACES)
-    for what, path, _ in bundle.networks():
-        if is_local(root := bundle.locate(path)):
-            checkpoint_kinds.check_weights(what, Path(root))
-    for net in bundle.controlnet:
-        check_controlnet(net.name, _config(bundle, net.path), unet)
-    for t2i in bundle.t2i_adapter:
-        check_t2i_adapter(t2i.name, _config(bundle, t2i.path), unet, family)
-    if bundle.motion_adapter is not None:
-        path = bundle.motion_adapter.path
-        check_motion_adapter(path, _config(bundle, path), unet, family)
+    for what, source, kind in bundle.networks():
+        config = _network_config(what, source)
+        match kind:
+            case "a ControlNet" if config is not None:
+                check_controlnet(what, config, unet)
+            case "a T2I-Adapter":
+                check_t2i_adapter(what, config or {}, unet, family)
+            case "a motion adapter" if bundle.motion_adapter is not None:
+                check_motion_adapter(bundle.motion_adapter.path, config or {}, unet, family)
+    _check_embeddings(bundle, family)
     targets = _lora_targets(bundle)
     for lora_section in bundle.lora:
         what, file = f"lora {lora_section.path}", bundle.lora_file(lora_section)
         content = tensors(what, file)
         if content is not None and targets is not None:
-            lora.plan(what, flat(content), targets)
+            updates = lora.plan(what, flat(content), targets)
+            if not lora_section.fused:
+                lora.check_choosable(what, [(update.component, update.magnitude) for update in updates])
         elif content is not None:
             lora.factors(what, flat(content))
 
 
+def _check_embeddings(bundle: BundleFile, family: ExportFamily) -> None:
+    root = str(bundle.base_source().config)
+    encoders = [encoder for encoder, _ in family.text_encoders] if bundle.textual_inversion else []
+    configs = {name: checkpoint_kinds.model_config("base", root, name, "a CLIP text encoder") for name in encoders}
+    widths = {name: value(config, "hidden_size") for name, config in configs.items()}
+    textual_inversion.check(bundle, widths)
+
+
 def check_base(bundle: BundleFile) -> tuple[dict[str, Any], ExportFamily]:
     """Check that the base is supported; return the configuration of its UNet and its family."""
-    root = bundle.locate(bundle.base)
-    index = checkpoint_kinds.pipeline_index("base", root)
+    source = bundle.base_source()
+    own = {name: bundle.source(name) or source._replace(subfolder=name) for name in ("unet", "vae")}
+    replaced = [name for name in own if bundle.source(name) is not None]
+    index = checkpoint_kinds.pipeline_index("base", source, replaced)
     family = family_of(index.get("_class_name"))
     family.check_base(index)
-    unet = checkpoint_kinds.model_config("base", root, "unet", "a UNet")
-    channels = value(checkpoint_kinds.model_config("base", root, "vae", "a VAE"), "latent_channels")
+    unet, vae = (
+        checkpoint_kinds.model_config(name if name in replaced else "base", str(place.config), place.subfolder, kind)
+        for (name, place), kind in zip(own.items(), ("a UNet", "a VAE"), strict=True)
+    )
+    if source.file is not None:
+        layout = {key: value(unet, key) for key in ("cross_attention_dim", "in_channels")}
+        parts = [name for name in (*own, *(encoder for encoder, _ in family.text_encoders)) if name not in replaced]
+        single_files.check_base(source.file, str(source.config), layout, parts)
+    channels = value(vae, "latent_channels")
     if value(unet, "in_channels") not in (channels, 2 * channels + 1):
         raise BundleError(
             f"base: a UNet with {value(unet, 'in_channels')} input channels is not supported; "
@@ -130,8 +150,8 @@ def cross_attention_layers(unet: Mapping[str, Any]) -> int:
     return middle + on_the_way_down + sum(d * (n + 1) for block, d, n in backwards if "CrossAttn" in block)
 
 
-def check_controlnet(name: str, net: Mapping[str, Any], unet: Mapping[str, Any]) -> None:
-    """Check that the inputs and residuals of a ControlNet are those of the UNet."""
+def check_controlnet(what: str, net: Mapping[str, Any], unet: Mapping[str, Any]) -> None:
+    """Check that the inputs and residuals of a ControlNet, which messages call `what`, are those of the UNet."""
     required = {"in_channels": value(unet, "out_channels")}
     for key in ("cross_attention_dim", "block_out_channels", "layers_per_block", "addition_embed_type"):
         required[key] = value(unet, key)
@@ -139,19 +159,19 @@ def check_controlnet(name: str, net: Mapping[str, Any], unet: Mapping[str, Any])
         actual = value(net, key)
         if actual != expected:
             raise BundleError(
-                f"controlnet {name}: its {key} is {_shown(actual)}, but the base needs {_shown(expected)}; it is made "
+                f"{what}: its {key} is {_shown(actual)}, but the base needs {_shown(expected)}; it is made "
                 "for another family"
             )
 
 
-def check_t2i_adapter(name: str, adapter: Mapping[str, Any], unet: Mapping[str, Any], family: ExportFamily) -> None:
-    """Check that the features of a T2I-Adapter are those that the UNet takes."""
+def check_t2i_adapter(what: str, adapter: Mapping[str, Any], unet: Mapping[str, Any], family: ExportFamily) -> None:
+    """Check that the features of a T2I-Adapter, which messages call `what`, are those that the UNet takes."""
     kind = value(adapter, "adapter_type")
     actual, expected = value(adapter, "channels"), value(unet, "block_out_channels")
     expected += expected[-1:] if family.adapts_middle else ()
     if actual != expected or (kind == "full_adapter_xl") != family.adapts_middle:
         raise BundleError(
-            f"t2i_adapter {name}: it is a {kind} with channels {_shown(actual)}, but the base needs "
+            f"{what}: it is a {kind} with channels {_shown(actual)}, but the base needs "
             f"{_shown(expected)}; it is made for another family"
         )
 
@@ -173,8 +193,15 @@ def _shown(configured: Any) -> str:
     return str(list(configured) if isinstance(configured, tuple) else configured)
 
 
-def _config(bundle: BundleFile, path: str) -> dict[str, Any]:
-    return read_json(path, bundle.locate(path), "config.json")
+def _network_config(what: str, source: Source) -> dict[str, Any] | None:
+    """Check the weights of a network that are on this machine, and read its configuration; None if it has none."""
+    if source.config is None:
+        return None
+    if source.file is None and is_local(source.config):
+        folder = Path(source.config, source.subfolder)
+        if not checkpoint_kinds.check_weights(what, folder, source.variant) and source.variant is not None:
+            raise BundleError(f'{what}: no weights of the variant "{source.variant}" in {folder}')
+    return read_json(what, source.config, "/".join(filter(None, (source.subfolder, "config.json"))))
 
 
 def _encoder(bundle: BundleFile, section: IPAdapterSection) -> dict[str, Any] | None:
@@ -189,10 +216,11 @@ def _encoder(bundle: BundleFile, section: IPAdapterSection) -> dict[str, Any] | 
 
 
 def _lora_targets(bundle: BundleFile) -> lora.Targets | None:
-    """Return the shapes of the weights of the base; None if they are not in safetensors files on this machine."""
-    root = bundle.locate(bundle.base)
+    """Return the shapes of the weights of the base; None if they are not in folders of safetensors on this machine."""
+    source = bundle.base_source()
+    root = str(source.config)
     targets: dict[str, dict[str, tuple[int, ...]]] = {}
-    for component in lora.COMPONENTS if is_local(root) else ():
+    for component in lora.COMPONENTS if is_local(root) and source.file is None else ():
         folder = Path(root, component)
         names: dict[str, Any] = {}
         for file in sorted(folder.glob("*.safetensors")):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from diffusers import ControlNetModel
 from torch import Tensor, nn
 
+from imprompt_export.base import load_network
 from imprompt_export.bundle import BundleFile
 from imprompt_export.checks import check_controlnet
-from imprompt_export.errors import refusing
-from imprompt_export.graphs import Axes, Graph, Input, added_conditions, added_input, level_axes, level_sizes
+from imprompt_export.graphs import WITH_FP8, Axes, Graph, Input, added_conditions, added_input, level_axes, level_sizes
+from imprompt_export.sources import Source
 from imprompt_serving.specs import Residual, residual_names
 
 
@@ -23,11 +26,24 @@ def load_controlnets(bundle: BundleFile, unet: Any) -> dict[str, Any]:
     """
     nets = {}
     for section in bundle.controlnet:
-        with refusing(f"controlnet {section.name}: {section.path} cannot be loaded"):
-            net = ControlNetModel.from_pretrained(bundle.locate(section.path), dtype=torch.float32)
-        check_controlnet(section.name, net.config, unet.config)
-        nets[section.name] = net.eval()
+        what = f"controlnet {section.name}"
+        source = bundle.source(what)
+        assert source is not None  # every section has one
+        with _configured(source, unet) as configured:
+            nets[section.name] = load_network(what, ControlNetModel, configured)
+        check_controlnet(what, nets[section.name].config, unet.config)
     return nets
+
+
+@contextmanager
+def _configured(source: Source, unet: Any) -> Iterator[Source]:
+    """Add the configuration of an ordinary ControlNet for `unet` to a single file that comes without one."""
+    if source.config is not None:
+        yield source
+        return
+    with TemporaryDirectory() as folder:
+        ControlNetModel.from_unet(unet, load_weights_from_unet=False).save_config(folder)
+        yield source._replace(config=folder)
 
 
 def residuals(unet: Any) -> tuple[Residual, ...]:
@@ -116,6 +132,8 @@ def _net(name: str, model: Any) -> Graph:
         run=run,
         inputs=tuple(inputs),
         outputs={key: ("batch", shape.channels, *size(shape)) for key, shape in zip(names, shapes, strict=True)},
+        precisions=WITH_FP8,
+        internal=frozenset(names),
         checks=(axes(2, 8, 8, 1.0), axes(3, 9, 12, 0.8)),
         tolerance=1e-3,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ def export_bundle(bundle: BundleFile, work: Path, console: Console | None, refit
 
     Raises:
         BundleError: checkpoints do not fit together.
-        ParityError: an engine's results differ from PyTorch's by more than is allowed, or int8 loses too much quality.
+        ParityError: an engine's results differ from PyTorch's by more than is allowed, or quantization loses too much
+            quality.
         EngineError: an engine cannot be built.
     """
     console = console or Console(stderr=True)
@@ -42,7 +44,13 @@ def export_bundle(bundle: BundleFile, work: Path, console: Console | None, refit
         for note in checkpoints.notes:
             console.print(note)
         spec = describe(bundle, checkpoints)
-        graphs_to_build = bundle_graphs(bundle, checkpoints)
+        graphs_to_build = backend.calibrate(
+            engine,
+            spec,
+            checkpoints,
+            bundle_graphs(bundle, checkpoints),
+            lambda line: progress.update(task, description=line, total=None),
+        )
         progress.update(task, total=len(graphs_to_build))
         export_report = report.Report()
         engines: dict[str, Path] = {}
@@ -65,11 +73,17 @@ def export_bundle(bundle: BundleFile, work: Path, console: Console | None, refit
             progress.advance(task)
         if built or reused:
             console.print(f"{built} packages built, {reused} reused from earlier exports")
-        files, export_report.int8 = backend.finish(
-            engine, spec, checkpoints, engines, lambda line: progress.update(task, description=line, total=None)
+        by_name = {graph.name: graph for graph in graphs_to_build}
+        files, export_report.quality = backend.finish(
+            engine,
+            spec,
+            checkpoints,
+            by_name,
+            engines,
+            lambda line: progress.update(task, description=line, total=None),
         )
         models = work / "models"
-        write_models(models, spec, engine.host, {graph.name: graph for graph in graphs_to_build}, files, checkpoints)
+        write_models(models, spec, engine.host, by_name, files, checkpoints)
         report.save(export_report, models / bundle.name, spec, run_by=comparison_backend)
     return export_report
 
@@ -89,7 +103,7 @@ def bundle_graphs(bundle: BundleFile, checkpoints: Checkpoints) -> list[Graph]:
     ]
     graphs_to_build += [graphs.image_encoder(name, model) for name, model in checkpoints.image_encoders.items()]
     graphs_to_build += [graphs.image_projection(a.name, a.projection, a.embeds) for a in checkpoints.adapters]
-    half = bundle.engine.precision in ("fp16", "bf16")
+    half = bundle.engine.precision in ("fp16", "bf16", "fp8")
     precisions = graphs.FP16_FOR_BF16 if half and fit_fp16_range(pipeline.vae) else graphs.FULL
     graphs_to_build.append(graphs.vae_encoder(pipeline.vae, pipeline.vae_scale_factor, precisions))
     graphs_to_build.append(graphs.vae_decoder(pipeline.vae, precisions))
@@ -103,7 +117,7 @@ def bundle_graphs(bundle: BundleFile, checkpoints: Checkpoints) -> list[Graph]:
     if checkpoints.motion_unet is not None:
         graphs_to_build.append(graphs.unet(checkpoints.motion_unet, names, residuals, frames=True))
     graphs_to_build.append(graphs.unet(pipeline.unet, names, residuals, features))
-    return graphs_to_build
+    return [replace(g, loras=checkpoints.loras) if g.name in ("unet", "motion_unet") else g for g in graphs_to_build]
 
 
 def _residuals(checkpoints: Checkpoints) -> tuple[specs.Residual, ...]:
@@ -140,6 +154,7 @@ def describe(bundle: BundleFile, checkpoints: Checkpoints) -> specs.Bundle:
         default_width=width,
         scheduler=type(pipeline.scheduler).__name__,
         scheduler_config=scheduler,
+        defaults=bundle.defaults.values,
         text_encoders=tuple(
             _text_encoder(model, getattr(pipeline, model), getattr(pipeline, tokenizer))
             for model, tokenizer in family.text_encoders
@@ -169,6 +184,7 @@ def describe(bundle: BundleFile, checkpoints: Checkpoints) -> specs.Bundle:
             for name, model in checkpoints.t2i_adapters.items()
         ),
         features=_features(checkpoints),
+        loras=tuple(checkpoints.loras),
         motion=_motion(checkpoints),
         shapes=bundle.shapes,
         sizes=export_backend(bundle.engine.backend).sizes(bundle.shapes),

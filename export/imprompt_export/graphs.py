@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from imprompt_export import image_prompt
+from imprompt_export.lora import Factors
 from imprompt_serving import tensor_names
 from imprompt_serving.specs import Residual, feature_names, level_size, residual_names
 
@@ -21,9 +22,12 @@ EXACT_BUFFERS = {"mean_of_latents": "latents_mean", "std_of_latents": "latents_s
 """Buffers with values of a VAE's configuration, by their keys there; they stay in float32 in every precision."""
 Precisions = Mapping[str, str]
 """The precision of a graph by the bundle's `engine.precision`, where the two differ."""
-AS_ENGINE: Precisions = MappingProxyType({})
-FULL: Precisions = MappingProxyType({"fp16": "fp32", "bf16": "fp32"})
-FP16_FOR_BF16: Precisions = MappingProxyType({"bf16": "fp16"})
+AS_ENGINE: Precisions = MappingProxyType({"fp8": "fp16"})
+"""The precision of the engine; only the networks of a step compute in fp8."""
+WITH_FP8: Precisions = MappingProxyType({})
+"""The precision of the engine, also for fp8."""
+FULL: Precisions = MappingProxyType({"fp16": "fp32", "bf16": "fp32", "fp8": "fp32"})
+FP16_FOR_BF16: Precisions = MappingProxyType({"bf16": "fp16", "fp8": "fp16"})
 """For a VAE: its pictures stay within 2 levels of 255 of float32 in fp16, but not in bf16."""
 
 
@@ -78,6 +82,21 @@ class Graph:
     """Largest difference from PyTorch, relative to the largest output value (levels of 255 for pictures)."""
     output_dtypes: dict[str, str] = field(default_factory=dict)
     precisions: Precisions = field(default_factory=lambda: AS_ENGINE)
+    loras: Mapping[str, Mapping[str, Factors]] = field(default_factory=dict)
+    """Factors of the LoRAs that requests choose for the weights of `module`, by name and layer."""
+    fp8_ranges: Mapping[str, float] = field(default_factory=dict)
+    """The largest input of each layer that computes in fp8, by the name of the layer in `module`."""
+    internal: frozenset[str] = frozenset()
+    """Inputs and outputs that are not cast to float32, because the denoiser passes them from engine to engine."""
+
+    @property
+    def cast_inputs(self) -> frozenset[str]:
+        """The float32 inputs that the graph casts to the type it computes in."""
+        return frozenset(
+            tensor.name
+            for tensor in self.inputs
+            if tensor.values != "index" and not tensor.exact and tensor.name not in self.internal
+        )
 
     def precision(self, engine: str) -> str:
         """Return the precision of this graph when `engine.precision` is `engine`."""
@@ -372,6 +391,8 @@ def unet(
         run=run,
         inputs=tuple(inputs),
         outputs={"noise_pred": ("batch", config.out_channels, *clip, "h", "w")},
+        precisions=AS_ENGINE if frames else WITH_FP8,
+        internal=frozenset((*control, *intrablock)),
         checks=(axes(2, 8, 8, 1, 4, scale=0.0), axes(3, 9, 12, 2, 16, scale=0.8)),
         tolerance=1e-3,
     )

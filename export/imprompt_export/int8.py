@@ -1,4 +1,4 @@
-"""Quantize the networks of a denoising step to int8 after training, and measure the loss of quality.
+"""Quantize the networks of a denoising step to int8 after training.
 
 Weights and activations of convolutions and matrix products become 8-bit integers (NNCF, with SmoothQuant:
 https://arxiv.org/abs/2211.10438). Their ranges come from denoising runs of the bundle itself, over all timesteps.
@@ -13,12 +13,11 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
-from imprompt_export.calibration import GUIDANCE_SCALE, HELD_OUT, RUNS, Arrays, CalibrationRunner, Recorder
+from imprompt_export.calibration import HELD_OUT, RUNS, Arrays, CalibrationRunner, Recorder
 from imprompt_export.checkpoints import Checkpoints
-from imprompt_export.parity import ParityError
+from imprompt_export.quality import Quality, measure, picture_distance, quantized_networks
 from imprompt_serving.backends import Engine, get_backend
 from imprompt_serving.specs import Bundle
 
@@ -28,22 +27,6 @@ SMOOTHING = 0.25
 """Share of the activations' range that SmoothQuant moves into the weights; the paper's 0.5 gave 2 dB less."""
 
 
-class Quality(msgspec.Struct, frozen=True, kw_only=True):
-    """Quality of an int8 engine against fp32, over the steps of a run that calibration did not see.
-
-    `snr_db` is the power of the network's prediction over the power of the error, for the same inputs; for a UNet with
-    guidance, of the guided prediction. `worst_snr_db` is that of the worst call. `picture_distance` compares the final
-    pictures, each from a complete run: mean difference in levels of 255.
-    """
-
-    engine: str
-    calls: int
-    snr_db: float
-    worst_snr_db: float
-    min_snr_db: float
-    picture_distance: float
-
-
 class _Origin(IntEnum):
     """What a tensor depends on. The highest value of its inputs wins."""
 
@@ -51,18 +34,6 @@ class _Origin(IntEnum):
     PROMPT = 1
     """Prompts, time, sizes, or scales."""
     SAMPLE = 2
-
-
-class QualityError(ParityError):
-    """The predictions of an int8 engine differ too much from fp32."""
-
-
-def quantized_networks(bundle: Bundle) -> tuple[str, ...]:
-    """List the graphs to quantize: the UNet and ControlNets for pictures.
-
-    The others run once per request, or are for clips, which stay in fp32.
-    """
-    return ("unet", *(f"controlnet_{net.name}" for net in bundle.controlnets))
 
 
 def quantize_bundle(
@@ -78,25 +49,11 @@ def quantize_bundle(
     engines = {name: load(made[name]) for name in names}
     rows = []
     runner = CalibrationRunner(bundle, checkpoints, lambda name: engines.get(name) or load(files[name]))
-    distance = float(np.abs(runner.picture(HELD_OUT, prompt).astype(int) - picture).mean())
+    distance = picture_distance(runner.picture(HELD_OUT, prompt), picture)
     for name in names:
         answers = [engines[name].run(tensors) for tensors in inputs[name]]
-        rows.append(_compare(name, references[name], answers, min_snr_db, distance))
+        rows.append(measure(name, "int8", references[name], answers, min_snr_db, distance))
     return made, rows
-
-
-def check_quality(rows: Sequence[Quality]) -> None:
-    """Raise for the first network whose quality is below the bundle's `engine.min_snr_db`.
-
-    Raises:
-        QualityError: names the network and its signal-to-noise ratio.
-    """
-    for row in rows:
-        if not row.snr_db >= row.min_snr_db:
-            raise QualityError(
-                f"{row.engine} in int8: its predictions have a signal-to-noise ratio of {row.snr_db:.1f} dB against "
-                f"fp32, but engine.min_snr_db is {row.min_snr_db:g}"
-            )
 
 
 def _record(
@@ -184,32 +141,3 @@ def _keep_in_fp32(model: Any) -> list[str]:
         ):
             products.append(name)
     return [convolutions[0], convolutions[-1], *products]
-
-
-def _compare(
-    name: str, references: Sequence[Arrays], answers: Sequence[Arrays], limit: float, distance: float
-) -> Quality:
-    powers = []
-    for reference, answer in zip(references, answers, strict=True):
-        pairs: list[tuple[Any, Any]] = [(reference[key], answer[key]) for key in reference]
-        if name == "unet" and len(pairs[0][0]) == 2:  # both branches
-            pairs = [(_guided(exact), _guided(rounded)) for exact, rounded in pairs]
-        powers.append((sum(float((e**2).sum()) for e, _ in pairs), sum(float(((e - r) ** 2).sum()) for e, r in pairs)))
-    signal, noise = map(sum, zip(*powers, strict=True))
-    return Quality(
-        engine=name,
-        calls=len(powers),
-        snr_db=_db(signal, noise),
-        worst_snr_db=min(_db(*step) for step in powers),
-        min_snr_db=limit,
-        picture_distance=distance,
-    )
-
-
-def _guided(prediction: np.ndarray) -> np.ndarray:
-    unconditional, conditional = np.split(prediction, 2)
-    return np.asarray(unconditional + GUIDANCE_SCALE * (conditional - unconditional))
-
-
-def _db(signal: float, noise: float) -> float:
-    return 10 * math.log10(signal / noise) if noise else math.inf

@@ -1,20 +1,24 @@
-"""Read LoRAs in the formats of kohya, diffusers, PEFT, and ComfyUI, and add them to the weights of the base.
+"""Read LoRAs in the formats of kohya, diffusers, PEFT, and ComfyUI, and fuse them into the base or keep them apart.
 
-A weight becomes W + scale * alpha / rank * up @ down (https://arxiv.org/abs/2106.09685). Every tensor of a file must be
-used: if a part were left out, pictures would differ without anybody noticing.
+A weight becomes W + scale * alpha / rank * up @ down (https://arxiv.org/abs/2106.09685). With DoRA, each row of the
+result is rescaled to a learned magnitude (https://arxiv.org/abs/2402.09353). Every tensor of a file must be used: if a
+part were left out, pictures would differ without anybody noticing.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from imprompt_export import checkpoint_kinds
 from imprompt_export.errors import BundleError, some_of
 from imprompt_export.sources import flat
+
+if TYPE_CHECKING:
+    import torch
 
 Shape = tuple[int, ...]
 Targets = Mapping[str, Mapping[str, Shape]]
@@ -23,6 +27,8 @@ Targets = Mapping[str, Mapping[str, Shape]]
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 _FACTOR = re.compile(r"(?P<layer>.+?)[._]lora(?:_linear_layer)?[._](?P<role>down|up|A|B)(?:\.[A-Za-z0-9_]+)?\.weight")
 _ROLES = {"A": "down", "B": "up"}
+_MAGNITUDE = re.compile(r"(?P<layer>.+?)[._](dora_scale|lora_magnitude_vector(\.[A-Za-z0-9_]+)??(\.weight)?)")
+"""kohya's and PEFT's name for the magnitudes of DoRA."""
 _PREFIXES = {
     "lora_unet_": "unet",
     "lora_te1_": "text_encoder",
@@ -60,10 +66,11 @@ class Update(NamedTuple):
     down: str
     up: str
     alpha: str | None
+    magnitude: str | None = None
 
 
 def factors(what: str, tensors: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Return the names of the tensors `down`, `up`, and optionally `alpha` of each layer, under its name in the file.
+    """Return the names of the tensors of each layer: `down`, `up`, and optionally `alpha` and `magnitude` (DoRA).
 
     Raises:
         BundleError: the file is not a LoRA, or also holds something else.
@@ -76,6 +83,8 @@ def factors(what: str, tensors: Mapping[str, Any]) -> dict[str, dict[str, str]]:
             layers.setdefault(match["layer"], {})[role] = name
         elif name.endswith(".alpha"):
             layers.setdefault(name.removesuffix(".alpha"), {})["alpha"] = name
+        elif match := _MAGNITUDE.fullmatch(name):
+            layers.setdefault(match["layer"], {})["magnitude"] = name
         else:
             others.append(name)
     if others:
@@ -117,7 +126,15 @@ def plan(what: str, tensors: Mapping[str, Any], targets: Targets) -> list[Update
                 f"{what}: {layer} is made for weights of {up[0]} x {down[1]}, but those of the base are {shape[0]} x "
                 f"{shape[1]}; it is made for another family"
             )
-        updates.append(Update(*found, names["down"], names["up"], names.get("alpha")))
+        magnitude = names.get("magnitude")
+        if magnitude is not None and not _one_per_row(
+            tensors[magnitude].shape, shape[0], kohya="dora_scale" in magnitude
+        ):
+            raise BundleError(
+                f"{what}: {magnitude} has the shape {list(tensors[magnitude].shape)}, not one magnitude for each of "
+                f"the {shape[0]} rows of the weight; such DoRAs are not supported"
+            )
+        updates.append(Update(*found, names["down"], names["up"], names.get("alpha"), magnitude))
     if unknown:
         raise BundleError(
             f"{what}: {len(unknown)} of its {len(layers)} layers are not in the base, such as {some_of(unknown, 2)}; "
@@ -129,6 +146,23 @@ def plan(what: str, tensors: Mapping[str, Any], targets: Targets) -> list[Update
     return updates
 
 
+class Factors(NamedTuple):
+    """The change of one weight at scale 1, `up @ down`. `up` includes alpha / rank.
+
+    `down` has the shape of the weight, but its first axis is the rank; `up` is [outputs, rank].
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+
+
+class Change(NamedTuple):
+    """What a LoRA does to one weight: it adds `factors`, and rescales the rows to `magnitude` [outputs] (DoRA)."""
+
+    factors: Factors
+    magnitude: torch.Tensor | None
+
+
 def fuse(what: str, file: Path, scale: float, pipeline: Any) -> None:
     """Add the LoRA in `file`, times `scale`, to the weights of a diffusers `pipeline`.
 
@@ -136,22 +170,77 @@ def fuse(what: str, file: Path, scale: float, pipeline: Any) -> None:
         BundleError: the file is not a LoRA, or some of it does not fit.
     """
     import torch
+
+    weights = _weights(pipeline)
+    with torch.no_grad():
+        for (component, layer), ((down, up), magnitude) in _read_changes(what, file, weights).items():
+            weight = weights[component][layer]
+            weight += scale * (up @ down.flatten(1)).reshape(weight.shape)
+            if magnitude is not None:
+                norm = torch.linalg.vector_norm(weight.flatten(1), dim=1)
+                weight *= (magnitude / norm).reshape(-1, *[1] * (weight.dim() - 1))
+
+
+def unet_factors(what: str, file: Path, pipeline: Any) -> dict[str, Factors]:
+    """Return the factors of the LoRA in `file` for the UNet of a diffusers `pipeline`, by layer.
+
+    Raises:
+        BundleError: the file is not a LoRA, some of it does not fit, or requests cannot choose it.
+    """
+    changes = _read_changes(what, file, _weights(pipeline))
+    check_choosable(what, [(component, change.magnitude) for (component, _), change in changes.items()])
+    return {layer: change.factors for (_, layer), change in changes.items()}
+
+
+def check_choosable(what: str, changes: Collection[tuple[str, Any]]) -> None:
+    """Refuse a LoRA for requests to choose if it changes text encoders, or rescales weights (DoRA).
+
+    Text encoders run as separate models, whose outputs are cached, so their weights cannot change. The changes of
+    several LoRAs are added up, and those of a DoRA cannot be.
+
+    Args:
+        changes: the component of each of its layers, and the magnitudes of a DoRA.
+
+    Raises:
+        BundleError: one of the layers is in a text encoder, or has magnitudes.
+    """
+    others = [component for component, _ in changes if component != "unet"]
+    if others:
+        raise BundleError(
+            f"{what}: {len(others)} of its layers are in the {others[0]}; requests can only choose LoRAs of the UNet: "
+            "fuse this one (fused = true)"
+        )
+    if any(magnitude is not None for _, magnitude in changes):
+        raise BundleError(f"{what} is a DoRA, which requests cannot choose: fuse this one (fused = true)")
+
+
+def _weights(pipeline: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the weights that a LoRA may change, by component and layer."""
     from torch import nn
 
-    tensors = read(file)
-    weights: dict[str, dict[str, torch.Tensor]] = {}
+    weights = {}
     for name in COMPONENTS:
         modules = getattr(pipeline, name, nn.Module()).named_modules()
         weights[name] = {layer: m.weight for layer, m in modules if isinstance(m, nn.Linear | nn.Conv2d)}
+    return weights
+
+
+def _read_changes(
+    what: str, file: Path, weights: Mapping[str, Mapping[str, torch.Tensor]]
+) -> dict[tuple[str, str], Change]:
+    """Return the changes that the LoRA in `file` makes to `weights`, by component and layer."""
+    tensors, settings = read(file), _settings(file)
     targets = {name: {layer: tuple(w.shape) for layer, w in found.items()} for name, found in weights.items()}
-    settings = _settings(file)
-    with torch.no_grad():
-        for update in plan(what, tensors, targets):
-            down, up = tensors[update.down].float().flatten(1), tensors[update.up].float().flatten(1)
-            alpha = None if update.alpha is None else float(tensors[update.alpha])
-            weight = weights[update.component][update.layer]
-            change = _strength(settings.get(update.component, {}), update.layer, alpha, len(down)) * (up @ down)
-            weight += scale * change.reshape(weight.shape)
+    changes = {}
+    for update in plan(what, tensors, targets):
+        down, up = tensors[update.down].float(), tensors[update.up].float().flatten(1)
+        alpha = None if update.alpha is None else float(tensors[update.alpha])
+        strength = _strength(settings.get(update.component, {}), update.layer, alpha, len(down))
+        shape = targets[update.component][update.layer][1:]
+        magnitude = None if update.magnitude is None else tensors[update.magnitude].float().flatten()
+        factors = Factors(down.reshape(-1, *shape), strength * up)
+        changes[update.component, update.layer] = Change(factors, magnitude)
+    return changes
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -170,6 +259,16 @@ def _fits(weight: Shape, down: Shape, up: Shape) -> bool:
     if len(down) < 2 or len(up) < 2 or up[1] != down[0] or any(size != 1 for size in up[2:]):
         return False
     return up[0] == weight[0] and _plain(down[1:]) == _plain(weight[1:])
+
+
+def _one_per_row(magnitude: Shape, rows: int, *, kohya: bool) -> bool:
+    """Return whether a DoRA has a magnitude for each row of the weight, and not for each column.
+
+    kohya's scripts write [rows, 1, ...], and PEFT [rows] or for convolutions [1, rows, 1, 1].
+    """
+    shape = tuple(magnitude)
+    padded = (rows, *[1] * (len(shape) - 1)) if kohya or len(shape) < 2 else (1, rows, *[1] * (len(shape) - 2))
+    return shape == padded
 
 
 def _plain(shape: Shape) -> Shape:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from diffusers import MotionAdapter, UNetMotionModel
 
+from imprompt_export.base import load_network
 from imprompt_export.bundle import BundleFile
 from imprompt_export.checks import check_motion_adapter
 from imprompt_export.errors import refusing
@@ -25,10 +25,10 @@ def load_motion_unet(bundle: BundleFile, unet: Any, family: ExportFamily) -> Any
     """
     if bundle.motion_adapter is None:
         return None
-    path = bundle.motion_adapter.path
+    path, source = bundle.motion_adapter.path, bundle.source("motion_adapter")
+    assert source is not None  # the section has one
     what = f"motion_adapter: {path}"
-    with refusing(f"{what} cannot be loaded"):
-        adapter = MotionAdapter.from_pretrained(bundle.locate(path), dtype=torch.float32)
+    adapter = load_network("motion_adapter", MotionAdapter, source)
     check_motion_adapter(path, adapter.config, unet.config, family)
     with refusing(f"{what} does not fit the base"), _without_projections(unet):
         return UNetMotionModel.from_unet2d(unet, adapter).eval()

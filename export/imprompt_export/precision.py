@@ -1,8 +1,9 @@
 """Make graphs compute in the precision of their engines, while inputs and outputs keep their types.
 
 Tensors between models are float32 in every precision. A graph casts its inputs first and its outputs last, and
-compilers fuse these casts with neighboring operators. The types are part of the graph, because strongly typed compilers
-(TensorRT 11, TensorRT-RTX) take them from it.
+compilers fuse these casts with neighboring operators. Only tensors that never leave the denoiser (`Graph.internal`)
+have the type of the graph. The types are part of the graph, because strongly typed compilers (TensorRT 11,
+TensorRT-RTX) take them from it.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from imprompt_export.graphs import EXACT_BUFFERS, Graph
+from imprompt_serving.denoiser.precision import DTYPES
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
-"""The type that graphs are traced in, by precision; int8 engines are quantized afterwards."""
-TOLERANCE = {"fp32": 1.0, "fp16": 16.0, "bf16": 128.0, "int8": 1.0}
+TOLERANCE = {"fp32": 1.0, "fp16": 16.0, "bf16": 128.0, "int8": 1.0, "fp8": 256.0}
 """Factor of a graph's tolerance, by precision. In fp16 the test bundles need 6; bf16 has three bits fewer."""
 
 
@@ -35,11 +35,15 @@ class Positional(nn.Module):
         self._graph, self._dtype = graph, dtype
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        graph = self._graph
         inputs = {
-            spec.name: tensor.to(self._dtype) if tensor.is_floating_point() and not spec.exact else tensor
-            for spec, tensor in zip(self._graph.inputs, tensors, strict=True)
+            spec.name: tensor.to(self._dtype) if spec.name in graph.cast_inputs else tensor
+            for spec, tensor in zip(graph.inputs, tensors, strict=True)
         }
-        return tuple(out.float() if out.is_floating_point() else out for out in self._graph.run(inputs))
+        outputs = zip(graph.outputs, graph.run(inputs), strict=True)
+        return tuple(
+            out.float() if out.is_floating_point() and name not in graph.internal else out for name, out in outputs
+        )
 
 
 @contextlib.contextmanager

@@ -118,7 +118,8 @@ def _common_ranges(bundle: Bundle) -> dict[str, Range]:
     found = {axis: Range(*(area[axis] for area in areas)) for axis in areas[0]}
     length = bundle.text_encoders[0].max_length
     fewest = min((adapter.num_tokens for adapter in bundle.adapters), default=1)
-    found["text"] = Range(length, length, length)
+    # The denoiser repeats the tokens of texts that are shorter than `length`, until they are not.
+    found["text"] = Range(length, length, max(bundle.max_text_tokens, 2 * length))
     found["images"] = Range(1, 1, max(shapes.image_tokens[-1] // fewest, shapes.regions))
     return found
 

@@ -27,7 +27,10 @@ def trace(
         exact: axes that are fixed to the size in the example; the others stay dynamic.
         device: the device of the weights.
     """
-    example = graph.example(axes or trace_axes(graph))
+    example = {
+        name: tensor.to(dtype) if name in graph.internal else tensor
+        for name, tensor in graph.example(axes or trace_axes(graph)).items()
+    }
     dynamic = tuple(
         {
             axis: torch.export.Dim.AUTO

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from imprompt_export import parity
 from imprompt_export.backends import export_backend
-from imprompt_export.int8 import Quality
+from imprompt_export.quality import Quality
 from imprompt_serving import specs
 from imprompt_serving.backends import MODULES
 
@@ -36,10 +36,10 @@ class EngineRow(parity.Comparison, frozen=True, kw_only=True):
 
 
 class Report(msgspec.Struct, kw_only=True):
-    """The comparison of all engines with PyTorch, and of int8 engines with fp32."""
+    """The comparison of all engines with PyTorch, and of quantized engines with fp32."""
 
     engines: list[EngineRow] = []
-    int8: list[Quality] = []
+    quality: list[Quality] = []
 
 
 def save(report: Report, folder: Path, spec: specs.Bundle, *, run_by: str | None) -> None:
@@ -72,14 +72,15 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 def table(report: Report) -> Group:
     """Render `report` for the terminal."""
-    return Group(_engines(report.engines), *([_int8(report.int8)] if report.int8 else []))
+    return Group(_engines(report.engines), *([_quality(report.quality)] if report.quality else []))
 
 
-def _int8(rows: list[Quality]) -> Table:
-    table = Table("int8 engine", "calls", "SNR, dB", "worst call, dB", "minimum, dB", "pictures differ by")
+def _quality(rows: list[Quality]) -> Table:
+    table = Table("quantized", "to", "calls", "SNR, dB", "worst call, dB", "minimum, dB", "pictures differ by")
     for row in rows:
         table.add_row(
             row.engine,
+            row.precision,
             str(row.calls),
             f"{row.snr_db:.1f}",
             f"{row.worst_snr_db:.1f}",

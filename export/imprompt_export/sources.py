@@ -27,6 +27,18 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
 
 
+class Source(NamedTuple):
+    """Where a network is loaded from: a folder of diffusers, or a single file and the folder of its configuration."""
+
+    config: str | None
+    """Folder or hub id with the configuration, and with the weights if there is no `file`; None: not given."""
+    subfolder: str = ""
+    """Folder within `config`."""
+    file: Path | None = None
+    variant: str | None = None
+    """Files to choose in a folder that has several, such as `fp16`."""
+
+
 def locate(what: str, folder: Path, path: str) -> str:
     """Return `path`, relative to `folder`, as an absolute path, or unchanged if it is a hub id.
 
@@ -104,6 +116,17 @@ def weights_file(what: str, root: str, subfolder: str, name: str | None) -> Path
     raise BundleError(f"{what}: no weight file ({', '.join(WEIGHTS)}) in {Path(root, subfolder)}")
 
 
+def single_file(what: str, root: str, name: str | None) -> Path | None:
+    """Return the file of a checkpoint in a single file; None if `root` is a folder or repository in diffusers' layout.
+
+    Raises:
+        BundleError: there is no file `name` in `root`.
+    """
+    if name is None and not (is_local(root) and Path(root).is_file()):
+        return None
+    return weights_file(what, root, "", name)
+
+
 def read_json(what: str, root: str, file: str) -> dict[str, Any]:
     """Read the JSON object in `file` of `root`.
 
@@ -140,6 +163,20 @@ def tensors(what: str, file: Path) -> dict[str, Any] | None:
                 return None
         raise BundleError(f"{what}: {file} is damaged: it was not written by torch.save, or it is cut off")
     return _pickled(what, file)
+
+
+def flat_tensors(what: str, file: Path) -> dict[str, Any] | None:
+    """Read the names and shapes of the tensors in `file`, without nesting and training state.
+
+    None for formats that only torch can read.
+
+    Raises:
+        BundleError: the file is damaged, or would run code when loaded.
+    """
+    content = tensors(what, file)
+    while content is not None and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    return None if content is None else flat(content)
 
 
 def _safetensors(what: str, file: Path) -> dict[str, Any]:

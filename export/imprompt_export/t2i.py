@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from diffusers import T2IAdapter
 from torch import Tensor
 
+from imprompt_export.base import load_network
 from imprompt_export.bundle import BundleFile
 from imprompt_export.checks import check_t2i_adapter
-from imprompt_export.errors import refusing
 from imprompt_export.families import ExportFamily
 from imprompt_export.graphs import Axes, Graph, Input, level_axes, level_sizes
 from imprompt_serving.specs import Residual, feature_names
@@ -24,10 +23,11 @@ def load_t2i_adapters(bundle: BundleFile, unet: Any, family: ExportFamily) -> di
     """
     adapters = {}
     for section in bundle.t2i_adapter:
-        with refusing(f"t2i_adapter {section.name}: {section.path} cannot be loaded"):
-            adapter = T2IAdapter.from_pretrained(bundle.locate(section.path), dtype=torch.float32)
-        check_t2i_adapter(section.name, adapter.config, unet.config, family)
-        adapters[section.name] = adapter.eval()
+        what = f"t2i_adapter {section.name}"
+        source = bundle.source(what)
+        assert source is not None  # every section has one
+        adapters[section.name] = load_network(what, T2IAdapter, source)
+        check_t2i_adapter(what, adapters[section.name].config, unet.config, family)
     return adapters
 
 
@@ -56,16 +56,16 @@ def t2i_adapter(name: str, model: Any, shapes: tuple[Residual, ...]) -> Graph:
     def axes(batch: int, h: int, w: int) -> Axes:
         return {"batch": batch, "height": 8 * h, "width": 8 * w} | level_sizes(shapes, h, w)
 
-    step = factor // 8
+    step, names = factor // 8, feature_names(len(shapes))
     return Graph(
         name=f"t2i_adapter_{name}",
         module=model,
         run=run,
         inputs=(Input(name="control_image", shape=("batch", channels, "height", "width"), values="unit"),),
         outputs={
-            key: ("batch", shape.channels, *level_axes(shape.level))
-            for key, shape in zip(feature_names(len(shapes)), shapes, strict=True)
+            key: ("batch", shape.channels, *level_axes(shape.level)) for key, shape in zip(names, shapes, strict=True)
         },
+        internal=frozenset(names),
         checks=(axes(1, 8, 8), axes(2, 10 * step, 12 * step)),
         tolerance=1e-3,
     )

@@ -26,6 +26,20 @@ SCHEDULERS: tuple[str, ...] = (
 )
 """diffusers schedulers that work with a Stable Diffusion UNet."""
 
+CUSTOM_STEPS: dict[str, tuple[str, ...]] = {
+    "timesteps": (
+        "DDPMScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "EulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "LCMScheduler",
+        "TCDScheduler",
+    ),
+    "sigmas": ("EulerDiscreteScheduler", "UniPCMultistepScheduler"),
+}
+"""Schedulers whose `set_timesteps` takes `timesteps` or `sigmas`; the others choose their own."""
+
 
 def capabilities(bundle: Bundle) -> dict[str, Any]:
     """Describe adapters, schedulers, defaults, and limits as plain JSON values."""
@@ -47,12 +61,14 @@ def capabilities(bundle: Bundle) -> dict[str, Any]:
             for adapter in bundle.adapters
         ],
         "controlnets": list(bundle.net_names),
+        "loras": list(bundle.loras),
         "video": bundle.motion is not None,
         "schedulers": list(SCHEDULERS),
         "defaults": {
             "height": bundle.default_height,
             "width": bundle.default_width,
             "scheduler": bundle.scheduler,
+            **bundle.defaults,
         },
         "limits": {
             "height": [shapes.height.min, shapes.height.max],

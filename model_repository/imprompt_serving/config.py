@@ -23,8 +23,8 @@ def pipeline(bundle: Bundle, *, stream: bool, capabilities: str) -> pb.ModelConf
     """Configure the pipeline model: unary, or decoupled with `stream`. A model parameter carries the capabilities."""
     config = _python_model(bundle.model("stream") if stream else bundle.name, decoupled=stream)
     _add(config, wire.request_tensors(bundle, stream=stream), wire.response_tensors(bundle, stream=stream))
-    for tensor, required in zip(config.input, wire.request_tensors(bundle, stream=stream), strict=True):
-        tensor.optional = required.name != "prompt"
+    for tensor in config.input:
+        tensor.optional = True
     config.parameters["capabilities"].string_value = capabilities
     return config
 

@@ -76,7 +76,13 @@ class Admission(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def batch_key(
-    bundle: Bundle, height: int, width: int, frames: int | None, context: ContextWindow | None, *, regions: bool
+    bundle: Bundle,
+    settings: Settings,
+    frames: int | None,
+    context: ContextWindow | None,
+    *,
+    regions: bool,
+    text_tokens: int,
 ) -> str:
     """Return a key that is equal for jobs whose rows can share a UNet call.
 
@@ -85,9 +91,17 @@ def batch_key(
         context: the windows of clips that are longer than a window.
         regions: whether an adapter has several masked images. Engines built for ranges of shapes have a separate
             profile for these, which cannot run long lists of pictures.
+        text_tokens: length of the text embeddings. Rows are padded by repeating their tokens, so lengths can share a
+            call if they differ by a power of two.
     """
-    sizes = [height, width]
+    sizes = [settings.height, settings.width]
     if frames is not None:
         sizes.insert(0, frames if context is None else min(frames, context.length))
     separate = regions and get_backend(bundle.backend).builds_for_ranges
-    return "x".join(map(str, sizes)) + (" regions" if separate else "")
+    parts = ["x".join(map(str, sizes)), f"text{text_tokens // (text_tokens & -text_tokens)}"]
+    return " ".join([*parts, *(["regions"] if separate else []), *lora_set(settings)])
+
+
+def lora_set(settings: Settings) -> tuple[str, ...]:
+    """Return a value that is equal for jobs that run with the same LoRAs and scales."""
+    return tuple(f"{name}={scale}" for name, scale in sorted(settings.lora.items()))

@@ -21,6 +21,8 @@ from imprompt_serving.weight_types import WEIGHT_TYPES
 
 MAX_SCALE = 1e4
 """Upper limit for guidance and conditioning scales and for values of image embeddings; float16 overflows at 65504."""
+MAX_LORA_SCALE = 10.0
+"""Upper limit for the scales of LoRAs: sliders are used up to about 5, and larger scales leave nothing of a picture."""
 _MAX_STEPS = 1000
 PICTURE_FORMATS, VIDEO_FORMATS = ("png", "jpeg", "webp"), ("gif", "webp")
 
@@ -33,6 +35,7 @@ class Type(StrEnum):
     CHOICE = auto()
     CHOICES = auto()
     INTEGER = auto()
+    INTEGERS = auto()
     PAIR = auto()
     """Two integers."""
     SEEDS = auto()
@@ -45,6 +48,8 @@ class Type(StrEnum):
     """Encoded pictures."""
     EMBEDS = auto()
     """Image embeddings: one tensor per adapter (`tensor_names.request_embeds`)."""
+    TENSOR = auto()
+    """Floats with several axes (`Parameter.axes`)."""
 
 
 _WIRE: dict[Type, tuple[str, tuple[int, ...]]] = {
@@ -53,6 +58,7 @@ _WIRE: dict[Type, tuple[str, tuple[int, ...]]] = {
     Type.CHOICE: ("STRING", (1,)),
     Type.CHOICES: ("STRING", (-1,)),
     Type.INTEGER: ("INT32", (1,)),
+    Type.INTEGERS: ("INT32", (-1,)),
     Type.PAIR: ("INT32", (2,)),
     Type.SEEDS: ("INT64", (-1,)),
     Type.NUMBER: ("FP64", (1,)),
@@ -61,7 +67,7 @@ _WIRE: dict[Type, tuple[str, tuple[int, ...]]] = {
     Type.OBJECT: ("STRING", (1,)),
     Type.PICTURES: ("STRING", (-1,)),
 }
-"""Triton data type and shape (-1: any size) of every type except `EMBEDS`."""
+"""Triton data type and shape (-1: any size) of every type except `EMBEDS` and `TENSOR`."""
 
 
 class Group(Enum):
@@ -74,6 +80,8 @@ class Group(Enum):
     """Bundles with ControlNets or T2I-Adapters; a T2I-Adapter counts as a net."""
     VIDEO = "VIDEO_REQUEST"
     """Bundles with a motion adapter."""
+    LORA = "LORA_REQUEST"
+    """Bundles with LoRAs that are not fused."""
     STREAM = "STREAM_REQUEST"
     """The streaming model of every bundle."""
 
@@ -94,6 +102,8 @@ class Parameter:
     low: float = -math.inf
     high: float = math.inf
     choices: tuple[str, ...] = ()
+    axes: int = 0
+    """Number of axes of a `TENSOR`."""
     sdk: bool = True
     """Whether it is a keyword argument of the Python client; the client sets the others itself."""
     python: str | None = None
@@ -102,20 +112,20 @@ class Parameter:
     """Name of the Python client's `Literal` type for `choices`."""
     python_doc: str | None = None
     """Documentation of the keyword argument, where it differs from `doc`."""
-    option: bool = False
-    """Whether `imprompt generate` gets a generated option for it."""
     option_names: tuple[str, ...] = ()
-    """Option names, where there is more than one."""
+    """Further names of its option of `imprompt generate`."""
+    option_doc: str | None = None
+    """Documentation of the option, where it differs from `doc`."""
 
     @property
     def dtype(self) -> str:
         """Triton data type, without the `TYPE_` prefix."""
-        return _WIRE[self.type][0]
+        return "FP32" if self.type is Type.TENSOR else _WIRE[self.type][0]
 
     @property
     def dims(self) -> tuple[int, ...]:
         """Shape of the input tensor; -1 means any size."""
-        return _WIRE[self.type][1]
+        return (-1,) * self.axes if self.type is Type.TENSOR else _WIRE[self.type][1]
 
     @property
     def range_and_default(self) -> str:
@@ -123,7 +133,7 @@ class Parameter:
         parts = []
         if math.isfinite(self.low) and math.isfinite(self.high):
             parts.append(f"{self.low:g} to {self.high:g}")
-        if self.default not in (None, {}):
+        if self.default not in (None, {}, ()):
             parts.append(f"default {_shown(self.default)}")
         return f" ({', '.join(parts)})" if parts else ""
 
@@ -138,6 +148,8 @@ class Parameter:
                 return bool(bundle.net_names)
             case Group.VIDEO:
                 return bundle.motion is not None
+            case Group.LORA:
+                return bool(bundle.loras)
             case Group.STREAM:
                 return stream
 
@@ -175,7 +187,6 @@ ROWS: tuple[Parameter, ...] = (
         name="negative_prompt",
         type=Type.TEXTS,
         doc="what to avoid: one text for all prompts, or one per prompt",
-        option=True,
     ),
     Parameter(
         name="prompt_2",
@@ -190,13 +201,54 @@ ROWS: tuple[Parameter, ...] = (
         doc="negative prompts for the second text encoder (default: `negative_prompt`)",
     ),
     Parameter(
+        name="prompt_syntax",
+        type=Type.CHOICE,
+        doc="`a1111` reads weights such as `(word:1.3)` and `[word]`, and `BREAK`, as Stable Diffusion web UI does; in "
+        "`plain` prompts they are text",
+        default="plain",
+        choices=("plain", "a1111"),
+        literal="PromptSyntax",
+    ),
+    Parameter(
+        name="max_embeddings_multiples",
+        type=Type.INTEGER,
+        doc="number of chunks of 75 tokens that a prompt may have, up to the bundle's limit; the rest is cut off, with "
+        "a warning (default: 1, as in diffusers; for `a1111` prompts the bundle's limit)",
+        low=1,
+        high=64,
+    ),
+    Parameter(
+        name="prompt_embeds",
+        type=Type.TENSOR,
+        axes=3,
+        doc="text embeddings in place of `prompt`, as returned by `encode_prompt` and by diffusers: "
+        "[prompts, tokens, features]",
+    ),
+    Parameter(
+        name="negative_prompt_embeds",
+        type=Type.TENSOR,
+        axes=3,
+        doc="text embeddings in place of `negative_prompt`, in the shape of `prompt_embeds`",
+    ),
+    *(
+        Parameter(
+            name=f"{prefix}pooled_prompt_embeds",
+            type=Type.TENSOR,
+            axes=2,
+            group=Group.FAMILY,
+            doc=f"pooled text embeddings, which go with `{prefix}prompt_embeds`: [prompts, features]",
+        )
+        for prefix in ("", "negative_")
+    ),
+    Parameter(
         name="ip_adapter_image",
         type=Type.PICTURES,
-        doc="image prompts as encoded bytes (PNG, JPEG, WebP)",
+        doc="image prompts",
         python=_OF_ADAPTERS,
         python_doc="image prompts: a picture, a list with one entry per adapter of the bundle (a picture, a list of "
         "pictures, or None), or a dict keyed by adapter name; for a bundle with a single adapter, a flat list of "
         "pictures works too",
+        option_doc="image prompt, for the adapter NAME; may be repeated",
     ),
     Parameter(
         name="ip_adapter_image_adapter",
@@ -210,6 +262,7 @@ ROWS: tuple[Parameter, ...] = (
         doc="image prompts for the unconditional branch (default: no image or a blank one, whichever the adapter was "
         "trained with)",
         python=_OF_ADAPTERS,
+        option_doc="picture to steer away from; may be repeated",
     ),
     Parameter(
         name="negative_ip_adapter_image_adapter",
@@ -225,6 +278,7 @@ ROWS: tuple[Parameter, ...] = (
         python_doc="precomputed embeddings in place of pictures, as returned by `encode_image` and by diffusers: [2 "
         "(negative, positive) or 1 (positive), pictures, ...]; a list with one array per adapter, or a dict keyed by "
         "adapter name",
+        option_doc="precomputed embeddings in place of image prompts, written by `imprompt encode`; may be repeated",
     ),
     Parameter(
         name="ip_adapter_scale",
@@ -237,6 +291,8 @@ ROWS: tuple[Parameter, ...] = (
         python_doc="strength of the image prompt: a number, or a dict of scales by block "
         "(`{'up': {'block_0': [0.0, 1.0, 0.0]}}`); for several adapters, a list of these or a dict keyed by adapter "
         "name; with masks, an adapter's entry may be a list with one number per picture",
+        option_doc="strength of the image prompt: a number or an object of scales by block; for several adapters, a "
+        "list of these or an object keyed by adapter name (default 1)",
     ),
     Parameter(
         name="ip_adapter_scale_config",
@@ -252,6 +308,8 @@ ROWS: tuple[Parameter, ...] = (
         python="PerAdapterImages | Sequence[Any]",
         python_doc="regional masks: one per picture, nested like `ip_adapter_image`, or diffusers' tensors "
         "[1, pictures, H, W]; an image prompt takes effect where its mask is white",
+        option_names=("--ip-adapter-mask",),
+        option_doc="regional mask; repeat it for each image prompt, in the same order",
     ),
     Parameter(
         name="ip_adapter_masks_adapter",
@@ -287,13 +345,30 @@ ROWS: tuple[Parameter, ...] = (
         name="image",
         type=Type.PICTURES,
         doc="pictures to start from, for image-to-image or (with `mask_image`) inpainting",
-        option=True,
+        python="Images | Embeds",
+        python_doc="pictures to start from, for image-to-image or (with `mask_image`) inpainting; for image-to-image "
+        "also latents as a float array [pictures, 4, height / 8, width / 8], such as `Result.latents`",
+    ),
+    Parameter(
+        name="image_latents",
+        type=Type.TENSOR,
+        axes=4,
+        doc="latents to start from in place of `image`, for image-to-image: [pictures, channels, h, w]",
+        sdk=False,
+    ),
+    Parameter(
+        name="latents",
+        type=Type.TENSOR,
+        axes=4,
+        doc="initial noise, with a standard deviation of 1, in place of noise drawn from `seed`: "
+        "[pictures, channels, h, w]; for clips [clips, channels * frames, h, w]",
+        python_doc="initial noise, with a standard deviation of 1, in place of noise drawn from `seed`: "
+        "[pictures, channels, height / 8, width / 8]; for clips [clips, channels, frames, height / 8, width / 8]",
     ),
     Parameter(
         name="mask_image",
         type=Type.PICTURES,
         doc="masks for inpainting, white where to repaint: one for all, or one per `image`",
-        option=True,
     ),
     Parameter(
         name="strength",
@@ -301,7 +376,6 @@ ROWS: tuple[Parameter, ...] = (
         doc="how strongly to change `image` or `video`, above 0; default as in diffusers",
         low=0,
         high=1,
-        option=True,
     ),
     Parameter(
         name="padding_mask_crop",
@@ -318,7 +392,6 @@ ROWS: tuple[Parameter, ...] = (
         python="Images | Sequence[Sequence[ImageInput]]",
         python_doc="one control image per ControlNet in `controlnet`; or a list of lists as in diffusers: for clips "
         "the frames of each ControlNet, for several prompts the images of each prompt",
-        option=True,
     ),
     Parameter(
         name="control_image_annotator",
@@ -334,7 +407,6 @@ ROWS: tuple[Parameter, ...] = (
         type=Type.TEXTS,
         group=Group.CONTROL,
         doc="names of the ControlNets to use, in this order (default: all in the bundle)",
-        option=True,
     ),
     Parameter(
         name="controlnet_conditioning_scale",
@@ -343,7 +415,6 @@ ROWS: tuple[Parameter, ...] = (
         doc=f"strength of the ControlNets: {_ONE_EACH_NET}; default as in diffusers",
         low=-MAX_SCALE,
         high=MAX_SCALE,
-        option=True,
     ),
     Parameter(
         name="control_guidance_start",
@@ -353,7 +424,6 @@ ROWS: tuple[Parameter, ...] = (
         default=0.0,
         low=0,
         high=1,
-        option=True,
     ),
     Parameter(
         name="control_guidance_end",
@@ -363,7 +433,6 @@ ROWS: tuple[Parameter, ...] = (
         default=1.0,
         low=0,
         high=1,
-        option=True,
     ),
     Parameter(
         name="guess_mode",
@@ -371,22 +440,32 @@ ROWS: tuple[Parameter, ...] = (
         group=Group.CONTROL,
         doc="apply the ControlNets to the conditional branch only, and more weakly to the finer residuals",
         default=False,
-        option=True,
+    ),
+    Parameter(
+        name="lora",
+        type=Type.OBJECT,
+        group=Group.LORA,
+        doc="JSON object with the names of LoRAs and a scale for each",
+        default={},
+        low=-MAX_LORA_SCALE,
+        high=MAX_LORA_SCALE,
+        python="Mapping[str, float]",
+        python_doc="LoRAs to use, as a dict of scales (-10 to 10) by name: `{'watercolor': 0.8}`",
+        option_doc="LoRA to use, with its scale (-10 to 10); may be repeated",
     ),
     Parameter(
         name="num_frames",
         type=Type.INTEGER,
         group=Group.VIDEO,
         doc="number of frames of a clip; without it and `video`, the result is pictures",
-        option=True,
     ),
     Parameter(
         name="video",
         type=Type.PICTURES,
         group=Group.VIDEO,
         doc="frames to start from, for video-to-video; see `strength`",
-        python="Sequence[ImageInput] | np.ndarray[Any, Any]",
-        option=True,
+        python_doc="frames to start from, for video-to-video (see `strength`): a list of pictures, an array [frames, "
+        "height, width, 3], or an animated GIF or WebP file",
     ),
     Parameter(
         name="context_length",
@@ -416,13 +495,11 @@ ROWS: tuple[Parameter, ...] = (
         name="height",
         type=Type.INTEGER,
         doc="height in pixels, a multiple of 8 (default: that of the picture to start from, or else the bundle's)",
-        option=True,
     ),
     Parameter(
         name="width",
         type=Type.INTEGER,
         doc="width in pixels, a multiple of 8 (default: that of the picture to start from, or else the bundle's)",
-        option=True,
     ),
     *(
         Parameter(name=f"{prefix}{name}", type=Type.PAIR, group=Group.FAMILY, doc=f"{doc}{whose}", default=default)
@@ -440,8 +517,38 @@ ROWS: tuple[Parameter, ...] = (
         default=50,
         low=1,
         high=_MAX_STEPS,
-        option=True,
-        option_names=("--num-inference-steps", "--steps"),
+        option_names=("--steps",),
+    ),
+    Parameter(
+        name="timesteps",
+        type=Type.INTEGERS,
+        doc="timesteps in place of `num_inference_steps`, for schedulers that take them, in descending order",
+        default=(),
+        low=0,
+    ),
+    Parameter(
+        name="sigmas",
+        type=Type.NUMBERS,
+        doc="noise levels in place of `num_inference_steps`, for schedulers that take them, in descending order",
+        default=(),
+        low=0,
+        high=MAX_SCALE,
+    ),
+    Parameter(
+        name="denoising_start",
+        type=Type.NUMBER,
+        group=Group.FAMILY,
+        doc="fraction of the denoising that `image` has behind it: it gets no noise, and `strength` does not apply",
+        low=0,
+        high=1,
+    ),
+    Parameter(
+        name="denoising_end",
+        type=Type.NUMBER,
+        group=Group.FAMILY,
+        doc="fraction of the denoising after which to stop; another request can continue with `denoising_start`",
+        low=0,
+        high=1,
     ),
     Parameter(
         name="guidance_scale",
@@ -449,7 +556,6 @@ ROWS: tuple[Parameter, ...] = (
         doc="strength of classifier-free guidance; values up to 1 disable it; default as in diffusers",
         low=-MAX_SCALE,
         high=MAX_SCALE,
-        option=True,
     ),
     Parameter(
         name="guidance_rescale",
@@ -458,7 +564,6 @@ ROWS: tuple[Parameter, ...] = (
         default=0.0,
         low=0,
         high=1,
-        option=True,
     ),
     Parameter(
         name="guidance_end",
@@ -467,7 +572,6 @@ ROWS: tuple[Parameter, ...] = (
         default=1.0,
         low=0,
         high=1,
-        option=True,
     ),
     Parameter(
         name="eta",
@@ -476,7 +580,6 @@ ROWS: tuple[Parameter, ...] = (
         default=0.0,
         low=0,
         high=1,
-        option=True,
     ),
     Parameter(
         name="clip_skip",
@@ -484,7 +587,6 @@ ROWS: tuple[Parameter, ...] = (
         doc="number of final text encoder layers to skip",
         default=0,
         low=0,
-        option=True,
     ),
     Parameter(
         name="num_images_per_prompt",
@@ -493,7 +595,6 @@ ROWS: tuple[Parameter, ...] = (
         default=1,
         low=1,
         high=64,
-        option=True,
     ),
     Parameter(
         name="seed",
@@ -501,7 +602,6 @@ ROWS: tuple[Parameter, ...] = (
         doc="one seed for all pictures together, or one per picture (default: random)",
         python_doc="any seed that `torch.Generator('cpu').manual_seed` accepts: one for all pictures together, or one "
         "per picture (default: random; `Result.seeds` reports it)",
-        option=True,
     ),
     Parameter(
         name="scheduler",
@@ -509,7 +609,6 @@ ROWS: tuple[Parameter, ...] = (
         doc="class name of a diffusers scheduler (default: the bundle's)",
         choices=SCHEDULERS,
         literal="Scheduler",
-        option=True,
     ),
     Parameter(
         name="scheduler_config",
@@ -518,7 +617,6 @@ ROWS: tuple[Parameter, ...] = (
         default={},
         python_doc="values that override the scheduler's configuration, or a whole configuration "
         "(`dict(pipe.scheduler.config)` in diffusers)",
-        option=True,
     ),
     Parameter(
         name="output_type",
@@ -528,6 +626,7 @@ ROWS: tuple[Parameter, ...] = (
         choices=("np", "latent"),
         python="OutputType",
         python_doc="`pil` (default), `np` (uint8 [height, width, 3]) or `latent`",
+        option_doc="`latent` saves latents in a .npy file in place of pictures",
     ),
     Parameter(
         name="output_format",
@@ -539,12 +638,20 @@ ROWS: tuple[Parameter, ...] = (
         python_doc="transfer pictures (or clips) as encoded files instead of raw pixels",
     ),
     Parameter(
+        name="output_encoding",
+        type=Type.CHOICE,
+        doc="how to return encoded files and previews: as bytes (`binary`), or as text for JSON (`base64`, which needs "
+        "`output_format`)",
+        default="binary",
+        choices=("binary", "base64"),
+        sdk=False,
+    ),
+    Parameter(
         name="timeout",
         type=Type.NUMBER,
         doc="seconds after which the server stops working on this request",
         python_doc="seconds after which the client stops waiting and the server stops working",
         low=1e-3,
-        option=True,
     ),
     Parameter(
         name="priority",
@@ -558,6 +665,13 @@ ROWS: tuple[Parameter, ...] = (
         name="encode_image",
         type=Type.TEXT,
         doc="name of an adapter: return its embeddings of `ip_adapter_image` and nothing else",
+        sdk=False,
+    ),
+    Parameter(
+        name="encode_prompt",
+        type=Type.FLAG,
+        doc="return the text embeddings of the prompts and nothing else",
+        default=False,
         sdk=False,
     ),
     Parameter(
@@ -596,6 +710,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     negative_crops_coords_top_left: tuple[int, int]
     negative_target_size: tuple[int, int] | None
     num_inference_steps: int
+    timesteps: tuple[int, ...]
+    sigmas: tuple[float, ...]
+    denoising_start: float | None
+    denoising_end: float | None
     guidance_scale: float
     guidance_rescale: float
     guidance_end: float
@@ -606,11 +724,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     scheduler: str | None
     scheduler_config: dict[str, Any]
     guess_mode: bool
+    lora: dict[str, float]
     output_type: str
     output_format: str | None
+    output_encoding: str
     priority: int
     progress_every: int
     preview: bool
+
+    @property
+    def steps(self) -> int:
+        """The number of denoising steps, before `strength` and `denoising_start` skip some."""
+        return len(self.timesteps or self.sigmas) or self.num_inference_steps
 
     @classmethod
     def with_defaults(cls, **values: Any) -> Settings:

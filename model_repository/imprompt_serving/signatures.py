@@ -10,15 +10,16 @@ from __future__ import annotations
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from imprompt_serving.parameters import ROWS, Group, Parameter, Type
+from imprompt_serving.parameters import PARAMETERS, ROWS, Group, Parameter, Type
 
 _PYTHON = {
     Type.TEXT: "str",
     Type.TEXTS: "str | Sequence[str]",
     Type.INTEGER: "int",
+    Type.INTEGERS: "int | Sequence[int]",
     Type.PAIR: "Sequence[int]",
     Type.SEEDS: "int | Sequence[int]",
     Type.NUMBER: "float",
@@ -26,22 +27,31 @@ _PYTHON = {
     Type.FLAG: "bool",
     Type.OBJECT: "Mapping[str, Any]",
     Type.PICTURES: "Images",
+    Type.TENSOR: "Embeds",
 }
-_OPTION = {
-    Type.TEXT: "str",
-    Type.TEXTS: "list[str]",
-    Type.CHOICE: "str",
-    Type.CHOICES: "list[str]",
-    Type.INTEGER: "int",
-    Type.SEEDS: "list[int]",
-    Type.NUMBER: "float",
-    Type.NUMBERS: "list[float]",
-    Type.FLAG: "bool",
-    Type.PICTURES: "list[Path]",
+_OPTION_KINDS = {
+    Type.TEXT: "text",
+    Type.TEXTS: "texts",
+    Type.CHOICE: "text",
+    Type.CHOICES: "texts",
+    Type.INTEGER: "integer",
+    Type.INTEGERS: "integers",
+    Type.PAIR: "pair",
+    Type.SEEDS: "integers",
+    Type.NUMBER: "number",
+    Type.NUMBERS: "numbers",
+    Type.FLAG: "flag",
+    Type.OBJECT: "json",
+    Type.PICTURES: "pictures",
+    Type.EMBEDS: "embeds",
 }
+"""Kinds of options (`imprompt.cli.options.Kind`); `_option_kind` has the exceptions."""
 _WIDTH = 120
 _KEYWORDS = tuple(row for row in ROWS if row.sdk)
 _COMMON = tuple(row for row in _KEYWORDS if row.group is not Group.STREAM)
+OPTIONS = tuple(row for row in _KEYWORDS if row.name != "preview" and row.type is not Type.TENSOR)
+"""The rows with a generated option. Tensors have none, and `imprompt generate` declares `--preview` itself: it takes
+the file to write."""
 
 
 def python_type(row: Parameter) -> str:
@@ -80,29 +90,71 @@ def _docstring(rows: Iterable[Parameter]) -> str:
 def _types() -> str:
     literals = {row.literal: row.choices for row in ROWS if row.literal is not None}
     lines = [f"{name}: TypeAlias = Literal[\n{_items(choices)}]\n" for name, choices in literals.items()]
-    return "".join([*lines, f"NAMES = (\n{_items(tuple(row.name for row in _KEYWORDS))})\n"])
+    pictures = [row for row in _KEYWORDS if row.type is Type.PICTURES and not _has_adapter(row)]
+    groups = {
+        "NAMES": _KEYWORDS,
+        "PICTURES": pictures,
+        "OBJECTS": [row for row in _KEYWORDS if row.type is Type.OBJECT],
+    }
+    lines += [f"{name} = {_tuple([row.name for row in rows])}\n" for name, rows in groups.items()]
+    return "".join(lines)
 
 
-def _items(texts: tuple[str, ...]) -> str:
+def _items(texts: Iterable[str]) -> str:
     return "".join(f'    "{text}",\n' for text in texts)
 
 
+def _tuple(texts: Sequence[str]) -> str:
+    return f'("{texts[0]}",)' if len(texts) == 1 else f"(\n{_items(texts)})"
+
+
+def _has_adapter(row: Parameter) -> bool:
+    """Return whether each picture of the parameter belongs to an adapter."""
+    return f"{row.name}_adapter" in PARAMETERS
+
+
 def _options() -> str:
-    return "".join(map(_option, (row for row in ROWS if row.option)))
+    return "".join(map(_option, OPTIONS))
 
 
 def _option(row: Parameter) -> str:
-    text = (row.doc + row.range_and_default).replace("`", "")
-    indent = " " * 12
-    lines = textwrap.wrap(f"{text[0].upper()}{text[1:]}.", _WIDTH - 20, drop_whitespace=False, break_on_hyphens=False)
-    help = f"\n{indent}".join(f'"{line}"' for line in lines)
-    if row.type is Type.OBJECT:
-        kind, option = "Any", f"_json_option(\n{indent}{help},\n        )"
-    else:
-        names = row.option_names or (("--" + row.name.replace("_", "-"),) if row.type is Type.FLAG else ())
-        declared = "".join(f'{indent}"{name}",\n' for name in names)
-        kind, option = f"{_OPTION[row.type]} | None", f"typer.Option(\n{declared}{indent}help={help},\n        )"
-    return f"    {row.name}: Annotated[\n        {kind},\n        {option},\n    ] = None,\n"
+    text = _MENTION.sub(_in_words_of_the_command, row.option_doc or row.doc + row.range_and_default)
+    fields = {"name": row.name, "kind": _option_kind(row)}
+    lines = [f'        {name}="{value}",\n' for name, value in fields.items()]
+    lines.append(f"        help={_wrapped(f'{text[0].upper()}{text[1:]}.')},\n")
+    if row.choices:
+        lines.append(f"        choices=get_args({row.literal or row.python}),\n")
+    if row.option_names:
+        lines.append(f"        aliases=({', '.join(f'{chr(34)}{name}{chr(34)}' for name in row.option_names)},),\n")
+    return "    Option(\n" + "".join(lines) + "    ),\n"
+
+
+def _option_kind(row: Parameter) -> str:
+    match row.type:
+        case Type.PICTURES if _has_adapter(row):
+            return "adapter pictures"
+        case Type.OBJECT if row.python == "Mapping[str, float]":
+            return "scales"
+        case Type.NUMBERS if row.python is not None:  # more than numbers
+            return "json"
+        case _:
+            return _OPTION_KINDS[row.type]
+
+
+_MENTION = re.compile(r"`([^`]+)`")
+
+
+def _in_words_of_the_command(mention: re.Match[str]) -> str:
+    known = mention[1] in PARAMETERS
+    return f"--{mention[1].replace('_', '-')}" if known else mention[1]
+
+
+def _wrapped(text: str) -> str:
+    """Return `text` as the value of an argument, on several lines if it does not fit on one."""
+    if len(text) <= _WIDTH - len('        help="",'):
+        return f'"{text}"'
+    lines = textwrap.wrap(text, _WIDTH - 20, drop_whitespace=False, break_on_hyphens=False)
+    return "(\n" + "".join(f'            "{line}"\n' for line in lines) + "        )"
 
 
 _BLOCKS: dict[str, Callable[[], str]] = {
@@ -132,7 +184,7 @@ def filled(source: str) -> str:
     return source
 
 
-FILES = ("_async_client.py", "_client.py", "_parameters.py", "cli/generate.py")
+FILES = ("_async_client.py", "_client.py", "_parameters.py", "cli/parameter_options.py")
 
 if __name__ == "__main__":
     for name in FILES:

@@ -69,6 +69,8 @@ class Shapes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     image_tokens: tuple[int, ...] = (4, 16, 64, 257, 1028)
     regions: int = 8
     """Largest number of masked images per adapter."""
+    prompt_chunks: int = 8
+    """Largest number of chunks of a prompt, each as long as the input of the text encoder."""
 
     def call_rows(self, *, bucketed: bool = False) -> CallRows:
         """Return the rows that a UNet call may have; with `bucketed`, engines run only a few numbers of rows."""
@@ -89,7 +91,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     prompt_characters: int = 65536
     """Characters in all prompts of a request."""
     json_characters: int = 65536
-    """Characters of a JSON parameter (`scheduler_config`, `ip_adapter_scale_config`)."""
+    """Characters of a JSON parameter (`scheduler_config`, `ip_adapter_scale_config`, `lora`)."""
     images: int = 256
     """Pictures in a request: image prompts, masks, start and control images, and frames of a video."""
     image_megapixels: float = 64.0
@@ -228,6 +230,8 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     default_width: int
     scheduler: str
     scheduler_config: dict[str, Any]
+    defaults: dict[str, float] = {}
+    """Values of parameters for requests that leave them out, in place of the defaults of diffusers' pipelines."""
     text_encoders: tuple[TextEncoder, ...]
     max_clip_skip: int
     pooled_size: int | None = None
@@ -245,6 +249,8 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     t2i_adapters: tuple[T2IAdapter, ...] = ()
     features: tuple[Residual, ...] = ()
     """What T2I-Adapters add within the blocks."""
+    loras: tuple[str, ...] = ()
+    """LoRAs of the UNets for requests to choose."""
     motion: Motion | None = None
     shapes: Shapes = Shapes()
     sizes: tuple[tuple[int, int], ...] = ()
@@ -267,6 +273,11 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     def levels(self) -> tuple[int, ...]:
         """The attention resolutions, each as the number of times that the latent size is halved."""
         return tuple(sorted({layer.level for layer in self.layers}))
+
+    @property
+    def max_text_tokens(self) -> int:
+        """The largest number of tokens in the text embeddings of a prompt."""
+        return self.text_encoders[0].max_length * self.shapes.prompt_chunks
 
     @property
     def region_tokens(self) -> int:

@@ -25,7 +25,12 @@ ONE = (1,)
 
 RESPONSE: tuple[Tensor, ...] = (
     Tensor("images", "UINT8", (-1, -1, -1, 3), "pictures [N, height, width, RGB]"),
-    Tensor("encoded", "STRING", MANY, "pictures (or clips) as encoded files, when `output_format` is set"),
+    Tensor(
+        "encoded",
+        "STRING",
+        MANY,
+        "pictures (or clips) as encoded files, when `output_format` is set; see `output_encoding`",
+    ),
     Tensor("latents", "FP32", (-1, -1, -1, -1), "latents [N, channels, h, w] when `output_type` is `latent`"),
     Tensor(
         "seeds",
@@ -51,7 +56,7 @@ VIDEO_RESPONSE: tuple[Tensor, ...] = (
 STREAM_RESPONSE: tuple[Tensor, ...] = (
     Tensor("step", "INT32", ONE, "number of steps done"),
     Tensor("steps", "INT32", ONE, "total number of steps"),
-    Tensor("preview", "STRING", MANY, "JPEG preview of each picture, when `preview` is set"),
+    Tensor("preview", "STRING", MANY, "JPEG preview of each picture, when `preview` is set; see `output_encoding`"),
     Tensor("error", "STRING", (2,), "gRPC status and message: the last message of a failed request"),
 )
 
@@ -90,7 +95,16 @@ def response_tensors(bundle: Bundle, *, stream: bool) -> tuple[Tensor, ...]:
         for adapter in bundle.adapters
     )
     video = VIDEO_RESPONSE if bundle.motion else ()
-    return RESPONSE + video + embeds + (STREAM_RESPONSE if stream else ())
+    return RESPONSE + video + embeds + _text_embeds(bundle) + (STREAM_RESPONSE if stream else ())
+
+
+def _text_embeds(bundle: Bundle) -> tuple[Tensor, ...]:
+    """List the text embeddings of both branches, [prompts, tokens, features] or [prompts, features]."""
+    return tuple(
+        Tensor(prefix + name, "FP32", (*(-1 for _ in shape), shape[-1]), "result of `encode_prompt`")
+        for prefix in ("", tensor_names.NEGATIVE)
+        for name, shape in get_family(bundle.family).text_shapes(bundle).items()
+    )
 
 
 JOB_RESPONSE: tuple[Tensor, ...] = (
@@ -125,9 +139,8 @@ def job_tensors(bundle: Bundle) -> tuple[Tensor, ...]:
     A call carries `job` (a `job_request.JobRequest`) and its tensors, or only `admit` (a `job_request.Admission`), or
     only `cancel` (the id of the job to cancel).
     """
-    texts, embeds = get_family(bundle.family).text_shapes(bundle), []
+    embeds = list(_text_embeds(bundle))
     for prefix in ("", tensor_names.NEGATIVE):
-        embeds += [Tensor(prefix + name, "FP32", (-1, *shape)) for name, shape in texts.items()]
         for adapter in bundle.adapters:
             embeds.append(Tensor(prefix + tensor_names.image_embeds(adapter.name), "FP32", (-1, *adapter.embed_shape)))
             if adapter.clip_shape:
@@ -150,4 +163,6 @@ def job_tensors(bundle: Bundle) -> tuple[Tensor, ...]:
         Tensor("image_moments", "FP32", moments),
         Tensor("masked_image_moments", "FP32", moments),
         Tensor("mask", "FP32", (-1, 1, -1, -1)),
+        Tensor("latents", "FP32", (-1, -1, -1, -1)),
+        Tensor("image_latents", "FP32", (-1, -1, -1, -1)),
     )

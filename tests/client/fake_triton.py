@@ -49,6 +49,7 @@ INPUTS = {
     "seed": ("INT64", MANY),
     "scheduler": ("STRING", ONE),
     "scheduler_config": ("STRING", ONE),
+    "lora": ("STRING", ONE),
     "output_type": ("STRING", ONE),
     "output_format": ("STRING", ONE),
     "preview": ("BOOL", ONE),
@@ -277,11 +278,12 @@ def _to_response(outputs: dict[str, np.ndarray]) -> Any:
 
 
 @contextmanager
-def running(servicer: FakeTriton) -> Iterator[str]:
-    """Run `servicer` on a free port and yield its address."""
+def running(servicer: FakeTriton, credentials: grpc.ServerCredentials | None = None, port: int = 0) -> Iterator[str]:
+    """Run `servicer` on `port` (0: a free one), with TLS if there are credentials, and yield its address."""
     server = grpc.server(ThreadPoolExecutor(8))
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    address = f"127.0.0.1:{port}"
+    port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     server.start()
     try:
         yield f"127.0.0.1:{port}"

@@ -18,6 +18,7 @@ from imprompt_serving.launcher import Addresses
     [
         (["export", "bundle.toml", "-o", "repo"], "imprompt_export", "export"),
         (["serve", "repo"], "imprompt_serving.launcher", "server"),
+        (["doctor"], "imprompt_serving.launcher.doctor", "server"),
         (["bench", "--help"], "imprompt_bench.cli", "bench"),
     ],
 )
@@ -126,13 +127,17 @@ def test_failed_export_prints_the_reason(run: Any, exporter: dict[str, Any], kin
 def test_serve_prints_ready_with_its_addresses(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
 
-    def serve(repository: Path, *, on_ready: Any, **options: Any) -> int:
+    def serve(repository: Path, *, on_ready: Any, on_loading: Any, **options: Any) -> int:
         given.update(options, repository=repository)
+        on_loading("1 of 2 models loaded; loading b")
         on_ready(Addresses(grpc="h:1", metrics="h:3"))
         return 1
 
     install(monkeypatch, imprompt_serving__launcher={"serve": serve, "LaunchError": RuntimeError})
-    outcome = run("serve", "repo", "--grpc-port", "1", "--host", "0.0.0.0", "--drain-timeout", "5")
+    outcome = run(
+        "serve", "repo", "--grpc-port", "1", "--host", "0.0.0.0", "--drain-timeout", "5", "--restart", "never"
+    )
+    assert outcome.stderr == "1 of 2 models loaded; loading b\n"
     assert outcome.stdout == "ready grpc=h:1 metrics=h:3\n"
     assert outcome.exit_code == 1
     assert given == {
@@ -140,7 +145,11 @@ def test_serve_prints_ready_with_its_addresses(run: Any, monkeypatch: pytest.Mon
         "grpc_port": 1,
         "http_port": None,
         "metrics_port": 8002,
+        "health_port": None,
+        "restart": False,
+        "max_canary_age": 30.0,
         "host": "0.0.0.0",
+        "allow_remote": False,
         "drain_timeout": 5.0,
         "verbose": False,
     }

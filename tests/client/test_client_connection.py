@@ -17,7 +17,7 @@ from imprompt import (
     ConnectionFailed,
     InvalidRequest,
 )
-from imprompt._transport import channel_options, check_url
+from imprompt._connection import channel_options, check_url
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_default_port_is_8001(url: str, address: str) -> None:
 @pytest.mark.parametrize(
     "url",
     ["", "http://localhost:8000", "https://localhost", "localhost:x", "localhost:0", "localhost:99999", "localhost/",
-     "me@localhost:1", "a b", ":8001", "\ud83d", "unix:\0", "h:\u0661", None, 8001, b"localhost", Path("localhost"),
+     "me@localhost:1", "a b", ":8001", "\ud83d", "unix:\0", "h:\u0661", 8001, b"localhost", Path("localhost"),
      "x" * 9000 + "/"],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
@@ -185,7 +185,7 @@ def test_async_client_works_in_consecutive_event_loops(url: str) -> None:
         return [*events, await client.generate(model="one", prompt="a")]
 
     assert [len(asyncio.run(ask())) for _ in range(3)] == [4, 4, 4]
-    assert len(client._connections) == 1  # connections of closed loops are dropped
+    assert len(client._channels) == 1  # connections of closed loops are dropped
     asyncio.run(client.close())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
-from fake_triton import FakeTriton
+from diffusers.image_processor import VaeImageProcessor
+from fake_triton import FakeTriton, encoded
 from PIL import Image
 
 from imprompt import InvalidRequest
@@ -105,12 +107,21 @@ def test_output_type_is_sent_only_for_latents(sent: Any, output_type: str, wire:
         ("timeout", float("nan"), "timeout: must be a number of seconds above 0"),
         ("image", 3, "image: must be a PIL image, a path"),
         ("image", "nowhere.png", "image: no such file: nowhere.png"),
-        ("image", "https://example.com/a.png", "image: https://example.com/a.png is a URL"),
+        ("image", "data:image/png,abc", "image: a data URI must start like `data:image/png;base64,`"),
+        ("image", "data:image/png;base64,a", "image: the data URI is not valid base64"),
+        ("image", "data:text/plain;base64,aGVsbG8=", "image: the data URI is not a PNG, JPEG"),
+        ("image", np.full((4, 4, 3), 2.0), "image: values of a float array must be 0 to 1, not 2 to 2; rescale it"),
+        ("image", np.full((4, 4, 3), np.nan), "image: values of a float array must be 0 to 1, not nan to nan"),
+        ("image", torch.full((3, 4, 4), -1.0), "image: values of a float array must be 0 to 1, not -1 to -1"),
+        ("image", torch.zeros(2, 5, 5), "image: an array must be uint8, or float from 0 to 1"),
+        ("video", "clip.MP4", "video: 'clip.MP4' cannot be read: PNG, JPEG, WebP, GIF, BMP or AVIF files are"),
+        ("video", b"\0\0\0\x20ftypisom" + bytes(20), "video: the data is not a PNG, JPEG"),
+        ("video", encoded("WEBP", "red", "blue")[:60], "video: the clip cannot be read"),
         ("image", "/", "image: cannot read /"),
-        ("image", np.zeros((4, 4, 3)), "image: an array must be uint8"),
+        ("image", np.zeros((4, 4, 3), np.int64), "image: an array must be uint8"),
         ("image", np.zeros((3, 5, 5), np.uint8), "image: an array must be uint8"),
         ("image", np.zeros((0, 4, 3), np.uint8), "image: an array must be uint8"),
-        ("mask_image", np.full((4, 4), 2.0), "mask_image: values of a float mask must be 0 to 1"),
+        ("mask_image", np.full((4, 4), 2.0), "mask_image: values of a float array must be 0 to 1"),
         ("ip_adapter_image", [RED], "ip_adapter_image: expected one entry for each adapter (plus, face), or a dict"),
         ("ip_adapter_image", {"pluss": RED}, "ip_adapter_image: no adapter 'pluss'; the bundle has plus, face"),
         ("ip_adapter_image_embeds", {"plus": np.zeros((2, 1, 5), np.float32)}, "plus: must have shape [any, any, 8]"),
@@ -141,8 +152,6 @@ def test_invalid_value_is_rejected_before_sending(
         ("hight", "did you mean height?"),
         ("step", "did you mean num_inference_steps?"),
         ("inference_steps", "did you mean num_inference_steps?"),
-        ("timesteps", "did you mean num_inference_steps or scheduler_config?"),
-        ("sigmas", "did you mean num_inference_steps or scheduler_config?"),
         ("cfg_scale", "did you mean guidance_scale?"),
         ("sampler", "did you mean scheduler?"),
         ("seeds", "did you mean seed?"),
@@ -214,6 +223,72 @@ def test_arrays_are_height_width_channels(sent: Any, array: Any, mode: str) -> N
     (image,) = sent(image=array).pictures("image")
     assert (image.mode, image.size) == (mode, (4, 2))
     assert np.array_equal(np.asarray(image), np.asarray(array).reshape(np.asarray(image).shape))
+
+
+RAMP = np.linspace(0, 1, 2 * 4 * 3).reshape(2, 4, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_tensors_have_channels_first_and_values_up_to_1(sent: Any, dtype: torch.dtype) -> None:
+    tensor = torch.tensor(RAMP, dtype=dtype).permute(2, 0, 1)
+    expected = (tensor.float() * 255).round().permute(1, 2, 0).numpy()
+    for given in (tensor, tensor[None], [tensor], [tensor[None]]):
+        (image,) = sent(image=given).pictures("image")
+        assert np.array_equal(np.asarray(image), expected)
+    assert len(sent(image=torch.stack([tensor] * 3)).inputs["image"]) == 3
+    assert len(sent(video=torch.stack([tensor] * 3), num_frames=3).inputs["video"]) == 3
+    whole = (tensor.float() * 255).round().to(torch.uint8)
+    assert np.array_equal(np.asarray(sent(image=whole).pictures("image")[0]), expected)
+
+
+def test_tensors_mean_what_diffusers_takes_them_for(sent: Any) -> None:
+    tensor = torch.tensor(RAMP, dtype=torch.float32).permute(2, 0, 1)[None]
+    (image,) = sent(image=tensor).pictures("image")
+    read = VaeImageProcessor(do_resize=False)
+    assert (read.preprocess(image) - read.preprocess(tensor)).abs().max() <= 1 / 255
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_float_arrays_have_values_up_to_1(sent: Any, dtype: Any) -> None:
+    for given, count in ((RAMP.astype(dtype), 1), (np.stack([RAMP, RAMP]).astype(dtype), 2)):
+        first, *_ = images = sent(image=given).pictures("image")
+        assert len(images) == count
+        assert np.array_equal(np.asarray(first), (RAMP.astype(dtype) * 255).round())
+
+
+def test_tensor_masks_become_grayscale(sent: Any) -> None:
+    mask = torch.zeros(1, 1, 2, 4)
+    mask[..., 0] = 1
+    (image,) = sent(mask_image=mask).pictures("mask_image")
+    assert (image.mode, image.size) == ("L", (4, 2))
+    assert np.asarray(image).tolist() == [[255, 0, 0, 0]] * 2
+
+
+@pytest.mark.parametrize("form", [Path, str, Path.read_bytes, Image.open], ids=["path", "text", "bytes", "pil"])
+@pytest.mark.parametrize("format", ["GIF", "WEBP"])
+def test_animated_files_are_videos(sent: Any, tmp_path: Path, format: str, form: Any) -> None:
+    file = tmp_path / f"clip.{format.lower()}"
+    file.write_bytes(encoded(format, "red", "lime", "blue"))
+    frames = sent(video=form(file)).colors("video")
+    assert np.abs(np.array(frames) - [(255, 0, 0), (0, 255, 0), (0, 0, 255)]).max() < 10
+
+
+def test_a_single_picture_is_a_video_of_one_frame(sent: Any, tmp_path: Path) -> None:
+    file = tmp_path / "a.png"
+    RED.save(file)
+    assert sent(video=file).inputs["video"].tolist() == [file.read_bytes()]
+
+
+def test_data_uris_are_pictures(sent: Any) -> None:
+    data = encoded("BMP", "red")
+    text = base64.encodebytes(data).decode()  # with line breaks
+    assert sent(image=f"DATA:image/bmp;charset=x;base64,{text}").inputs["image"].tolist() == [data]
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF"])
+def test_picture_files_are_sent_unchanged(sent: Any, format: str) -> None:
+    data = encoded(format, "red")
+    assert sent(image=data).inputs["image"].tolist() == [data]
 
 
 def test_lists_and_stacked_arrays_hold_several_pictures(sent: Any) -> None:

@@ -38,13 +38,14 @@ def test_pictures_as_pil_and_as_arrays(answered: Any) -> None:
     assert as_pil.nsfw_content_detected is None
 
 
-def test_latents(answered: Any) -> None:
+def test_latents(answered: Any, tmp_path: Path) -> None:
     latents = np.random.default_rng(0).normal(size=(2, 4, 1, 2)).astype(np.float32)
     result = answered({"latents": latents, "seeds": np.array([5, 6])}, output_type="latent")
     assert np.array_equal(result.latents, latents)
     assert (result.images, result.seeds, result.timings) == ([], [5, 6], {})
-    with pytest.raises(ValueError, match="output_type was 'latent'"):
+    with pytest.raises(ValueError, match=r"out\.png: latents must be saved as \.npy"):
         result.save("out.png")
+    assert np.array_equal(np.load(*result.save(tmp_path / "out.npy")), latents)
 
 
 def test_seeds_are_returned_as_given(answered: Any) -> None:

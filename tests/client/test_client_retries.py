@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import grpc
@@ -17,12 +19,14 @@ from fake_triton import (
     in_turn,
     picture_answer,
     refuse,
+    running,
     until_cancelled,
 )
 
 from imprompt import (
     AsyncClient,
     Client,
+    ConnectionFailed,
     DeadlineExceeded,
     ImpromptError,
     Overloaded,
@@ -43,6 +47,39 @@ def test_requests_to_a_full_server_are_retried(any_client: Any, triton: FakeTrit
     result = getattr(any_client, method)(model="one", prompt="a", seed=3)
     assert isinstance(result if method == "generate" else list(result)[-1], Result)
     assert [call.inputs["seed"].item() for call in triton.calls] == [3, 3, 3]
+
+
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_requests_are_resent_to_a_server_that_restarts(
+    connect: Callable[..., Any], triton: FakeTriton, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr(_retry, "RECONNECT_S", 0.05)
+    with ExitStack() as servers:
+        address = servers.enter_context(running(triton))
+        client = connect(address)
+        client.generate(model="one", prompt="a", seed=1)
+        list(client.stream(model="one", prompt="a", seed=2))
+        servers.close()
+        restart = threading.Timer(
+            0.3, lambda: servers.enter_context(running(triton, port=int(address.rpartition(":")[2])))
+        )
+        restart.start()
+        result = getattr(client, method)(model="one", prompt="a", seed=3)
+        assert isinstance(result if method == "generate" else list(result)[-1], Result)
+        restart.join()
+    assert [call.inputs["seed"].item() for call in triton.calls] == [1, 2, 3]
+
+
+def test_server_that_stays_away_is_an_error(
+    connect: Callable[..., Any], triton: FakeTriton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_retry, "RECONNECT_S", 0.05)
+    monkeypatch.setattr(_retry, "RESTART_S", 0.2)
+    with running(triton) as address:
+        client = connect(address)
+        client.generate(model="one", prompt="a")
+    with pytest.raises(ConnectionFailed, match="cannot reach a gRPC server"):
+        client.generate(model="one", prompt="a")
 
 
 def test_number_of_retries_is_limited(connect: Callable[..., Any], triton: FakeTriton) -> None:

@@ -22,6 +22,7 @@ from fake_triton import EMBED_SIZE
 from PIL import Image
 
 from imprompt import InvalidRequest
+from imprompt._errors import short_repr
 from imprompt._model import Input, ServedModel
 from imprompt._request import Request, build_encode_request, build_request, check_request
 from imprompt._retry import check_timeout
@@ -316,7 +317,9 @@ TEXTS = [
 NUMBERS = [
     name
     for name, wanted in MODELS[0].inputs.items()
-    if wanted.dtype != "BYTES" and name not in ("timeout", "ip_adapter_scale", "ip_adapter_start", "ip_adapter_end")
+    if wanted.dtype != "BYTES"
+    and name
+    not in ("timeout", "encode_prompt", "image_latents", "ip_adapter_scale", "ip_adapter_start", "ip_adapter_end")
 ]
 
 
@@ -344,7 +347,7 @@ def build(model: ServedModel = MODELS[2], prompt: Any = "a", **parameters: Any) 
         "\ud83d",
         ["a", "\ud83d"],
     ],
-    ids=repr,
+    ids=short_repr,
 )
 def test_text_inputs_accept_only_strings(name: str, value: Any) -> None:
     with pytest.raises(InvalidRequest, match=f"^{name}: must be (a string|valid Unicode)") as caught:
@@ -371,9 +374,10 @@ def test_numeric_inputs_accept_only_numbers(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", ['{"a": 1}', [{"a": 1}], [["a", 1]], 3, b"{}", True])
-def test_scheduler_config_must_be_a_dict(value: Any) -> None:
-    with pytest.raises(InvalidRequest, match=r"^scheduler_config: must be a dict"):
-        build(scheduler_config=value)
+@pytest.mark.parametrize("name", ["scheduler_config", "lora"])
+def test_configurations_must_be_dicts(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest, match=rf"^{name}: must be a dict"):
+        build(**{name: value})
 
 
 @pytest.mark.parametrize("name", ["image", "mask_image", "control_image", "video", "ip_adapter_image"])
@@ -386,10 +390,10 @@ def test_picture_inputs_accept_only_pictures(name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        (b"", "the data is empty; expected a PNG, JPEG or WebP file"),
-        (b"GIF89a", "the data is not a PNG, JPEG or WebP picture"),
-        ("notes.txt", "'notes.txt' is not a PNG, JPEG or WebP picture"),
-        ("empty.png", "'empty.png' is empty; expected a PNG, JPEG or WebP file"),
+        (b"", "the data is empty; expected a PNG, JPEG, WebP, GIF, BMP or AVIF file"),
+        (b"II*\0", "the data is not a PNG, JPEG, WebP, GIF, BMP or AVIF picture"),
+        ("notes.txt", "'notes.txt' is not a PNG, JPEG, WebP, GIF, BMP or AVIF picture"),
+        ("empty.png", "'empty.png' is empty; expected a PNG, JPEG, WebP, GIF, BMP or AVIF file"),
         ("nowhere.png", "no such file: nowhere.png"),
         ("\0", r"'\x00' is not a valid path: embedded null byte"),
         ("\ud83d", "is not a valid path"),
@@ -402,7 +406,7 @@ def test_picture_inputs_accept_only_pictures(name: str, value: Any) -> None:
         (closed_picture(), "the picture cannot be read"),
         (cut_picture(), "the picture cannot be read"),
     ],
-    ids=str,
+    ids=short_repr,
 )
 @pytest.mark.parametrize("name", ["image", "control_image", "video", "ip_adapter_image", "negative_ip_adapter_image"])
 def test_error_describes_the_invalid_picture(

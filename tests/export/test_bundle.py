@@ -108,6 +108,14 @@ LORA = '[[lora]]\npath = "lora"\n'
         (BASE + "[shapes]\nrows = [1, 2, " + "9" * 400 + "]", "shapes.rows: must be a number of at most"),
         (BASE + LORA + "scale = nan", "lora.scale: must be a number"),
         (BASE + LORA + "scale = -inf", "lora.scale: must be a number"),
+        (BASE + LORA + "fused = false", "lora.name: lora lora is not fused and needs a name"),
+        (BASE + LORA + 'fused = false\nname = "a"\nscale = 1.0', "lora.scale: lora a is not fused; requests choose"),
+        (BASE + LORA + 'fused = false\nname = "a"', "lora.fused: .*onnxruntime.* cannot change weights.*inductor"),
+        (
+            BASE + LORA + 'fused = false\nname = "a"\n[engine]\nbackend = "inductor"\nprecision = "fp8"\n',
+            "lora.fused: weights in fp8 cannot change",
+        ),
+        (BASE + 2 * (LORA + 'name = "a"\n'), "lora.name: names must differ, got a, a"),
         (BASE + "[engine]\nmin_snr_db = nan", "engine.min_snr_db: must be a number"),
         *((BASE + f"[limits]\n{key} = 0", f"limits.{key}: must be (at least 1|above 0), got 0") for key in (
             "prompt_characters", "json_characters", "images", "image_megapixels", "image_aspect_ratio", "sample_steps",

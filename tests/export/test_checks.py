@@ -20,6 +20,8 @@ from tiny import adapters, base, control
 
 BASE = 'name = "tiny"\nbase = "base"\n'
 IP = "ip/models/ip-adapter_sd15.safetensors"
+ENCODER, NO_ENCODER = "ip/models/image_encoder", "image_encoder_folder = false"
+CONTROLNET_FILE = "depth/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base.make_sdxl(folder / "xl", layers_per_block=1)
     for family, encoder in (("models", "vit_h"), ("sdxl_models", "big_g")):
         adapters.make_image_encoder(folder / "ip" / family / "image_encoder", kind=encoder)
-    for kind in ("plain", "plus"):
+    for kind in ("plain", "plus", "faceid_plus"):
         adapters.make_adapter(folder / "ip", kind)
     adapters.make_adapter(folder / "ip", "plain", weight_name="ip-adapter_sd15.bin", subfolder="bin")
     adapters.make_adapter(folder / "ip", "plain", family="sdxl")
@@ -49,6 +51,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(folder / "depth", folder / "only_fp16")
     weights = folder / "only_fp16/diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".fp16.safetensors"))
+    shutil.copytree(folder / "depth", folder / "odd_name")
+    weights = folder / "odd_name/diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name("weights.safetensors"))
     (folder / "no_json/config.json").write_text("{")
     shutil.copytree(folder / "base", folder / "odd")
     odd = json.loads((folder / "odd/unet/config.json").read_text()) | {"layers_per_block": "two"}
@@ -98,10 +103,14 @@ def check(root: Path, text: str) -> None:
         adapter(IP),
         adapter(IP, 'weight_name = "ip-adapter_sd15.safetensors"'),
         adapter("ip/bin/ip-adapter_sd15.bin", 'image_encoder_folder = "../models/image_encoder"'),
+        adapter(IP, NO_ENCODER),
+        adapter("ip/models/ip-adapter-plus_sd15.safetensors", NO_ENCODER),
         adapter("ip/bin", 'image_encoder_folder = "../models/image_encoder"'),
         adapter("ip", 'subfolder = "bin"\nimage_encoder_folder = "models/image_encoder"'),
         lora("two", 'weight_name = "b.safetensors"'),
         net("controlnet", "depth"),
+        net("controlnet", CONTROLNET_FILE),
+        net("controlnet", "only_fp16") + 'variant = "fp16"',
         net("t2i_adapter", "sketch"),
         net("motion_adapter", "motion"),
     ],
@@ -111,9 +120,6 @@ def test_matching_checkpoints_pass(root: Path, text: str) -> None:
     check(root, text)
 
 
-ENCODER = "ip/models/image_encoder"
-CONTROLNET_FILE = "depth/diffusion_pytorch_model.safetensors"
-NO_ENCODER = "image_encoder_folder = false"
 KINDS = {
     "depth": "a ControlNet",
     "motion": "a motion adapter",
@@ -136,10 +142,16 @@ def test_wrong_kind_of_network_is_refused(root: Path, section: str, path: str) -
         refused(root, net(section, path), f"{section}.*: .* is {KINDS[path]}.*; expected {EXPECTED[section]}")
 
 
-@pytest.mark.parametrize("path", [*sorted({*KINDS} - {"base"}), IP, "bundle.toml"])
+@pytest.mark.parametrize("path", sorted({*KINDS} - {"base"}))
 def test_wrong_kind_of_base_is_refused(root: Path, path: str) -> None:
-    kind = KINDS.get(path) or {IP: "an IP-Adapter; convert a single file", "bundle.toml": r"a \.toml file"}[path]
-    refused(root, BASE.replace('"base"', f'"{path}"'), f"base: .* as a diffusers pipeline: it is {kind}")
+    refused(root, BASE.replace('"base"', f'"{path}"'), f"base: .* as a diffusers pipeline: it is {KINDS[path]}")
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"), [(IP, "is an IP-Adapter; expected a ch"), ("bundle.toml", "is not a weight")]
+)
+def test_wrong_kind_of_file_is_refused_as_base(root: Path, path: str, kind: str) -> None:
+    refused(root, BASE.replace('"base"', f'"{path}"'), f"base: .*{kind}")
 
 
 @pytest.mark.parametrize("path", ["depth", "motion", "sketch", "lora", "base/unet", ENCODER])
@@ -157,7 +169,6 @@ def test_wrong_kind_of_lora_is_refused(root: Path, path: str) -> None:
     ("text", "message"),
     [
         (adapter(IP, 'image_encoder_folder = "../../depth"'), "depth is a ControlNet; expected a CLIP image encoder"),
-        (net("controlnet", CONTROLNET_FILE), "is a ControlNet; expected the folder of a ControlNet"),
         # Damaged or incomplete
         (adapter("cut.safetensors", NO_ENCODER), r"cut\.safetensors is damaged"),
         (adapter("cut.bin", NO_ENCODER), r"cut\.bin is damaged"),
@@ -167,13 +178,19 @@ def test_wrong_kind_of_lora_is_refused(root: Path, path: str) -> None:
         (lora("cut.safetensors"), r"cut\.safetensors is damaged"),
         (net("controlnet", "cut_depth"), r"controlnet n: .*cut_depth.* is damaged"),
         (net("controlnet", "no_weights"), "controlnet n: no weights in .*no_weights"),
-        (net("controlnet", "only_fp16"), r"no weights in .*model\.fp16\.safetensors is not a name that diffusers"),
+        (net("controlnet", "only_fp16"), r"no weights in .*only_fp16; it has those of variant = \"fp16\""),
+        (net("controlnet", "depth") + 'variant = "fp16"', r"no weights of the variant \"fp16\" in .*depth"),
+        (net("controlnet", "odd_name"), r"no weights in .*odd_name; weights\.safetensors is not a name that diffusers"),
         (net("controlnet", "no_json"), r"controlnet n: .*config\.json is not JSON"),
         (BASE.replace('"base"', '"cut_base"'), r"base: .*unet.* is damaged"),
         (BASE.replace('"base"', '"odd"'), "cannot read a configuration of the checkpoints"),
         (BASE.replace('"base"', '"no_vae"'), "base: no folder vae in .*no_vae"),
         (BASE.replace('"base"', '"no_text_encoder"'), "base: no folder text_encoder"),
         # Made for another base
+        (
+            adapter("ip/ip-adapter-faceid-plus_sd15.bin", NO_ENCODER),
+            "needs an image encoder besides the face embedding",
+        ),
         (adapter("ip/sdxl_models"), "made for 17 attention layers of width 128, but the base has 10 of width 48"),
         (adapter(IP, 'image_encoder_folder = "../sdxl_models/image_encoder"'), "of width 64, but .* produces 80"),
         (net("controlnet", "xldepth"), "controlnet n: its cross_attention_dim is 128, but the base needs 48"),

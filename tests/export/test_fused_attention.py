@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from imprompt_bench import rig
 from imprompt_export.backends import export_backend
-from imprompt_export.bundle import EngineSection
 from imprompt_export.fused_attention import DOMAIN, fuse_attention
 from imprompt_export.graphs import Graph, Input
 from imprompt_export.image_prompt import AdapterPrompts, ImagePromptProcessor, ImagePrompts
 from imprompt_export.onnx_graph import export_onnx
+from imprompt_export.sections import EngineSection
 from imprompt_serving.backends import get_backend
 
 

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import msgspec
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from export.test_profiles import bundle
 from imprompt_export import BundleError, graphs
 from imprompt_export.backends import BuiltEngine, export_backend
 from imprompt_export.backends.inductor import Packager
-from imprompt_export.bundle import EngineSection
+from imprompt_export.lora import Factors
 from imprompt_export.parity import compare
 from imprompt_export.precision import cast
 from imprompt_export.profiles import exact_axes
 from imprompt_export.programs import trace
+from imprompt_export.sections import EngineSection
 from imprompt_serving.backends import EngineError, get_backend
-from imprompt_serving.backends.inductor import EngineInfo
+from imprompt_serving.backends.inductor import WEIGHTS, EngineInfo, InductorEngine
+from imprompt_serving.gpu import LoraEngine
+from imprompt_serving.gpu.loras import LoraWeights
 from imprompt_serving.specs import Bundle, Range, Shapes
 
 SHAPES = Shapes(height=Range(64, 64, 96), width=Range(64, 64, 128), rows=Range(1, 2, 2))
@@ -146,6 +152,88 @@ def test_packages_in_half_precision(workshop: Workshop) -> None:
     assert all(row.passed for row in rows)
     assert min(row.difference for row in rows) > graph.tolerance / 10  # a float32 graph would be closer
     assert {weight.dtype for weight in graph.module.parameters()} == {torch.float32}
+
+
+def test_internal_tensors_keep_the_type_of_the_packages(workshop: Workshop) -> None:
+    """Numpy has no bf16: such arrays are float32, and the engine casts them."""
+    graph = replace(small(), internal=frozenset(("sample", "noise_pred")))
+    made = workshop.make(graph, "bf16")
+    engine = get_backend("inductor").load(made.file)
+    assert isinstance(engine, InductorEngine)
+    example = graph.example(graph.checks[0])
+    answer = engine.run_tensors(example)["noise_pred"]
+    assert answer.dtype == torch.bfloat16
+    assert torch.equal(engine.run_tensors(example | {"sample": example["sample"].bfloat16()})["noise_pred"], answer)
+    array = engine.run({name: tensor.numpy() for name, tensor in example.items()})["noise_pred"]
+    assert np.array_equal(array, answer.float().numpy())
+    assert all(row.passed for row in compare(graph, made.file, "inductor", "bf16"))
+
+
+def with_loras() -> graphs.Graph:
+    """Make `small` with two LoRAs for its convolution, of rank 2 and 1."""
+    torch.manual_seed(9)
+    graph = small()
+    weight = graph.module.state_dict()["weight"]
+    layers = [{"0": Factors(torch.randn(rank, *weight.shape[1:]), torch.randn(len(weight), rank))} for rank in (2, 1)]
+    return replace(graph, module=torch.nn.Sequential(graph.module), loras=dict(zip("ab", layers, strict=True)))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_loras_replace_weights_in_place_and_exactly(channels_last: bool, workshop: Workshop) -> None:
+    graph, pointers = with_loras(), set[int]()
+    file = workshop.make(graph).file
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    weights = {
+        name: w.clone(memory_format=order) if w.ndim == 4 else w
+        for name, w in load_file(file.with_suffix(WEIGHTS)).items()
+    }
+    loras, name = LoraWeights(file, weights, lambda name: weights[name].clone()), "module.0.weight"
+    base, seen = weights[name].clone(), dict[str, torch.Tensor]()
+    for scales in ({"a": 0.7}, {"a": 0.7, "b": -2.0}, {}, {"b": 1.0}, {"a": 0.7, "b": -2.0}, {"a": 0.7}, {}):
+        loras.use(scales)
+        factors = [(graph.loras[lora]["0"], scale) for lora, scale in scales.items()]
+        expected = base + sum(scale * (up @ down.flatten(1)).reshape(base.shape) for (down, up), scale in factors)
+        torch.testing.assert_close(weights[name], expected)
+        assert torch.equal(weights[name], seen.setdefault(str(scales), weights[name].clone()))
+        pointers.add(weights[name].data_ptr())
+    assert len(pointers) == 1
+    assert torch.equal(weights[name], base)
+
+
+def test_a_failed_switch_is_repeated(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = workshop.make(with_loras()).file
+    weights = load_file(file.with_suffix(WEIGHTS))
+    base = weights["module.0.weight"].clone()
+    loras = LoraWeights(file, weights, lambda name: base)
+    loras.use({"a": 1.0})
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "addmm", mock.Mock(side_effect=RuntimeError("out of memory")))
+        with pytest.raises(RuntimeError):
+            loras.use({"b": 1.0})
+    loras.use({})
+    assert torch.equal(weights["module.0.weight"], base)
+
+
+def test_a_package_runs_with_the_loras_in_use(workshop: Workshop) -> None:
+    graph = with_loras()
+    file = workshop.make(graph).file
+    engine, example = get_backend("inductor").load(file), graph.example(graph.checks[-1])
+    assert isinstance(engine, LoraEngine)
+    tensors = {name: tensor.numpy() for name, tensor in example.items()}
+    plain = engine.run(tensors)["noise_pred"]
+    engine.use_loras({"b": 0.5})
+    changed = engine.run(tensors)["noise_pred"]
+    with torch.no_grad():
+        down, up = graph.loras["b"]["0"]
+        weight = graph.module.state_dict()["0.weight"]
+        weight += 0.5 * (up @ down.flatten(1)).reshape(weight.shape)
+        np.testing.assert_allclose(changed, graph.run(example)[0].numpy(), atol=1e-4)
+    assert not np.allclose(changed, plain, atol=1e-2)
+    engine.use_loras({})
+    assert np.array_equal(engine.run(tensors)["noise_pred"], plain)
+    # Weights only change in memory: another engine reads the original file.
+    engine.use_loras({"b": 0.5})
+    assert np.array_equal(get_backend("inductor").load(file).run(tensors)["noise_pred"], plain)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from bundles import ExportedBundle
-from imprompt_export.int8 import Quality, QualityError, check_quality
+from imprompt_export.quality import Quality, QualityError, check_quality
 
 NETWORKS = {"unet", "controlnet_depth"}
 
@@ -30,7 +30,7 @@ def test_step_networks_become_smaller(bundle: Callable[[str], ExportedBundle]) -
 
 def test_quality_is_measured_and_checked(bundle: Callable[[str], ExportedBundle]) -> None:
     report = json.loads(Path(bundle("int8").repository, "int8/export.json").read_text())
-    rows = msgspec.convert(report["int8"], list[Quality])
+    rows = msgspec.convert(report["quality"], list[Quality])
     assert {row.engine for row in rows} == NETWORKS
     for row in rows:
         assert 8 <= row.calls <= 10

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, MotionAdapter, UNetMotionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from imprompt_export import BundleError, BundleFile, lora
+from imprompt_export.backends.inductor import _save_loras
 from imprompt_export.checks import check_checkpoints
+from imprompt_export.graphs import Graph
+from imprompt_serving.gpu.loras import LoraWeights
 from tiny import adapters, base, control
 
 Weights = dict[str, Tensor]
@@ -163,6 +167,53 @@ def test_alpha_is_read_from_the_metadata_of_diffusers(root: Path, tmp_path: Path
     assert_equal(fused(root, "sd15", file), by_diffusers(root, "sd15", file))
 
 
+def dora(root: Path, family: str, content: Weights) -> Weights:
+    """Add magnitudes to a PEFT LoRA, about those of the base's weights but different in every row."""
+    base_weights = weights(pipeline(root, family))
+    magnitudes = {}
+    for layer in (name.removesuffix(".lora_A.weight") for name in content if name.endswith(".lora_A.weight")):
+        weight = base_weights[f"{layer.replace('text_model.', '')}.weight"]
+        magnitude = weight.flatten(1).norm(dim=1) * torch.linspace(0.8, 1.2, len(weight))
+        # transformers, which loads those of text encoders, only finds them by the longer name.
+        name = f"{layer}.lora_magnitude_vector{'.weight' if layer.startswith('text') else ''}"
+        magnitudes[name] = magnitude if weight.dim() == 2 else magnitude[None, :, None, None]
+    return content | magnitudes
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_doras_are_applied_as_in_diffusers(root: Path, tmp_path: Path, family: str) -> None:
+    """diffusers applies PEFT's DoRAs; kohya's, whose magnitudes it drops, give the same weights here."""
+    content = load_file(root / f"{family}-lora/pytorch_lora_weights.safetensors")
+    file = save(tmp_path / "a.safetensors", dora(root, family, content))
+    ours = fused(root, family, file)
+    assert_equal(ours, by_diffusers(root, family, file))
+    plain = fused(root, family, save(tmp_path / "plain.safetensors", content))
+    assert sum(not torch.allclose(ours[name], value) for name, value in plain.items()) == len(content) // 2
+    parts = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "lora_magnitude_vector": "dora_scale"}
+    kohya = {}
+    for name, value in load_file(file).items():
+        layer, part = name.removesuffix(".weight").rsplit(".", 1)
+        layer = layer.replace("text_encoder.", "lora_te_").replace("unet.", "lora_unet_").replace(".", "_")
+        if part == "lora_magnitude_vector":
+            value = value.reshape(-1, *[1] * max(value.dim() - 1, 1))
+        kohya[f"{layer}.{parts[part]}"] = value
+    assert_equal(fused(root, family, save(tmp_path / "kohya.safetensors", kohya)), ours)
+
+
+def test_a_dora_cannot_be_chosen_by_requests(root: Path, tmp_path: Path) -> None:
+    content = load_file(root / "sdxl-lora/pytorch_lora_weights.safetensors")
+    file = save(tmp_path / "dora.safetensors", dora(root, "sdxl", content))
+    (tmp_path / "bundle.toml").write_text(
+        f'name = "t"\nbase = "{root}/sdxl"\n[engine]\nbackend = "inductor"\n'
+        f'[[lora]]\nname = "a"\npath = "{file.name}"\nfused = false\n'
+    )
+    said = r"is a DoRA, which requests cannot choose: fuse this one \(fused = true\)"
+    with pytest.raises(BundleError, match=said):
+        check_checkpoints(BundleFile.load(tmp_path / "bundle.toml"))
+    with pytest.raises(BundleError, match=said):
+        lora.unet_factors("lora", file, pipeline(root, "sdxl"))
+
+
 def _first(content: Weights) -> str:
     return next(name.partition(".lora_down")[0] for name in content if ".lora_down" in name)
 
@@ -170,8 +221,8 @@ def _first(content: Weights) -> str:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c | {f"{_first(c)}.dora_scale": torch.ones(4)}, r"is a DoRA \(.*dora_scale\), not a LoRA"),
-        (lambda c: c | {f"{_first(c)}.lora_magnitude_vector": torch.ones(4)}, "is a DoRA"),
+        (lambda c: c | {f"{_first(c)}.dora_scale": torch.ones(1, 48)}, r"dora_scale has the shape \[1, 48\], not one"),
+        (lambda c: c | {f"{_first(c)}.lora_magnitude_vector": torch.ones(4)}, r"has the shape \[4\], not one magn"),
         (lambda c: c | {f"{_first(c)}.lora_mid.weight": torch.ones(4, 4, 3, 3)}, r"cannot be applied: .*lora_mid"),
         (lambda c: c | {f"{_first(c)}.diff_b": torch.ones(4)}, r"cannot be applied: .*diff_b"),
         (lambda c: c | {"bundle_emb.cat.string_to_param": torch.ones(4)}, r"cannot be applied: bundle_emb"),
@@ -208,3 +259,72 @@ def test_ip_adapter_is_refused_as_lora(root: Path, tmp_path: Path) -> None:
     (tmp_path / "bundle.toml").write_text(f'name = "t"\nbase = "{root}/sd15"\n[[lora]]\npath = "{faceid.name}"\n')
     with pytest.raises(BundleError, match=r"is an IP-Adapter .*, not a LoRA"):
         check_checkpoints(BundleFile.load(tmp_path / "bundle.toml"))
+
+
+def test_a_lora_for_requests_adds_what_a_fused_one_does(root: Path, tmp_path: Path) -> None:
+    file = control.make_lora(tmp_path)
+    pipe, theirs = pipeline(root, "sd15"), fused(root, "sd15", file)
+    ours = weights(pipe)
+    for layer, (down, up) in lora.unet_factors("lora", file, pipe).items():
+        weight = ours[f"unet.{layer}.weight"]
+        weight += 0.7 * (up @ down.flatten(1)).reshape(weight.shape)
+    assert_equal(ours, theirs)
+
+
+def test_a_lora_for_requests_must_not_change_text_encoders(root: Path, tmp_path: Path) -> None:
+    """It is refused before weights are loaded, and again when they are loaded, as with a base on the hub."""
+    file = control.make_lora(tmp_path, text_encoder=True)
+    (tmp_path / "bundle.toml").write_text(
+        f'name = "t"\nbase = "{root}/sd15"\n[engine]\nbackend = "inductor"\n'
+        f'[[lora]]\nname = "a"\npath = "{file.name}"\nfused = false\n'
+    )
+    said = r"of its layers are in the text_encoder; .*fuse this one \(fused = true\)"
+    with pytest.raises(BundleError, match=said):
+        check_checkpoints(BundleFile.load(tmp_path / "bundle.toml"))
+    pipe = pipeline(root, "sd15")
+    with pytest.raises(BundleError, match=said):
+        lora.unet_factors("lora", file, pipe)
+
+
+def test_a_motion_unet_has_the_layers_of_its_unet(root: Path, tmp_path: Path) -> None:
+    """So the same factors fit both networks."""
+    pipe = pipeline(root, "sd15")
+    motion = MotionAdapter.from_pretrained(control.make_motion_adapter(tmp_path / "motion"))
+    state = UNetMotionModel.from_unet2d(pipe.unet, motion).state_dict()
+    factored = lora.unet_factors("lora", control.make_lora(tmp_path), pipe)
+    assert len(factored) > 100
+    for layer, (down, up) in factored.items():
+        assert state[f"{layer}.weight"].shape == (len(up), *down.shape[1:])
+
+
+def test_sets_of_loras_replace_weights_as_diffusers_does(root: Path, tmp_path: Path) -> None:
+    """Compare the weights of a served UNet after switches between sets of LoRAs with those after `set_adapters`."""
+    files = {n: control.make_lora(tmp_path, weight_name=f"{n}.safetensors", seed=i) for i, n in enumerate("ab")}
+    pipe, oracle = pipeline(root, "sd15"), pipeline(root, "sd15")
+    graph = SimpleNamespace(
+        name="unet", loras={name: lora.unet_factors(name, file, pipe) for name, file in files.items()}
+    )
+    served = {f"module.{name}": weight.detach() for name, weight in pipe.unet.named_parameters()}
+    _save_loras(cast(Graph, graph), tmp_path / "unet.json", served)
+    loaded = LoraWeights(tmp_path / "unet.json", served, lambda name: served[name].clone())
+    before = weights(pipe)
+    loaded.use({"a": 0.7, "b": -0.4})
+    ours = weights(pipe)
+    loaded.use({"b": 1.0})
+    loaded.use({})
+    assert all(torch.equal(value, before[name]) for name, value in weights(pipe).items())
+    loaded.use({"a": 0.7, "b": -0.4})
+    assert all(torch.equal(value, ours[name]) for name, value in weights(pipe).items())
+    for name, file in files.items():
+        oracle.load_lora_weights(file, adapter_name=name)
+    oracle.set_adapters(["a", "b"], [0.7, -0.4])
+    oracle.fuse_lora(adapter_names=["a", "b"])
+    oracle.unload_lora_weights()
+    assert_equal(ours, weights(oracle))
+
+
+def test_a_lora_for_weights_that_a_network_lacks_is_refused(tmp_path: Path) -> None:
+    factors = lora.Factors(torch.ones(1, 4), torch.ones(4, 1))
+    graph = SimpleNamespace(name="unet", loras={"a": {"mid": factors}})
+    with pytest.raises(BundleError, match="lora a: unet does not use the weights of mid"):
+        _save_loras(cast(Graph, graph), tmp_path / "unet.json", ["module.conv.weight"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,19 +11,23 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
 from onnx import TensorProto
 from transformers import CLIPVisionModelWithProjection
 
-from imprompt_export import graphs, parity
+from imprompt_export import control, graphs, parity
 from imprompt_export.backends import export_backend, openvino
-from imprompt_export.bundle import BundleFile, EngineSection
+from imprompt_export.bundle import BundleFile
 from imprompt_export.checkpoints import load
 from imprompt_export.exporter import bundle_graphs
 from imprompt_export.onnx_graph import export_onnx
 from imprompt_export.parity import compare
-from imprompt_export.precision import Positional, dtype_of
+from imprompt_export.precision import Positional, cast, dtype_of
+from imprompt_export.sections import EngineSection
 from imprompt_serving.backends import get_backend
+from imprompt_serving.gpu.onnxruntime import OnnxRuntimeDeviceEngine
 from tiny import base
+from tiny.control import make_controlnet
 from tiny.weights import randomize
 
 
@@ -80,6 +85,50 @@ def test_exact_inputs_are_not_cast() -> None:
     (answer,) = Positional(graph, torch.bfloat16)(*graph.example({}).values())
     assert [seen[tensor.name].dtype for tensor in inputs] == [torch.bfloat16, torch.float32, torch.int64]
     assert answer.dtype == torch.float32
+
+
+@pytest.fixture(scope="module")
+def control_chain(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, graphs.Graph]:
+    """A ControlNet and a UNet that takes its residuals, with their ONNX files in fp16."""
+    folder = tmp_path_factory.mktemp("control")
+    make_controlnet(folder / "net", layers_per_block=1, levels=2)
+    net = ControlNetModel.from_pretrained(folder / "net").eval()
+    unet = randomize(UNet2DConditionModel(**base.unet_config("sd15", 1, levels=2)), 2).eval()
+    chain = control.controlnet("depth", net)[-1], graphs.unet(unet, [], control.residuals(unet))
+    files = {folder / f"{graph.name}.onnx": graph for graph in chain}
+    for file, graph in files.items():
+        export_onnx(graph, file, torch.float16)
+    return files
+
+
+def test_residuals_go_from_engine_to_engine_in_fp16(control_chain: dict[Path, graphs.Graph]) -> None:
+    """They take half the bytes, and the prediction equals that of a chain which casts them to float32 and back."""
+    net, unet = control_chain.values()
+    given = {name: tensor for graph in (net, unet) for name, tensor in graph.example(unet.checks[-1]).items()}
+    half = {name: tensor.numpy() for name, tensor in given.items()}
+    for file in control_chain:
+        half |= get_backend("onnxruntime").load(file).run(half)
+    for graph in (net, unet):
+        through_float32 = replace(graph, internal=frozenset())
+        with torch.no_grad(), cast(graph.module, torch.float16):
+            answer = Positional(through_float32, torch.float16)(*(given[tensor.name] for tensor in graph.inputs))
+        given |= zip(graph.outputs, answer, strict=True)
+    assert sum(half[name].nbytes for name in net.outputs) == sum(given[name].nbytes for name in net.outputs) / 2
+    expected = given["noise_pred"].numpy()
+    assert half["noise_pred"].dtype == expected.dtype == np.float32
+    assert np.abs(half["noise_pred"] - expected).max() < 5e-3 * np.abs(expected).max()
+    silent = {name: np.zeros_like(half[name]) for name in net.outputs}
+    other = get_backend("onnxruntime").load([*control_chain][1]).run(half | silent)["noise_pred"]
+    assert np.abs(half["noise_pred"] - other).max() > 0.1 * np.abs(expected).max()
+
+
+def test_engines_with_residuals_are_compared(control_chain: dict[Path, graphs.Graph]) -> None:
+    """Example values are float32; engines cast inputs that they expect in another type."""
+    for file, graph in control_chain.items():
+        assert all(row.passed for row in compare(graph, file, "onnxruntime", "fp16"))
+        answer = OnnxRuntimeDeviceEngine(file, "cpu").run_tensors(graph.example(graph.checks[0]))
+        types = {name: torch.float16 if name in graph.internal else torch.float32 for name in graph.outputs}
+        assert {name: tensor.dtype for name, tensor in answer.items()} == types
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

@@ -79,7 +79,7 @@ def test_profiles_of_a_unet() -> None:
     assert [tuple(batch for (batch,) in profile["timestep"]) for profile in found] == ROWS * 2
     picture, regions = found[4], found[9]
     assert picture["sample"] == ((9, 4, 8, 8), (16, 4, 64, 64), (16, 4, 96, 128))
-    assert picture["encoder_hidden_states"] == ((9, 77, 48), (16, 77, 48), (16, 77, 48))
+    assert picture["encoder_hidden_states"] == ((9, 77, 48), (16, 77, 48), (16, 616, 48))
     assert picture["ip_mask_plus_0"] == ((9, 1, 64), (16, 1, 4096), (16, 1, 96 * 128))
     assert picture["mid_residual"] == ((9, 64, 4, 4), (16, 64, 32, 32), (16, 64, 48, 64))
     assert picture["ip_tokens_plus"] == ((9, 1, 1, 48), (16, 1, 16, 48), (16, 1, 64, 48))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import struct
 import zlib
@@ -128,7 +129,7 @@ def corrupt(rng: Random, data: bytes) -> bytes:
 
 def picture(rng: Random) -> bytes:
     """Draw bytes for a picture input."""
-    match rng.randrange(8):
+    match rng.randrange(9):
         case 0 | 1:
             return photo(rng.choice((64, 64, 72, 8, 1, 300)), rng.randrange(4))
         case 2 | 3:
@@ -137,6 +138,8 @@ def picture(rng: Random) -> bytes:
             return rng.choice(_BOMBS)()
         case 5:
             return rng.choice(NOT_PICTURES)
+        case 6:
+            return rng.choice((b"", b"data:image/png;base64,")) + base64.b64encode(picture(rng))
         case _:
             return corrupt(rng, rng.choice((photo(), *every_format())))
 

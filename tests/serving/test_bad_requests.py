@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from imprompt import InvalidRequest
+from imprompt._errors import short_repr
 from served import Served
 from tiny import images
 
@@ -62,7 +63,7 @@ def huge_png(side: int) -> bytes:
         ("ip_adapter_image", {"ip_adapter_image": {"plain": b""}}),
         ("ip_adapter_scale", {"ip_adapter_image": {"plain": images.photo(1)}, "ip_adapter_scale": float("nan")}),
     ],
-    ids=str,
+    ids=short_repr,
 )
 def test_refusals_name_the_parameter(sd15: Served, parameter: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest) as caught:

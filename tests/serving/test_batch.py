@@ -7,7 +7,7 @@ import torch
 
 from imprompt_bench.rig import Rig, sd15
 from imprompt_serving.backends.padding import PaddedEngine, warm_up
-from imprompt_serving.denoiser.batch import Batcher, RowSlice, stack
+from imprompt_serving.denoiser.batch import Batcher, RowSlice, _repeat_tokens, stack
 from imprompt_serving.specs import CallRows
 from serving.test_job import Half
 
@@ -38,6 +38,21 @@ def test_padding_changes_no_picture() -> None:
     for wait, expected in zip(waits, alone, strict=True):
         assert torch.equal(wait(), expected)
     room.denoiser.stop()
+
+
+def test_texts_are_padded_by_repeating_their_tokens() -> None:
+    """The softmax of repeated tokens is that of the tokens. Short texts get at least the usual length."""
+    generator = torch.Generator().manual_seed(0)
+    short, usual, long = (torch.randn(2, tokens, 8, generator=generator) for tokens in (25, 50, 200))
+    padded = _repeat_tokens([short, usual, long], 77)
+    assert [tensor.shape[1] for tensor in padded] == [200] * 3
+    assert padded[2] is long
+    query = torch.randn(2, 5, 8, generator=generator)
+    for text, repeated in ((short, padded[0]), (usual, padded[1])):
+        expected = torch.nn.functional.scaled_dot_product_attention(query, text, text)
+        found = torch.nn.functional.scaled_dot_product_attention(query, repeated, repeated)
+        torch.testing.assert_close(found, expected)
+    assert [tensor.shape[1] for tensor in _repeat_tokens([short], 77)] == [100]
 
 
 def test_rows_of_one_job_are_not_copied() -> None:

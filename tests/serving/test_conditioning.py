@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 
 from imprompt_bench import rig
 from imprompt_serving.denoiser.conditioning import Conditioner
-from imprompt_serving.denoiser.features import prepare_features
+from imprompt_serving.denoiser.features import prepare_features, sum_features
 from imprompt_serving.job_request import AdapterOptions, ControlOptions, JobRequest
 from imprompt_serving.specs import Residual, Shapes, T2IAdapter
 from jobs import job_request
@@ -61,11 +61,14 @@ class Sketch:
         return {"intrablock_residual_0": images[:, :, ::8, ::8]}
 
 
-def test_control_images_of_many_prompts_take_several_calls() -> None:
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_control_images_of_many_prompts_take_several_calls(precision: str, dtype: torch.dtype) -> None:
+    """Features have the type of the UNet, and so do the zeros of steps without them."""
     bundle = msgspec.structs.replace(
         rig.sd15(rows=2),
         t2i_adapters=(T2IAdapter(name="sketch", channels=1, downscale_factor=8),),
         features=(Residual(1, 0),),
+        precision=precision,
     )
     images = torch.arange(5.0)[:, None, None, None].expand(5, 1, 64, 64).contiguous()
     asked = request(prompts=5, controls=(ControlOptions(name="sketch", scale=2.0),))
@@ -75,6 +78,8 @@ def test_control_images_of_many_prompts_take_several_calls() -> None:
     rows = found.tensors["intrablock_residual_0"]
     assert rows.shape == (10, 1, 8, 8)
     assert rows[:, 0, 0, 0].tolist() == [0, 2, 4, 6, 8] * 2
+    assert rows.dtype == dtype
+    assert sum_features(bundle, [], 10, (8, 8), torch.device("cpu"))["intrablock_residual_0"].dtype == dtype
 
 
 TEXT = {f"{prefix}prompt_embeds": torch.zeros(1, 77, rig.WIDTH) for prefix in ("", "negative_")}

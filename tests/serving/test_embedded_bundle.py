@@ -16,15 +16,9 @@ MEGABYTE = 10**6
 
 
 @pytest.fixture(scope="module")
-def client(request: pytest.FixtureRequest) -> Iterator[Client]:
-    """A client of a server with the bundles that the demo exports."""
-    server = Server(demo.export_once(Path(str(request.config.cache.mkdir("demo")))))
-    server.start()
-    try:
-        with Client(server.grpc_address) as client:
-            yield client
-    finally:
-        server.kill()
+def client(world: Server) -> Iterator[Client]:
+    with Client(world.grpc_address) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")

@@ -149,7 +149,11 @@ def test_photo_is_rotated_by_its_exif_orientation(face: Served, app: Any, tmp_pa
     [
         ("ip_adapter_image", "picture 2 of 3", {"ip_adapter_image": {"portrait": [ANNA, NOBODY, BERT]}}),
         ("ip_adapter_image", "picture 1 of 1", {"ip_adapter_image": {"plus_face": NOBODY}}),
-        ("ip_adapter_image", "not a PNG, JPEG or WebP picture", {"ip_adapter_image": {"portrait": b"this is text"}}),
+        (
+            "ip_adapter_image",
+            "not a PNG, JPEG, WebP, GIF, BMP or AVIF picture",
+            {"ip_adapter_image": {"portrait": b"this is text"}},
+        ),
         (
             "negative_ip_adapter_image",
             "zeros",

@@ -62,11 +62,12 @@ import asyncio
 from types import SimpleNamespace
 import numpy as np
 import triton_python_backend_utils as pb_utils
+from imprompt_serving.heartbeat import Heart
 from imprompt_serving.triton.pipeline import TritonModels
 
 class TritonPythonModel:
     def initialize(self, args):
-        self.models = TritonModels(SimpleNamespace(host="python", model=str), 4)
+        self.models = TritonModels(SimpleNamespace(host="python", model=str), 4, Heart("front"))
 
     async def execute(self, requests):
         return [await self.answer(request) for request in requests]

@@ -32,8 +32,8 @@ def int8(served: Callable[[str], Served]) -> Served:
 
 def test_the_quality_report_is_saved_with_the_engines(int8: Served) -> None:
     report = json.loads(Path(int8.bundle.repository, "int8/export.json").read_text())
-    assert {row["engine"] for row in report["int8"]} == {"unet", "controlnet_depth"}
-    assert all(row["snr_db"] >= row["min_snr_db"] for row in report["int8"])
+    assert {row["engine"] for row in report["quality"]} == {"unet", "controlnet_depth"}
+    assert all(row["snr_db"] >= row["min_snr_db"] for row in report["quality"])
     assert int8.client.describe("int8")["precision"] == "int8"
 
 

@@ -57,6 +57,8 @@ def test_a_job_that_overflows_names_the_cause_and_does_not_fail_others() -> None
         ("ip_adapter_scale", {"adapters": (AdapterOptions(name="plain", scale=1e4),)}, 1.0),
         ("ip_adapter_scale", {"adapters": (AdapterOptions(name="plain", scale={"up": {"block_0": [0, -1e4]}}),)}, 1.0),
         ("controlnet_conditioning_scale", {"controls": (ControlOptions(name="depth", scale=-1e4),)}, 1.0),
+        ("lora", {"lora": {"soft": -8.0}}, 1.0),
+        (None, {"lora": {"soft": 1.0}}, 1.0),
         ("ip_adapter_image_embeds", {"adapters": (AdapterOptions(name="plain"),)}, 9e3),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import queue
 import shutil
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,7 @@ import numpy as np
 import psutil
 import pytest
 
-from imprompt_serving import _triton_install
-from imprompt_serving.launcher import Addresses, LaunchError, Server
+from imprompt_serving.launcher import Addresses, LaunchError, Server, install
 
 grpc = pytest.importorskip("tritonclient.grpc", reason="needs tritonclient[grpc]")
 needs_triton = pytest.mark.skipif(
@@ -87,17 +88,25 @@ class TritonPythonModel:
             sender.send(pb_utils.InferenceResponse(answer.output_tensors()))
 """
 
-# Serves argv[1] with a drain timeout of argv[2] seconds, as the command does.
+# Serves argv[1] with a drain timeout of argv[2] seconds, as the command does; restarts if argv[3] is "restart".
 FOREGROUND = """
 import sys
 from imprompt_serving.launcher import LaunchError, serve
 
 def ready(addresses):
-    print("ready", addresses.grpc, addresses.metrics, flush=True)
+    print("ready", addresses.grpc, addresses.metrics, addresses.health, flush=True)
 
 try:
     sys.exit(
-        serve(sys.argv[1], grpc_port=0, metrics_port=0, drain_timeout=float(sys.argv[2]), on_ready=ready)
+        serve(
+            sys.argv[1],
+            grpc_port=0,
+            metrics_port=0,
+            health_port=0,
+            drain_timeout=float(sys.argv[2]),
+            restart=sys.argv[3] == "restart",
+            on_ready=ready,
+        )
     )
 except LaunchError as error:
     print(f"error: {error}", file=sys.stderr)
@@ -180,6 +189,17 @@ class Foreground:
         [stub] = [p for p in self.family if any(f"/{model}/1/model.py" in argument for argument in p.cmdline())]
         return stub
 
+    def health(self, path: str) -> tuple[int, dict[str, Any]]:
+        """Return the status and the answer of a health check."""
+        assert self.addresses.health is not None
+        connection = HTTPConnection(self.addresses.health, timeout=10)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            return response.status, json.load(response)
+        finally:
+            connection.close()
+
     def assert_nothing_left(self) -> None:
         assert not [process for process in self.family if alive(process)]
         assert not leftovers(self.process.pid)
@@ -199,13 +219,13 @@ def leftovers(launcher_pid: int) -> list[Path]:
 
 
 @contextmanager
-def foreground(repository: Path, *, drain_timeout: float = 20) -> Iterator[Foreground]:
+def foreground(repository: Path, *, drain_timeout: float = 20, restart: bool = False) -> Iterator[Foreground]:
     errors = repository.parent / "errors.txt"
     scratch = repository.parent / "scratch"
     scratch.mkdir()
     with errors.open("w") as sink:
         process = subprocess.Popen(
-            [sys.executable, "-c", FOREGROUND, str(repository), str(drain_timeout)],
+            [sys.executable, "-c", FOREGROUND, str(repository), str(drain_timeout), "restart" if restart else "never"],
             stdout=subprocess.PIPE,
             stderr=sink,
             env=os.environ | {"TMPDIR": str(scratch)},
@@ -215,11 +235,11 @@ def foreground(repository: Path, *, drain_timeout: float = 20) -> Iterator[Foreg
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line.startswith("ready "), errors.read_text()
-        grpc_address, metrics = line.split()[1:]
+        grpc_address, metrics, health = line.split()[1:]
         family = psutil.Process(process.pid).children(recursive=True)
         assert leftovers(process.pid)  # so that their absence later proves something
         assert list(scratch.iterdir())
-        yield Foreground(process, errors, scratch, Addresses(grpc=grpc_address, metrics=metrics), family)
+        yield Foreground(process, errors, scratch, Addresses(grpc=grpc_address, metrics=metrics, health=health), family)
     finally:
         process.kill()
         process.communicate()
@@ -338,6 +358,54 @@ def test_server_exits_when_triton_dies(repository: Path) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_failed_server_is_restarted_on_the_same_ports(repository: Path, number: int) -> None:
+    with foreground(repository, restart=True) as server:
+        assert server.health("/readyz") == (
+            200,
+            {"state": "serving", "restarts": 0, "last_failure": None, "bundles": {}},
+        )
+        before = server.family
+        server.stub("echo").send_signal(number)
+        wait_for(lambda: server.health("/readyz")[1]["restarts"] == 1)
+        assert server.health("/livez")[0] == 200
+        wait_for(lambda: server.health("/readyz")[0] == 200, 120)
+        assert echo(server.addresses.grpc, 4) == [4]
+        assert not any(alive(process) for process in before)
+        assert "echo_0_0" in server.health("/readyz")[1]["last_failure"]
+        assert "restarting in 1 s" in server.errors.read_text()
+        server.family = psutil.Process(server.process.pid).children(recursive=True)
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+        server.assert_nothing_left()
+
+
+@needs_triton
+def test_server_that_fails_to_restart_is_restarted_once_it_can_be(repository: Path) -> None:
+    with foreground(repository, restart=True) as server:
+        code = (repository / "echo/1/model.py").read_text()
+        (repository / "echo/1/model.py").write_text("raise ValueError('broken')")
+        server.stub("echo").kill()
+        wait_for(lambda: server.health("/livez")[1]["restarts"] == 2, 60)
+        assert server.health("/readyz")[0] == 503
+        assert "model 'echo' failed to load: ValueError: broken" in server.health("/livez")[1]["last_failure"]
+        (repository / "echo/1/model.py").write_text(code)
+        wait_for(lambda: server.health("/readyz")[0] == 200, 120)
+        assert echo(server.addresses.grpc, 4) == [4]
+
+
+@needs_triton
+def test_signal_ends_a_server_that_waits_for_its_restart(repository: Path) -> None:
+    with foreground(repository, restart=True) as server:
+        (repository / "echo/1/model.py").write_text("raise ValueError('broken')")
+        server.stub("echo").kill()
+        wait_for(lambda: server.health("/livez")[1]["restarts"] >= 2, 60)
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 128 + signal.SIGTERM
+        server.assert_nothing_left()
+
+
+@needs_triton
 def test_killed_launcher_leaves_nothing_behind(repository: Path) -> None:
     with foreground(repository) as server:
         server.signal(signal.SIGKILL)
@@ -349,7 +417,7 @@ def test_killed_launcher_leaves_nothing_behind(repository: Path) -> None:
 @needs_triton
 def test_signal_before_ready_aborts_the_start(tmp_path: Path) -> None:
     write_model(tmp_path / "repository", "slow", "import time\n\ntime.sleep(60)\n" + ECHO)
-    process = subprocess.Popen([sys.executable, "-c", FOREGROUND, str(tmp_path / "repository"), "1"])
+    process = subprocess.Popen([sys.executable, "-c", FOREGROUND, str(tmp_path / "repository"), "1", "never"])
     wait_for(lambda: bool(leftovers(process.pid)))
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=5) == 128 + signal.SIGTERM
@@ -404,7 +472,7 @@ def no_triton_on_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_missing_triton_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(LaunchError, match=r"imprompt\[server\]"):
-        _triton_install.find_triton()
+        install.find_triton()
 
 
 @needs_triton
@@ -412,15 +480,15 @@ def test_missing_triton_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_numpy_2_is_refused_with_the_pip_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "2.1.0")
     with pytest.raises(LaunchError, match=r"numpy 2\.1\.0 .* needs numpy < 2"):
-        _triton_install.find_triton()
+        install.find_triton()
 
 
 @needs_triton
 @pytest.mark.usefixtures("no_triton_on_path")
 def test_python_without_a_stub_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_triton_install, "PYTHON", "3.99")
+    monkeypatch.setattr(install, "PYTHON", "3.99")
     with pytest.raises(LaunchError, match=r"no Python stub for Python 3\.99 \(it has 3\.8, .*3\.11"):
-        _triton_install.find_triton()
+        install.find_triton()
 
 
 @needs_triton
@@ -429,7 +497,7 @@ def test_python_without_a_shared_library_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sysconfig, "get_config_var", lambda name: str(tmp_path) if name == "LIBDIR" else "")
     monkeypatch.setattr(sys, "base_prefix", str(tmp_path))
     with pytest.raises(LaunchError, match="has no shared libpython"):
-        _triton_install.find_triton()
+        install.find_triton()
 
 
 def test_triton_on_path_for_another_python_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -441,4 +509,4 @@ def test_triton_on_path_for_another_python_is_refused(monkeypatch: pytest.Monkey
     binary.touch(mode=0o755)
     monkeypatch.setenv("PATH", str(binary.parent))
     with pytest.raises(LaunchError, match="no Python stub for Python 3"):
-        _triton_install.find_triton()
+        install.find_triton()

@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from imprompt_serving.denoiser.answers import Listener
 from imprompt_serving.denoiser.batch import RowSlice
 from imprompt_serving.denoiser.loop import Denoiser
 from imprompt_serving.denoiser.meter import Meter, Population
+from imprompt_serving.denoiser.policy import CANARY_PRIORITY, TURN_COST
 from imprompt_serving.errors import Cancelled, InvalidRequest, Overloaded, RequestError
 from imprompt_serving.specs import CallRows, Limits
 
@@ -27,10 +29,23 @@ WAIT_S = 10.0
 class FakeJob:
     """A job with the members that the loop uses."""
 
-    def __init__(self, id: str, *, rows: int = 2, steps: int = 3, key: str = "a", timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        id: str,
+        *,
+        rows: int = 2,
+        steps: int = 3,
+        key: str = "a",
+        timeout: float | None = None,
+        lora: dict[str, float] | None = None,
+        priority: int = 5,
+    ) -> None:
         self.id, self.rows, self.steps, self.batch_key = id, rows, steps, key
+        self.loras = tuple(f"{name}={scale}" for name, scale in (lora or {}).items())
         self.request = SimpleNamespace(
-            settings=SimpleNamespace(priority=5, progress_every=1), reports_progress=True, timeout=timeout
+            settings=SimpleNamespace(priority=priority, progress_every=1),
+            reports_progress=True,
+            timeout=timeout,
         )
         self.deadline = None if timeout is None else time.monotonic() + timeout
         self.started: float | None = None
@@ -121,6 +136,10 @@ class CountingMeter(Meter):
         self.last = Population(0, 0, 0, 0)
         self.outcomes: list[str] = []
         self.refusals: list[str] = []
+        self.ticks: list[int] = []
+
+    def ticked(self, rows: int, seconds: float) -> None:
+        self.ticks.append(rows)
 
     def population(self, population: Population) -> None:
         self.last = population
@@ -163,6 +182,17 @@ def test_a_job_runs_to_its_end(rig: Rig) -> None:
     assert answers.steps == [1, 2]
     assert rig.gate.calls == [[("a", 2)]] * 3
     assert rig.meter.last == Population(0, 0, 0, 0)
+
+
+def test_jobs_with_different_loras_take_turns_of_several_ticks(rig: Rig) -> None:
+    jobs = [FakeJob(name, steps=40, key=name, lora={name: 1.0}) for name in "ab"]
+    answers = [rig.submit(job) for job in jobs]
+    rig.gate.open(None)
+    assert [answer.final for answer in answers] == ["finished"] * 2
+    turns = [len(list(calls)) for _, calls in groupby(rig.gate.calls)]
+    assert sum(turns) == 80
+    # A call of two rows costs three; a job that has not started lets the other one go first for a while.
+    assert turns[1:6] == [-(-TURN_COST // 3)] * 5
 
 
 def test_a_job_joins_at_the_next_tick(rig: Rig) -> None:
@@ -311,6 +341,28 @@ def test_a_full_queue_refuses_at_once() -> None:
         rig.gate.open(None)
         assert [answer.final for answer in (first, *accepted)] == ["finished"] * 3
         assert rig.submit(FakeJob("d")).final == "finished"
+    finally:
+        rig.gate.open(None)
+        rig.denoiser.stop()
+
+
+def test_a_canary_passes_a_full_queue_and_appears_in_no_metric() -> None:
+    rig = Rig(Limits(waiting_rows=4))
+    try:
+        first = rig.submit(FakeJob("a", rows=8, steps=20))
+        rig.gate.entered()
+        waiting = [rig.submit(FakeJob("b")), rig.submit(FakeJob("c"))]
+        before = rig.meter.last
+        canary = rig.submit(FakeJob("canary", rows=1, steps=1, key="small", priority=CANARY_PRIORITY))
+        assert rig.meter.last == before
+        rig.gate.open(3)
+        assert canary.final == "finished"
+        assert not first.finals
+        assert (rig.meter.outcomes, rig.meter.refusals) == ([], [])
+        rig.gate.open(None)
+        assert [answer.final for answer in (first, *waiting)] == ["finished"] * 3
+        assert rig.gate.calls.index([("canary", 1)]) <= 2
+        assert 1 not in rig.meter.ticks
     finally:
         rig.gate.open(None)
         rig.denoiser.stop()

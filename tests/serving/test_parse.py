@@ -15,6 +15,7 @@ from PIL import Image
 
 from imprompt_bench import rig
 from imprompt_serving.errors import InvalidRequest
+from imprompt_serving.job_request import batch_key
 from imprompt_serving.pipeline import images
 from imprompt_serving.pipeline.request import Request, parse
 from imprompt_serving.specs import (
@@ -218,6 +219,46 @@ def test_scheduler_configurations_are_bounded(config: Any) -> None:
     assert refused(bundle, scheduler_config=text).parameter == "scheduler_config"
 
 
+WITH_LORAS = msgspec.structs.replace(BUNDLE, loras=("soft", "bold"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('"soft"', "must be a JSON object of scales by name, got 'soft'"),
+        ('{"loud": 1}', "'loud' is not one of soft, bold"),
+        ('{"soft": true}', "the scale of soft must be a number, got True"),
+        ('{"soft": [1]}', "the scale of soft must be a number"),
+        ('{"soft": NaN}', "the scale of soft must be -10 to 10, got nan"),
+        ('{"soft": Infinity}', "the scale of soft must be -10 to 10, got inf"),
+        ('{"soft": 0.5, "bold": -10.5}', "the scale of bold must be -10 to 10, got -10.5"),
+        (f'{{"soft": {10**18}}}', "the scale of soft must be -10 to 10"),
+    ],
+)
+def test_invalid_loras_are_refused(text: str, message: str) -> None:
+    error = refused(WITH_LORAS, lora=text)
+    assert error.parameter == "lora"
+    assert message in str(error)
+
+
+def test_loras_are_refused_if_the_bundle_has_none() -> None:
+    error = refused(lora="{}")
+    assert error.parameter == "lora"
+    assert "is not a parameter of" in str(error)
+
+
+def test_equal_sets_of_loras_compare_equal() -> None:
+    """They are sorted as in the bundle, without scales of zero, so that their jobs share calls."""
+    sets = [
+        parsed(WITH_LORAS, lora=json.dumps(lora)).settings
+        for lora in ({"bold": 1, "soft": 0.5}, {"soft": 0.5, "bold": 1.0}, {"soft": 0.0}, {})
+    ]
+    assert list(sets[0].lora.items()) == list(sets[1].lora.items()) == [("soft", 0.5), ("bold", 1.0)]
+    assert sets[2].lora == sets[3].lora == {}
+    keys = [batch_key(WITH_LORAS, settings, None, None, regions=False, text_tokens=77) for settings in sets]
+    assert keys[0] == keys[1] != keys[2] == keys[3]
+
+
 def test_json_is_bounded() -> None:
     assert "at most 2000" in str(refused(scheduler_config=json.dumps({"beta_start": [0.0] * 1000})))
 
@@ -338,10 +379,140 @@ def test_sizes_without_engines_are_refused() -> None:
             parsed(bundle, **values)
 
 
+def floats(*shape: int) -> np.ndarray:
+    return np.zeros(shape, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "values"),
+    [
+        ("prompt", {"prompt": None}),
+        ("prompt", {"prompt_embeds": floats(1, 77, 768)}),
+        ("prompt_embeds", {"prompt": None, "prompt_embeds": floats(1, 77, 767)}),
+        ("prompt_embeds", {"prompt": None, "prompt_embeds": floats(77, 768)}),
+        ("prompt_embeds", {"prompt": None, "prompt_embeds": floats(1, 0, 768)}),
+        ("prompt_embeds", {"prompt": None, "prompt_embeds": floats(0, 77, 768)}),
+        ("prompt_embeds", {"prompt": None, "prompt_embeds": floats(1, 8 * 77 + 1, 768)}),
+        ("prompt_embeds", {"prompt": None, "prompt_embeds": np.full((1, 77, 768), np.nan, np.float32)}),
+        ("prompt_embeds", {"prompt": None, "prompt_embeds": np.full((1, 77, 768), 2e4, np.float32)}),
+        ("prompt_embeds", {"prompt": None, "prompt_embeds": np.zeros((1, 77, 768), np.int32)}),
+        ("num_images_per_prompt", {"prompt": None, "prompt_embeds": floats(65, 77, 768)}),
+        ("negative_prompt", {"negative_prompt": "b", "negative_prompt_embeds": floats(1, 77, 768)}),
+        ("negative_prompt_embeds", {"negative_prompt_embeds": floats(2, 77, 768)}),
+        ("negative_prompt_embeds", {"negative_prompt_embeds": floats(1, 78, 768)}),
+        ("negative_prompt_embeds", {"prompt": None, "prompt_embeds": floats(1, 78, 768)}),
+        (
+            "negative_prompt_embeds",
+            {"prompt": None, "prompt_embeds": floats(1, 154, 768), "negative_prompt_embeds": floats(1, 77, 768)},
+        ),
+        ("encode_prompt", {"prompt": None, "prompt_embeds": floats(1, 77, 768), "encode_prompt": True}),
+        ("latents", {"latents": floats(1, 4, 8, 9)}),
+        ("latents", {"latents": floats(2, 4, 8, 8)}),
+        ("latents", {"latents": np.full((1, 4, 8, 8), np.inf, np.float32)}),
+        ("latents", {"latents": floats(1, 4, 8, 8), "image": SMALL}),
+        ("latents", {"latents": floats(1, 4, 8, 8), "num_frames": 2}),
+    ],
+)
+def test_invalid_tensors(parameter: str, values: dict[str, Any]) -> None:
+    values = {"prompt": "a cat", **values}
+    if values["prompt"] is None:
+        del values["prompt"]
+    with pytest.raises(InvalidRequest) as caught:
+        parse(tensors(BUNDLE, {"num_inference_steps": 4, **values}), BUNDLE)
+    assert caught.value.parameter == parameter
+
+
+SDXL = msgspec.structs.replace(
+    BUNDLE, family="sdxl", text_encoders=BUNDLE.text_encoders * 2, pooled_size=4, scheduler="EulerDiscreteScheduler"
+)
+POOLED = {"prompt": None, "prompt_embeds": floats(1, 77, 1536), "pooled_prompt_embeds": floats(1, 4)}
+LATENTS = {"image_latents": floats(1, 4, 8, 8)}
+
+
+@pytest.mark.parametrize(
+    ("parameter", "values"),
+    [
+        ("pooled_prompt_embeds", {"prompt_embeds": floats(1, 77, 1536), "prompt": None}),
+        ("prompt_embeds", {"pooled_prompt_embeds": floats(1, 4), "prompt": None}),
+        ("prompt_2", {**POOLED, "prompt_2": "b"}),
+        ("pooled_prompt_embeds", {**POOLED, "pooled_prompt_embeds": floats(1, 5)}),
+        ("pooled_prompt_embeds", {**POOLED, "pooled_prompt_embeds": floats(2, 4)}),
+        ("image_latents", {"image_latents": floats(1, 3, 8, 8)}),
+        ("image_latents", {"image_latents": floats(2, 4, 8, 8)}),
+        ("image_latents", {"image_latents": floats(1, 4, 4, 8)}),
+        ("image_latents", {"image_latents": floats(1, 4, 8, 8) + np.float32(np.nan)}),
+        ("image_latents", {**LATENTS, "image": SMALL}),
+        ("image_latents", {**LATENTS, "mask_image": SMALL}),
+        ("image_latents", {**LATENTS, "num_frames": 2}),
+        ("height", {**LATENTS, "height": 128}),
+        ("denoising_start", {"denoising_start": 0.5}),
+        ("denoising_start", {**LATENTS, "denoising_start": 0.0}),
+        ("denoising_start", {**LATENTS, "denoising_start": 0.5, "denoising_end": 0.5}),
+        ("denoising_end", {"denoising_end": 1.0}),
+        ("timesteps", {"timesteps": [5, 5]}),
+        ("timesteps", {"timesteps": [5, 9]}),
+        ("timesteps", {"timesteps": [-1]}),
+        ("timesteps", {"timesteps": list(range(1001, 0, -1))}),
+        ("timesteps", {"timesteps": [5], "scheduler": "DDIMScheduler"}),
+        ("sigmas", {"sigmas": [5.0, np.inf]}),
+        ("sigmas", {"sigmas": [1.0, 2.0]}),
+        ("sigmas", {"timesteps": [5], "sigmas": [1.0]}),
+        ("num_inference_steps", {"timesteps": list(range(300, 0, -1))}),
+        ("prompt", {"prompt": "(a:1.2.3)", "prompt_syntax": "a1111"}),
+        ("negative_prompt_2", {"negative_prompt": "a", "negative_prompt_2": "(" * 70, "prompt_syntax": "a1111"}),
+        ("max_embeddings_multiples", {"max_embeddings_multiples": 0}),
+    ],
+)  # fmt: skip
+def test_invalid_texts_and_steps(parameter: str, values: dict[str, Any]) -> None:
+    values = {"prompt": "a cat", "num_inference_steps": 4, **values}
+    if values["prompt"] is None:
+        del values["prompt"]
+    with pytest.raises(InvalidRequest) as caught:
+        parse(tensors(SDXL, values), SDXL)
+    assert caught.value.parameter == parameter
+
+
+def test_custom_steps_replace_their_number() -> None:
+    request = parse(tensors(SDXL, {"prompt": "a", "timesteps": [900, 500, 1], "num_inference_steps": 50}), SDXL)
+    assert request.settings.steps == 3
+    assert parse(tensors(SDXL, {"prompt": "a", **LATENTS, "denoising_start": 0.5}), SDXL).task == "image-to-image"
+
+
+def test_embeddings_without_guidance_need_no_negative_ones() -> None:
+    values = {"prompt_embeds": floats(2, 78, 768), "guidance_scale": 1.0, "num_inference_steps": 4}
+    request = parse(tensors(BUNDLE, values), BUNDLE)
+    assert (request.pictures, request.text.tokens) == (2, 78)
+
+
+def test_lengths_that_differ_by_a_power_of_two_share_calls() -> None:
+    settings = parsed().settings
+    lengths = (77, 154, 308, 616, 231, 462, 64, 1)
+    keys = [batch_key(BUNDLE, settings, None, None, regions=False, text_tokens=tokens) for tokens in lengths]
+    assert [keys.index(key) for key in keys] == [0, 0, 0, 0, 4, 4, 6, 6]
+
+
 def test_unusual_prompts_are_accepted() -> None:
-    assert parsed(prompt=["", "\x00", "👩🏽‍🎨"]).prompts == (("", "\x00", "👩🏽‍🎨"),)
+    assert parsed(prompt=["", "\x00", "👩🏽‍🎨"]).text.prompts == (("", "\x00", "👩🏽‍🎨"),)
 
 
 def test_pipeline_imports_no_torch() -> None:
     code = "import sys, imprompt_serving.pipeline.flow; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_defaults_of_the_bundle_come_before_those_of_diffusers() -> None:
+    bundle = msgspec.structs.replace(BUNDLE, defaults={"num_inference_steps": 4, "guidance_scale": 0.0})
+    settings = parse(tensors(bundle, {"prompt": "a cat"}), bundle).settings
+    assert (settings.num_inference_steps, settings.guidance_scale, settings.guidance_rescale) == (4, 0.0, 0.0)
+    asked = {"prompt": "a cat", "num_inference_steps": 6, "guidance_scale": 2.0}
+    settings = parse(tensors(bundle, asked), bundle).settings
+    assert (settings.num_inference_steps, settings.guidance_scale) == (6, 2.0)
+
+
+def test_an_adapter_without_its_encoder_refuses_pictures() -> None:
+    adapters = tuple(msgspec.structs.replace(adapter, image_encoder=None) for adapter in BUNDLE.adapters)
+    bundle = msgspec.structs.replace(BUNDLE, adapters=adapters)
+    values = {"prompt": "a cat", "ip_adapter_image": picture(), "ip_adapter_image_adapter": "plain"}
+    with pytest.raises(InvalidRequest, match="ip_adapter_image: plain only takes embeddings") as caught:
+        parse(tensors(bundle, values), bundle)
+    assert caught.value.parameter == "ip_adapter_image"

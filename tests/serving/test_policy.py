@@ -10,12 +10,17 @@ import pytest
 
 from imprompt_serving.denoiser.policy import (
     CALL_OVERHEAD,
+    CANARY_PRIORITY,
     DEFAULT_PRIORITY,
     FIRST_PRIORITY,
+    FIRST_TURN,
     LAST_PRIORITY,
     START_PATIENCE,
+    SWITCH_COST,
+    TURN_COST,
     Candidate,
     RowGrant,
+    Turn,
     not_yet_startable,
     patience,
     plan,
@@ -123,6 +128,12 @@ def test_large_jobs_run_one_after_the_other() -> None:
     assert served([started(pending=8, last_served_tick=0), started(pending=8, last_served_tick=1)]) == {0: 8}
 
 
+def test_canary_goes_first_and_delays_no_start() -> None:
+    line = [started(priority=FIRST_PRIORITY), new(), new("small", pending=1, priority=CANARY_PRIORITY)]
+    assert plan(line, CallRows(4)) == [RowGrant(2, 1)]
+    assert not_yet_startable(line, CallRows(4)) == not_yet_startable(line[:2], CallRows(4))
+
+
 def test_priority_decides_who_goes_first() -> None:
     line = [started(priority=FIRST_PRIORITY, last_served_tick=9), started(), started(priority=LAST_PRIORITY)]
     assert served(line[1:], limit=2) == {0: 2}
@@ -142,10 +153,18 @@ class SimulatedJob:
     frames: int = 1
     started: bool = False
     bound: int = 0
+    loras: str = ""
 
     def candidate(self) -> Candidate:
         return Candidate(
-            self.batch_key, self.rows, self.pending, self.last_served_tick, self.started, self.priority, self.frames
+            self.batch_key,
+            self.rows,
+            self.pending,
+            self.last_served_tick,
+            self.started,
+            self.priority,
+            self.frames,
+            self.loras,
         )
 
 
@@ -159,7 +178,9 @@ def test_simulation_of_random_arrivals(seed: int) -> None:
     limit = random_.choice([1, 2, 8, 12, 16])
     call_rows = CallRows(limit, bucketed=seed % 2 == 1)
     keys = [f"size-{index}" for index in range(random_.choice([1, 2, 5]))]
+    sets = ["", "a=1.0", "a=0.5 b=1.0"][: random_.choice([1, 3])]
     rate = random_.choice([0.05, 0.3, 1.0])
+    turn, turn_ticks = FIRST_TURN, 1 if len(sets) == 1 else LONGEST_TURN
     jobs: list[SimulatedJob] = []
     finished: list[SimulatedJob] = []
     arrivals, tick = 200, 0
@@ -169,18 +190,35 @@ def test_simulation_of_random_arrivals(seed: int) -> None:
             priority = random_.choice([DEFAULT_PRIORITY] * 6 + [FIRST_PRIORITY, LAST_PRIORITY])
             key, steps = random_.choice(keys), random_.choice([1, 2, 3, 5, 8, 30])
             frames = 4 if key == "size-1" else 1
-            jobs.append(SimulatedJob(key, rows, steps, priority, tick, pending=rows, frames=frames))
+            loras = random_.choice(sets)
+            job = SimulatedJob(f"{key} {loras}", rows, steps, priority, tick, pending=rows, frames=frames, loras=loras)
+            jobs.append(job)
             arrivals -= 1
         candidates = [job.candidate() for job in jobs]
-        grants = plan(candidates, call_rows)
+        grants = plan(candidates, call_rows, turn)
         _check_call(candidates, grants, call_rows)
-        _serve(jobs, grants, tick, call_rows)
+        turn = _after(turn, candidates, grants, call_rows)
+        _serve(jobs, grants, tick, call_rows, turn_ticks)
         _check_started(jobs, limit)
         finished += [job for job in jobs if not job.steps]
         jobs = [job for job in jobs if job.steps]
         tick += 1
     assert len(finished) == 200
     assert all(not job.steps for job in finished)
+
+
+LONGEST_TURN = -(-TURN_COST // (1 + CALL_OVERHEAD))
+"""Ticks of a turn whose calls have one row."""
+
+
+def _after(turn: Turn, candidates: list[Candidate], grants: list[RowGrant], call_rows: CallRows) -> Turn:
+    """Return the turn after a call; check that it only switches if the turn is over, or no job needs its LoRAs."""
+    if not grants:
+        return turn
+    leader = candidates[grants[0].index]
+    if leader.loras != turn.loras:
+        assert turn.cost >= TURN_COST or all(candidate.loras != turn.loras for candidate in candidates)
+    return turn.after(leader, sum(given for _, given in grants), call_rows)
 
 
 def _check_call(candidates: list[Candidate], grants: list[RowGrant], call_rows: CallRows) -> None:
@@ -214,14 +252,16 @@ def _check_started(jobs: list[SimulatedJob], limit: int) -> None:
             assert started[job.batch_key, job.priority] < room + room // 2
 
 
-def _serve(jobs: list[SimulatedJob], grants: list[RowGrant], tick: int, call_rows: CallRows) -> None:
+def _serve(
+    jobs: list[SimulatedJob], grants: list[RowGrant], tick: int, call_rows: CallRows, turn_ticks: int = 1
+) -> None:
     rows = dict(grants)
     waiting = not_yet_startable([job.candidate() for job in jobs], call_rows)
     for index, job in enumerate(jobs):
         # Jobs that arrive after the tick at which this one is due are due later, so only the present ones count.
         due = job.last_served_tick + patience(job.candidate())
         if tick <= due + 1 or index in waiting:
-            job.bound = max(due, tick) + 1 + len(jobs)
+            job.bound = max(due, tick) + 1 + turn_ticks * len(jobs)
         if index not in rows:
             continue
         assert tick <= job.bound, (
@@ -319,3 +359,60 @@ def test_a_policy_that_knows_of_padding_serves_more(rate: float) -> None:
 def test_a_row_of_a_clip_counts_as_many_rows_as_it_has_frames() -> None:
     assert plan([Candidate("clip", 5, 5, 0, True, frames=4)], CallRows(8)) == [RowGrant(0, 2)]
     assert plan([Candidate("clip", 2, 2, 0, True, frames=16)], CallRows(8)) == [RowGrant(0, 1)]
+
+
+def spent_on_loras(turns: bool, sets: int, crowd: int) -> tuple[int, int, int]:
+    """Return the cost of jobs with several sets of LoRAs, in rows; the switches; the longest wait of a started job.
+
+    Each set has `crowd` jobs of two rows, which all arrive at once.
+    """
+    call_rows = CallRows(8)
+    jobs = [
+        SimulatedJob(f"64 {loras}", 2, 30, DEFAULT_PRIORITY, 0, pending=2, loras=str(loras))
+        for _ in range(crowd)
+        for loras in range(sets)
+    ]
+    turn, cost, switches, wait, tick = FIRST_TURN, 0, 0, 0, 0
+    while alive := [job for job in jobs if job.steps]:
+        candidates = [job.candidate() for job in alive]
+        grants = plan(candidates, call_rows, turn if turns else FIRST_TURN)
+        new = turn.after(candidates[grants[0].index], sum(given for _, given in grants), call_rows)
+        switches += new.loras != turn.loras
+        cost += sum(given for _, given in grants) + CALL_OVERHEAD + SWITCH_COST * (new.loras != turn.loras)
+        served_before = {id(job): job.last_served_tick for job in alive if job.started}
+        _serve(alive, grants, tick, call_rows, LONGEST_TURN)
+        wait = max([wait, *(tick - served_before.get(id(alive[index]), tick) for index, _ in grants)])
+        turn, tick = new, tick + 1
+    return cost, switches, wait
+
+
+@pytest.mark.parametrize(("sets", "crowd"), [(2, 1), (2, 4), (3, 4), (8, 2)])
+def test_turns_of_loras_are_long_enough_to_pay_for_switches(sets: int, crowd: int) -> None:
+    cost, switches, wait = spent_on_loras(True, sets, crowd)
+    hasty_cost, hasty_switches, _ = spent_on_loras(False, sets, crowd)
+    assert cost < hasty_cost
+    assert switches < 0.6 * hasty_switches
+    assert SWITCH_COST * switches <= cost / 9 + SWITCH_COST * sets
+    assert switches > sets, "the sets run one after the other"
+    turn_ticks = -(-TURN_COST // (2 * crowd + CALL_OVERHEAD))
+    assert wait <= sets * turn_ticks, "a set waits for more than the turns of the others"
+
+
+def test_a_turn_goes_on_while_others_wait_and_ends_when_it_has_cost_enough() -> None:
+    line = [started("a", last_served_tick=9)._replace(loras="a"), started("b", last_served_tick=2)._replace(loras="b")]
+    assert dict(plan(line, CallRows(8), Turn("a", TURN_COST - 1))) == {0: 2}
+    assert dict(plan(line, CallRows(8), Turn("a", TURN_COST))) == {1: 2}
+    assert dict(plan(line[1:], CallRows(8), Turn("a", 0))) == {0: 2}, "nobody needs the LoRAs of the turn"
+
+
+def test_jobs_of_other_sizes_with_the_same_loras_share_a_turn() -> None:
+    line = [started(key, last_served_tick=tick)._replace(loras="a") for tick, key in enumerate(("64 a", "96 a"))]
+    line.append(started("64 b", last_served_tick=-5)._replace(loras="b"))
+    assert dict(plan(line, CallRows(8), Turn("a", 0))) == {0: 2}
+
+
+def test_cost_of_a_turn() -> None:
+    clip = Candidate("clip", 2, 2, 0, True, frames=4, loras="a")
+    turn = Turn("b", 5).after(clip, 2, CallRows(16))
+    assert turn == Turn("a", 8 + CALL_OVERHEAD)
+    assert turn.after(clip._replace(frames=1), 3, CallRows(16, True)) == Turn("a", turn.cost + 4 + CALL_OVERHEAD)

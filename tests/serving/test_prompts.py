@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from imprompt_bench import rig
-from imprompt_serving.pipeline.encode import TextPromptEncoder
+from imprompt_serving.pipeline.encode_text import TextPromptEncoder
 from imprompt_serving.pipeline.models import Tensors
 from imprompt_serving.pipeline.request import parse
 from imprompt_serving.pipeline.stages import Stages
-from imprompt_serving.pipeline.text import PromptTokenizer
+from imprompt_serving.pipeline.text import Chunk, PromptTokenizer
 from tiny.tokenizer import VOCABULARY_SIZE, write_tokenizer
 
 BUNDLE = rig.sd15(rows=2)
@@ -43,14 +43,14 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PromptTokenizer:
 def test_tokenizer_returns_the_part_that_does_not_fit(
     tokenizer: PromptTokenizer, prompt: str, rest: str | None
 ) -> None:
-    ids, cut = tokenizer.with_rest(prompt)
-    assert ids.shape == (1, 77)
-    assert np.array_equal(ids, tokenizer(prompt))
+    (chunk,), cut = tokenizer.chunks(prompt, 1)
+    assert chunk.ids.shape == (1, 77)
     if rest is not None:
         assert cut == rest
     if cut:  # as many tokens as fit, and no more
         assert prompt.endswith(cut)
-        assert np.array_equal(tokenizer(prompt[: -len(cut)])[0, :76], ids[0, :76])
+        (fitting,), _ = tokenizer.chunks(prompt[: -len(cut)], 1)
+        assert np.array_equal(fitting.ids, chunk.ids)
 
 
 class Encoder:
@@ -68,11 +68,12 @@ def test_tokenizing_does_not_block_the_event_loop(monkeypatch: pytest.MonkeyPatc
         def __init__(self, *_: object) -> None:
             pass
 
-        def with_rest(self, prompt: str) -> tuple[np.ndarray, str]:
-            time.sleep(0.3)
-            return np.zeros((1, 77), np.int64), ""
+        def chunks(self, prompt: str, most: int) -> tuple[list[Chunk], str]:
+            if prompt:
+                time.sleep(0.3)
+            return [Chunk(np.zeros((1, 77), np.int64))], ""
 
-    monkeypatch.setattr("imprompt_serving.pipeline.encode.PromptTokenizer", Slow)
+    monkeypatch.setattr("imprompt_serving.pipeline.encode_text.PromptTokenizer", Slow)
     request = parse({"prompt": np.array([b"a"], object)}, BUNDLE)
 
     async def longest_pause() -> float:

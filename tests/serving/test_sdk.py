@@ -30,7 +30,7 @@ from imprompt.cli import app
 from imprompt_bench import cli as bench
 from imprompt_bench import target
 from imprompt_bench.results import Run
-from parity import assert_same
+from parity import assert_different, assert_same
 from served import Served
 from tiny import images
 
@@ -133,6 +133,31 @@ def test_generate_from_the_shell(sd15: Served, tmp_path: Path) -> None:
     bad = CliRunner().invoke(app, [*arguments, "--height", "100"])
     assert bad.exit_code == 1
     assert "height" in bad.output
+
+
+def test_embeddings_from_the_shell(sd15: Served, tmp_path: Path) -> None:
+    reference, embeds, output = (str(tmp_path / name) for name in ("statue.png", "statue.npy", "out.png"))
+    images.photo(1).save(reference)
+    server = ["--url", sd15.server.grpc_address, "--model", "sd15"]
+    outcome = CliRunner().invoke(app, ["encode", *server, "--adapter", "plus", reference, "-o", embeds])
+    assert (outcome.exit_code, outcome.stdout) == (0, f"{embeds}\n"), outcome.output
+    arguments = ["--prompt", "a photo of a cat", "--seed", "0", "--steps", "4", "-o", output]
+    outcome = CliRunner().invoke(app, ["generate", *server, *arguments, "--ip-adapter-image-embeds", f"plus={embeds}"])
+    assert outcome.exit_code == 0, outcome.output
+    saved = Image.open(output)
+    assert_same(sd15.client.generate(**SMALL, ip_adapter_image={"plus": reference}), np.asarray(saved)[None])
+    assert "Steps: 4, Seed: 0, Size: 64x64, Model: sd15" in saved.text["parameters"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "AVIF"])
+def test_picture_formats_mean_the_same(sd15: Served, tmp_path: Path, kind: str) -> None:
+    photo = images.photo(1, size=(64, 64)).quantize(64).convert("RGB")
+    photo.save(file := tmp_path / f"statue.{kind.lower()}", **({"quality": 100} if kind == "AVIF" else {}))
+    given = {name: sd15.client.generate(**SMALL, ip_adapter_image={"plain": value}) for name, value in (
+        ("file", str(file)), ("pixels", Image.open(file).convert("RGB")), ("other", images.photo(2)),
+    )}  # fmt: skip
+    assert_same(given["file"], pictures(given["pixels"]))
+    assert_different(given["file"], given["other"])
 
 
 def test_refusals_in_streams_keep_their_status_and_log_nothing(sd15: Served, capfd: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -18,6 +19,7 @@ from imprompt_serving.denoiser.conditioning import Conditioning
 from imprompt_serving.denoiser.control import PreparedControlNet
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.networks import StepNetworks
+from imprompt_serving.denoiser.precision import DTYPES
 from imprompt_serving.job_request import ContextWindow
 from imprompt_serving.specs import Bundle, ControlNet, Motion, Residual, level_size
 from jobs import job_request
@@ -244,17 +246,20 @@ def test_some_rows_of_a_job() -> None:
             torch.testing.assert_close(unet.given[name], value[start:stop])
 
 
-def test_residuals_keep_their_type() -> None:
-    made, unet = bundle(), UNet()
-    nets = {name: Net(made, name, torch.float16) for name in ("depth", "canny")}
+@pytest.mark.parametrize(("precision", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_residuals_have_the_type_of_the_networks(precision: str, dtype: torch.dtype) -> None:
+    """This includes the zeros of rows without a net."""
+    made, unet = msgspec.structs.replace(bundle(), precision=precision), UNet()
+    nets = {name: Net(made, name, dtype) for name in ("depth", "canny")}
     networks = StepNetworks(made, {"unet": unet}, nets)
     for jobs in (
         [job(made, control("depth", 1))],
         [job(made), job(made, control("depth", 1), control("canny", 1))],
+        [job(made)],
     ):
         parts = [RowSlice(one, 0, one.rows) for one in jobs]
         networks(parts, Batcher(made).inputs(parts))
-        assert {value.dtype for value in unet.given.values()} == {torch.float16}
+        assert {value.dtype for value in unet.given.values()} == {dtype}
 
 
 def test_a_prompt_that_changes_reaches_the_net() -> None:
@@ -293,15 +298,18 @@ class Silent:
 
     def run_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         rows, side = len(tensors["sample"]), tensors["sample"].shape[-1]
+        kind: Any = {"dtype": DTYPES[self._made.precision], "device": "meta"}
         return {
-            name: torch.empty(rows, channels, level_size(side, level), level_size(side, level), device="meta")
+            name: torch.empty(rows, channels, level_size(side, level), level_size(side, level), **kind)
             for name, (channels, level) in zip(self._made.residual_names, self._made.residuals, strict=True)
         }
 
 
-def traffic(layout: list[tuple[str, ...]], step: int = 1, *, bucketed: bool = False) -> Traffic:
+def traffic(
+    layout: list[tuple[str, ...]], step: int = 1, *, bucketed: bool = False, precision: str = "fp32"
+) -> Traffic:
     """Measure the copies in step `step` of guided pictures of SD 1.5 at 512 x 512, with these nets for each job."""
-    made = msgspec.structs.replace(bundle(SD15, rows=16), motion=None)
+    made = msgspec.structs.replace(bundle(SD15, rows=16), motion=None, precision=precision)
     jobs = []
     for seed, names in enumerate(layout):
         controls = tuple(
@@ -350,5 +358,40 @@ def test_copies_of_a_step(layout: list[tuple[str, ...]], copies: int, megabytes:
     assert not counted.waits
 
 
+def test_residuals_in_half_precision_are_half_the_bytes() -> None:
+    fp32, fp16 = (traffic([(), ("depth",)], precision=precision) for precision in ("fp32", "fp16"))
+    assert fp16.copies == fp32.copies
+    assert fp16.bytes == fp32.bytes / 2 > 26e6
+
+
 def test_padding_is_not_copied_at_each_step() -> None:
     assert not traffic([("depth",)] * 3, bucketed=True).copies
+
+
+class SwappableUNet(UNet):
+    """Record the LoRAs that each call runs with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loras: dict[str, float] = {}
+        self.calls: list[dict[str, float]] = []
+
+    def use_loras(self, scales: Mapping[str, float]) -> None:
+        self.loras = dict(scales)
+
+    def run_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self.calls.append(self.loras)
+        return super().run_tensors(tensors)
+
+
+def test_a_call_runs_with_the_loras_of_its_jobs() -> None:
+    """Each network switches separately: a call for clips does not switch the network for pictures."""
+    made = msgspec.structs.replace(bundle(), controlnets=(), loras=("soft", "bold"))
+    unets = {"unet": SwappableUNet(), "motion_unet": SwappableUNet()}
+    networks = StepNetworks(made, unets, {})
+    for lora, frames in (({"soft": 0.5}, None), ({}, None), ({"bold": 1.0}, 8)):
+        job: Any = SimpleNamespace(request=job_request(lora=lora))
+        shape = (1, 4, 8, 8) if frames is None else (1, 4, frames, 8, 8)
+        networks([RowSlice(job, 0, 1)], {"sample": torch.ones(shape)})
+    assert unets["unet"].calls == [{"soft": 0.5}, {}]
+    assert unets["motion_unet"].calls == [{"bold": 1.0}]

@@ -32,7 +32,7 @@ def test_a_warm_up_that_takes_too_long_leaves_no_thread(monkeypatch: pytest.Monk
     assert not {t.name for t in set(threading.enumerate()) - before if not isinstance(t, threading.Timer)}
 
 
-FIRST = WarmUpJob(size=(64, 64), guided=True, masks=True)
+FIRST = WarmUpJob(size=(64, 64), guided=True, masks=True, loras=True)
 USUAL = (512, 512)
 
 

@@ -83,7 +83,7 @@ def make_adapter(
     encoder = encoder or ("big_g" if (family, kind) == ("sdxl", "plain") else "vit_h")
     weight_name = weight_name or WEIGHT_NAMES[family, kind, encoder]
     if subfolder is None:
-        subfolder = "" if kind.startswith("faceid") else {"sd15": "models", "sdxl": "sdxl_models"}[family]
+        subfolder = "" if kind.startswith("faceid") else "sdxl_models" if family == "sdxl" else "models"
     path = Path(folder) / subfolder / weight_name
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = generator(10 + get_args(Kind).index(kind) + 100 * seed)  # light differs from plain, and plus-face from plus
@@ -104,7 +104,7 @@ def _image_projection(rng: torch.Generator, kind: Kind, family: Family, encoder:
     if kind in ("plain", "light"):
         return _linear(rng, "proj", 4 * dim, projection_dim) | _norm(rng, "norm", dim)
     if kind in ("plus", "plus_face"):
-        inner = {"sd15": 48, "sdxl": 80}[family]  # 768 and 1280 in the real ones
+        inner = {"sd15": 48, "sd2": 48, "sdxl": 80}[family]  # 768 and 1280 in the real ones
         return {"latents": normal(rng, 1, 16, inner)} | _resampler(rng, inner, hidden_size, dim)
     if kind == "full_face":  # Linear, GELU, Linear, LayerNorm on every token of the image encoder
         first, second = _linear(rng, "proj.0", hidden_size, hidden_size), _linear(rng, "proj.2", dim, hidden_size, 2.0)

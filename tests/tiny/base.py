@@ -1,4 +1,4 @@
-"""Complete diffusers pipeline folders with tiny random networks: Stable Diffusion 1.5 and XL."""
+"""Complete diffusers pipeline folders with tiny random networks: Stable Diffusion 1.5, 2.1, and XL."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
@@ -30,14 +31,15 @@ from .layout import as_published, write_scheduler
 from .tokenizer import VOCABULARY_SIZE, write_tokenizer
 from .weights import calibrate, generator, normal, private_rng, randomize
 
-Family = Literal["sd15", "sdxl"]
+Family = Literal["sd15", "sd2", "sdxl"]
 Encoder = Literal["vit_h", "big_g"]
 
 SAMPLE_SIZE = 8  # latents; 64 pixels
 IMAGE_SIZE = 32  # of the CLIP vision encoders
-CROSS_ATTENTION_DIM = {"sd15": 48, "sdxl": 128}  # 768 and 2048 in the real ones
+CROSS_ATTENTION_DIM = {"sd15": 48, "sd2": 64, "sdxl": 128}  # 768, 1024, and 2048 in the real ones
+TEXT_ENCODER = {"sd15": (48, "quick_gelu"), "sd2": (64, "gelu"), "sdxl": (48, "quick_gelu")}  # width, activation
 THROUGH, PREDICTED = 0.95, 0.2  # how much of the predicted noise comes from the sample, and how much from the network
-LAYERS_PER_BLOCK = {"sd15": 1, "sdxl": 2}
+LAYERS_PER_BLOCK = {"sd15": 1, "sd2": 1, "sdxl": 2}
 VISION = {  # hidden size, projection: (1280, 1024) and (1664, 1280) in the real ones
     "vit_h": (80, 64),
     "big_g": (104, 80),
@@ -65,7 +67,7 @@ def make_sd15(
         vae = _vae(seed + 1, scaling_factor=0.18215)
         changes = {"in_channels": in_channels, "time_cond_proj_dim": time_cond_proj_dim}
         unet = _unet(unet_config("sd15", layers_per_block, levels) | changes, seed + 2)
-        text_encoder = randomize(CLIPTextModel(text_config(48, "quick_gelu")), seed + 3)
+        text_encoder = randomize(CLIPTextModel(text_config(*TEXT_ENCODER["sd15"])), seed + 3)
         extractor = CLIPImageProcessor(size=IMAGE_SIZE, crop_size=IMAGE_SIZE)
         checker = _safety_checker(seed + 4, vae, extractor) if safety_checker else None
         pipeline_class = StableDiffusionInpaintPipeline if in_channels == 9 else StableDiffusionPipeline
@@ -90,6 +92,31 @@ def make_sd15(
     return folder
 
 
+def make_sd2(folder: str | Path, *, levels: int = 4, seed: int = 0) -> Path:
+    """Write a Stable Diffusion 2.1 folder: an OpenCLIP text encoder, and a UNet that predicts v.
+
+    As in the public folder, the text encoder lacks the last layer of OpenCLIP's, so its output is the penultimate one.
+    """
+    folder = Path(folder)
+    with private_rng():
+        pipeline = StableDiffusionPipeline(
+            vae=_vae(seed + 1, scaling_factor=0.18215),
+            text_encoder=randomize(CLIPTextModel(text_config(*TEXT_ENCODER["sd2"])), seed + 3),
+            tokenizer=write_tokenizer(folder / "tokenizer", pad_token="!"),
+            unet=_unet(unet_config("sd2", levels=levels), seed + 2),
+            scheduler=DDIMScheduler(steps_offset=1),
+            safety_checker=None,
+            feature_extractor=CLIPImageProcessor(size=IMAGE_SIZE, crop_size=IMAGE_SIZE),
+            requires_safety_checker=False,
+        )
+        pipeline.save_pretrained(folder)
+    write_tokenizer(folder / "tokenizer", pad_token="!")
+    config = {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction", "set_alpha_to_one": False}
+    write_scheduler(folder, config)
+    as_published(folder)
+    return folder
+
+
 def make_sdxl(
     folder: str | Path,
     *,
@@ -108,7 +135,7 @@ def make_sdxl(
         pipeline_class = StableDiffusionXLInpaintPipeline if in_channels == 9 else StableDiffusionXLPipeline
         pipeline = pipeline_class(
             vae=vae,
-            text_encoder=randomize(CLIPTextModel(text_config(48, "quick_gelu")), seed + 3),
+            text_encoder=randomize(CLIPTextModel(text_config(*TEXT_ENCODER["sdxl"])), seed + 3),
             text_encoder_2=randomize(CLIPTextModelWithProjection(text_config(80, "gelu")), seed + 4),
             tokenizer=write_tokenizer(folder / "tokenizer"),
             tokenizer_2=write_tokenizer(folder / "tokenizer_2", pad_token="!"),
@@ -136,19 +163,22 @@ def make_sdxl(
 
 
 def unet_config(family: Family, layers_per_block: int | None = None, levels: int = 4) -> dict[str, Any]:
-    """Return arguments for `UNet2DConditionModel`: the real block layout, but narrow; `levels` applies to SD1.5."""
+    """Return arguments for `UNet2DConditionModel`: the real block layout, but narrow; SDXL ignores `levels`."""
     common = {
         "sample_size": SAMPLE_SIZE,
         "layers_per_block": layers_per_block or LAYERS_PER_BLOCK[family],
         "norm_num_groups": 8,
         "cross_attention_dim": CROSS_ATTENTION_DIM[family],
     }
-    if family == "sd15":
+    if family != "sdxl":
+        heads: dict[str, Any] = {"attention_head_dim": 8}  # the number of heads, as in the real configuration
+        if family == "sd2":
+            heads = {"attention_head_dim": (2, 4, 8, 8)[:levels], "use_linear_projection": True}
         return common | {
             "down_block_types": ("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
             "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
             "block_out_channels": (32, 64, 64, 64)[:levels],
-            "attention_head_dim": 8,  # the number of heads, as in the real configuration
+            **heads,
         }
     return common | {
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),

@@ -12,7 +12,7 @@ from diffusers import ControlNetModel, MotionAdapter, T2IAdapter, UNet2DConditio
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .base import Family, text_config, unet_config
+from .base import TEXT_ENCODER, Family, text_config, unet_config
 from .images import control_image, pixels
 from .weights import calibrate, generator, normal, private_rng, randomize
 
@@ -130,7 +130,7 @@ def _lora_targets(
             if isinstance(module, nn.Linear | nn.Conv2d) and "_block" in name
         ]
         if text_encoder:
-            config = text_config(48, "quick_gelu")
+            config = text_config(*TEXT_ENCODER[family])
             for index in range(config.num_hidden_layers):
                 for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
                     # The name used in LoRA files, which differs from the module name in current transformers.

@@ -1,6 +1,7 @@
 """Convert folders saved by current libraries to the layout of the public repositories."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,23 @@ def as_published(folder: Path) -> None:
             save_file(renamed, path, metadata={"format": "pt"})
     index = folder / "model_index.json"
     index.write_text(index.read_text().replace("CLIPImageProcessorPil", "CLIPImageProcessor"))
+
+
+def as_variant(folder: Path, variant: str) -> Path:
+    """Replace the weights of a pipeline by a variant in half precision (`model.fp16.safetensors`)."""
+    for file in folder.glob("*/*.safetensors"):
+        weights = {
+            name: value.half() if value.is_floating_point() else value for name, value in load_file(file).items()
+        }
+        save_file(weights, file.with_suffix(f".{variant}.safetensors"), metadata={"format": "pt"})
+        file.unlink()
+    return folder
+
+
+def copy_configuration(folder: Path, target: Path) -> Path:
+    """Copy a pipeline without its weights."""
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    return target
 
 
 def write_scheduler(folder: Path, config: dict[str, Any]) -> None:

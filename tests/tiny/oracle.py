@@ -43,6 +43,8 @@ def pipeline(
     """
     if not safety_checker and "safety_checker" in cls._optional_components:
         components |= {"safety_checker": None, "requires_safety_checker": False}
+    if any(Path(base_folder).glob("unet/*.fp16.safetensors")):
+        components |= {"variant": "fp16"}
     pipe = cls.from_pretrained(base_folder, dtype=torch.float32, local_files_only=True, **components)
     if adapters:
         # As in diffusers, the first adapter with an image encoder loads it, and the others share it.

@@ -12,6 +12,9 @@ import typer
 
 from imprompt import __version__
 from imprompt.cli import console, packages
+from imprompt.cli.batch import batch
+from imprompt.cli.encode import encode
+from imprompt.cli.gateway import gateway
 from imprompt.cli.generate import generate
 from imprompt.cli.models import models
 
@@ -19,7 +22,6 @@ app = typer.Typer(
     name="imprompt",
     help="Serve Stable Diffusion with image prompts on Triton, and generate pictures and clips with it.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -35,7 +37,11 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 app.command(rich_help_panel="Server")(packages.export)
 app.command(rich_help_panel="Server")(packages.serve)
+app.command(rich_help_panel="Server")(packages.doctor)
+app.command(rich_help_panel="Server")(gateway)
 app.command(rich_help_panel="Client")(generate)
+app.command(rich_help_panel="Client")(encode)
 app.command(rich_help_panel="Client")(models)
+app.command(rich_help_panel="Client")(batch)
 app.command(rich_help_panel="More", context_settings=_FORWARD_ARGUMENTS)(packages.demo)
 app.command(rich_help_panel="More", context_settings=_FORWARD_ARGUMENTS)(packages.bench)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -11,14 +11,17 @@ from rich.table import Table
 
 from imprompt import Capabilities, Client
 from imprompt.cli import console
+from imprompt.cli.options import CONNECTION, with_options
 
 
+@with_options(CONNECTION)
 def models(
-    url: console.Url = "localhost:8001",
+    context: typer.Context,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    **connection: Any,
 ) -> None:
     """List the served bundles with their adapters, ControlNets, schedulers, sizes and limits."""
-    with console.reported_errors(), Client(url) as client:
+    with console.reported_errors(context), Client(**connection) as client:
         capabilities = {name: client.describe(name) for name in client.models()}
     if as_json:
         print(json.dumps(capabilities, indent=2))

@@ -9,15 +9,33 @@ from __future__ import annotations
 import importlib
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from imprompt.cli import console
+from imprompt.cli.gateway_process import beside_server
 
-_OWN_PACKAGES = ("imprompt", "imprompt_bench", "imprompt_demo", "imprompt_export", "imprompt_serving")
+_OWN_PACKAGES = (
+    "imprompt",
+    "imprompt_bench",
+    "imprompt_demo",
+    "imprompt_export",
+    "imprompt_gateway",
+    "imprompt_serving",
+)
+
+
+class Restart(StrEnum):
+    """What `imprompt serve` does when the server fails."""
+
+    ON_FAILURE = "on-failure"
+    NEVER = "never"
 
 
 def export(
@@ -29,16 +47,16 @@ def export(
     ] = None,
 ) -> None:
     """Compile a checkpoint set into a Triton model repository, and compare every engine with PyTorch."""
-    package = _load("imprompt_export", "export")
+    package = load("imprompt_export", "export")
     try:
         with _install_hint("export"):
             rows = package.export(bundle, repository, refit_from=refit_from)
     except (package.BundleError, package.EngineError, OSError) as error:
         console.fail(str(error))
     # Evaluated only if the error is none of the above: importing this module loads torch, which takes seconds.
-    except _load("imprompt_export.parity", "export").ParityError as error:
+    except load("imprompt_export.parity", "export").ParityError as error:
         console.fail(str(error))
-    console.out.print(_load("imprompt_export.report", "export").table(rows))
+    console.out.print(load("imprompt_export.report", "export").table(rows))
 
 
 def serve(
@@ -48,30 +66,87 @@ def serve(
         int | None, typer.Option(help="Also open Triton's HTTP port, which is closed by default; 0 picks a free one.")
     ] = None,
     metrics_port: Annotated[int, typer.Option(help="Metrics port; 0 picks a free one.")] = 8002,
+    health_port: Annotated[
+        int | None,
+        typer.Option(help="Also answer `/livez` and `/readyz` over HTTP on this port; 0 picks a free one."),
+    ] = None,
+    gateway_port: Annotated[
+        int | None, typer.Option(help="Also run `imprompt gateway` on this port; 0 picks a free one.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    allow_remote: Annotated[
+        bool,
+        typer.Option(help="Listen on an address that other machines reach, even if callers can crash this Triton."),
+    ] = False,
+    restart: Annotated[
+        Restart, typer.Option(help="What to do when the server fails: restart it, or exit with an error.")
+    ] = Restart.ON_FAILURE,
+    max_canary_age: Annotated[
+        float, typer.Option(help="Seconds after which a bundle that made no picture is no longer ready.", min=5.0)
+    ] = 30.0,
     drain_timeout: Annotated[float, typer.Option(help="Seconds to let running requests finish on shutdown.")] = 30.0,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show all of Triton's output.")] = False,
 ) -> None:
-    """Run Triton in the foreground. Prints a line starting with `ready` once all models are ready. Ctrl-C drains."""
-    launcher = _load("imprompt_serving.launcher", "server")
+    """Run Triton in the foreground, and restart it when it fails. Ctrl-C drains.
+
+    Prints a line that starts with `ready` once every bundle has made a picture.
+    """
+    launcher = load("imprompt_serving.launcher", "server")
+    if gateway_port is not None:
+        load("imprompt_gateway.server", "gateway")
+    children = ExitStack()
 
     def print_ready(addresses: Any) -> None:
-        print(f"ready {addresses}", flush=True)
+        loading.stop()
+        line = f"ready {addresses}"
+        if gateway_port is not None:
+            gateway = beside_server(addresses.grpc, addresses.health, host=host, port=gateway_port)
+            line += f" gateway={children.enter_context(gateway)}"
+        print(line, flush=True)
 
+    # On a terminal, one line that changes.
+    loading = console.err.status("starting")
+    loading.start()
     try:
         status = launcher.serve(
             repository,
             grpc_port=grpc_port,
             http_port=http_port,
             metrics_port=metrics_port,
+            health_port=0 if health_port is None and gateway_port is not None else health_port,
             host=host,
+            allow_remote=allow_remote,
             on_ready=print_ready,
+            on_loading=loading.update if console.err.is_terminal else partial(console.err.print, soft_wrap=True),
+            restart=restart is Restart.ON_FAILURE,
+            max_canary_age=max_canary_age,
             drain_timeout=drain_timeout,
             verbose=verbose,
         )
     except launcher.LaunchError as error:
+        loading.stop()
         console.fail(str(error))
+    finally:
+        loading.stop()
+        children.close()
     raise typer.Exit(status)
+
+
+def doctor(
+    repository: Annotated[
+        Path | None, typer.Argument(help="Model repository written by `imprompt export`, to check as well.")
+    ] = None,
+) -> None:
+    """Check whether this machine can serve, and print versions, GPUs, limits, and what is wrong."""
+    examination = load("imprompt_serving.launcher.doctor", "server").examine(repository)
+    for finding in examination:
+        color = {"ok": "green", "warning": "yellow", "error": "red"}[finding.verdict]
+        console.out.print(
+            f"[{color}]{finding.verdict:8}[/{color}]{finding.subject:13}{escape(finding.text)}",
+            soft_wrap=True,
+            highlight=False,
+        )
+    raise typer.Exit(int(any(finding.verdict == "error" for finding in examination)))
 
 
 def demo(context: typer.Context) -> None:
@@ -88,12 +163,12 @@ def demo(context: typer.Context) -> None:
 
 def bench(context: typer.Context) -> None:
     """Measure the latency and throughput of a server."""
-    package = _load("imprompt_bench.cli", "bench")
+    package = load("imprompt_bench.cli", "bench")
     with _install_hint("bench,cpu,export,server"):
         raise typer.Exit(package.main(context.args))
 
 
-def _load(module: str, extra: str) -> Any:
+def load(module: str, extra: str) -> Any:
     """Import a module of another package, or say which extra to install for it."""
     with _install_hint(extra, module):
         return importlib.import_module(module)

@@ -18,10 +18,10 @@ from imprompt_serving.backends import MODULES, get_backend
 from imprompt_serving.specs import Bundle, Shapes
 
 if TYPE_CHECKING:
-    from imprompt_export.bundle import EngineSection
     from imprompt_export.checkpoints import Checkpoints
     from imprompt_export.graphs import Axes, Graph
-    from imprompt_export.int8 import Quality
+    from imprompt_export.quality import Quality
+    from imprompt_export.sections import EngineSection
 
 StatusCallback = Callable[[str], None]
 """Shows one line of text about the current work."""
@@ -149,15 +149,27 @@ class ExportBackend:
 
         return batch_range(graph, bundle).max
 
+    def calibrate(
+        self,
+        engine: EngineSection,
+        bundle: Bundle,
+        checkpoints: Checkpoints,
+        graphs: list[Graph],
+        show_status: StatusCallback,
+    ) -> list[Graph]:
+        """Return `graphs` with the results of calibration runs; by default there are none."""
+        return graphs
+
     def finish(
         self,
         engine: EngineSection,
         bundle: Bundle,
         checkpoints: Checkpoints,
+        graphs: Mapping[str, Graph],
         files: Mapping[str, Path],
         show_status: StatusCallback,
     ) -> tuple[Mapping[str, Path], list[Quality]]:
-        """Process all engines together after each has been compared; return the files to serve and their int8 quality.
+        """Process all engines together after each has been compared; return the files to serve and their quality.
 
         Raises:
             QualityError: an engine has lost too much precision.

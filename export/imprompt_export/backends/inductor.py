@@ -12,7 +12,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,15 +23,19 @@ from typing import TYPE_CHECKING, Any
 from imprompt_export.backends import BuiltEngine, ExportBackend, StartBuild, StatusCallback
 from imprompt_export.errors import BundleError, one_line
 from imprompt_serving.backends import EngineError
-from imprompt_serving.backends.inductor import WEIGHTS, EngineInfo, Package, target
+from imprompt_serving.backends.inductor import LORA_DOWN, LORA_UP, WEIGHTS, EngineInfo, Package, lora_file, target
 from imprompt_serving.specs import Bundle, Shapes
 
 if TYPE_CHECKING:
     import torch
 
-    from imprompt_export.bundle import EngineSection
+    from imprompt_export.checkpoints import Checkpoints
     from imprompt_export.graphs import Axes, Graph
+    from imprompt_export.quality import Quality
+    from imprompt_export.sections import EngineSection
 
+_FP8_CAPABILITY = (8, 9)
+"""Compute capability of the first GPUs whose tensor cores compute in fp8."""
 _RECIPE = 1
 """Version of the way packages are built; increase it whenever that changes, so that cached packages are not reused."""
 _OPTIONS: dict[str, Any] = {
@@ -59,6 +63,12 @@ class Inductor(ExportBackend):
                 f'engine.backend = "{self.name}" compiles C++ during the export, but {compiler} is not installed: '
                 "install g++, or name another compiler in the variable CXX"
             )
+        if engine.precision == "fp8" and _on_gpu() and _compute_capability() < _FP8_CAPABILITY:
+            raise BundleError(
+                'engine.precision = "fp8" needs a GPU of compute capability 8.9 or newer; this one has {}.{}'.format(
+                    *_compute_capability()
+                )
+            )
 
     @contextmanager
     def builder(self, engine: EngineSection, refit_from: Path | None) -> Iterator[StartBuild]:
@@ -84,6 +94,49 @@ class Inductor(ExportBackend):
         from imprompt_export.profiles import exact_axes
 
         return tuple(graph.checks[-1] | axes for axes in exact_axes(graph, bundle))
+
+    def calibrate(
+        self,
+        engine: EngineSection,
+        bundle: Bundle,
+        checkpoints: Checkpoints,
+        graphs: list[Graph],
+        show_status: StatusCallback,
+    ) -> list[Graph]:
+        """Measure the ranges of fp8 if that is the precision."""
+        if engine.precision != "fp8":
+            return graphs
+        from imprompt_export.fp8 import calibrate
+
+        show_status("calibrating fp8")
+        return calibrate(bundle, checkpoints, graphs)
+
+    def finish(
+        self,
+        engine: EngineSection,
+        bundle: Bundle,
+        checkpoints: Checkpoints,
+        graphs: Mapping[str, Graph],
+        files: Mapping[str, Path],
+        show_status: StatusCallback,
+    ) -> tuple[Mapping[str, Path], list[Quality]]:
+        """Check the quality of the engines if the precision is fp8."""
+        if engine.precision != "fp8":
+            return files, []
+        from imprompt_export.fp8 import measure_quality
+        from imprompt_export.quality import check_quality
+
+        show_status("comparing fp8 with fp32")
+        quality = measure_quality(bundle, checkpoints, graphs, files, engine.min_snr_db)
+        check_quality(quality)
+        return files, quality
+
+
+def _compute_capability() -> tuple[int, int]:
+    """Return the compute capability of this machine's GPU."""
+    import torch
+
+    return torch.cuda.get_device_capability()
 
 
 def _on_gpu() -> bool:
@@ -124,6 +177,7 @@ class Packager:
         self, graph: Graph, folder: Path, bundle: Bundle, show_status: StatusCallback = lambda _: None
     ) -> Callable[[], BuiltEngine]:
         """Trace `graph`, write its weights, and queue its packages; return a function that waits for the engine."""
+        from imprompt_export.fp8 import quantized
         from imprompt_export.precision import cast, dtype_of
         from imprompt_export.profiles import exact_axes
         from imprompt_export.programs import trace, trace_axes
@@ -133,13 +187,15 @@ class Packager:
         file, dtype = folder / f"{graph.name}.json", dtype_of(graph, self._precision)
         variants = exact_axes(graph, bundle) if self._exact else [{}]
         on_gpu, packaged, before = self._kind == "cuda", [], len(self._building)
-        with cast(graph.module, dtype, self._kind, channels_last=on_gpu):
+        in_dtype = cast(graph.module, dtype, self._kind, channels_last=on_gpu)
+        with in_dtype, quantized(graph.module, graph.fp8_ranges):
             for number, axes in enumerate(variants, 1):
                 show_status(f"tracing {number} of {len(variants)}")
                 sizes = trace_axes(graph) | axes
                 program = trace(graph, dtype, axes=sizes, exact=axes, device=self._kind)
                 if number == 1:
-                    _save_weights(program, file.with_suffix(WEIGHTS))
+                    saved = _save_weights(program, file.with_suffix(WEIGHTS))
+                    _save_loras(graph, file, saved)
                 packaged.append(self._package(f"{graph.name}.{number}", program, folder))
         traced, built = time.perf_counter() - begun, len(self._building) - before
 
@@ -154,6 +210,7 @@ class Packager:
                 version=self._version,
                 target=self._target,
                 inputs={tensor.name: tensor.shape for tensor in graph.inputs},
+                internal={t.name: str(dtype).removeprefix("torch.") for t in graph.inputs if t.name in graph.internal},
                 outputs=tuple(graph.outputs),
                 packages=tuple(packages),
                 channels_last=on_gpu,
@@ -207,14 +264,38 @@ class Packager:
         return digest.hexdigest()[:32]
 
 
-def _save_weights(program: torch.export.ExportedProgram, file: Path) -> None:
-    """Write the weights that `program` uses, by their names in it: only one half of a VAE, for example."""
-    from safetensors.torch import save_file
-
+def _save_weights(program: torch.export.ExportedProgram, file: Path) -> list[str]:
+    """Write the weights that `program` uses (only one half of a VAE, for example), and return their names in it."""
     tensors, signature = program.state_dict | program.constants, program.graph_signature
     names = signature.inputs_to_parameters | signature.inputs_to_buffers | signature.inputs_to_lifted_tensor_constants
     used = [names[node.name] for node in program.graph.nodes if node.users and node.name in names]
-    save_file({name: tensors[name].detach().cpu().contiguous() for name in used}, file)
+    _save({name: tensors[name].detach().cpu().contiguous() for name in used}, file)
+    return used
+
+
+def _save_loras(graph: Graph, file: Path, saved: Collection[str]) -> None:
+    """Write a file for each LoRA of `graph`, with the names that weights have in the program (`Positional.module`).
+
+    Args:
+        saved: names of the weights that were written.
+
+    Raises:
+        BundleError: a LoRA changes weights that are not among them.
+    """
+    for name, layers in graph.loras.items():
+        tensors = {}
+        for layer, factors in layers.items():
+            weight = f"module.{layer}.weight"
+            if weight not in saved:
+                raise BundleError(f"lora {name}: {graph.name} does not use the weights of {layer}")
+            tensors[weight + LORA_DOWN], tensors[weight + LORA_UP] = factors.down.contiguous(), factors.up.contiguous()
+        _save(tensors, lora_file(file, name))
+
+
+def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(tensors, file)
     file.chmod(0o644)  # safetensors lets only the owner read it, but the server may be another user
 
 

@@ -13,8 +13,8 @@ from imprompt_serving.backends.onnxruntime import DISTRIBUTIONS
 from imprompt_serving.specs import Bundle
 
 if TYPE_CHECKING:
-    from imprompt_export.bundle import EngineSection
     from imprompt_export.graphs import Graph
+    from imprompt_export.sections import EngineSection
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,9 +13,10 @@ from imprompt_export.errors import BundleError
 from imprompt_serving.specs import Bundle
 
 if TYPE_CHECKING:
-    from imprompt_export.bundle import EngineSection
     from imprompt_export.checkpoints import Checkpoints
-    from imprompt_export.int8 import Quality
+    from imprompt_export.graphs import Graph
+    from imprompt_export.quality import Quality
+    from imprompt_export.sections import EngineSection
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,13 +36,15 @@ class OpenVino(ExportBackend):
         engine: EngineSection,
         bundle: Bundle,
         checkpoints: Checkpoints,
+        graphs: Mapping[str, Graph],
         files: Mapping[str, Path],
         show_status: StatusCallback,
     ) -> tuple[Mapping[str, Path], list[Quality]]:
         """Quantize to int8 if that is the precision; calibration runs the denoising loop and so needs all engines."""
         if engine.precision != "int8":
             return files, []
-        from imprompt_export.int8 import check_quality, quantize_bundle
+        from imprompt_export.int8 import quantize_bundle
+        from imprompt_export.quality import check_quality
 
         show_status("quantizing to int8")
         checkpoints.pipeline.unet.to("meta")  # the engine has its weights, and quantization needs the memory

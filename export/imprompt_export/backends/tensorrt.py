@@ -31,9 +31,9 @@ from imprompt_serving.backends.tensorrt import EngineInfo, EngineTensor
 from imprompt_serving.specs import Bundle
 
 if TYPE_CHECKING:
-    from imprompt_export.bundle import EngineSection
     from imprompt_export.graphs import Axes, Graph
     from imprompt_export.profiles import Profile
+    from imprompt_export.sections import EngineSection
 
 logger = logging.getLogger(__name__)
 

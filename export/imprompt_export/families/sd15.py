@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x."""
+"""Stable Diffusion 1.x, and 2.x, which only differs in what its configurations say."""
 
 from __future__ import annotations
 

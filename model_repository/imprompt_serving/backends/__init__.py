@@ -53,6 +53,8 @@ class Backend(ABC):
     """Whether an engine only takes the ranges of shapes that it was built for (`imprompt_export.profiles`)."""
     needs_gpu: bool = False
     """Whether an engine only runs on an NVIDIA GPU."""
+    swaps_weights: bool = False
+    """Whether requests may choose LoRAs; its engines are then `gpu.LoraEngine`s."""
 
     @property
     def hosts(self) -> tuple[str, ...]:

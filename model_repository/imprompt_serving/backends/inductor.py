@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = ".safetensors"
 """The suffix of the weights, which all packages of an engine share."""
+LORA_DOWN, LORA_UP = ".down", ".up"
+"""Suffixes of the factors of a weight in a `lora_file`; `up @ down` is added to the weight at scale 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +40,11 @@ class Inductor(Backend):
         return cuda_or_cpu(index)
 
 
-BACKENDS = {"inductor": Inductor(name="inductor", precisions=FLOATS, suffix=".json", extra="server")}
+BACKENDS = {
+    "inductor": Inductor(
+        name="inductor", precisions=(*FLOATS, "fp8"), suffix=".json", extra="server", swaps_weights=True
+    )
+}
 
 
 class Package(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,6 +66,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     inputs: dict[str, tuple[int | str, ...]]
     """Shapes of the inputs, in the order of the call. An axis is a size or a name."""
     outputs: tuple[str, ...]
+    internal: dict[str, str] = {}
+    """The types, by their names in torch, of inputs that come from other engines of the denoiser."""
     packages: tuple[Package, ...]
     channels_last: bool = False
     """Whether the packages expect convolution weights in this memory format."""
@@ -92,6 +100,13 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
             )
         return info
 
+    def select_inputs(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the inputs among `tensors`, in the order of the call and in the types that the packages expect."""
+        import torch
+
+        types = {name: getattr(torch, dtype) for name, dtype in self.internal.items()}
+        return {name: tensors[name].to(types.get(name, tensors[name].dtype)) for name in self.inputs}
+
     def axes_of(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         """Return the sizes of the named axes in a call with inputs of these shapes."""
         return {
@@ -113,6 +128,18 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
         requested = {axis: axes[axis] for axis in self.packages[0].axes}
         built = "; ".join(dict.fromkeys(_format_axes(package.axes) for package in self.packages))
         raise EngineError(f"the engine takes {built}, not {_format_axes(requested)}; see [shapes]")
+
+
+def lora_file(file: Path, name: str) -> Path:
+    """Return the path of the LoRA called `name` for the engine `file`."""
+    return file.with_name(f"{file.stem}.lora_{name}{WEIGHTS}")
+
+
+def lora_files(file: Path) -> dict[str, Path]:
+    """Find the LoRAs for the engine `file`, by name."""
+    prefix, suffix = lora_file(file, "*").name.split("*")
+    found = sorted(file.parent.glob(prefix + "*" + suffix))
+    return {path.name.removeprefix(prefix).removesuffix(suffix): path for path in found}
 
 
 def _format_axes(axes: Mapping[str, int]) -> str:
@@ -151,27 +178,37 @@ def load_packages(file: Path, info: EngineInfo, weights: Mapping[str, Tensor], i
 
 
 class InductorEngine:
-    """Packages on the CPU, with memory-mapped weights. Safe to call from several threads."""
+    """Packages on the CPU, with memory-mapped weights. `run` is safe to call from several threads."""
 
     def __init__(self, file: Path, info: EngineInfo, *, threads: int = 0) -> None:
         import torch
         from safetensors.torch import load_file
+
+        from imprompt_serving.gpu.loras import LoraWeights
 
         # The packages run on torch's threads, which processes inside Triton otherwise limit to one.
         torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
         self._info = info
         self._weights = load_file(file.with_suffix(WEIGHTS))
         self._packages = load_packages(file, info, self._weights)
+        # A second mapping of the file holds the original weights and takes no further memory.
+        self._loras = LoraWeights(file, self._weights, load_file(file.with_suffix(WEIGHTS)).__getitem__)
+
+    def use_loras(self, scales: Mapping[str, float]) -> None:
+        """Run the next calls with LoRAs of these scales. No other thread may be in a call."""
+        self._loras.use(scales)
 
     def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         import torch
 
+        from imprompt_serving.gpu import to_array
+
         answer = self.run_tensors({name: torch.from_numpy(value) for name, value in tensors.items()})
-        return {name: value.numpy() for name, value in answer.items()}
+        return {name: to_array(value) for name, value in answer.items()}
 
     def run_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run one call on tensors, without copies."""
-        given = {name: tensors[name].contiguous() for name in self._info.inputs}
+        given = {name: tensor.contiguous() for name, tensor in self._info.select_inputs(tensors).items()}
         axes = self._info.axes_of({name: tuple(tensor.shape) for name, tensor in given.items()})
         answer = self._packages[self._info.package_for(axes)](*given.values())
         return dict(zip(self._info.outputs, answer, strict=True))

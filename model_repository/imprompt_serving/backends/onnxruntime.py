@@ -170,12 +170,16 @@ class OnnxRuntimeEngine:
 
     def __init__(self, path: Path, *, threads: int = 0) -> None:
         self._session = session(path, threads=threads)
-        self._inputs = {value.name for value in self._session.get_inputs()}
+        self._inputs = {value.name: value.type for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
 
     def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         # The exporter drops inputs that a graph does not use, such as image tokens without image prompts.
-        feeds = {name: value for name, value in tensors.items() if name in self._inputs}
+        feeds = {
+            name: value.astype(np.float16, copy=False) if self._inputs[name] == "tensor(float16)" else value
+            for name, value in tensors.items()
+            if name in self._inputs
+        }
         return dict(zip(self._outputs, self._session.run(None, feeds), strict=True))
 
 

@@ -13,6 +13,8 @@ from imprompt_serving.denoiser.image_prompts import pad_image_prompt
 from imprompt_serving.denoiser.protocol import LoopJob
 from imprompt_serving.specs import Bundle, CallRows
 
+_TEXT = "encoder_hidden_states"
+
 
 class RowSlice(NamedTuple):
     """Rows `start` to `stop` of a job."""
@@ -35,6 +37,7 @@ class Batcher:
             for adapter in bundle.adapters
             for name in tensor_names.ip_inputs(adapter.name, bundle.levels)
         }
+        self._text_tokens = bundle.text_encoders[0].max_length
         self._composition: list[tuple[RowSlice, int]] = []
         self._conditioning: dict[str, Tensor] = {}
 
@@ -69,7 +72,9 @@ class Batcher:
         stacked = {}
         for name in sources[0]:
             rows = [source[name][rows.start : rows.stop] for source, rows in blocks]
-            if name in self._adapters:
+            if name == _TEXT:
+                rows = _repeat_tokens(rows, self._text_tokens)
+            elif name in self._adapters:
                 rows = [pad_image_prompt(tensor, name, *sizes[self._adapters[name]]) for tensor in rows]
             stacked[name] = stack(rows, count)
         return stacked
@@ -84,6 +89,18 @@ class Batcher:
         shapes = [source[tensor_names.ip_tokens(adapter)].shape for source in sources]
         tokens = max(shape[2] for shape in shapes)
         return max(shape[1] for shape in shapes), self._bucket(tokens) if tokens > 1 else 1
+
+
+def _repeat_tokens(rows: Sequence[Tensor], least: int) -> list[Tensor]:
+    """Bring text embeddings [rows, tokens, features] to the same length of at least `least`, a multiple of each.
+
+    Repeating all tokens of a text does not change the output of attention: the softmax distributes the weight of each
+    token over its copies. Nothing else in a network depends on the number of tokens.
+    """
+    longest = max(tensor.shape[1] for tensor in rows)
+    while longest < least:
+        longest *= 2
+    return [tensor.repeat(1, longest // tensor.shape[1], 1) if tensor.shape[1] < longest else tensor for tensor in rows]
 
 
 def stack(tensors: Sequence[Tensor], count: int) -> Tensor:

@@ -53,6 +53,11 @@ class Conditioning:
         """Whether some adapter has several groups of image tokens, each with a mask."""
         return has_regions(self._bundle, self._inputs)
 
+    @property
+    def text_tokens(self) -> int:
+        """The length of the text embeddings."""
+        return self._inputs["encoder_hidden_states"].shape[1]
+
     def at(self, index: int, count: int) -> Mapping[str, Tensor]:
         """Return the UNet inputs of call `index` of `count`: the same object while they do not change."""
         adapters_on = tuple(is_active(*window, index, count) for window in self._windows.values())

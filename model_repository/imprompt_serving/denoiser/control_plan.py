@@ -11,6 +11,7 @@ from torch import Tensor
 
 from imprompt_serving.denoiser.batch import RowSlice, stack
 from imprompt_serving.denoiser.control import PreparedControlNet
+from imprompt_serving.denoiser.precision import DTYPES
 from imprompt_serving.denoiser.windows import Window, select_frames
 from imprompt_serving.specs import Bundle, CallRows, level_size
 
@@ -72,7 +73,7 @@ class ControlPlan:
         sample = tensors["sample"]
         self._channels = bundle.latent_channels
         self._controlled, self._sample, self._text = controlled, sample.shape, tensors["encoder_hidden_states"]
-        self._device = sample.device
+        self._device, self._dtype = sample.device, DTYPES[bundle.precision]
         self._frames = sample.shape[2] if sample.ndim == 5 else 1
         height, width = sample.shape[-2:]
         self._shapes = {
@@ -125,15 +126,14 @@ class ControlPlan:
         everywhere = net.spans == [(0, self._sample[0] * self._frames)]
         return everywhere and all(value.shape == self._shapes[name] for name, value in answer.items())
 
-    def residual_buffers(self, answer: Tensors) -> Tensors:
-        """Return buffers for the residuals of all rows, with the types of `answer`.
+    def residual_buffers(self) -> Tensors:
+        """Return buffers for the residuals of all rows, in the type of the networks.
 
         Rows that the first net does not overwrite are zero. Buffers are reused from step to step.
         """
         if not self._buffers:
             self._buffers = {
-                name: torch.zeros(shape, dtype=answer[name].dtype if answer else torch.float32, device=self._device)
-                for name, shape in self._shapes.items()
+                name: torch.zeros(shape, dtype=self._dtype, device=self._device) for name, shape in self._shapes.items()
             }
         for start, stop in self._only_added_to:
             for buffer in self._buffers.values():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from imprompt_serving import tensor_names
 from imprompt_serving.backends import Engine
+from imprompt_serving.denoiser.precision import DTYPES
 from imprompt_serving.gpu import upload
 from imprompt_serving.job_request import JobRequest
 from imprompt_serving.specs import Bundle, level_size
@@ -37,7 +38,7 @@ def prepare_features(
     branches: int,
 ) -> tuple[T2IFeatures, ...]:
     """Run the T2I-Adapters of `request`. There is one control image for all pictures, or one per prompt."""
-    found = []
+    found, dtype = [], DTYPES[bundle.precision]
     for use in request.controls:
         if use.name not in adapters:
             continue
@@ -47,7 +48,7 @@ def prepare_features(
         each = pictures if len(images) == 1 else request.settings.num_images_per_prompt
         scaled = {}
         for name in bundle.feature_names:
-            features = torch.cat([torch.from_numpy(part[name]) for part in parts]) * use.scale
+            features = torch.cat([torch.from_numpy(part[name]) for part in parts]).to(dtype) * use.scale
             scaled[name] = features.repeat_interleave(each, dim=0).repeat(branches, 1, 1, 1)
         found.append(T2IFeatures(tensors=scaled, start=use.start, end=use.end))
     return tuple(found)
@@ -63,5 +64,6 @@ def sum_features(
             first, *others = (part.tensors[name] for part in features)
             inputs[name] = sum(others, start=first)
         else:
-            inputs[name] = torch.zeros(rows, channels, *(level_size(side, level) for side in size), device=device)
+            shape = rows, channels, *(level_size(side, level) for side in size)
+            inputs[name] = torch.zeros(shape, dtype=DTYPES[bundle.precision], device=device)
     return inputs

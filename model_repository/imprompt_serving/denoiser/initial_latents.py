@@ -67,26 +67,43 @@ def make_initial_latents(
     pictures: int,
 ) -> InitialLatents:
     """Make the initial latents of `request`. The timesteps of `scheduler` must be set."""
+    settings = request.settings
+    # As in diffusers, custom steps are counted by their timesteps, of which second-order schedulers have more.
+    steps = len(scheduler.timesteps) if settings.timesteps or settings.sigmas else settings.num_inference_steps
+    initial = _initial_latents(request, bundle, tensors, scheduler, steps, generator, pictures)
+    return _until_end(initial, request, scheduler)
+
+
+def _initial_latents(
+    request: JobRequest,
+    bundle: Bundle,
+    tensors: Mapping[str, Tensor],
+    scheduler: Any,
+    steps: int,
+    generator: Generators,
+    pictures: int,
+) -> InitialLatents:
     if request.task == "text-to-image":
-        noise = randn_tensor(_shape(request, bundle, pictures), generator=generator)
+        noise = _noise(request, bundle, tensors, generator, pictures)
         with blame_caller(request):
             latents = noise * scheduler.init_noise_sigma
-        return InitialLatents(
-            latents=latents, timesteps=scheduler.timesteps, steps=request.settings.num_inference_steps
-        )
+        return InitialLatents(latents=latents, timesteps=scheduler.timesteps, steps=steps)
+    timesteps, steps = _remaining(request, scheduler, steps)
     if request.task == "image-to-image":
-        timesteps, steps = _remaining(request, scheduler)
-        if request.frames is not None:
+        if "image_latents" in tensors:
+            latents = _repeat(tensors["image_latents"], pictures)
+        elif request.frames is not None:
             latents = _encode_video(tensors["image_moments"], bundle, generator, pictures)
         else:
             latents = _encode(tensors["image_moments"], bundle, generator, pictures)
-        noise = randn_tensor(latents.shape, generator=generator)
-        with blame_caller(request):
-            latents = scheduler.add_noise(latents, noise, timesteps[:1].repeat(pictures))
+        if request.settings.denoising_start is None:
+            noise = randn_tensor(latents.shape, generator=generator)
+            with blame_caller(request):
+                latents = scheduler.add_noise(latents, noise, timesteps[:1].repeat(pictures))
         if request.frames is not None:
             latents = latents.transpose(1, 2)
         return InitialLatents(latents=latents, timesteps=timesteps, steps=steps)
-    return _inpaint(request, bundle, tensors, scheduler, generator, pictures)
+    return _inpaint(request, bundle, tensors, scheduler, timesteps, steps, generator, pictures)
 
 
 def _inpaint(
@@ -94,18 +111,23 @@ def _inpaint(
     bundle: Bundle,
     tensors: Mapping[str, Tensor],
     scheduler: Any,
+    timesteps: Tensor,
+    steps: int,
     generator: Generators,
     pictures: int,
 ) -> InitialLatents:
-    timesteps, steps = _remaining(request, scheduler)
     takes_mask = bundle.unet_channels != bundle.latent_channels
-    pure_noise = request.settings.strength == 1.0
+    continues = request.settings.denoising_start is not None
+    pure_noise = not continues and (request.settings.strength == 1.0 or "latents" in tensors)
     image = None
     if not takes_mask or not pure_noise:
         image = _repeat(_sample(tensors["image_moments"], generator) * bundle.vae_scaling_factor, pictures)
-    noise = randn_tensor(_shape(request, bundle, pictures), generator=generator)
+    noise = _noise(request, bundle, tensors, generator, pictures)
     with blame_caller(request):
-        if pure_noise:
+        if continues:
+            assert image is not None
+            latents = image
+        elif pure_noise:
             latents = noise * scheduler.init_noise_sigma
         else:
             latents = scheduler.add_noise(image, noise, timesteps[:1].repeat(pictures))
@@ -117,6 +139,17 @@ def _inpaint(
         return InitialLatents(latents=latents, timesteps=timesteps, steps=steps, channels=channels)
     assert image is not None
     return InitialLatents(latents=latents, timesteps=timesteps, steps=steps, blend=(noise, image, mask))
+
+
+def _noise(
+    request: JobRequest, bundle: Bundle, tensors: Mapping[str, Tensor], generator: Generators, pictures: int
+) -> Tensor:
+    """Return the noise that the caller sent, or else draw it."""
+    shape = _shape(request, bundle, pictures)
+    if "latents" in tensors:
+        return tensors["latents"].reshape(shape)
+    drawn: Tensor = randn_tensor(shape, generator=generator)
+    return drawn
 
 
 def _shape(request: JobRequest, bundle: Bundle, pictures: int) -> tuple[int, ...]:
@@ -131,17 +164,47 @@ def _shape(request: JobRequest, bundle: Bundle, pictures: int) -> tuple[int, ...
     )
 
 
-def _remaining(request: JobRequest, scheduler: Any) -> tuple[Tensor, int]:
-    """Return the last `strength` of the timesteps, and the number of steps (`get_timesteps` in diffusers)."""
-    steps = request.settings.num_inference_steps
-    skipped = steps - min(int(steps * request.settings.strength), steps)
+def _remaining(request: JobRequest, scheduler: Any, steps: int) -> tuple[Tensor, int]:
+    """Return the timesteps that remain of `steps` steps, and the number of steps (`get_timesteps` in diffusers).
+
+    These are the last `strength` of them, or those after `denoising_start`.
+    """
+    settings, order = request.settings, scheduler.order
+    if settings.denoising_start is not None:
+        count = int((scheduler.timesteps < _timestep(scheduler, settings.denoising_start)).sum())
+        # A step of a second-order scheduler takes two calls, except the first: do not start in the middle of one.
+        count += order == 2 and count % 2 == 0
+        skipped_calls = max(len(scheduler.timesteps) - count, 0)
+        remaining = -(-count // order)
+        parameter, value = "denoising_start", settings.denoising_start
+    else:
+        skipped = steps - min(int(steps * settings.strength), steps)
+        skipped_calls, remaining = skipped * order, steps - skipped
+        parameter, value = "num_inference_steps", settings.strength
     if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(skipped * scheduler.order)
-    timesteps = scheduler.timesteps[skipped * scheduler.order :]
+        scheduler.set_begin_index(skipped_calls)
+    timesteps = scheduler.timesteps[skipped_calls:]
     if not len(timesteps):
-        problem = f"strength {request.settings.strength:g} leaves none of {steps} steps"
-        raise InvalidRequest("num_inference_steps", problem)
-    return timesteps, steps - skipped
+        cause = "denoising_start" if settings.denoising_start is not None else "strength"
+        raise InvalidRequest(parameter, f"{cause} {value:g} leaves none of {steps} steps")
+    return timesteps, remaining
+
+
+def _until_end(initial: InitialLatents, request: JobRequest, scheduler: Any) -> InitialLatents:
+    """Drop the timesteps after `denoising_end`."""
+    end = request.settings.denoising_end
+    if end is None:
+        return initial
+    timesteps = initial.timesteps[: int((initial.timesteps >= _timestep(scheduler, end)).sum())]
+    if not len(timesteps):
+        raise InvalidRequest("denoising_end", f"{end:g} leaves none of {initial.steps} steps")
+    return replace(initial, timesteps=timesteps, steps=-(-len(timesteps) // scheduler.order))
+
+
+def _timestep(scheduler: Any, fraction: float) -> int:
+    """Return the timestep at which this fraction of the denoising is done."""
+    trained = scheduler.config.num_train_timesteps
+    return round(trained - fraction * trained)
 
 
 def _encode(moments: Tensor, bundle: Bundle, generator: Generators, pictures: int) -> Tensor:

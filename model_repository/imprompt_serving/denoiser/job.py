@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imprompt_serving.capabilities import CUSTOM_STEPS
 from imprompt_serving.denoiser.admission import Load
 from imprompt_serving.denoiser.conditioning import CPU, Conditioning
 from imprompt_serving.denoiser.control import PreparedControlNet, is_active
@@ -27,12 +28,14 @@ from imprompt_serving.denoiser.schedulers import (
 from imprompt_serving.denoiser.windows import Window, merge, select_frames, windows
 from imprompt_serving.errors import InvalidRequest, RequestError
 from imprompt_serving.gpu import download, upload
-from imprompt_serving.job_request import JobRequest, batch_key
+from imprompt_serving.job_request import JobRequest, batch_key, lora_set
+from imprompt_serving.parameters import ROWS, Type
 from imprompt_serving.specs import Bundle
 from imprompt_serving.tensor_names import NEGATIVE, image_embeds
 
-_LARGEST_USUAL_SCALE, _LARGEST_USUAL_EMBEDDING = 100.0, 1000.0
-"""No sensible scale, and no output of an image encoder, exceeds these."""
+_LARGEST_USUAL_SCALE, _LARGEST_USUAL_LORA_SCALE, _LARGEST_USUAL_VALUE = 100.0, 2.0, 1000.0
+"""No sensible scale, and no output of an encoder, exceeds these."""
+_TENSORS = tuple(row.name for row in ROWS if row.type is Type.TENSOR)
 
 
 class Job:
@@ -64,8 +67,10 @@ class Job:
         """The tick that last served this job, or in which it arrived."""
 
         self._scheduler = make_scheduler(bundle, request)
-        with blame_caller(request, "num_inference_steps"):
-            set_timesteps(self._scheduler, request.settings.num_inference_steps)
+        settings = request.settings
+        parameter = next((name for name in CUSTOM_STEPS if getattr(settings, name)), "num_inference_steps")
+        with blame_caller(request, parameter):
+            set_timesteps(self._scheduler, settings.steps, settings.timesteps, settings.sigmas)
         generator = generators(request.seeds)
         self._step_arguments = step_arguments(self._scheduler, eta=request.settings.eta, generator=generator)
         initial = make_initial_latents(request, bundle, tensors, self._scheduler, generator, self.pictures)
@@ -84,13 +89,14 @@ class Job:
         """Frames per row; 1 for pictures."""
         self.batch_key = batch_key(
             bundle,
-            request.settings.height,
-            request.settings.width,
+            request.settings,
             request.frames,
             request.context,
             regions=conditioning.regions,
+            text_tokens=conditioning.text_tokens,
         )
         """Jobs with equal keys can share a call."""
+        self.loras = lora_set(request.settings)
 
         self._output_rows: list[Tensor] = []
         self._model_input: Tensor | None = None
@@ -250,9 +256,13 @@ def likely_cause(request: JobRequest, tensors: Mapping[str, Tensor]) -> str | No
         return "ip_adapter_scale"
     if any(abs(use.scale) > _LARGEST_USUAL_SCALE for use in request.controls):
         return "controlnet_conditioning_scale"
-    embeds = [prefix + image_embeds(use.name) for use in request.adapters for prefix in ("", NEGATIVE)]
-    if any(tensors[name].abs().max() > _LARGEST_USUAL_EMBEDDING for name in embeds if name in tensors):
-        return "ip_adapter_image_embeds"
+    if any(abs(scale) > _LARGEST_USUAL_LORA_SCALE for scale in request.settings.lora.values()):
+        return "lora"
+    own_names = {parameter: (parameter,) for parameter in _TENSORS}
+    embeds = tuple(prefix + image_embeds(use.name) for use in request.adapters for prefix in ("", NEGATIVE))
+    for parameter, names in {"ip_adapter_image_embeds": embeds, **own_names}.items():
+        if any(tensors[name].abs().max() > _LARGEST_USUAL_VALUE for name in names if name in tensors):
+            return parameter
     return None if request.settings.scheduler is None else "scheduler"
 
 

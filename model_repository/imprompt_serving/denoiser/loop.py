@@ -24,7 +24,7 @@ from imprompt_serving.denoiser.admission import Load, check_room
 from imprompt_serving.denoiser.answers import Answers, AnswerThreads, Listener
 from imprompt_serving.denoiser.batch import Batcher, RowSlice
 from imprompt_serving.denoiser.meter import Meter, Population
-from imprompt_serving.denoiser.policy import Candidate, plan
+from imprompt_serving.denoiser.policy import CANARY_PRIORITY, FIRST_TURN, Candidate, plan
 from imprompt_serving.denoiser.protocol import LoopJob
 from imprompt_serving.errors import Cancelled, Overloaded, RequestError, unexpected
 from imprompt_serving.specs import CallRows, Limits
@@ -109,6 +109,7 @@ class Denoiser:
         self._last_completed = 0.0
         """When the latest tick completed."""
         self._tick, self._tick_seconds = 0, 0.0
+        self._turn = FIRST_TURN
 
     def admit(self, job_id: str, load: Load) -> None:
         """Reserve a place in the queue for a job that is about to arrive. Further calls for the same job do nothing.
@@ -187,10 +188,14 @@ class Denoiser:
         self._report_population()
 
     def _submit(self, job: LoopJob, listener: Listener) -> None:
-        self._admit(job.id, job.load)
-        del self._admitted[job.id]
+        if _is_canary(job):
+            meter = Meter()  # canaries are not traffic: they need no place in the queue, and appear in no metric
+        else:
+            self._admit(job.id, job.load)
+            del self._admitted[job.id]
+            meter = self._meter
         job.last_served_tick = self._tick
-        self._jobs[job.id] = _Active(job, Answers(listener, self._answer_threads, self._meter))
+        self._jobs[job.id] = _Active(job, Answers(listener, self._answer_threads, meter))
         self._report_population()
         self._post(self._start_tick)
 
@@ -238,7 +243,11 @@ class Denoiser:
         actives = [active for active in self._jobs.values() if not active.job.done]
         candidates = [_candidate(active.job) for active in actives]
         planned = []
-        for grant in plan(candidates, self._call_rows):
+        grants = plan(candidates, self._call_rows, self._turn)
+        if grants:
+            leader, rows = candidates[grants[0].index], sum(grant.rows for grant in grants)
+            self._turn = self._turn.after(leader, rows, self._call_rows)
+        for grant in grants:
             job = actives[grant.index].job
             start = job.rows - job.pending
             planned.append((actives[grant.index], RowSlice(job, start, start + grant.rows)))
@@ -296,8 +305,9 @@ class Denoiser:
         seconds = now - max(tick.began, self._last_completed)
         del self._in_flight[:1]
         self._last_completed = now
-        self._tick_seconds += (seconds - self._tick_seconds) * (_LATEST_WEIGHT if self._tick_seconds else 1.0)
-        self._meter.ticked(tick.rows, seconds)
+        if not all(_is_canary(update.active.job) for update in tick.updates):
+            self._tick_seconds += (seconds - self._tick_seconds) * (_LATEST_WEIGHT if self._tick_seconds else 1.0)
+            self._meter.ticked(tick.rows, seconds)
         for update in tick.updates:
             self._answer(update)
         self._start_tick()
@@ -349,7 +359,7 @@ class Denoiser:
 
     def _loads(self) -> tuple[list[Load], list[Load]]:
         """Return the loads of the running jobs, and of the waiting ones, which include admitted jobs."""
-        jobs = [active.job for active in self._jobs.values() if not active.job.done]
+        jobs = [active.job for active in self._jobs.values() if not (active.job.done or _is_canary(active.job))]
         running = [job.load for job in jobs if job.started is not None]
         waiting = [job.load for job in jobs if job.started is None]
         return running, waiting + [load for load, _ in self._admitted.values()]
@@ -358,6 +368,10 @@ class Denoiser:
         running, waiting = self._loads()
         rows = [sum(load.rows for load in loads) for loads in (running, waiting)]
         self._meter.population(Population(len(running), rows[0], len(waiting), rows[1]))
+
+
+def _is_canary(job: LoopJob) -> bool:
+    return job.request.settings.priority == CANARY_PRIORITY
 
 
 def _candidate(job: LoopJob) -> Candidate:
@@ -369,6 +383,7 @@ def _candidate(job: LoopJob) -> Candidate:
         started=job.started is not None,
         priority=job.request.settings.priority,
         frames=job.frames,
+        loras=job.loras,
     )
 
 

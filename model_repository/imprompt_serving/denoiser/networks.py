@@ -11,7 +11,7 @@ from imprompt_serving.backends import Engine
 from imprompt_serving.denoiser.batch import RowSlice
 from imprompt_serving.denoiser.control_plan import ControlPlan, Tensors, controlled_rows
 from imprompt_serving.denoiser.protocol import LoopJob
-from imprompt_serving.gpu import run_on_tensors
+from imprompt_serving.gpu import LoraEngine, run_on_tensors
 from imprompt_serving.specs import Bundle, CallRows
 
 
@@ -41,6 +41,8 @@ class StepNetworks:
         if self._bundle.controlnets:
             tensors |= self._residuals(self._current_plan(slices, tensors), tensors)
         unet = self._unets["motion_unet" if clips else "unet"]
+        if self._bundle.loras and isinstance(unet, LoraEngine):
+            unet.use_loras(slices[0].job.request.settings.lora)
         return run_on_tensors(unet, tensors)["noise_pred"]
 
     def _current_plan(self, slices: Sequence[RowSlice], tensors: Tensors) -> ControlPlan:
@@ -67,10 +69,10 @@ class StepNetworks:
                 if not total and plan.covers_batch(net, answer):
                     total = answer  # the caller of an engine owns its outputs, so later nets may add to them
                     continue
-                total = total or plan.residual_buffers(answer)
+                total = total or plan.residual_buffers()
                 for batch_rows, own_rows in net.destinations(first, len(rows["sample"])):
                     for name, value in answer.items():
                         target = total[name][batch_rows]
                         # The first net overwrites what the last step left in its rows.
                         target.copy_(value[own_rows]) if net is plan.nets[0] else target.add_(value[own_rows])
-        return plan.unet_inputs(total or plan.residual_buffers({}))
+        return plan.unet_inputs(total or plan.residual_buffers())

@@ -56,6 +56,10 @@ class LoopJob(Protocol):
         """Jobs with equal keys can share a call: their tensors have the same names and can be stacked after padding."""
 
     @property
+    def loras(self) -> tuple[str, ...]:
+        """The LoRAs and scales that it runs with."""
+
+    @property
     def rows(self) -> int:
         """Rows of the current step."""
 

@@ -102,14 +102,19 @@ def _cached_scheduler(key: str) -> Any:
     return getattr(diffusers, name).from_config(config, **overrides)
 
 
-def set_timesteps(scheduler: Any, steps: int) -> Any:
-    """Set and return the timesteps of `steps` denoising steps.
+def set_timesteps(scheduler: Any, steps: int, timesteps: Sequence[int] = (), sigmas: Sequence[float] = ()) -> Any:
+    """Set and return the timesteps of `steps` denoising steps, or custom ones (diffusers' `retrieve_timesteps`).
 
     Raises:
         ValueError: the model was not trained on these timesteps, or the noise levels are NaN.
         Exception: whatever diffusers raises.
     """
-    scheduler.set_timesteps(steps)
+    if timesteps:
+        scheduler.set_timesteps(timesteps=[*timesteps])
+    elif sigmas:
+        scheduler.set_timesteps(sigmas=[*sigmas])
+    else:
+        scheduler.set_timesteps(steps)
     trained, last = scheduler.config.num_train_timesteps, float(scheduler.timesteps.max())
     if last >= trained:
         raise ValueError(f"{steps} steps reach timestep {last:g} of a model trained on {trained}")

@@ -38,16 +38,17 @@ class WarmUpJob:
     guided: bool = False
     adapters: bool = True
     masks: bool = False
+    loras: bool = False
     controls: bool = False
 
 
 def warm_up_jobs(bundle: Bundle, call_rows: CallRows) -> Iterator[WarmUpJob]:
-    """Yield the jobs to run: first a picture of the smallest size, with every adapter and mask.
+    """Yield the jobs to run: first a picture of the smallest size, with every adapter, mask, and LoRA.
 
     If rows are bucketed, jobs for every bucket at the default size follow, with image prompts and ControlNets, and
     without; also for clips of the usual length, with as many rows as then fit.
     """
-    yield WarmUpJob(size=(bundle.shapes.height.min, bundle.shapes.width.min), guided=True, masks=True)
+    yield WarmUpJob(size=(bundle.shapes.height.min, bundle.shapes.width.min), guided=True, masks=True, loras=True)
     if not call_rows.bucketed:
         return
     usual = bundle.default_height, bundle.default_width
@@ -101,6 +102,7 @@ def _request(job: WarmUpJob, bundle: Bundle) -> JobRequest:
             guidance_scale=7.5 if job.guided else 1.0,
             strength=1.0,
             preview=True,
+            lora=dict.fromkeys(bundle.loras if job.loras else (), 1.0),
         ),
         seeds=(0,),
         adapters=tuple(AdapterOptions(name=adapter.name) for adapter in bundle.adapters if job.adapters),

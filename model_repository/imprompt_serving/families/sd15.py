@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x: one text encoder; defaults of `StableDiffusionPipeline` and related pipelines."""
+"""Stable Diffusion 1.x and 2.x: one text encoder; defaults of `StableDiffusionPipeline` and related pipelines."""
 
 from __future__ import annotations
 

@@ -102,6 +102,10 @@ FAMILY = SDXL(
     parameters=(
         "prompt_2",
         "negative_prompt_2",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+        "denoising_start",
+        "denoising_end",
         "original_size",
         "crops_coords_top_left",
         "target_size",

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,15 @@ class DeviceEngine(Protocol):
 
     def run_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run one call on the engine's device. The caller owns the outputs."""
+        ...
+
+
+@runtime_checkable
+class LoraEngine(Protocol):
+    """An engine whose weights can be changed by LoRAs between calls."""
+
+    def use_loras(self, scales: Mapping[str, float]) -> None:
+        """Run the next calls with LoRAs of these scales, and no others. If nothing changes, this does nothing."""
         ...
 
 
@@ -86,6 +96,11 @@ def run_on_tensors(engine: Engine, tensors: Mapping[str, Tensor]) -> dict[str, T
         return engine.run_tensors(tensors)
     answer = engine.run({name: tensor.contiguous().numpy() for name, tensor in tensors.items()})
     return {name: torch.from_numpy(value) for name, value in answer.items()}
+
+
+def to_array(tensor: Tensor) -> np.ndarray:
+    """Copy `tensor` to an array on the host. bf16 becomes float32, because numpy has no bf16."""
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
 
 
 def call_shapes(tensors: Mapping[str, Tensor]) -> CallShapes:

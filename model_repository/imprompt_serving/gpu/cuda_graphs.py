@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imprompt_serving.gpu import call_shapes
+from imprompt_serving.gpu import call_shapes, to_array
 from imprompt_serving.gpu.lru_cache import LRUCache
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class GraphedEngine(ABC):
 
     def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         given = {name: torch.from_numpy(value).to(self._device) for name, value in tensors.items()}
-        return {name: value.cpu().numpy() for name, value in self.run_tensors(given).items()}
+        return {name: to_array(value) for name, value in self.run_tensors(given).items()}
 
     def run_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         given = {name: tensors[name] for name in self._names}

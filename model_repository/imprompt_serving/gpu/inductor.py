@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from imprompt_serving.backends.inductor import WEIGHTS, EngineInfo, load_packages
-from imprompt_serving.gpu.cuda_graphs import GraphedEngine, PreparedCall
+from imprompt_serving.gpu.cuda_graphs import GraphedEngine, PreparedCall, on_stream
+from imprompt_serving.gpu.loras import LoraWeights
 
 
 class InductorDeviceEngine(GraphedEngine):
@@ -25,12 +26,19 @@ class InductorDeviceEngine(GraphedEngine):
         self._info = info
         self._weights = {name: self._to_device(w) for name, w in load_file(file.with_suffix(WEIGHTS)).items()}
         self._packages = load_packages(file, info, self._weights, self._device.index or 0)
+        self._loras = LoraWeights(file, self._weights, lambda name: self._weights[name].clone())
+
+    def use_loras(self, scales: Mapping[str, float]) -> None:
+        """Run the next calls with LoRAs of these scales. The stream completes earlier calls first."""
+        with self._lock, torch.cuda.device(self._device), on_stream(self._stream, ()):
+            self._loras.use(scales)
 
     def _prepare(self, given: Mapping[str, Tensor]) -> PreparedCall:
         axes = self._info.axes_of({name: tuple(tensor.shape) for name, tensor in given.items()})
         package: Any = self._packages[self._info.package_for(axes)]
-        inputs = {name: torch.empty(t.shape, dtype=t.dtype, device=self._device) for name, t in given.items()}
-        for name, tensor in given.items():
+        typed = self._info.select_inputs(given)
+        inputs = {name: torch.empty(t.shape, dtype=t.dtype, device=self._device) for name, t in typed.items()}
+        for name, tensor in typed.items():
             inputs[name].copy_(tensor)
         outputs = dict(zip(self._info.outputs, package(*inputs.values()), strict=True))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from imprompt_serving.backends.onnxruntime import check_cuda, session
-from imprompt_serving.gpu import call_shapes
+from imprompt_serving.gpu import call_shapes, to_array
 from imprompt_serving.gpu.cuda_graphs import on_stream
 from imprompt_serving.gpu.lru_cache import LRUCache
 
@@ -22,10 +22,21 @@ SHAPES = 64
 """The number of input shapes whose output shapes are cached."""
 _TYPES = {
     "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(bfloat16)": torch.bfloat16,
     "tensor(uint8)": torch.uint8,
     "tensor(int64)": torch.int64,
     "tensor(bool)": torch.bool,
 }
+_ELEMENT_TYPES = {
+    torch.float32: 1,
+    torch.uint8: 2,
+    torch.int64: 7,
+    torch.bool: 9,
+    torch.float16: 10,
+    torch.bfloat16: 16,
+}
+"""The numbers of types in ONNX (`onnx.TensorProto.DataType`); numpy types would do, but numpy has no bf16."""
 
 
 class OnnxRuntimeDeviceEngine:
@@ -47,18 +58,20 @@ class OnnxRuntimeDeviceEngine:
         self._options = onnxruntime.RunOptions()
         # Otherwise each call waits for the stream (https://github.com/microsoft/onnxruntime/issues/28539).
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        self._inputs = {value.name for value in self._session.get_inputs()}
+        self._inputs = {value.name: _TYPES[value.type] for value in self._session.get_inputs()}
         self._outputs = {value.name: _TYPES[value.type] for value in self._session.get_outputs()}
         self._shapes: LRUCache[list[tuple[int, ...]]] = LRUCache(SHAPES)
         self._lock = threading.Lock()
 
     def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         given = {name: torch.from_numpy(value).to(self._device) for name, value in tensors.items()}
-        return {name: value.cpu().numpy() for name, value in self.run_tensors(given).items()}
+        return {name: to_array(value) for name, value in self.run_tensors(given).items()}
 
     def run_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run one call. torch allocates the outputs; their shapes come from an earlier call with equal input shapes."""
-        given = {name: tensor.contiguous() for name, tensor in tensors.items() if name in self._inputs}
+        given = {
+            name: tensor.to(self._inputs[name]).contiguous() for name, tensor in tensors.items() if name in self._inputs
+        }
         ordered = on_stream(self._stream, given.values()) if self._stream else contextlib.nullcontext(list[Tensor]())
         with self._lock, ordered as answers:
             shapes = self._shapes.get(call_shapes(given), lambda: self._run_once(given))
@@ -89,6 +102,6 @@ class OnnxRuntimeDeviceEngine:
             binding.bind_input(name, *self._binding_arguments(tensor))
         return binding
 
-    def _binding_arguments(self, tensor: Tensor) -> tuple[str, int, Any, tuple[int, ...], int]:
-        element = torch.empty(0, dtype=tensor.dtype).numpy().dtype
+    def _binding_arguments(self, tensor: Tensor) -> tuple[str, int, int, tuple[int, ...], int]:
+        element = _ELEMENT_TYPES[tensor.dtype]
         return self._device.type, self._device.index or 0, element, tuple(tensor.shape), tensor.data_ptr()

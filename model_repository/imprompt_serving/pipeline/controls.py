@@ -47,7 +47,7 @@ def plan_controls(
     read: Reader, bundle: Bundle, task: Task, prompts: int, frames: int | None
 ) -> tuple[ControlPlan, ...]:
     """Parse the ControlNets of a request, in its order; empty without control images. `frames` is set for clips."""
-    files, names = read.data("control_image"), read.texts("controlnet")
+    files, names = read.pictures("control_image"), read.texts("controlnet")
     if not files:
         for name in _PARAMETERS:
             if name in read:

@@ -1,95 +1,26 @@
-"""Encode text, image prompts, and start pictures before denoising."""
+"""Encode image prompts, start pictures, and control images before denoising."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from imprompt_serving import tensor_names
 from imprompt_serving.errors import InvalidRequest
-from imprompt_serving.families import get_family
 from imprompt_serving.pipeline.image_prompts import ImagePrompt
 from imprompt_serving.pipeline.images import clip_pixels, control_pixels, mask_pixels, vae_pixels
 from imprompt_serving.pipeline.mask_crop import crop_region, fit_filled
 from imprompt_serving.pipeline.models import Models, Tensors, raise_for_error, strings
 from imprompt_serving.pipeline.request import Request
 from imprompt_serving.pipeline.stages import Stages
-from imprompt_serving.pipeline.text import PromptTokenizer
-from imprompt_serving.specs import Adapter, Bundle, TextEncoder
+from imprompt_serving.specs import Adapter, Bundle
 
 _CONCURRENT_ENCODES = 4
 """Start pictures (mostly frames) of one request to encode at the same time."""
-
-_MAX_QUOTE = 200
-"""Largest number of characters that a warning quotes."""
-
-
-class TextPromptEncoder:
-    """Encodes prompts into the text embeddings of the family (diffusers' `encode_prompt`)."""
-
-    def __init__(self, bundle: Bundle, folder: Path, models: Models) -> None:
-        self._bundle, self._models, self._family = bundle, models, get_family(bundle.family)
-        self._tokenizers = [PromptTokenizer(folder, encoder) for encoder in bundle.text_encoders]
-
-    async def encode(self, request: Request, stages: Stages, warnings: set[str]) -> Tensors:
-        """Encode the prompts of a request, and add a warning for each prompt that is truncated."""
-        with stages.measure("text_encoder"):
-            prompts = self._embeds(request.prompts, request.settings.clip_skip, "", warnings)
-            if not self._bundle.guided(request):
-                return await prompts
-            if request.negative_prompts is None and self._bundle.force_zeros_for_empty_prompt:
-                positive = await prompts
-                return positive | {
-                    tensor_names.NEGATIVE + name: np.zeros_like(value) for name, value in positive.items()
-                }
-            empty = (("",) * len(request.prompts[0]),) * len(request.prompts)
-            # As in diffusers, clip_skip does not apply to negative prompts.
-            negative_prompts = self._embeds(request.negative_prompts or empty, 0, tensor_names.NEGATIVE, warnings)
-            positive, negative = await asyncio.gather(prompts, negative_prompts)
-            return positive | negative
-
-    async def _embeds(
-        self, prompts: tuple[tuple[str, ...], ...], clip_skip: int, prefix: str, warnings: set[str]
-    ) -> Tensors:
-        """Encode the prompts of one branch."""
-        pairs = zip(self._family.prompts, prompts, strict=True)
-        names = [prefix + (name if texts != prompts[0] else self._family.prompts[0]) for name, texts in pairs]
-        encoders = zip(self._bundle.text_encoders, self._tokenizers, prompts, names, strict=True)
-        outputs = await asyncio.gather(*(self._run(e, t, p, n, clip_skip, warnings) for e, t, p, n in encoders))
-        return {prefix + name: embeds for name, embeds in self._family.join_text(outputs).items()}
-
-    async def _run(
-        self,
-        encoder: TextEncoder,
-        tokenizer: PromptTokenizer,
-        prompts: Sequence[str],
-        name: str,
-        clip_skip: int,
-        warnings: set[str],
-    ) -> Tensors:
-        """Run a text encoder once per distinct prompt, so that Triton's response cache can answer repeated ones."""
-
-        async def encode(prompt: str) -> Tensors:
-            ids, rest = await asyncio.to_thread(tokenizer.with_rest, prompt)
-            if rest:
-                warnings.add(f"{name}: truncated to {encoder.max_length} tokens; cut off: {_quoted(rest)}")
-            tensors = {"input_ids": ids, "clip_skip": np.array([[clip_skip]], np.int64)}
-            return await self._models.call(self._bundle.model(encoder.engine), tensors)
-
-        distinct = list(dict.fromkeys(prompts))
-        outputs = dict(zip(distinct, await asyncio.gather(*map(encode, distinct)), strict=True))
-        return {name: np.concatenate([outputs[prompt][name] for prompt in prompts]) for name in outputs[prompts[0]]}
-
-
-def _quoted(text: str) -> str:
-    """Return the start of `text` on one line, for a warning."""
-    line = " ".join(text[: 2 * _MAX_QUOTE].split())
-    return line if len(line) <= _MAX_QUOTE else f"{line[:_MAX_QUOTE]}..."
 
 
 class ImagePromptEncoder:
@@ -190,6 +121,8 @@ async def encode_start(request: Request, bundle: Bundle, models: Models, stages:
     """Encode start pictures (or frames) as moments of the VAE's Gaussian, and scale masks to the latent size."""
     if request.task == "text-to-image":
         return {}
+    if request.image_latents is not None:
+        return {"image_latents": request.image_latents}
     semaphore = asyncio.Semaphore(_CONCURRENT_ENCODES)
 
     async def encode_picture(pixels: np.ndarray) -> np.ndarray:

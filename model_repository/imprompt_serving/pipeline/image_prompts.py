@@ -119,6 +119,9 @@ def _check_plan(plan: ImagePromptPlan, bundle: Bundle) -> None:
     adapter, name, count, embeds = plan.adapter, plan.adapter.name, plan.count, plan.embeds
     if _needs_face_detection(plan) and not bundle.finds_faces(adapter):
         raise InvalidRequest("ip_adapter_image_embeds", f"{name} needs face embeddings: the bundle has no face_encoder")
+    if plan.files and adapter.image_encoder is None and not adapter.uses_face:
+        message = f"{name} only takes embeddings (ip_adapter_image_embeds): the bundle has no image encoder for it"
+        raise InvalidRequest("ip_adapter_image", message)
     if adapter.clip_shape and not plan.files:
         raise InvalidRequest("ip_adapter_image", f"{name} needs the picture of the face in addition to its embedding")
     if embeds is not None and plan.files and not adapter.clip_shape:
@@ -260,7 +263,7 @@ def adapter_name(name: str | None, bundle: Bundle, parameter: str) -> str | None
 
 def _by_adapter(read: Reader, name: str, bundle: Bundle) -> dict[str, list[bytes]]:
     """Assign the encoded pictures of `name` to adapters by `<name>_adapter`, or else to the adapters in order."""
-    data, names = read.data(name), read.texts(f"{name}_adapter")
+    data, names = read.pictures(name), read.texts(f"{name}_adapter")
     known = [adapter.name for adapter in bundle.adapters]
     by_adapter: dict[str, list[bytes]] = {adapter: [] for adapter in known}
     if not data:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin, features
 
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.specs import ImageEncoder, Limits
 
-FORMATS = ("PNG", "JPEG", "WEBP")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", *(("AVIF",) if features.check("avif") else ()))
+"""Pillow's names of the formats that callers may send. Pillow reads AVIF from version 11.3 on."""
+_READABLE = "not a readable {}, {} or {} picture".format(", ".join(FORMATS[:-2]), *FORMATS[-2:]).replace("WEBP", "WebP")
 MEGAPIXEL = 1024 * 1024
 _MAX_SCANS = 100
 """Largest number of scans in a progressive JPEG. Encoders write about ten, and each costs as much as a picture."""
 _MAX_PROFILES = 4
 """Largest number of color profiles in a PNG. The format allows one."""
+_MAX_GIF_BLOCKS = 10_000
+"""Largest number of blocks before the first frame of a GIF. Pillow reads them one by one: a comment or profile of 1 MB
+has about 4,000."""
 _PARTIAL_RESIZE_RATIO = 4
 """If the resized picture has more than this many times the pixels of the part to keep, resize only that part."""
 
@@ -26,18 +32,57 @@ _PARTIAL_RESIZE_RATIO = 4
 PngImagePlugin.MAX_TEXT_MEMORY = 4 * MEGAPIXEL
 
 
+def file_bytes(data: bytes, parameter: str, index: int = 0, count: int = 1) -> bytes:
+    """Return the bytes of a picture file that a caller sent as such, as base64 text, or as a base64 data URI.
+
+    Raises:
+        InvalidRequest: the value is a URL or a damaged data URI. Other text is left to `decode` to refuse.
+    """
+    which = _which(index, count)
+    if data[:5].lower() == b"data:":
+        header, comma, text = data.partition(b",")
+        if not comma or not header.lower().endswith(b";base64"):
+            raise InvalidRequest(parameter, f"{which}a data URI must start like `data:image/png;base64,`")
+        return _from_base64(text, parameter, which)
+    if data[:8].lower().startswith((b"http://", b"https://")):
+        raise InvalidRequest(parameter, f"{which}a URL, which the server does not fetch; send the file")
+    # The first bytes of every format contain characters that base64 does not use.
+    if data and not data[:16].strip(_BASE64):
+        return _from_base64(data, parameter, which)
+    return data
+
+
+_BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=\r\n"
+
+
+def _from_base64(text: bytes, parameter: str, which: str) -> bytes:
+    try:
+        return base64.b64decode(text.translate(None, b"\r\n"), validate=True)
+    except ValueError as error:
+        raise InvalidRequest(parameter, f"{which}not valid base64: {error}") from None
+
+
+def check_count(counts: Mapping[str, int], limits: Limits) -> None:
+    """Check the number of pictures in a request, by parameter.
+
+    Raises:
+        InvalidRequest: there are too many.
+    """
+    total = 0
+    for parameter, count in counts.items():
+        total += count
+        if total > limits.images:
+            raise InvalidRequest(parameter, f"a request takes at most {limits.images} pictures in total")
+
+
 def check_headers(pictures: Mapping[str, Sequence[bytes]], limits: Limits) -> None:
     """Check the encoded pictures of a request, by parameter, before any of them is decoded.
 
     Raises:
-        InvalidRequest: a picture is not a PNG, JPEG, or WebP file or is too elongated, or there are too many pictures,
-            or too many pixels in total.
+        InvalidRequest: a picture is not in one of the `FORMATS` or is too elongated, or there are too many pixels in
+            total.
     """
-    count, pixels = 0, 0
-    for parameter, files in pictures.items():
-        count += len(files)
-        if count > limits.images:
-            raise InvalidRequest(parameter, f"a request takes at most {limits.images} pictures in total")
+    pixels = 0
     for parameter, files in pictures.items():
         for index, data in enumerate(files):
             which = _which(index, len(files))
@@ -56,7 +101,7 @@ def decode(data: bytes, parameter: str, index: int = 0, count: int = 1) -> Image
     """Decode picture `index` of `count` of a parameter, rotated by its EXIF orientation, with 8 bits per channel.
 
     Raises:
-        InvalidRequest: the picture is damaged, or not a PNG, JPEG, or WebP file.
+        InvalidRequest: the picture is damaged, or not in one of the `FORMATS`.
     """
     which = _which(index, count)
     with _open(data, parameter, which) as image:
@@ -85,6 +130,8 @@ def _open(data: bytes, parameter: str, which: str) -> Image.Image:
     # Pillow unpacks up to 1 MB for each profile.
     if data.startswith(b"\x89PNG") and data.count(b"iCCP") > _MAX_PROFILES:
         raise InvalidRequest(parameter, f"{which}a PNG picture with more than {_MAX_PROFILES} color profiles")
+    if data.startswith(b"GIF8") and not _has_few_gif_blocks(data):
+        raise InvalidRequest(parameter, f"{which}a GIF picture with more than {_MAX_GIF_BLOCKS} blocks before a frame")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -92,14 +139,36 @@ def _open(data: bytes, parameter: str, which: str) -> Image.Image:
     except Image.DecompressionBombError:
         raise InvalidRequest(parameter, f"{which}too large") from None
     except Image.UnidentifiedImageError:
-        raise InvalidRequest(parameter, f"{which}not a readable PNG, JPEG or WebP picture") from None
+        raise InvalidRequest(parameter, f"{which}{_READABLE}") from None
     except Exception as error:
         raise _damaged(parameter, which, error) from None
+    # Pillow decodes these in Python, which takes seconds and blocks all other threads.
+    if any(tile[0] == "bmp_rle" for tile in image.tile):
+        raise InvalidRequest(parameter, f"{which}a compressed BMP picture; save it without compression or as PNG")
     return image
 
 
+def _has_few_gif_blocks(data: bytes) -> bool:
+    """Return whether the first frame of a GIF, or its end, comes within `_MAX_GIF_BLOCKS` blocks."""
+    position = 13  # the header, and a palette if there is one
+    if len(data) > 10 and data[10] & 0x80:
+        position += 3 << (data[10] & 7) + 1
+    inside = False
+    for _ in range(_MAX_GIF_BLOCKS):
+        if position >= len(data):
+            return True
+        if inside:
+            inside, position = data[position] > 0, position + data[position] + 1
+        elif data[position] in b",;":
+            return True
+        else:  # an extension, or garbage that Pillow skips byte by byte
+            inside = data[position] == ord("!")
+            position += 2 if inside else 1
+    return False
+
+
 def _damaged(parameter: str, which: str, error: Exception) -> InvalidRequest:
-    return InvalidRequest(parameter, f"{which}not a readable PNG, JPEG or WebP picture: {error}")
+    return InvalidRequest(parameter, f"{which}{_READABLE}: {error}")
 
 
 def _which(index: int, count: int) -> str:

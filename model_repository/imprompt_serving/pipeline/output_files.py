@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import io
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from imprompt_serving.pipeline.models import strings
 
 FRAME_MS = 125
 """Milliseconds per frame: eight frames per second, as AnimateDiff's motion modules were trained on."""
@@ -27,3 +31,8 @@ def video_file(frames: np.ndarray, kind: str) -> bytes:
     options = _OPTIONS.get(kind, {})
     first.save(file, kind, save_all=True, append_images=rest, duration=FRAME_MS, loop=0, **options)
     return file.getvalue()
+
+
+def file_tensor(files: Iterable[bytes], encoding: str) -> np.ndarray:
+    """Make the output tensor of some files, in one of the encodings of `output_encoding`."""
+    return strings(*(base64.b64encode(file) if encoding == "base64" else file for file in files))

@@ -8,10 +8,11 @@ import numpy as np
 from PIL import Image
 
 from imprompt_serving.errors import RequestError
+from imprompt_serving.parameters import Settings
 from imprompt_serving.pipeline.images import clip_pixels
 from imprompt_serving.pipeline.mask_crop import crop_region, overlay
-from imprompt_serving.pipeline.models import Models, Tensors, strings
-from imprompt_serving.pipeline.output_files import picture_file, video_file
+from imprompt_serving.pipeline.models import Models, Tensors
+from imprompt_serving.pipeline.output_files import file_tensor, picture_file, video_file
 from imprompt_serving.pipeline.request import Request
 from imprompt_serving.pipeline.stages import Stages
 from imprompt_serving.specs import Bundle
@@ -35,7 +36,7 @@ class Postprocessor:
         if request.settings.output_format is None:
             return result
         with stages.measure("postprocess"):
-            return await asyncio.to_thread(_encode_files, result, request.settings.output_format)
+            return await asyncio.to_thread(_encode_files, result, request.settings)
 
     async def _pictures(self, request: Request, latents: np.ndarray, stages: Stages) -> Tensors:
         with stages.measure("vae_decoder"):
@@ -89,10 +90,11 @@ class Postprocessor:
         return np.concatenate([part["nsfw"] for part in parts])[:, 0]
 
 
-def _encode_files(result: Tensors, kind: str) -> Tensors:
+def _encode_files(result: Tensors, settings: Settings) -> Tensors:
     """Replace the pictures or clips of a result by files."""
     encode, items = (video_file, result.pop("frames")) if "frames" in result else (picture_file, result.pop("images"))
-    return result | {"encoded": strings(*(encode(item, kind) for item in items))}
+    files = (encode(item, settings.output_format or "") for item in items)
+    return result | {"encoded": file_tensor(files, settings.output_encoding)}
 
 
 def _paste_back(request: Request, pictures: np.ndarray) -> np.ndarray:

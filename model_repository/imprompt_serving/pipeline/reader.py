@@ -11,6 +11,7 @@ import numpy as np
 
 from imprompt_serving.errors import InvalidRequest, shown
 from imprompt_serving.parameters import PARAMETERS, Type
+from imprompt_serving.pipeline.images import file_bytes
 from imprompt_serving.specs import Limits
 
 _MAX_VALUES = 4096
@@ -24,11 +25,14 @@ class Reader:
     """The tensors of one request. Absent ones give the default; present ones must be in the range or among the choices.
 
     Defaults and bounds come from the parameter's row, unless they depend on the bundle or the task: then the caller
-    passes them.
+    passes them. `defaults` are those that the bundle file sets for single numbers, and come before both.
     """
 
-    def __init__(self, tensors: Mapping[str, np.ndarray], limits: Limits) -> None:
-        self._tensors, self._limits = tensors, limits
+    def __init__(
+        self, tensors: Mapping[str, np.ndarray], limits: Limits, defaults: Mapping[str, float] | None = None
+    ) -> None:
+        self._tensors, self._limits, self._defaults = tensors, limits, defaults or {}
+        self._pictures: dict[str, list[bytes]] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -41,8 +45,19 @@ class Reader:
         with np.errstate(over="ignore"):  # an overflow becomes infinite, which the caller refuses
             return values.astype(np.float32, copy=False)
 
-    def data(self, name: str) -> list[bytes]:
-        """Read byte strings, such as encoded pictures."""
+    def count(self, name: str) -> int:
+        """Return the number of byte strings."""
+        return len(self._data(name))
+
+    def pictures(self, name: str) -> list[bytes]:
+        """Read picture files, which may come as base64 text or data URIs."""
+        if name not in self._pictures:
+            files = self._data(name)
+            self._pictures[name] = [file_bytes(file, name, index, len(files)) for index, file in enumerate(files)]
+        return self._pictures[name]
+
+    def _data(self, name: str) -> list[bytes]:
+        """Read byte strings."""
         if name not in self:
             return []
         values = self._tensors[name].ravel().tolist()
@@ -53,7 +68,7 @@ class Reader:
     def texts(self, name: str) -> tuple[str, ...]:
         """Read UTF-8 texts."""
         try:
-            return tuple(value.decode() for value in self.data(name))
+            return tuple(value.decode() for value in self._data(name))
         except UnicodeDecodeError:
             raise InvalidRequest(name, "must be UTF-8 text") from None
 
@@ -80,7 +95,7 @@ class Reader:
     ) -> int:
         row = PARAMETERS[name]
         if name not in self:
-            return int(row.default if default is None else default)
+            return int(self._default(name, default))
         value = int(_single(name, self.integers(name)))
         low = row.low if low is None else low
         high = row.high if high is None else high
@@ -110,7 +125,10 @@ class Reader:
     def number(self, name: str, *, default: float | None = None) -> float:
         if name in self:
             return float(_single(name, self.numbers(name)))
-        return float(PARAMETERS[name].default if default is None else default)
+        return float(self._default(name, default))
+
+    def _default(self, name: str, default: float | None) -> Any:
+        return self._defaults.get(name, PARAMETERS[name].default if default is None else default)
 
     def one_or_each(self, name: str, count: int, what: str, *, default: Any = None) -> tuple[Any, ...]:
         """Expand a parameter with no value, one value, or `count` values to `count` values, one for each of `what`."""

@@ -27,7 +27,7 @@ class VideoOptions:
 
 def parse_video(read: Reader, bundle: Bundle, clips: int) -> VideoOptions | None:
     """Parse the clip options of a request; None if it asks for pictures."""
-    video = read.data("video")
+    video = read.pictures("video")
     if not video and "num_frames" not in read:
         for name in _PARAMETERS:
             if name in read:

@@ -17,6 +17,7 @@ import diffusers
 import msgspec
 import numpy as np
 import torch
+import triton_python_backend_utils as pb_utils
 
 from imprompt_serving import metrics
 from imprompt_serving.backends import Engine, get_backend
@@ -26,11 +27,13 @@ from imprompt_serving.denoiser.assembly import assemble
 from imprompt_serving.denoiser.batch import Batcher
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.loop import Denoiser
+from imprompt_serving.denoiser.policy import CANARY_PRIORITY
 from imprompt_serving.denoiser.preview import previews
 from imprompt_serving.denoiser.protocol import LoopJob
 from imprompt_serving.denoiser.warm_up import warm_up
 from imprompt_serving.errors import RequestError, unexpected
 from imprompt_serving.gpu import preparation_stream, record_launch
+from imprompt_serving.heartbeat import Heart
 from imprompt_serving.job_request import Admission, JobRequest
 from imprompt_serving.specs import Bundle
 from imprompt_serving.triton.internal import warn_if_open, without_secret
@@ -42,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
+        self._heart = Heart(args["model_instance_name"])
         torch.set_num_threads(1)  # torch does little work here; leave the cores to the engines
         # Warnings of libraries about values in requests do not belong in the server's log.
         warnings.filterwarnings("ignore", module=r"(diffusers|numpy|scipy|torchsde)\b")
@@ -66,6 +70,7 @@ class TritonPythonModel:
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
         self._name = args["model_name"]
         warn_if_open(self._name)
+        self._heart.loaded()
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -76,9 +81,11 @@ class TritonPythonModel:
     def _dispatch(self, tensors: dict[str, np.ndarray], sender: Any) -> None:
         """Prepare jobs on a separate thread, so that cancellations and admissions are never queued behind them."""
         if "job" in tensors:
+            request = msgspec.json.decode(tensors.pop("job")[0], type=JobRequest)
+            sender = _WatchedSender(sender, self._heart, is_canary=request.settings.priority == CANARY_PRIORITY)
             # Triton blocks a thread of the caller until the first response: send an empty one.
             sender.send(response({}))
-            self._preparing.submit(self._accept, tensors, sender, time.monotonic())
+            self._preparing.submit(self._accept, request, tensors, sender, time.monotonic())
         elif "cancel" in tensors:
             self._denoiser.cancel(tensors["cancel"][0].decode())
             send_final(sender)
@@ -87,9 +94,8 @@ class TritonPythonModel:
             self._denoiser.admit(admission.id, Load(admission.rows, admission.steps, admission.batch_key))
             send_final(sender)
 
-    def _accept(self, tensors: dict[str, np.ndarray], sender: Any, received: float) -> None:
+    def _accept(self, request: JobRequest, tensors: dict[str, np.ndarray], sender: Any, received: float) -> None:
         with _refusing(sender), torch.no_grad(), preparation_stream(self._device):
-            request = msgspec.json.decode(tensors.pop("job")[0], type=JobRequest)
             self._denoiser.check_not_cancelled(request.id)
             inputs = {name: torch.from_numpy(value) for name, value in tensors.items()}
             job = Job(request, self._bundle, self._conditioner(request, inputs), inputs, self._device)
@@ -107,6 +113,21 @@ class TritonPythonModel:
         self._preparing.shutdown()
         self._denoiser.stop()
         self._metrics.close()
+        self._heart.close()
+
+
+class _WatchedSender:
+    """A response sender that records in the heartbeat what is being sent, and canaries until their final response."""
+
+    def __init__(self, sender: Any, heart: Heart, *, is_canary: bool) -> None:
+        self._sender, self._heart = sender, heart
+        self._canary = heart.canary.begin() if is_canary else None
+
+    def send(self, *responses: Any, flags: int = 0) -> None:
+        with self._heart.sending.one():
+            self._sender.send(*responses, flags=flags)
+        if flags == pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL:
+            self._heart.canary.end(self._canary)
 
 
 @contextmanager

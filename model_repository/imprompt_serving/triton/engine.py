@@ -13,6 +13,7 @@ import triton_python_backend_utils as pb_utils
 from imprompt_serving.backends import get_backend
 from imprompt_serving.backends.padding import PaddedEngine, warm_up
 from imprompt_serving.errors import RequestError, unexpected
+from imprompt_serving.heartbeat import Heart
 from imprompt_serving.specs import CallRows
 from imprompt_serving.triton.internal import warn_if_open, without_secret
 from imprompt_serving.triton.tensors import arrays, failure, response
@@ -24,6 +25,7 @@ Tensors = dict[str, np.ndarray]
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
+        self._heart = Heart(args["model_instance_name"])
         config = json.loads(args["model_config"])
         parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
         path = Path(args["model_repository"], args["model_version"], "model")
@@ -38,6 +40,7 @@ class TritonPythonModel:
             warm_up(self._engine, {name: np.zeros((1, *size), types[name]) for name, size in dims.items()}, rows)
         self._name = args["model_name"]
         warn_if_open(self._name)
+        self._heart.loaded()
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer each request with a separate response object: Triton crashes if two requests share one."""

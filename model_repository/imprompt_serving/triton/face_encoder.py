@@ -8,6 +8,7 @@ from typing import Any
 
 from imprompt_serving.errors import RequestError, unexpected
 from imprompt_serving.faces import FaceFinder
+from imprompt_serving.heartbeat import Heart
 from imprompt_serving.specs import Bundle
 from imprompt_serving.triton.internal import warn_if_open, without_secret
 from imprompt_serving.triton.tensors import arrays, failure, response, texts
@@ -17,12 +18,14 @@ logger = logging.getLogger(__name__)
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
+        self._heart = Heart(args["model_instance_name"])
         folder = Path(args["model_repository"], args["model_version"])
         spec = Bundle.load(folder).face_encoder
         assert spec is not None  # the export writes this model only for bundles with a face encoder
         self._faces = FaceFinder(folder, spec)
         self._name = args["model_name"]
         warn_if_open(self._name)
+        self._heart.loaded()
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return [self._answer(request) for request in requests]

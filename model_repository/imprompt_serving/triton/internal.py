@@ -53,5 +53,11 @@ def without_secret(tensors: dict[str, np.ndarray], model: str) -> dict[str, np.n
     return tensors
 
 
+def is_secret(value: object) -> bool:
+    """Return whether `value`, which a caller sent, is the secret of this server. Without a secret, nothing is."""
+    secret = _secret()
+    return bool(secret) and isinstance(value, str) and hmac.compare_digest(value.encode(), secret)
+
+
 def _secret() -> bytes:
     return os.environ.get(SECRET_VARIABLE, "").encode()

@@ -18,11 +18,13 @@ import triton_python_backend_utils as pb_utils
 from imprompt_serving import metrics
 from imprompt_serving.drain import admitted, check_drain_deadline
 from imprompt_serving.errors import Cancelled, RequestError, unexpected
+from imprompt_serving.heartbeat import CANARY_PARAMETER, Heart
+from imprompt_serving.pipeline.canary import canary_request
 from imprompt_serving.pipeline.flow import Pipeline
 from imprompt_serving.pipeline.models import Tensors
 from imprompt_serving.pipeline.request import parse
 from imprompt_serving.specs import Bundle
-from imprompt_serving.triton.internal import with_secret
+from imprompt_serving.triton.internal import is_secret, with_secret
 from imprompt_serving.triton.metrics import Metrics
 from imprompt_serving.triton.tensors import arrays, failure, raise_for_error, response, send_final, texts, to_tensors
 
@@ -41,14 +43,18 @@ _EXTRA_THREADS = 64
 class TritonModels:
     """Calls the other models through BLS. Threads read streams, because their iterators would block the event loop."""
 
-    def __init__(self, bundle: Bundle, threads: int) -> None:
-        self._bundle = bundle
+    def __init__(self, bundle: Bundle, threads: int, heart: Heart) -> None:
+        self._bundle, self._heart = bundle, heart
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="stream")
         self.calls = ThreadPoolExecutor(threads, thread_name_prefix="call")
         self._generation = 0
         """Part of the keys in Triton's response cache; see `internal`."""
 
     async def call(self, model: str, tensors: Mapping[str, np.ndarray]) -> Tensors:
+        with self._heart.call(model):
+            return await self._call(model, tensors)
+
+    async def _call(self, model: str, tensors: Mapping[str, np.ndarray]) -> Tensors:
         generation = self._generation
         answer = await _request(model, self._authenticated(model, tensors)).async_exec()
         if not answer.has_error() and not answer.output_tensors():
@@ -111,6 +117,15 @@ def _request(model: str, tensors: Mapping[str, np.ndarray]) -> Any:
     )
 
 
+def _is_canary(request: Any) -> bool:
+    """Return whether the launcher sent this request to check the server."""
+    try:
+        parameters = request.parameters()
+        return CANARY_PARAMETER in parameters and is_secret(json.loads(parameters).get(CANARY_PARAMETER))
+    except ValueError:  # Triton does not check that a caller's parameters are UTF-8
+        return False
+
+
 def _id_of(request: Any) -> str:
     """Return the caller's request id; empty if it is not UTF-8, which Triton does not check."""
     try:
@@ -121,17 +136,20 @@ def _id_of(request: Any) -> str:
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
+        self._heart = Heart(args["model_instance_name"])
         folder = Path(args["model_repository"], args["model_version"])
         self._bundle = Bundle.load(folder)
         limits, shapes = self._bundle.limits, self._bundle.shapes
         max_jobs = len(self._bundle.denoisers) * (limits.waiting_rows + 2 * shapes.rows.max)
-        self._models = TritonModels(self._bundle, max_jobs + _EXTRA_THREADS)
+        self._models = TritonModels(self._bundle, max_jobs + _EXTRA_THREADS, self._heart)
         self._pipeline = Pipeline(self._bundle, folder, self._models)
         self._tasks: set[asyncio.Future[Any]] = set()
         self._metrics = Metrics(metrics.PIPELINE, args["model_name"])
         self._in_flight = self._metrics.of(metrics.IN_FLIGHT)
         policy = json.loads(args["model_config"]).get("model_transaction_policy", {})
         self._streaming = bool(policy.get("decoupled", False))
+        self._canary = canary_request(self._bundle)
+        self._heart.loaded()
 
     async def execute(self, requests: list[Any]) -> None:
         """Start the requests. A unary model does not await them: Triton sends no others until this returns."""
@@ -147,27 +165,47 @@ class TritonPythonModel:
     async def _answer(self, request: Any) -> None:
         """Send exactly one final response, whatever happens."""
         sender = request.get_response_sender()
+        if _is_canary(request):
+            with self._heart.canary.one():
+                await self._send(request, sender, await self._canary_result(request))
+            return
         try:
             with admitted(self._in_flight.increment):
-                await self._send(request, sender, await self._result(request, sender))
+                answer, is_picture = await self._result(request, sender)
+                await self._send(request, sender, answer)
+                if is_picture:
+                    self._heart.sent_picture()
         except Exception as error:  # during a drain
             await self._send(request, sender, self._failure(request, error))
 
-    async def _result(self, request: Any, sender: Any) -> Any:
+    async def _result(self, request: Any, sender: Any) -> tuple[Any, bool]:
+        """Return the final response, and whether it has a picture."""
         try:
-            answer = await asyncio.to_thread(response, await self._serve(request, sender), request)
+            tensors = await self._serve(request, sender)
+            answer = await asyncio.to_thread(response, tensors, request)
         except Exception as error:
-            return self._failure(request, error)
+            return self._failure(request, error), False
         self._metrics.add(metrics.REQUESTS, "OK")
-        return answer
+        return answer, not tensors.keys().isdisjoint(("images", "frames", "encoded"))
+
+    async def _canary_result(self, request: Any) -> Any:
+        try:
+            tensors = await self._pipeline.check(self._canary, f"canary-{uuid.uuid4().hex}")
+            return response(tensors, request)
+        except Exception as error:
+            return self._error_response(request, unexpected(error))
 
     async def _send(self, request: Any, sender: Any, answer: Any) -> None:
         """Send the final response from a thread, because it copies pictures; if that fails, send the error."""
         try:
-            await asyncio.to_thread(send_final, sender, answer)
+            await asyncio.to_thread(self._send_now, sender, answer)
         except Exception as error:
             with suppress(Exception):  # the sender may be closed
                 send_final(sender, self._failure(request, error))
+
+    def _send_now(self, sender: Any, answer: Any) -> None:
+        with self._heart.sending.one():
+            send_final(sender, answer)
 
     def _failure(self, request: Any, error: Exception) -> Any:
         """Count and log `error`, and turn it into the final response of a request.
@@ -179,12 +217,16 @@ class TritonPythonModel:
         if failed is not error:
             logger.error("request %r failed", _id_of(request), exc_info=error)
         self._metrics.add(metrics.REQUESTS, failed.status)
+        return self._error_response(request, failed)
+
+    def _error_response(self, request: Any, error: RequestError) -> Any:
         if self._streaming and "error" in request.requested_output_names():
-            return response({"error": texts(failed.status, str(failed))})
-        return failure(failed)
+            return response({"error": texts(error.status, str(error))})
+        return failure(error)
 
     def finalize(self) -> None:
         self._metrics.close()
+        self._heart.close()
 
     async def _serve(self, request: Any, sender: Any) -> Tensors:
         loop = asyncio.get_running_loop()
@@ -194,7 +236,8 @@ class TritonPythonModel:
         job_id = f"{_id_of(request)[:_MAX_ID_LENGTH] or 'request'}-{uuid.uuid4().hex}"
 
         def progress(answer: Tensors) -> None:
-            sender.send(response(answer, request))
+            with self._heart.sending.one():
+                sender.send(response(answer, request))
 
         work = asyncio.ensure_future(self._pipeline.generate(parsed, job_id, progress if self._streaming else None))
         deadline = received + parsed.timeout

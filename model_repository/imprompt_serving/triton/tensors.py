@@ -19,6 +19,9 @@ _CODES = {
     "INTERNAL": "INTERNAL",
 }
 
+_DEAD_MODEL = "is not healthy"
+"""Part of Triton's message for calls of a model whose process has died."""
+
 
 def arrays(request: Any) -> dict[str, np.ndarray]:
     """Return the inputs of a request (or outputs of a response) by name.
@@ -68,13 +71,17 @@ def raise_for_error(answer: Any) -> None:
     """Raise the error in a response of another model.
 
     Raises:
-        Overloaded: the server is stopping; Triton then refuses calls between models ("Server not ready").
+        Overloaded: the server is stopping (Triton then refuses calls between models), or it is about
+            to be restarted because the called model has died.
         RequestError: any other error.
     """
     if answer.has_error():
+        message = answer.error().message()
         if drain_deadline() is not None:
             raise Overloaded("the server is stopping")
-        raise RequestError(answer.error().message())
+        if _DEAD_MODEL in message:
+            raise Overloaded("a model process has died, and the server is about to restart")
+        raise RequestError(message)
 
 
 def texts(*values: str) -> np.ndarray:

@@ -19,6 +19,17 @@ from pathlib import Path
 from imprompt_serving.backends import EngineError
 from imprompt_serving.backends.onnxruntime import check_one_installed
 
+PIP_VERSION = "2.51.0"
+"""The Triton inside nvidia-pytriton 0.7. The binary does not tell its version."""
+KNOWN_FAULTS = {
+    PIP_VERSION: (
+        "a stream that asks for `triton_grpc_error` crashes it after some hundreds of errors",
+        "over HTTP, deeply nested JSON and bodies in tiny chunks crash it",
+        "it may crash when a model process gets no CPU for a second while it is called",
+        "it has no security fixes since October 2024",
+    )
+}
+"""Faults by version that imprompt cannot prevent: callers can crash the server."""
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
@@ -30,6 +41,8 @@ class LaunchError(RuntimeError):
 class TritonInstall:
     """A Triton installation: the binary and the folders it needs."""
 
+    version: str
+    """Version of Triton; empty if unknown."""
     binary: Path
     backends: Path
     caches: Path
@@ -86,8 +99,15 @@ def _system_triton(binary: Path) -> TritonInstall:
             f"the Triton at {binary} has no Python stub for Python {PYTHON} in {stub.parent}: "
             "install imprompt into the Python that this Triton was built for"
         )
+    # NGC containers set this variable.
+    version = os.environ.get("TRITON_SERVER_VERSION", "")
     return TritonInstall(
-        binary=binary, backends=root / "backends", caches=root / "caches", libraries=root / "lib", stub=stub
+        version=version,
+        binary=binary,
+        backends=root / "backends",
+        caches=root / "caches",
+        libraries=root / "lib",
+        stub=stub,
     )
 
 
@@ -113,6 +133,7 @@ def _pip_triton() -> TritonInstall:
         have = ", ".join(sorted((p.name for p in stubs.glob("3.*")), key=lambda v: int(v.split(".")[1])))
         raise LaunchError(f"nvidia-pytriton has no Python stub for Python {PYTHON} (it has {have})")
     return TritonInstall(
+        version=PIP_VERSION,
         binary=root / "bin" / "tritonserver",
         backends=root / "backends",
         caches=root / "caches",
