@@ -12,7 +12,7 @@ COPY gateway gateway
 COPY benchmarks benchmarks
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --constraint constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu \
-    ".[cpu,export,server,gateway]"
+    ".[cpu,export,server,gateway,cache,otel]"
 COPY deploy/entrypoint deploy/healthcheck /usr/local/bin/
 # A volume for engine caches that is mounted there starts with this owner.
 RUN useradd --uid 10001 --create-home imprompt && install --directory --owner 10001 /home/imprompt/.cache
@@ -38,7 +38,7 @@ COPY gateway gateway
 COPY benchmarks benchmarks
 # The extra `server` is left out: it would install Triton from pip and limit numpy to its version.
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --break-system-packages ".[cpu,export,gateway]" psutil scipy tokenizers torchsde
+    pip install --break-system-packages ".[cpu,export,gateway,cache,otel]" psutil scipy tokenizers torchsde
 COPY deploy/entrypoint deploy/healthcheck /usr/local/bin/
 # A volume for engine caches that is mounted there starts with this owner.
 RUN useradd --uid 10001 --create-home imprompt && install --directory --owner 10001 /home/imprompt/.cache

@@ -56,7 +56,7 @@ $(VENV)/.installed: $(PACKAGING) | $(VENV)/pyvenv.cfg
 	@touch $@
 
 $(VENV)/.installed-dev: $(PACKAGING) | $(VENV)/pyvenv.cfg
-	$(INSTALL) ".[cpu,export,server,gateway,openvino,int8,face,rtx,bench,dev]" --editable ./demo
+	$(INSTALL) ".[cpu,export,server,gateway,openvino,int8,face,rtx,cache,bench,otel,dev]" --editable ./demo
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-fleet: $(PACKAGING) | $(VENV)/.installed-dev

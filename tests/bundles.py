@@ -21,6 +21,7 @@ from rich.console import Console
 
 from imprompt_export import export, graphs, onnx_graph
 from imprompt_export.onnx_graph import export_onnx
+from imprompt_export.stages import Stages
 from tiny import adapters, base, control, embeddings, faces, layout, oracle, single_file
 
 ROOT = Path(__file__).parents[1]
@@ -151,6 +152,11 @@ def _sdxl(folder: Path) -> list[str]:
     ]
 
 
+def _sdxl_refiner(folder: Path) -> list[str]:
+    base.make_sdxl_refiner(folder / "base")
+    return []
+
+
 def _inpaint(folder: Path) -> list[str]:
     """Make an inpainting UNet (nine input channels), and serve it with two denoisers, which also works on a CPU."""
     base.make_sd15(folder / "base", in_channels=9, levels=2)
@@ -260,6 +266,7 @@ MAKERS: dict[str, Callable[[Path], list[str]]] = {
     "sd15_face": _sd15_face,
     "lcm": _lcm,
     "sdxl": _sdxl,
+    "sdxl_refiner": _sdxl_refiner,
     "inpaint": _inpaint,
     "int8": _int8,
     "inductor": _inductor,
@@ -296,7 +303,7 @@ def locked(file: Path) -> Iterator[None]:
         yield
 
 
-def _export_once(cache: Path, graph: graphs.Graph, path: Path, dtype: torch.dtype = torch.float32) -> None:
+def _export_once(cache: Path, graph: graphs.Graph, path: Path, dtype: torch.dtype, stages: Stages) -> None:
     """Replace `export_onnx`: graphs that bundles have in common, mostly encoders and VAEs, are traced only once."""
     config: Any = getattr(graph.module, "config", {})
     values = {**(config if isinstance(config, dict) else config.to_dict()), "_name_or_path": type(graph.module)}
@@ -308,7 +315,7 @@ def _export_once(cache: Path, graph: graphs.Graph, path: Path, dtype: torch.dtyp
     if kept.exists():
         shutil.copyfile(kept, path)
         return
-    export_onnx(graph, path, dtype)
+    export_onnx(graph, path, dtype, stages)
     cache.mkdir(parents=True, exist_ok=True)
     unfinished = cache / f"{kept.name}.{os.getpid()}"
     shutil.copyfile(path, unfinished)
@@ -344,7 +351,8 @@ def _sources() -> str:
     files = [*(ROOT / "export").rglob("*.py"), *(ROOT / "tests/tiny").glob("*.py"), Path(__file__)]
     files += [file for package in ("backends", "families") for file in (serving / package).glob("*.py")]
     files += [
-        serving / f"{name}.py" for name in ("capabilities", "config", "parameters", "specs", "tensor_names", "wire")
+        serving / f"{name}.py"
+        for name in ("capabilities", "config", "parameters", "scheduler_names", "specs", "tensor_names", "wire")
     ]
     for file in sorted(files):
         digest.update(file.read_bytes())

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 import bundles
+from collector import Collector, collecting
 from imprompt import Client
 from imprompt_demo import demo
 from imprompt_serving.launcher import LaunchError, Server
@@ -91,12 +94,27 @@ def served(bundle: Callable[[str], bundles.ExportedBundle]) -> Iterator[Callable
 
 
 @pytest.fixture(scope="session")
-def world(request: pytest.FixtureRequest) -> Iterator[Server]:
+def log_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file in which `world` logs requests."""
+    return tmp_path_factory.mktemp("log") / "requests.jsonl"
+
+
+@pytest.fixture(scope="session")
+def collector() -> Iterator[Collector]:
+    """Receive the spans of `world`."""
+    with collecting() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="session")
+def world(request: pytest.FixtureRequest, log_file: Path, collector: Collector) -> Iterator[Server]:
     """Serve the bundles that the demo exports, `world` and `world_lcm`."""
     folder = _cache(request.config, "demo")
     with bundles.locked(folder / "lock"):
         server = Server(demo.export_once(folder))
-    server.start()
+    observed = {"IMPROMPT_REQUEST_LOG": str(log_file), "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url}
+    with mock.patch.dict(os.environ, observed | {"OTEL_BSP_SCHEDULE_DELAY": "100"}):
+        server.start()
     yield server
     server.kill()
 

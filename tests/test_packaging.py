@@ -21,7 +21,7 @@ ROOMS = {
     "imprompt_gateway": ROOT / "gateway",
     "imprompt_demo": ROOT / "demo",
 }
-SPECS = ("specs", "parameters", "tensor_names", "wire", "config", "capabilities")
+SPECS = ("specs", "parameters", "tensor_names", "wire", "config", "capabilities", "scheduler_names")
 """Modules of `imprompt_serving` that describe a bundle; the export uses them, and the denoiser for calibration."""
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "imprompt": (),
@@ -176,7 +176,7 @@ sys.modules["triton_python_backend_utils"] = types.ModuleType("triton_python_bac
 for name in {names!r}:
     importlib.import_module(name)
 import diffusers
-from imprompt_serving.capabilities import SCHEDULERS
+from imprompt_serving.scheduler_names import SCHEDULERS
 print(*(type(getattr(diffusers, name).from_config({{}})).__name__ for name in SCHEDULERS))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -21,11 +21,13 @@ import imprompt_gateway
 from imprompt import AsyncClient, Client, cli
 from imprompt._request import MIN_TIMEOUT_S
 from imprompt_bench import rig
+from imprompt_export.sections import DefaultsSection
 from imprompt_serving import config, json_schema, signatures
+from imprompt_serving.capabilities import capabilities
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.parameters import PARAMETERS, ROWS, Group, Parameter, Settings, Type
 from imprompt_serving.pipeline.request import Request, parse
-from imprompt_serving.specs import ControlNet, Motion, Range, Residual, Shapes
+from imprompt_serving.specs import Bundle, ControlNet, Motion, Range, Residual, Shapes
 from imprompt_serving.weight_types import WEIGHT_TYPES
 from tiny import images
 
@@ -44,7 +46,8 @@ BUNDLE = msgspec.structs.replace(
     pooled_size=4,
     loras=("soft", "bold"),
 )
-"""A bundle that takes every parameter."""
+"""A bundle that takes every parameter, except those of `REFINER`."""
+REFINER = msgspec.structs.replace(BUNDLE, family="sdxl_refiner", text_encoders=PLAIN.text_encoders)
 
 
 def png() -> bytes:
@@ -66,9 +69,13 @@ CLIP: dict[str, Any] = {"prompt": [b"a cat"], "num_frames": [8]}
 NUMPY = {"FP64": np.float64, "INT32": np.int32, "INT64": np.int64, "BOOL": np.bool_, "STRING": np.object_}
 
 
-def parsed(values: dict[str, Any], **tensors: np.ndarray) -> Request:
+def taking(row: Parameter) -> Bundle:
+    return BUNDLE if row.applies_to(BUNDLE, stream=True) else REFINER
+
+
+def parsed(row: Parameter, values: dict[str, Any], **tensors: np.ndarray) -> Request:
     arrays = {name: np.array(value, NUMPY[PARAMETERS[name].dtype]) for name, value in values.items()}
-    return parse(arrays | tensors, BUNDLE)
+    return parse(arrays | tensors, taking(row))
 
 
 def ids(row: Parameter) -> str:
@@ -91,7 +98,7 @@ def test_every_setting_has_a_row() -> None:
 def test_models_have_an_input_for_every_row(row: Parameter) -> None:
     inputs = {}
     for stream in (False, True):
-        text = config.to_pbtxt(config.pipeline(BUNDLE, stream=stream, capabilities="{}"))
+        text = config.to_pbtxt(config.pipeline(taking(row), stream=stream, capabilities="{}"))
         inputs[stream] = {tensor.name for tensor in text_format.Parse(text, pb.ModelConfig()).input}
     name = f"{row.name}_plain" if row.type is Type.EMBEDS else row.name
     assert name in inputs[True]
@@ -102,7 +109,7 @@ def test_models_have_an_input_for_every_row(row: Parameter) -> None:
 def test_pipeline_reads_every_row(row: Parameter) -> None:
     name = f"{row.name}_plain" if row.type is Type.EMBEDS else row.name
     with pytest.raises(InvalidRequest, match="complex") as caught:
-        parsed(CLIP if row.group is Group.VIDEO else PICTURE, **{name: np.array([1j])})
+        parsed(row, CLIP if row.group is Group.VIDEO else PICTURE, **{name: np.array([1j])})
     assert caught.value.parameter == name
 
 
@@ -117,15 +124,25 @@ BOUNDS = [
 @pytest.mark.parametrize(("row", "value"), BOUNDS, ids=str)
 def test_values_outside_the_range_are_refused(row: Parameter, value: float) -> None:
     with pytest.raises(InvalidRequest, match="must be") as caught:
-        parsed((CLIP if row.group is Group.VIDEO else PICTURE) | {row.name: [value]})
+        parsed(row, (CLIP if row.group is Group.VIDEO else PICTURE) | {row.name: [value]})
     assert caught.value.parameter == row.name
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.choices], ids=ids)
 def test_unknown_choices_are_refused(row: Parameter) -> None:
     with pytest.raises(InvalidRequest, match="'none such' is not one of") as caught:
-        parsed(PICTURE | {row.name: [b"none such"]})
+        parsed(row, PICTURE | {row.name: [b"none such"]})
     assert caught.value.parameter == row.name
+
+
+def test_defaults_of_a_bundle_are_documented_and_described() -> None:
+    section = DefaultsSection(num_inference_steps=4, guidance_scale=0.0, guidance_rescale=0.7)
+    assert section.values.keys() == {row.name for row in ROWS if row.set_by_bundles}
+    assert "(1 to 1000, default: the bundle's, usually 50)" in signatures.summary(PARAMETERS["num_inference_steps"])
+    usual = capabilities(PLAIN)["defaults"]
+    assert (usual["num_inference_steps"], usual["guidance_scale"], usual["guidance_rescale"]) == (50, 7.5, 0.0)
+    own = capabilities(msgspec.structs.replace(PLAIN, defaults=section.values))["defaults"]
+    assert section.values.items() <= own.items()
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.sdk], ids=ids)

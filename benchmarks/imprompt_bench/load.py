@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ class PlannedRequest:
     arguments: dict[str, Any]
     kind: str = ""
     leaves_after: float | None = None
+    metadata: tuple[tuple[str, str], ...] = ()
+    """gRPC metadata. A client sends the same with every call, so each value gets its own client."""
 
 
 def run(
@@ -30,11 +33,17 @@ def run(
     """Run `traffic` and return its samples. Refused requests are recorded as such and not retried."""
 
     async def measure() -> list[Sample]:
-        async with AsyncClient(url, max_retries=0) as client:
+        async with AsyncExitStack() as stack:
+            clients: dict[tuple[tuple[str, str], ...], AsyncClient] = {}
             began = time.perf_counter()
 
             async def ask(index: int, intended: float | None) -> Sample:
-                return await _ask(client, plan(index), index, intended, began)
+                planned = plan(index)
+                client = clients.get(planned.metadata)
+                if client is None:
+                    client = clients[planned.metadata] = AsyncClient(url, max_retries=0, metadata=planned.metadata)
+                    stack.push_async_exit(client)
+                return await _ask(client, planned, index, intended, began)
 
             return await traffic(ask)
 

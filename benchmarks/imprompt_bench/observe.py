@@ -49,6 +49,20 @@ def count(page: str, bundle: str) -> dict[str, float]:
     return totals
 
 
+def read_page(address: str | None) -> str:
+    """Read the metrics page at `address`.
+
+    Raises:
+        BenchError: there is none.
+    """
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"http://{address}/metrics", timeout=10) as answer:
+            return str(answer.read().decode())
+    except (OSError, HTTPException, ValueError) as error:
+        raise BenchError(f"no metrics at {address}: {error}; set --metrics") from error
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Observer:
     """Observes the server of `bundle`. `pids` are its processes by name, if they run on this machine."""
@@ -64,7 +78,7 @@ class Observer:
         Raises:
             BenchError: they are not, or they belong to another server.
         """
-        if f'model="{self.bundle}"' not in self._page():
+        if f'model="{self.bundle}"' not in read_page(self.metrics_address):
             raise BenchError(f"the metrics at {self.metrics_address} do not belong to {self.bundle}")
 
     def snapshot(self) -> Snapshot:
@@ -74,7 +88,7 @@ class Observer:
             BenchError: the metrics are not available.
         """
         time.sleep(SETTLE_S)
-        counters = count(self._page(), self.bundle)
+        counters = count(read_page(self.metrics_address), self.bundle)
         cpu, memory = 0.0, dict[str, float]()
         for name, pid in self.pids.items():
             with suppress(psutil.NoSuchProcess):
@@ -83,14 +97,6 @@ class Observer:
                 cpu += times.user + times.system
                 memory[name] = process.memory_info().rss / 2**20
         return Snapshot(time.perf_counter(), counters, cpu, memory)
-
-    def _page(self) -> str:
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        try:
-            with opener.open(f"http://{self.metrics_address}/metrics", timeout=10) as answer:
-                return str(answer.read().decode())
-        except (OSError, HTTPException, ValueError) as error:
-            raise BenchError(f"no metrics at {self.metrics_address}: {error}; set --metrics") from error
 
     @contextmanager
     def watch(self) -> Iterator[Callable[[], ServerUse | None]]:

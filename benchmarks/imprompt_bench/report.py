@@ -1,8 +1,8 @@
-"""Format results as the tables of `docs/performance.md` and `docs/benchmarks.md`: `imprompt bench report`.
+"""Format results as the tables of the documentation: `imprompt bench report`.
 
 Replaces everything between `<!-- summary -->` and `<!-- end -->` by the comparison of all runs with the baselines, and
 everything between `<!-- results -->` and `<!-- end -->` by a section for the JSON file of each run and the overhead of
-the denoiser's loop.
+the denoiser's loop. `fleet/report.py` makes the tables of `docs/scale.md`, which have places of their own.
 """
 
 from __future__ import annotations
@@ -14,17 +14,24 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from imprompt_bench.fleet import report as fleet_report
+from imprompt_bench.markdown import interval, table
 from imprompt_bench.results import Measurement, Run
-from imprompt_bench.stats import Estimate, percentile, ratio
+from imprompt_bench.stats import percentile, ratio
 
 OVERHEAD = "overhead.json"
 RESULTS_PAGE = "benchmarks.md"
-_PLACE = re.compile(r"(<!-- (summary|results) -->\n).*?(<!-- end -->)", re.DOTALL)
+_PLACE = re.compile(r"(<!-- (summary|results|routing|fleet|details) -->\n).*?(<!-- end -->)", re.DOTALL)
 _SYSTEMS = {
     "imprompt": "imprompt (served)",
     "eager": "diffusers (eager)",
     "compiled": "diffusers (`torch.compile`, frozen)",
     "bare": "the same engines, no server",
+}
+_PLOTS = {
+    "load": "Latency by number of callers and by arrival rate",
+    "growth": "Latency by size of the request",
+    "request": "When each stage of a request begins and ends",
 }
 _STAGES = ("total", "admission", "text_encoder", "preprocess", "image_encoder", "queue", "denoise", "vae_decoder")
 
@@ -36,6 +43,7 @@ def write(results: Path, pages: Sequence[Path]) -> None:
     images = pages[0].parent / "images"
     for name, run in runs(results).items():
         draw(run, name, images)
+    fleet_report.draw(results, images)
     for page in pages:
         page.write_text(filled(page.read_text(encoding="utf-8"), results, images), encoding="utf-8")
 
@@ -51,31 +59,40 @@ def filled(page: str, results: Path, images: Path) -> str:
     parts = [section(name, run, images) for name, run in measured.items()]
     if (results / OVERHEAD).exists():
         parts.append(overhead(json.loads((results / OVERHEAD).read_text())))
-    tables = {"summary": summary(measured), "results": "".join(parts)}
+    tables = {"summary": summary(measured), "results": "".join(parts), **fleet_report.tables(results)}
     return _PLACE.sub(lambda place: f"{place[1]}{tables[place[2]]}{place[3]}", page)
 
 
 def summary(measured: Mapping[str, Run]) -> str:
-    """Compare the server with each baseline, one line per file."""
-    others, rows = [name for name in _SYSTEMS if name != "imprompt"], []
+    """Compare the server with each baseline: a table for each machine and day, a line for each file."""
+    groups: dict[str, dict[str, Run]] = {}
     for name, run in measured.items():
-        systems = {measurement.label: measurement.latencies() for measurement in run.of("latency")}
-        if len(systems) > 1:
-            own = systems["imprompt"]
-            speedups = [_interval(ratio(systems[other], own), 2) if other in systems else "" for other in others]
-            latency = _interval(percentile(own, 50), 2)
-            rate = f"{run.arithmetic['gemm_flops'] / 1e9:.0f}" if run.arithmetic else ""
-            rows.append([f"[{name}]({RESULTS_PAGE}#{name})", _title(run), *_requests(run), rate, latency, *speedups])
-    if not rows:
+        if len(run.of("latency")) > 1:
+            groups.setdefault(_hardware(run.environment), {})[name] = run
+    if not groups:
         return ""
-    columns = ["run", "bundle", "pixels", "steps", "machine, GFLOP/s", "p50 latency, s"]
-    header = [*columns, *(f"speed-up over {_SYSTEMS[name]}" for name in others)]
     text = (
         "Latency of a served request, and its speed-up over each baseline (above 1: the server is faster), with 95 % "
-        "intervals. The runs come from different machines; GFLOP/s is the machine's rate for a large float32 matrix "
-        "product."
+        "intervals. All rows of a table were measured on the same machine on the same day."
     )
-    return f"## Comparison with the baselines\n\n{text}\n\n{table(header, rows)}\n\n"
+    tables = (f"### {hardware}\n\n{_comparison(group)}\n\n" for hardware, group in groups.items())
+    return f"## Comparison with the baselines\n\n{text}\n\n{''.join(tables)}"
+
+
+def _comparison(measured: Mapping[str, Run]) -> str:
+    systems = {
+        name: {measurement.label: measurement.latencies() for measurement in run.of("latency")}
+        for name, run in measured.items()
+    }
+    others = [name for name in _SYSTEMS if name != "imprompt" and any(name in own for own in systems.values())]
+    rows = []
+    for name, run in measured.items():
+        own = systems[name]["imprompt"]
+        speedups = [interval(ratio(systems[name][other], own), 2) if other in systems[name] else "" for other in others]
+        latency = interval(percentile(own, 50), 2)
+        rows.append([f"[{name}]({RESULTS_PAGE}#{name})", _title(run), *_requests(run), latency, *speedups])
+    columns = ["run", "bundle", "pixels", "steps", "p50 latency, s"]
+    return table([*columns, *(f"speed-up over {_SYSTEMS[name]}" for name in others)], rows)
 
 
 def _title(run: Run) -> str:
@@ -108,14 +125,8 @@ def section(name: str, run: Run, images: Path) -> str:
         ("Export and startup", _setup),
     )
     blocks += [f"### {title}\n\n{text}" for title, make in tables if (text := make(run))]
-    blocks += [f"![{plot}](images/bench-{name}-{plot}.svg)" for plot in ("load", "request") if _has(images, name, plot)]
+    blocks += [f"![{alt}](images/bench-{name}-{plot}.svg)" for plot, alt in _PLOTS.items() if _has(images, name, plot)]
     return "\n\n".join(["", *blocks]).lstrip("\n") + "\n\n"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Format a Markdown table; all columns but the first are right-aligned for numbers."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _has(images: Path, name: str, plot: str) -> bool:
@@ -127,18 +138,22 @@ def _machine(environment: dict[str, Any]) -> str:
     load = environment["load_average"][0]
     busy = f" **The machine was busy with other work (load {load}), so these numbers are only indicative.**"
     return (
-        f"{environment['cpu']}, {environment['cores']} cores, {environment['memory_gib']} GiB, {environment['date']}; "
-        f"Python {environment['python']}, {versions}.{busy if load > environment['cores'] / 2 else ''}"
+        f"{_hardware(environment)}; Python {environment['python']}, {versions}."
+        f"{busy if load > environment['cores'] / 2 else ''}"
     )
 
 
-def _interval(estimate: Estimate, digits: int = 3) -> str:
-    return f"{estimate.value:.{digits}f} ({estimate.low:.{digits}f} to {estimate.high:.{digits}f})"
+def _hardware(environment: dict[str, Any]) -> str:
+    machine = f", machine {environment['machine']}" if "machine" in environment else ""
+    return (
+        f"{environment['cpu']}, {environment['cores']} cores, {environment['memory_gib']} GiB{machine}, "
+        f"{environment['date']}"
+    )
 
 
 def _percentiles(measurement: Measurement) -> list[str]:
     values = measurement.latencies()
-    return [_interval(percentile(values, q)) for q in (50, 90, 99)] if values else ["-"] * 3
+    return [interval(percentile(values, q)) for q in (50, 90, 99)] if values else ["-"] * 3
 
 
 def _stable(measurement: Measurement) -> str:
@@ -151,7 +166,7 @@ def _latency(run: Run) -> str:
         return ""
     own, rows = measured["imprompt"].latencies(), []
     for name, measurement in measured.items():
-        speedup = "" if name == "imprompt" else _interval(ratio(measurement.latencies(), own), 2)
+        speedup = "" if name == "imprompt" else interval(ratio(measurement.latencies(), own), 2)
         difference = " / ".join(f"{value:.2g}" for value in run.parity.get(name, ()))
         count = str(len(measurement.samples))
         rows.append([_SYSTEMS[name], *_percentiles(measurement), speedup, difference, count, _stable(measurement)])
@@ -167,7 +182,7 @@ def _stages(run: Run) -> str:
     for stage in _STAGES:
         values = [sample.timings.get(stage, 0.0) for sample in samples]
         share = median(values) / median([sample.latency for sample in samples])
-        rows.append([f"`{stage}`", _interval(percentile(values, 50), 4), f"{100 * share:.1f}"])
+        rows.append([f"`{stage}`", interval(percentile(values, 50), 4), f"{100 * share:.1f}"])
     return table(["stage", "p50, s", "% of the request's latency"], rows)
 
 
@@ -246,7 +261,7 @@ def _mixed(run: Run) -> str:
             statuses = [str(sum(sample.status == status for sample in own)) for status in ("ok", "left", "refused")]
             values = [sample.latency for sample in own if sample.status == "ok"]
             rows.append(
-                [kind, *statuses, *([_interval(percentile(values, q)) for q in (50, 90)] if values else ["", ""])]
+                [kind, *statuses, *([interval(percentile(values, q)) for q in (50, 90)] if values else ["", ""])]
             )
         if point.server is not None:
             looked = point.server.cache_hits + point.server.cache_misses
@@ -263,8 +278,8 @@ def _growth(run: Run) -> str:
     for point in run.of("growth"):
         base = first.setdefault(point.label, point)
         times = ratio(point.latencies(), base.latencies())
-        latency = _interval(percentile(point.latencies(), 50))
-        rows.append([f"{point.label}: {point.value:g}", latency, _interval(times, 2), _stable(point)])
+        latency = interval(percentile(point.latencies(), 50))
+        rows.append([f"{point.label}: {point.value:g}", latency, interval(times, 2), _stable(point)])
     return table(["varied parameter", "p50, s", "relative to the first", "stable"], rows) if rows else ""
 
 

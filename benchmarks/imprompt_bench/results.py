@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -12,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8")
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8")
 VERSIONS = (
     *(
         "imprompt",
@@ -143,9 +144,10 @@ def _rounded(value: Any) -> Any:
 
 
 def environment() -> dict[str, Any]:
-    """Describe the machine and the package versions."""
+    """Describe the machine and the package versions. Only numbers of the same `machine` can be compared."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "machine": _machine_id(),
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
@@ -174,10 +176,31 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _machine_id() -> str:
+    """Return an ID that does not reveal the machine: a hash of its own ID and of its hardware.
+
+    Copies of a virtual machine have one ID in common, but may run on different CPUs.
+    """
+    system = Path("/etc/machine-id")
+    fields, gpu = _cpu_fields(), _gpu().get("gpu")
+    parts = (
+        system.read_text() if system.exists() else platform.node(),
+        *(fields.get(name) for name in ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")),
+        os.cpu_count(),
+        gpu,
+    )
+    return hashlib.sha256(repr(("imprompt", *parts)).encode()).hexdigest()[:8]
+
+
+def _cpu_fields() -> dict[str, str]:
+    """Return what Linux says about the last CPU; empty on other systems."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in info.splitlines())}
+
+
 def _cpu() -> str:
     """Return the CPU model and its relevant instruction sets."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in info.splitlines())}
+    fields = _cpu_fields()
     sets = [name.upper() for name in INSTRUCTION_SETS if name in fields.get("flags", "").split()]
     model = fields.get("model name") or platform.processor() or platform.machine()
     return f"{model} ({', '.join(sets)})" if sets else model

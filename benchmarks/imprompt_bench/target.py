@@ -66,14 +66,15 @@ def connect(url: str, model: str, metrics_address: str | None = None) -> Target:
 
 
 @contextmanager
-def serve_preset(preset: str, *, backend: str, precision: str, work: Path | None) -> Iterator[Target]:
-    """Write, export and serve `preset`, reusing a previous export in `work`.
+def exported_preset(
+    preset: str, *, backend: str, precision: str, work: Path | None
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Write and export `preset`, reusing a previous export in `work`; yield its folder, and what the export cost.
 
     Raises:
         BenchError: it does not fit into memory, or the export fails.
     """
     from imprompt_bench.checkpoints import silence_libraries
-    from imprompt_serving.launcher import Server
 
     silence_libraries()
     with tempfile.TemporaryDirectory(prefix="imprompt-bench-") as scratch:
@@ -83,7 +84,15 @@ def serve_preset(preset: str, *, backend: str, precision: str, work: Path | None
         if not setup_file.exists():
             setup = _export(preset, folder, backend, precision)
             setup_file.write_bytes(msgspec.json.encode(setup))
-        setup = msgspec.json.decode(setup_file.read_bytes())
+        yield folder, msgspec.json.decode(setup_file.read_bytes())
+
+
+@contextmanager
+def serve_preset(preset: str, *, backend: str, precision: str, work: Path | None) -> Iterator[Target]:
+    """Serve an exported preset; see `exported_preset`."""
+    from imprompt_serving.launcher import Server
+
+    with exported_preset(preset, backend=backend, precision=precision, work=work) as (folder, setup):
         server = Server(folder / "repository")
         began = time.perf_counter()
         with server:

@@ -12,7 +12,7 @@ from imprompt._tensors import Tensor, bytes_tensor, encode_input, is_list, is_nu
 
 PICTURES = ("ip_adapter_image", "negative_ip_adapter_image", "ip_adapter_masks")
 """Sent as flat lists; the input `<name>_adapter` names the adapter of each picture."""
-VALUES = ("ip_adapter_start", "ip_adapter_end", "ip_adapter_weight_type")
+VALUES = ("ip_adapter_image_per", "ip_adapter_start", "ip_adapter_end", "ip_adapter_weight_type")
 EMBEDS = "ip_adapter_image_embeds"
 """Sent as one input per adapter, `ip_adapter_image_embeds_<adapter>`."""
 SCALE = "ip_adapter_scale"

@@ -21,6 +21,11 @@ PromptSyntax: TypeAlias = Literal[
     "plain",
     "a1111",
 ]
+ImageScope: TypeAlias = Literal[
+    "request",
+    "prompt",
+    "frame",
+]
 WeightType: TypeAlias = Literal[
     "linear",
     "ease in",
@@ -76,6 +81,8 @@ NAMES = (
     "ip_adapter_image",
     "negative_ip_adapter_image",
     "ip_adapter_image_embeds",
+    "ip_adapter_image_per",
+    "ip_adapter_keyframes",
     "ip_adapter_scale",
     "ip_adapter_masks",
     "ip_adapter_start",
@@ -107,6 +114,8 @@ NAMES = (
     "negative_original_size",
     "negative_crops_coords_top_left",
     "negative_target_size",
+    "aesthetic_score",
+    "negative_aesthetic_score",
     "num_inference_steps",
     "timesteps",
     "sigmas",

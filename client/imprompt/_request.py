@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
@@ -34,6 +35,9 @@ MIN_TIMEOUT_S = 1e-3
 MAX_BYTES = 2**31 - 2**20
 """Maximum total size of a request's tensors: a protobuf message must be smaller than 2 GiB."""
 
+MAX_ID_LENGTH = 128
+"""Maximum length of a request id; the server cuts longer ones."""
+_ID = re.compile(rf"[!-~]{{1,{MAX_ID_LENGTH}}}")
 LATENT_CHANNELS = 4
 """Channels of the latents of Stable Diffusion."""
 _ENCODE, _ENCODE_PROMPT = "encode_image", "encode_prompt"
@@ -60,8 +64,6 @@ _DIFFUSERS_EQUIVALENTS = {
     "adapter_conditioning_scale": "use `controlnet_conditioning_scale`",
     "adapter_conditioning_factor": "use `control_guidance_end`",
     "masked_image_latents": "the server makes them from `image` and `mask_image`",
-    "aesthetic_score": "only the refiner of SDXL takes it, which is not supported",
-    "negative_aesthetic_score": "only the refiner of SDXL takes it, which is not supported",
     "enforce_inference_steps": "increase `num_inference_steps` instead",
     "decode_chunk_size": "the server decodes frames one by one",
 }
@@ -117,7 +119,9 @@ class Request:
         return message
 
 
-def build_request(model: ServedModel, prompt: object, parameters: Mapping[str, object]) -> Request:
+def build_request(
+    model: ServedModel, prompt: object, parameters: Mapping[str, object], request_id: object = None
+) -> Request:
     """Encode a request, except `timeout`: `Request.message` adds it, because it shrinks with every attempt.
 
     Raises:
@@ -157,7 +161,7 @@ def build_request(model: ServedModel, prompt: object, parameters: Mapping[str, o
     return Request(
         model=model.name,
         bundle=model.bundle,
-        id=uuid.uuid4().hex,
+        id=_check_id(request_id),
         tensors=tuple(tensors),
         output_type=output_type,
         clip=clip,
@@ -165,6 +169,15 @@ def build_request(model: ServedModel, prompt: object, parameters: Mapping[str, o
         parameters=_plain_parameters({"prompt": prompt, **given}),
         seeds=unsigned_seeds(given.get("seed")),
     )
+
+
+def _check_id(request_id: object) -> str:
+    if request_id is None:
+        return uuid.uuid4().hex
+    if not isinstance(request_id, str) or not _ID.fullmatch(request_id):
+        problem = f"must be 1 to {MAX_ID_LENGTH} printable ASCII characters without spaces"
+        raise invalid("request_id", f"{problem}; got {short_repr(request_id)}")
+    return request_id
 
 
 def _plain_parameters(given: Mapping[str, object]) -> dict[str, Any]:

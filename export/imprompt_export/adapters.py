@@ -122,7 +122,9 @@ def check_fit(
     weights = [value for key, value in state_dict["ip_adapter"].items() if key.endswith(".to_k_ip.weight")]
     found = weights[0].shape[1] if weights else 0
     if (len(weights), found) != (layers, width):
-        files = ", ".join(f"{family.adapter_files} for {family.title}" for family in all_families())
+        files = ", ".join(
+            f"{family.adapter_files} for {family.title}" for family in all_families() if family.adapter_files
+        )
         raise BundleError(
             f"ip_adapter {name}: {file} is made for {len(weights)} attention layers of width {found}, but the base "
             f"has {layers} of width {width}; use the file for this family ({files})"

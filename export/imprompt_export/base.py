@@ -49,7 +49,7 @@ def load_base(bundle: BundleFile) -> Any:
     # the denoiser applies the corrections of the pipeline for each task.
     scheduler = type(pipeline.scheduler).from_pretrained(source.config, subfolder="scheduler")
     pipeline.scheduler = _with_defaults(scheduler, bundle.defaults)
-    textual_inversion.load(bundle, pipeline, family_of(type(pipeline).__name__))
+    textual_inversion.load(bundle, pipeline, family_of(type(pipeline).__name__, pipeline.config))
     return pipeline
 
 

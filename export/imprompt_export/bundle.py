@@ -31,8 +31,8 @@ from imprompt_export.sections import (
 )
 from imprompt_export.sources import Source
 from imprompt_serving.backends import MODULES, get_backend
-from imprompt_serving.capabilities import SCHEDULERS
 from imprompt_serving.parameters import PARAMETERS
+from imprompt_serving.scheduler_names import SCHEDULERS
 from imprompt_serving.specs import Limits, Shapes
 
 NO_FACES = "face_encoder: the bundle has no FaceID adapter to use it"

@@ -86,9 +86,9 @@ class CalibrationRunner:
         self._conditioner, self._networks = assemble(self.bundle, engine)
 
     @torch.inference_mode()
-    def picture(self, run: Run, prompt_picture: np.ndarray | None = None) -> np.ndarray:
-        """Generate the picture of `run`, uint8 [H, W, 3]; `prompt_picture` is its image prompt and control image."""
-        request, tensors = self._request(run), self._tensors(run, prompt_picture)
+    def picture(self, run: Run, tensors: dict[str, Tensor]) -> np.ndarray:
+        """Generate the picture of `run`, uint8 [H, W, 3], from the tensors that `encode` returned."""
+        request = self._request(run)
         job = Job(request, self.bundle, self._conditioner(request, tensors), tensors)
         batcher = Batcher(self.bundle)
         while not job.done:
@@ -101,7 +101,7 @@ class CalibrationRunner:
         bundle, shapes = self.bundle, self.bundle.shapes
         return JobRequest(
             id="calibration",
-            task="inpainting" if bundle.unet_channels != bundle.latent_channels else "text-to-image",
+            task=bundle.plain_task,
             settings=Settings.with_defaults(
                 height=shapes.height.opt,
                 width=shapes.width.opt,
@@ -114,7 +114,9 @@ class CalibrationRunner:
             controls=tuple(ControlOptions(name=name) for name in bundle.net_names if run.controlled),
         )
 
-    def _tensors(self, run: Run, picture: np.ndarray | None) -> dict[str, Tensor]:
+    @torch.inference_mode()
+    def encode(self, run: Run, picture: np.ndarray | None = None) -> dict[str, Tensor]:
+        """Encode the prompts of `run`; `picture` is its image prompt and control image."""
         shapes = self.bundle.shapes
         size = shapes.height.opt, shapes.width.opt
         unit = torch.zeros(1, 3, *size) if picture is None else torch.from_numpy(picture).permute(2, 0, 1)[None] / 255

@@ -60,7 +60,7 @@ def load(bundle: BundleFile) -> Checkpoints:
     """
     checks.check_checkpoints(bundle)
     pipeline = load_base(bundle)
-    family = family_of(type(pipeline).__name__)
+    family = family_of(type(pipeline).__name__, pipeline.config)
     own_processor = getattr(pipeline, "feature_extractor", None)
     encoders, encoder_of = _load_encoders(bundle)
     loaded = _load_adapters(bundle, pipeline, encoders, encoder_of)

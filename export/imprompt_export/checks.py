@@ -120,7 +120,7 @@ def check_base(bundle: BundleFile) -> tuple[dict[str, Any], ExportFamily]:
     own = {name: bundle.source(name) or source._replace(subfolder=name) for name in ("unet", "vae")}
     replaced = [name for name in own if bundle.source(name) is not None]
     index = checkpoint_kinds.pipeline_index("base", source, replaced)
-    family = family_of(index.get("_class_name"))
+    family = family_of(index.get("_class_name"), index)
     family.check_base(index)
     unet, vae = (
         checkpoint_kinds.model_config(name if name in replaced else "base", str(place.config), place.subfolder, kind)

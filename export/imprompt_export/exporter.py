@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,9 +19,10 @@ from imprompt_export.bundle import BundleFile
 from imprompt_export.checkpoints import Checkpoints, LoadedAdapter, load
 from imprompt_export.fp16_vae import fit_fp16_range
 from imprompt_export.graphs import Graph
-from imprompt_export.parity import check_parity, compare
+from imprompt_export.parity import check_parity, compare, references
 from imprompt_export.preview import fit_preview
 from imprompt_export.repository import write_models
+from imprompt_export.stages import Stages
 from imprompt_serving import specs
 
 
@@ -55,21 +58,30 @@ def export_bundle(bundle: BundleFile, work: Path, console: Console | None, refit
         export_report = report.Report()
         engines: dict[str, Path] = {}
         built = reused = 0
+        stages = [Stages(show=partial(_show_status, progress, task, graph.name)) for graph in graphs_to_build]
         pending = [
-            start_build(graph, Path(work, graph.name), spec, partial(_show_status, progress, task, graph.name))
-            for graph in graphs_to_build
+            start_build(graph, Path(work, graph.name), spec, stages_of_graph)
+            for graph, stages_of_graph in zip(graphs_to_build, stages, strict=True)
         ]
-        for graph, wait in zip(graphs_to_build, pending, strict=True):
-            progress.update(task, description=f"exporting {graph.name}")
+        for number, (graph, wait, watch) in enumerate(zip(graphs_to_build, pending, stages, strict=True), 1):
             result = wait()
             engines[graph.name] = result.file
             built, reused = built + result.packages_built, reused + result.packages_reused
+            expected = []
             if comparison_backend is not None:
-                file = result.file if comparison_backend == backend.name else result.source
-                sizes = export_backend(comparison_backend).check_axes(graph, spec)
-                rows = compare(graph, file, comparison_backend, engine.precision, sizes)
+                with watch.time("running PyTorch"):
+                    sizes = export_backend(comparison_backend).check_axes(graph, spec)
+                    expected = references(graph, sizes)
+            if backend.is_exported(engine, graph):
+                _drop_weights(graph, graphs_to_build[number:])
+            if comparison_backend is not None:
+                with watch.time("running the engine"):
+                    file = result.file if comparison_backend == backend.name else result.source
+                    rows = compare(graph, expected, file, comparison_backend, engine.precision)
                 export_report.engines += [report.EngineRow.of(row, export_seconds=result.seconds) for row in rows]
                 check_parity(rows)
+            gc.collect()  # engines and traced programs are in reference cycles
+            console.print(f"{graph.name}: {watch}", soft_wrap=True)
             progress.advance(task)
         if built or reused:
             console.print(f"{built} packages built, {reused} reused from earlier exports")
@@ -89,7 +101,15 @@ def export_bundle(bundle: BundleFile, work: Path, console: Console | None, refit
 
 
 def _show_status(progress: Progress, task: TaskID, name: str, line: str) -> None:
-    progress.update(task, description=f"building {name}: {line}")
+    progress.update(task, description=f"{name}: {line}")
+
+
+def _drop_weights(graph: Graph, later: Sequence[Graph]) -> None:
+    """Free the weights of `graph` in PyTorch, unless one of the graphs `later` shares some of them."""
+    shared = {id(weight) for other in later for weight in other.module.parameters()}
+    if shared.isdisjoint(map(id, graph.module.parameters())):
+        graph.module.to("meta")
+        gc.collect()  # traced programs are in reference cycles
 
 
 def bundle_graphs(bundle: BundleFile, checkpoints: Checkpoints) -> list[Graph]:

@@ -153,9 +153,9 @@ def calibrate(bundle: Bundle, checkpoints: Checkpoints, graphs: Sequence[Graph])
         for name, found in ranges.items():
             watching.enter_context(_watched(by_name[name].module, found))
         runner = _runner(bundle, checkpoints, by_name, device)
-        prompt = runner.picture(RUNS[0])
-        for run in RUNS[1:]:
-            prompt = runner.picture(run, prompt)
+        prompt = None
+        for run in RUNS:
+            prompt = runner.picture(run, runner.encode(run, prompt))
     return [replace(graph, fp8_ranges=ranges.get(graph.name, {})) for graph in graphs]
 
 
@@ -171,13 +171,13 @@ def measure_quality(
     with _on_device(graphs, bundle) as device:
         recorders = {name: Recorder(TorchEngine(graphs[name], device)) for name in names}
         runner = _runner(bundle, checkpoints, graphs, device, recorders)
-        prompt = runner.picture(RUNS[0])
+        held_out = runner.encode(HELD_OUT, runner.picture(RUNS[0], runner.encode(RUNS[0])))
         for recorder in recorders.values():
             recorder.inputs, recorder.outputs = [], []
-        picture = runner.picture(HELD_OUT, prompt)
+        picture = runner.picture(HELD_OUT, held_out)
     # Recorders have no `run_tensors`, so engines on a GPU get arrays.
     engines = {name: Recorder(get_backend(bundle.backend).load(files[name])) for name in names}
-    other = _runner(bundle, checkpoints, graphs, "cpu", engines).picture(HELD_OUT, prompt)
+    other = _runner(bundle, checkpoints, graphs, "cpu", engines).picture(HELD_OUT, held_out)
     distance = picture_distance(other, picture)
     return [
         measure(

@@ -138,7 +138,7 @@ def text_encoder(name: str, model: Model, length: int, *, penultimate: bool) -> 
             Input(name="clip_skip", shape=("batch", 1), values="index", below=layers - int(penultimate)),
         ),
         outputs=outputs,
-        checks=({"batch": 1}, {"batch": 3}),
+        checks=({"batch": 1}, {"batch": 2}),
     )
 
 
@@ -160,7 +160,7 @@ def image_encoder(name: str, model: Model) -> Graph:
             "image_embeds": ("batch", config.projection_dim),
             "hidden_states": ("batch", patches + 1, config.hidden_size),
         },
-        checks=({"batch": 1}, {"batch": 3}),
+        checks=({"batch": 1}, {"batch": 2}),
     )
 
 
@@ -277,11 +277,11 @@ def added_conditions(model: Model) -> dict[str, int]:
     """Return the inputs that a network takes besides the text, with their sizes."""
     if model.config.addition_embed_type != "text_time":
         return {}
-    time_ids = 6  # original size, crop, target size
-    return {
-        "text_embeds": model.add_embedding.linear_1.in_features - time_ids * model.config.addition_time_embed_dim,
-        "time_ids": time_ids,
-    }
+    size, each = model.add_embedding.linear_1.in_features, model.config.addition_time_embed_dim
+    # Original size, crop, and target size. The refiner has one score in place of the target size; it is the only one
+    # whose pooled embedding is as wide as its text, because a single encoder makes both.
+    time_ids = 5 if size - 5 * each == model.config.cross_attention_dim else 6
+    return {"text_embeds": size - time_ids * each, "time_ids": time_ids}
 
 
 def added_input(name: str, size: int) -> Input:
@@ -316,7 +316,7 @@ def unet(
         residuals: what ControlNets add; these are inputs too.
         features: what T2I-Adapters add; these are inputs too.
         frames: whether `model` is a motion UNet. A row is then a clip: `sample` has an axis of frames after the
-            channels, residuals have one after the batch, and prompts apply to all frames of a clip.
+            channels; residuals, image tokens, and masks have one after the batch; and text applies to all frames.
     """
     config = model.config
     prompts = image_prompt.install(model)
@@ -337,12 +337,13 @@ def unet(
     if config.time_cond_proj_dim is not None:
         inputs.append(Input(name="timestep_cond", shape=("batch", config.time_cond_proj_dim)))
     for name in adapters:
-        group = ("batch", f"groups_{name}")
+        groups, tokens = f"groups_{name}", f"tokens_{name}"
+        by_frame = ("batch", *clip, groups)
         inputs += [
-            Input(name=tensor_names.ip_tokens(name), shape=(*group, f"tokens_{name}", config.cross_attention_dim)),
-            Input(name=tensor_names.ip_bias(name), shape=(*group, f"tokens_{name}"), values="bias"),
-            Input(name=tensor_names.ip_scale(name), shape=(*group, len(layers)), values="scale"),
-            *(Input(name=tensor_names.ip_mask(name, i), shape=(*group, f"q{i}"), values="unit") for i in levels),
+            Input(name=tensor_names.ip_tokens(name), shape=(*by_frame, tokens, config.cross_attention_dim)),
+            Input(name=tensor_names.ip_bias(name), shape=("batch", groups, tokens), values="bias"),
+            Input(name=tensor_names.ip_scale(name), shape=("batch", groups, len(layers)), values="scale"),
+            *(Input(name=tensor_names.ip_mask(name, i), shape=(*by_frame, f"q{i}"), values="unit") for i in levels),
         ]
     control = residual_names(len(residuals)) if residuals else ()
     for name, shape in zip(control, residuals, strict=True):
@@ -399,11 +400,12 @@ def unet(
 
 
 def _by_frame(tensors: dict[str, Tensor], residuals: Iterable[str]) -> dict[str, Tensor]:
-    """Repeat prompts and flatten residuals to one row per frame, as the attention layers of a motion UNet expect."""
+    """Bring prompts and residuals to one row per frame, as the attention layers of a motion UNet expect."""
     count = tensors["sample"].shape[2]
-    prompts = {
+    repeated = {
         name: tensor[:, None].expand(-1, count, *tensor.shape[1:]).flatten(0, 1)
         for name, tensor in tensors.items()
-        if name.startswith(("ip_", "encoder_hidden_states"))
+        if name.startswith(("ip_bias", "ip_scale", "encoder_hidden_states"))
     }
-    return tensors | prompts | {name: tensors[name].flatten(0, 1) for name in residuals}
+    names = [name for name in tensors if name.startswith(("ip_tokens", "ip_mask"))]
+    return tensors | repeated | {name: tensors[name].flatten(0, 1) for name in (*names, *residuals)}

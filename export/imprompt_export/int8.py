@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from imprompt_export.calibration import HELD_OUT, RUNS, Arrays, CalibrationRunner, Recorder
 from imprompt_export.checkpoints import Checkpoints
@@ -41,7 +42,10 @@ def quantize_bundle(
 ) -> tuple[dict[str, Path], list[Quality]]:
     """Quantize the networks among `files`; return the files with these replaced, and the quality of each network."""
     names = quantized_networks(bundle)
-    samples, references, inputs, picture, prompt = _record(bundle, checkpoints, files, names)
+    samples, references, inputs, picture, held_out = _record(bundle, checkpoints, files, names)
+    encoders = [getattr(checkpoints.pipeline, encoder) for encoder, _ in checkpoints.family.text_encoders]
+    for model in (*encoders, *checkpoints.image_encoders.values()):
+        model.to("meta")  # all prompts are encoded, and NNCF needs the memory
     made = dict(files)
     for name in names:
         made[name] = quantize(files[name], samples.pop(name))
@@ -49,7 +53,7 @@ def quantize_bundle(
     engines = {name: load(made[name]) for name in names}
     rows = []
     runner = CalibrationRunner(bundle, checkpoints, lambda name: engines.get(name) or load(files[name]))
-    distance = picture_distance(runner.picture(HELD_OUT, prompt), picture)
+    distance = picture_distance(runner.picture(HELD_OUT, held_out), picture)
     for name in names:
         answers = [engines[name].run(tensors) for tensors in inputs[name]]
         rows.append(measure(name, "int8", references[name], answers, min_snr_db, distance))
@@ -58,11 +62,11 @@ def quantize_bundle(
 
 def _record(
     bundle: Bundle, checkpoints: Checkpoints, files: Mapping[str, Path], names: Sequence[str]
-) -> tuple[dict[str, list[Arrays]], dict[str, list[Arrays]], dict[str, list[Arrays]], np.ndarray, np.ndarray]:
+) -> tuple[dict[str, list[Arrays]], dict[str, list[Arrays]], dict[str, list[Arrays]], np.ndarray, dict[str, Tensor]]:
     """Run the calibration runs and the held-out run in fp32, and record the calls of the networks `names`.
 
     Returns:
-        Inputs of the calibration runs; outputs, inputs, picture, and image prompt of the held-out run.
+        Inputs of the calibration runs; outputs, inputs, picture, and encoded prompts of the held-out run.
     """
     recorders: dict[str, Recorder] = {}
 
@@ -74,15 +78,16 @@ def _record(
         return recorders[name]
 
     runner = CalibrationRunner(bundle, checkpoints, engine)
-    prompt = runner.picture(RUNS[0])
-    for run in RUNS[1:]:
-        prompt = runner.picture(run, prompt)
+    prompt = None
+    for run in RUNS:
+        prompt = runner.picture(run, runner.encode(run, prompt))
     samples = {name: recorder.inputs for name, recorder in recorders.items()}
     for recorder in recorders.values():
         recorder.inputs, recorder.outputs = [], []
-    picture = runner.picture(HELD_OUT, prompt)
+    held_out = runner.encode(HELD_OUT, prompt)
+    picture = runner.picture(HELD_OUT, held_out)
     outputs = {name: recorder.outputs for name, recorder in recorders.items()}
-    return samples, outputs, {name: recorder.inputs for name, recorder in recorders.items()}, picture, prompt
+    return samples, outputs, {name: recorder.inputs for name, recorder in recorders.items()}, picture, held_out
 
 
 def quantize(file: Path, samples: Sequence[Arrays]) -> Path:

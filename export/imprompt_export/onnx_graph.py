@@ -25,6 +25,7 @@ from torch.onnx._internal.exporter import _fx_passes, _registration
 from imprompt_export.graphs import Graph
 from imprompt_export.precision import cast
 from imprompt_export.programs import trace
+from imprompt_export.stages import Stages
 
 OPSET = 18
 _EXTERNAL_DATA_FROM = 1 << 30
@@ -42,18 +43,26 @@ _promote = _fx_passes.insert_type_promotion_nodes
 _translations = functools.cache(_registration.ONNXRegistry.from_torchlib)
 
 
-def export_onnx(graph: Graph, path: Path, dtype: torch.dtype = torch.float32) -> None:
+def export_onnx(graph: Graph, path: Path, dtype: torch.dtype = torch.float32, stages: Stages | None = None) -> None:
     """Trace `graph` in `dtype` and write it to `path`, with the graph's names for tensors and axes."""
+    stages = stages or Stages()
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = sum(parameter.numel() * dtype.itemsize for parameter in graph.module.parameters())
     with cast(graph.module, dtype):  # keep it open until the file is written: the program refers to the weights
-        _trace(graph, dtype).save(path, external_data=weights > _EXTERNAL_DATA_FROM)
+        with stages.time("tracing"):
+            program = trace(graph, dtype)
+        with stages.time("translating to ONNX"):
+            onnx_program = _translate(graph, program)
+        with stages.time("writing"):
+            onnx_program.save(path, external_data=weights > _EXTERNAL_DATA_FROM)
+    for value in onnx_program.model.graph.initializers.values():
+        value.const_value = None  # onnxscript's matchers keep the last graph that they saw, and so its weights
 
 
-def _trace(graph: Graph, dtype: torch.dtype) -> torch.onnx.ONNXProgram:
+def _translate(graph: Graph, program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:
     with torch.no_grad(), _quiet(), _quickly():
         onnx_program = torch.onnx.export(
-            trace(graph, dtype),
+            program,
             dynamo=True,
             opset_version=OPSET,
             input_names=[tensor.name for tensor in graph.inputs],

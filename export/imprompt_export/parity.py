@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import torch
+from torch import Tensor
 
 from imprompt_export.graphs import Axes, Graph
 from imprompt_export.precision import TOLERANCE
@@ -37,35 +39,55 @@ class ParityError(RuntimeError):
     """The results of an exported engine differ from PyTorch's by more than is allowed."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """Outputs of a graph in PyTorch (in float32), with the sizes and the inputs that they belong to."""
+
+    sizes: Axes
+    inputs: dict[str, Tensor]
+    outputs: tuple[Tensor, ...]
+
+
+@torch.no_grad()
+def references(graph: Graph, checks: Sequence[Axes] = ()) -> list[Reference]:
+    """Run `graph` in PyTorch at the sizes `checks`; by default at those of the graph."""
+    made = []
+    for seed, axes in enumerate(checks or graph.checks):
+        example = graph.example(axes, seed)
+        made.append(Reference(sizes=axes, inputs=example, outputs=graph.run(example)))
+    return made
+
+
 def compare(
-    graph: Graph, path: Path, backend: str, precision: str = "fp32", checks: Sequence[Axes] = ()
+    graph: Graph, expected: Sequence[Reference], path: Path, backend: str, precision: str = "fp32"
 ) -> list[Comparison]:
-    """Compare the engine at `path` with `graph` in PyTorch (in float32).
+    """Compare the engine at `path` with PyTorch.
 
     Args:
-        graph: the graph of the engine.
+        graph: the graph of the engine; its weights are not needed anymore.
+        expected: the `references` of the graph.
         path: the file of the engine.
         backend: the backend that runs it.
         precision: `engine.precision` of the bundle, which widens the tolerance.
-        checks: the sizes at which to compare; by default those of `graph`.
     """
     engine = get_backend(backend).load(path)
     factor = TOLERANCE[graph.precision(precision)]
     rows = []
-    for seed, axes in enumerate(checks or graph.checks):
-        example = graph.example(axes, seed)
-        with torch.no_grad():
-            expected = graph.run(example)
+    for reference in expected:
         start = time.perf_counter()
-        answer = engine.run({name: tensor.numpy() for name, tensor in example.items()})
+        answer = engine.run({name: tensor.numpy() for name, tensor in reference.inputs.items()})
         seconds = time.perf_counter() - start
         difference, allowed = 0.0, 0.0
-        for name, value in zip(graph.outputs, expected, strict=True):
+        for name, value in zip(graph.outputs, reference.outputs, strict=True):
             floating = value.is_floating_point()
             scale = factor * float(value.abs().max()) if floating else min(factor, LEVELS)
             difference = max(difference, _distance(value.numpy(), answer[name]))
             allowed = max(allowed, graph.tolerance * scale)
-        rows.append(Comparison(engine=graph.name, sizes=axes, seconds=seconds, difference=difference, allowed=allowed))
+        rows.append(
+            Comparison(
+                engine=graph.name, sizes=reference.sizes, seconds=seconds, difference=difference, allowed=allowed
+            )
+        )
     return rows
 
 

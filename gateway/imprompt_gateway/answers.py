@@ -59,7 +59,6 @@ def document(result: Result, output_format: str) -> dict[str, Any]:
 def file_response(result: Result, output_format: str) -> Response:
     """Return the single picture or clip itself; headers tell its seed and the rest."""
     headers = {
-        "X-Request-Id": result.request_id,
         "Imprompt-Seeds": json.dumps(result.seeds),
         "Imprompt-Timings": json.dumps(result.timings),
         "Imprompt-Warnings": json.dumps(result.warnings),

@@ -11,6 +11,7 @@ from starlette.middleware import Middleware
 from starlette.routing import Mount, Route
 
 from imprompt import AsyncClient
+from imprompt_gateway.access import AccessLog, Identify
 from imprompt_gateway.auth import RequireKey
 from imprompt_gateway.docs_page import docs
 from imprompt_gateway.errors import HANDLERS
@@ -50,11 +51,13 @@ def create_app(
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with client:
             yield
+        log.close()
 
-    measured = Metrics()
+    log, measured = AccessLog.from_environment(), Metrics()
     app = Starlette(
         routes=ROUTES,
         middleware=[
+            Middleware(Identify, log=log),
             Middleware(Measure, metrics=measured),
             Middleware(RequireKey, keys=keys),
             Middleware(LimitBody, max_bytes=max_bytes),

@@ -25,6 +25,7 @@ log = logging.getLogger("imprompt.gateway")
 
 RETRY_AFTER_S = 5
 """What callers are told while the server is away; a restart of Triton takes several seconds."""
+ID_HEADER = "X-Request-Id"
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a caller that left; nobody receives it, but it shows in the metrics."""
 
@@ -121,7 +122,12 @@ async def handle(request: Request, error: Exception) -> Response:
     """Answer an exception that an endpoint raised."""
     if isinstance(error, ClientDisconnect):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return failure(error).response()
+    failed = failure(error)
+    request.state.error = failed.code
+    response = failed.response()
+    # Starlette answers unexpected exceptions outside of all middleware.
+    response.headers[ID_HEADER] = request.state.request_id
+    return response
 
 
 HANDLERS: dict[Any, Any] = dict.fromkeys((HTTPException, ImpromptError, ClientDisconnect, Exception), handle)

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from PIL import Image
+from starlette.datastructures import State
 
 from imprompt import ImpromptError, InvalidRequest, Progress, Result
 from imprompt_gateway.answers import b64, facts, files, size
@@ -21,11 +22,13 @@ async def event_stream(
     request: ImageRequest,
     first: Progress | Result,
     updates: AsyncGenerator[Progress | Result, None],
+    state: State,
 ) -> AsyncGenerator[str, None]:
     """Yield the events of a request of which the `first` update has arrived.
 
     Args:
         kind: prefix of the event names, `image_generation` or `image_edit`.
+        state: of the HTTP request; gets the code of an error, for the log.
     """
     sent = 0
     update = first
@@ -39,10 +42,10 @@ async def event_stream(
             update = await anext(updates)
         for index, file in enumerate(files(update)):
             yield _event(f"{kind}.completed", index=index, **_picture(file, request.output_format), **facts(update))
-    except InvalidRequest as error:
-        yield _message("error", failure(request.in_callers_terms(error)).body())
     except ImpromptError as error:
-        yield _message("error", failure(error).body())
+        failed = failure(request.in_callers_terms(error) if isinstance(error, InvalidRequest) else error)
+        state.error = failed.code
+        yield _message("error", failed.body())
     finally:
         await updates.aclose()
 

@@ -39,19 +39,20 @@ async def _answer(request: Request, *, kind: str, required: tuple[str, ...] = ()
     try:
         if wanted.stream:
             return await _stream(request, client, wanted, kind)
-        result = await _unless_disconnected(request, client.generate(**wanted.keywords))
+        work = client.generate(request_id=request.state.request_id, **wanted.keywords)
+        result = await _unless_disconnected(request, work)
     except InvalidRequest as error:
         raise wanted.in_callers_terms(error) from error
     if wanted.as_file:
         return file_response(result, wanted.output_format)
-    return JSONResponse(document(result, wanted.output_format), headers={"X-Request-Id": result.request_id})
+    return JSONResponse(document(result, wanted.output_format))
 
 
 async def _stream(request: Request, client: AsyncClient, wanted: ImageRequest, kind: str) -> Response:
     """Wait for the first update, so that a request that is refused gets an ordinary error."""
-    updates = client.stream(**wanted.keywords)
+    updates = client.stream(request_id=request.state.request_id, **wanted.keywords)
     first = await _unless_disconnected(request, anext(updates))
-    events = event_stream(kind, wanted, first, updates)
+    events = event_stream(kind, wanted, first, updates, request.state)
     return StreamingResponse(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
 
 

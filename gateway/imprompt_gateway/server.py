@@ -17,6 +17,7 @@ from starlette.applications import Starlette
 from imprompt import AsyncClient
 from imprompt_gateway.app import create_app
 from imprompt_gateway.auth import read_keys
+from imprompt_gateway.tracing import export_spans
 
 DRAIN_S = 30
 """How long running requests may continue after SIGTERM, as in `imprompt serve`."""
@@ -64,6 +65,7 @@ def run(
         OSError: the gateway cannot listen on that address, or the file cannot be read.
         ValueError: the file has no keys.
     """
+    export_spans()
     # Waiting and sending again is up to the caller, who is told for how long (`Retry-After`).
     client = AsyncClient(**connection, max_retries=0)
     app = create_app(client, keys=read_keys(key_file) if key_file else (), health_url=health_url)

@@ -4,41 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from imprompt_serving.families import get_family
+from imprompt_serving.parameters import ROWS
+from imprompt_serving.scheduler_names import SCHEDULERS
 from imprompt_serving.specs import Bundle
-
-SCHEDULERS: tuple[str, ...] = (
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSDEScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LCMScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-    "TCDScheduler",
-    "UniPCMultistepScheduler",
-)
-"""diffusers schedulers that work with a Stable Diffusion UNet."""
-
-CUSTOM_STEPS: dict[str, tuple[str, ...]] = {
-    "timesteps": (
-        "DDPMScheduler",
-        "DPMSolverMultistepScheduler",
-        "DPMSolverSinglestepScheduler",
-        "EulerDiscreteScheduler",
-        "HeunDiscreteScheduler",
-        "LCMScheduler",
-        "TCDScheduler",
-    ),
-    "sigmas": ("EulerDiscreteScheduler", "UniPCMultistepScheduler"),
-}
-"""Schedulers whose `set_timesteps` takes `timesteps` or `sigmas`; the others choose their own."""
 
 
 def capabilities(bundle: Bundle) -> dict[str, Any]:
@@ -68,6 +37,8 @@ def capabilities(bundle: Bundle) -> dict[str, Any]:
             "height": bundle.default_height,
             "width": bundle.default_width,
             "scheduler": bundle.scheduler,
+            "guidance_scale": get_family(bundle.family).default_guidance_scale(bundle.plain_task, controlled=False),
+            **{row.name: row.default for row in ROWS if row.set_by_bundles and row.default is not None},
             **bundle.defaults,
         },
         "limits": {

@@ -19,6 +19,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from imprompt_serving.errors import Overloaded
@@ -55,8 +56,14 @@ def check_drain_deadline() -> None:
         Overloaded: the deadline of a drain has passed.
     """
     deadline = drain_deadline()
-    if deadline is not None and time.time() >= deadline:
+    if deadline is not None and time.monotonic() >= _monotonic(deadline):
         raise Overloaded("the server is stopping, and this request did not finish before the deadline")
+
+
+@lru_cache(maxsize=4)
+def _monotonic(deadline: float) -> float:
+    """Convert a deadline when it is first seen: if the clock is set later, running requests keep their time."""
+    return time.monotonic() + deadline - time.time()
 
 
 @contextmanager

@@ -16,19 +16,27 @@ _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
 class RequestError(Exception):
     """A request failed. `status` is the gRPC status that the caller sees.
 
-    The message has at most `MAX_MESSAGE_BYTES` and is safe to print and encode, whatever it quotes.
+    `name` is for logs: the Python client's name for the error, or the type of an unexpected exception. The message has
+    at most `MAX_MESSAGE_BYTES` and is safe to print and encode, whatever it quotes.
     """
 
     status = "INTERNAL"
+    name = "ServerError"
 
     def __init__(self, message: str) -> None:
         super().__init__(_printable(message))
+
+    @property
+    def label(self) -> str:
+        """Status and name, for `from_label` in another model of the bundle."""
+        return f"{self.status} {self.name}"
 
 
 class InvalidRequest(RequestError):
     """A parameter is invalid. The message starts with its name and says what is allowed."""
 
     status = "INVALID_ARGUMENT"
+    name = "InvalidRequest"
 
     def __init__(self, parameter: str, problem: str) -> None:
         super().__init__(f"{parameter}: {problem}")
@@ -39,6 +47,7 @@ class Overloaded(RequestError):
     """The server cannot take the request now. `reason` is a single word for the metrics."""
 
     status = "UNAVAILABLE"
+    name = "Overloaded"
 
     def __init__(self, message: str, *, reason: str = "stopping") -> None:
         super().__init__(message)
@@ -49,19 +58,36 @@ class Cancelled(RequestError):
     """The caller canceled the request, or its timeout expired."""
 
     status = "CANCELLED"
+    name = "Cancelled"
 
 
-def from_status(status: str, message: str) -> RequestError:
-    """Rebuild the error that another model of the bundle reported."""
+class DeadlineExceeded(Cancelled):
+    """The timeout of the request, in seconds, has expired."""
+
+    name = "DeadlineExceeded"
+
+    def __init__(self, timeout: float) -> None:
+        super().__init__(f"timeout: {timeout:g} seconds have passed")
+
+
+def from_label(label: str, message: str) -> RequestError:
+    """Rebuild the error that another model of the bundle reported, from its `label` and message."""
+    status, _, name = label.partition(" ")
     if status == InvalidRequest.status:
         parameter, _, problem = message.partition(": ")
         return InvalidRequest(parameter, problem)
-    return {Overloaded.status: Overloaded, Cancelled.status: Cancelled}.get(status, RequestError)(message)
+    error = {Overloaded.status: Overloaded, Cancelled.status: Cancelled}.get(status, RequestError)(message)
+    error.name = name or error.name
+    return error
 
 
 def unexpected(error: Exception) -> RequestError:
     """Turn any exception into an error to send to the caller: itself if it is one, otherwise INTERNAL."""
-    return error if isinstance(error, RequestError) else RequestError(f"{type(error).__name__}: {error}")
+    if isinstance(error, RequestError):
+        return error
+    failure = RequestError(f"{type(error).__name__}: {error}")
+    failure.name = type(error).__name__
+    return failure
 
 
 def shown(value: object) -> str:

@@ -18,7 +18,8 @@ class AdapterOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How one request uses an adapter; its embeddings and masks are sent as tensors.
 
     `scale` is a number, diffusers' scales by block, or a number for each masked image. It is multiplied by the layer
-    weights of `weight_type`, and is 0 outside `start` to `end` (fractions of the steps).
+    weights of `weight_type`, and is 0 outside `start` to `end` (fractions of the steps). Its pictures are divided among
+    prompts or keyframes if `per` says so.
     """
 
     name: str
@@ -26,6 +27,13 @@ class AdapterOptions(msgspec.Struct, frozen=True, kw_only=True):
     start: float = PARAMETERS["ip_adapter_start"].default
     end: float = PARAMETERS["ip_adapter_end"].default
     weight_type: str = PARAMETERS["ip_adapter_weight_type"].default
+    per: str = PARAMETERS["ip_adapter_image_per"].default
+    keyframes: tuple[int, ...] = ()
+    """The frames that have pictures; only for pictures per frame."""
+
+    def shares(self, prompts: int) -> int:
+        """Return the number of equal shares that its pictures are divided into, for a request with `prompts`."""
+        return {"prompt": prompts, "frame": len(self.keyframes)}.get(self.per, 1)
 
 
 class ControlOptions(msgspec.Struct, frozen=True, kw_only=True):

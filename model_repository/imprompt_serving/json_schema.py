@@ -48,7 +48,7 @@ def schema(row: Parameter) -> dict[str, Any]:
     described: dict[str, Any] = {"description": row.python_doc or row.doc, "x-type": row.type.value}
     if row.group is Group.STREAM:
         described["x-stream"] = True
-    if row.default not in (None, {}, ()):
+    if row.default not in (None, {}, ()) and not row.set_by_bundles:
         described["default"] = row.default
     if row.type is Type.OBJECT and (limits := _limits(row)):
         return {"type": "object", "additionalProperties": {"type": "number"} | limits} | described

@@ -49,7 +49,14 @@ REQUESTS = MetricSpec(
 STAGE_SECONDS = MetricSpec(
     "imprompt_stage_seconds", "HISTOGRAM", "Seconds of each stage of a request", "stage", tuple(STAGES), _SECONDS
 )
-PIPELINE = (IN_FLIGHT, REQUESTS, STAGE_SECONDS)
+SHARED_CACHE = MetricSpec(
+    "imprompt_shared_cache_total",
+    "COUNTER",
+    "Encoder calls with a shared cache, by outcome",
+    "outcome",
+    ("hit", "miss", "error", "skipped"),
+)
+PIPELINE = (IN_FLIGHT, REQUESTS, STAGE_SECONDS, SHARED_CACHE)
 
 JOBS = MetricSpec("imprompt_jobs", "GAUGE", "Denoising jobs, by state", "state", ("running", "waiting"))
 ROWS = MetricSpec("imprompt_rows", "GAUGE", "Rows of these jobs, by state", "state", ("running", "waiting"))

@@ -14,8 +14,8 @@ from typing import Any
 
 import msgspec
 
-from imprompt_serving.capabilities import SCHEDULERS
 from imprompt_serving.families import get_family
+from imprompt_serving.scheduler_names import SCHEDULERS
 from imprompt_serving.specs import Bundle
 from imprompt_serving.weight_types import WEIGHT_TYPES
 
@@ -104,6 +104,8 @@ class Parameter:
     choices: tuple[str, ...] = ()
     axes: int = 0
     """Number of axes of a `TENSOR`."""
+    set_by_bundles: bool = False
+    """Whether a bundle may set another default (`[defaults]` in the bundle file)."""
     sdk: bool = True
     """Whether it is a keyword argument of the Python client; the client sets the others itself."""
     python: str | None = None
@@ -134,7 +136,8 @@ class Parameter:
         if math.isfinite(self.low) and math.isfinite(self.high):
             parts.append(f"{self.low:g} to {self.high:g}")
         if self.default not in (None, {}, ()):
-            parts.append(f"default {_shown(self.default)}")
+            default = _shown(self.default)
+            parts.append(f"default: the bundle's, usually {default}" if self.set_by_bundles else f"default {default}")
         return f" ({', '.join(parts)})" if parts else ""
 
     def applies_to(self, bundle: Bundle, *, stream: bool) -> bool:
@@ -170,6 +173,7 @@ _ONE_EACH_ADAPTER = "one value for all, or one per adapter"
 _ONE_EACH_NET = "one value for all, or one per ControlNet"
 _OF_ADAPTERS = "PerAdapterImages"
 _ANNOTATORS = ("none", "canny")
+_IMAGE_SCOPES = ("request", "prompt", "frame")
 
 
 def _listed(choices: tuple[str, ...]) -> str:
@@ -281,6 +285,24 @@ ROWS: tuple[Parameter, ...] = (
         option_doc="precomputed embeddings in place of image prompts, written by `imprompt encode`; may be repeated",
     ),
     Parameter(
+        name="ip_adapter_image_per",
+        type=Type.CHOICES,
+        doc="what the pictures of an adapter apply to: all of them to every result (`request`), or an equal share, in "
+        f"order, to each `prompt` or to each `frame` of a clip: {_ONE_EACH_ADAPTER}",
+        default="request",
+        choices=_IMAGE_SCOPES,
+        literal="ImageScope",
+    ),
+    Parameter(
+        name="ip_adapter_keyframes",
+        type=Type.INTEGERS,
+        group=Group.VIDEO,
+        doc="for adapters with pictures per `frame`: the frames that have pictures, in ascending order from 0 "
+        "(default: all frames); image tokens are interpolated between them, and stay the same after the last one",
+        default=(),
+        low=0,
+    ),
+    Parameter(
         name="ip_adapter_scale",
         type=Type.NUMBERS,
         doc=f"strength of the image prompt: {_ONE_EACH_ADAPTER}",
@@ -304,10 +326,12 @@ ROWS: tuple[Parameter, ...] = (
     Parameter(
         name="ip_adapter_masks",
         type=Type.PICTURES,
-        doc="one mask per image prompt, which takes effect where its mask is white",
+        doc="one mask per image prompt, which takes effect where its mask is white; or such a set of masks for each "
+        "prompt (for clips, for each frame), in order",
         python="PerAdapterImages | Sequence[Any]",
         python_doc="regional masks: one per picture, nested like `ip_adapter_image`, or diffusers' tensors "
-        "[1, pictures, H, W]; an image prompt takes effect where its mask is white",
+        "[1, pictures, H, W]; an image prompt takes effect where its mask is white; or such a set of masks for each "
+        "prompt (for clips, for each frame), in order",
         option_names=("--ip-adapter-mask",),
         option_doc="regional mask; repeat it for each image prompt, in the same order",
     ),
@@ -510,11 +534,24 @@ ROWS: tuple[Parameter, ...] = (
             ("target_size", "SDXL conditioning: target height and width", None),
         )
     ),
+    *(
+        Parameter(
+            name=f"{prefix}aesthetic_score",
+            type=Type.NUMBER,
+            group=Group.FAMILY,
+            doc=f"conditioning of the SDXL refiner: how appealing the picture should be{whose}",
+            default=default,
+            low=0,
+            high=10,
+        )
+        for prefix, whose, default in (("", "", 6.0), ("negative_", ", for the unconditional branch", 2.5))
+    ),
     Parameter(
         name="num_inference_steps",
         type=Type.INTEGER,
         doc="number of denoising steps",
         default=50,
+        set_by_bundles=True,
         low=1,
         high=_MAX_STEPS,
         option_names=("--steps",),
@@ -553,7 +590,9 @@ ROWS: tuple[Parameter, ...] = (
     Parameter(
         name="guidance_scale",
         type=Type.NUMBER,
-        doc="strength of classifier-free guidance; values up to 1 disable it; default as in diffusers",
+        doc="strength of classifier-free guidance; values up to 1 disable it (default: the bundle's, usually as in "
+        "diffusers)",
+        set_by_bundles=True,
         low=-MAX_SCALE,
         high=MAX_SCALE,
     ),
@@ -562,6 +601,7 @@ ROWS: tuple[Parameter, ...] = (
         type=Type.NUMBER,
         doc="how much to rescale the guided noise, as in arXiv 2305.08891",
         default=0.0,
+        set_by_bundles=True,
         low=0,
         high=1,
     ),
@@ -709,6 +749,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     negative_original_size: tuple[int, int] | None
     negative_crops_coords_top_left: tuple[int, int]
     negative_target_size: tuple[int, int] | None
+    aesthetic_score: float
+    negative_aesthetic_score: float
     num_inference_steps: int
     timesteps: tuple[int, ...]
     sigmas: tuple[float, ...]

@@ -12,6 +12,7 @@ import msgspec
 from imprompt_serving import families
 
 if TYPE_CHECKING:
+    from imprompt_serving.job_request import Task
     from imprompt_serving.parameters import Settings
 
 FILE_NAME = "bundle.json"
@@ -268,6 +269,13 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.family not in families.NAMES:
             raise ValueError(f"unknown family {self.family!r}; known families are {', '.join(families.NAMES)}")
+
+    @property
+    def plain_task(self) -> Task:
+        """The task of the simplest request: text-to-image, unless the checkpoints need a picture to start from."""
+        if self.unet_channels != self.latent_channels:
+            return "inpainting"
+        return "image-to-image" if families.get_family(self.family).needs_image else "text-to-image"
 
     @property
     def levels(self) -> tuple[int, ...]:

@@ -35,7 +35,7 @@ def control_image(net: str) -> str:
 
 
 def ip_tokens(adapter: str) -> str:
-    """Name a UNet input: image tokens [rows, groups, tokens, features]."""
+    """Name a UNet input: image tokens [rows, groups, tokens, features]; for clips [rows, frames, groups, ...]."""
     return f"ip_tokens_{adapter}"
 
 
@@ -50,7 +50,10 @@ def ip_scale(adapter: str) -> str:
 
 
 def ip_mask(adapter: str, level: int) -> str:
-    """Name a UNet input: the weight of each query position at one attention resolution [rows, groups, queries]."""
+    """Name a UNet input: the weight of each query position at one attention resolution [rows, groups, queries].
+
+    For clips [rows, frames, groups, queries].
+    """
     return f"ip_mask_{adapter}_{level}"
 
 

@@ -147,7 +147,7 @@ def job_tensors(bundle: Bundle) -> tuple[Tensor, ...]:
                 embeds.append(
                     Tensor(prefix + tensor_names.clip_embeds(adapter.name), "FP32", (-1, *adapter.clip_shape))
                 )
-    masks = (Tensor(tensor_names.adapter_masks(a.name), "FP32", (-1, -1, -1)) for a in bundle.adapters)
+    masks = (Tensor(tensor_names.adapter_masks(a.name), "BOOL", (-1, -1, -1)) for a in bundle.adapters)
     controls = (Tensor(tensor_names.control_image(net.name), "FP32", (-1, 3, -1, -1)) for net in bundle.controlnets)
     t2i = (Tensor(tensor_names.control_image(a.name), "FP32", (-1, a.channels, -1, -1)) for a in bundle.t2i_adapters)
     moments = (-1, 2 * bundle.latent_channels, -1, -1)

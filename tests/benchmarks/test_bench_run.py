@@ -22,7 +22,8 @@ from imprompt_export.bundle import BundleFile
 from served import Served
 
 ROOT = Path(__file__).parents[2]
-PAGES, RESULTS = (ROOT / "docs/performance.md", ROOT / "docs/benchmarks.md"), ROOT / "benchmarks/results"
+PAGES = tuple(ROOT / "docs" / f"{name}.md" for name in ("performance", "benchmarks", "scale"))
+RESULTS = ROOT / "benchmarks/results"
 WORKLOAD = Workload(model="sd15", adapter="plain", size=64, steps=2, smallest=32)
 
 
@@ -66,7 +67,7 @@ def test_report_updates_the_page_and_plots(measured: Path, tmp_path: Path) -> No
     assert "old" not in text
     for title in ("One request at a time", "Throughput by number of callers", "Random arrivals", "Overload", "Mixed"):
         assert f"### {title}" in text
-    for plot in ("load", "request"):
+    for plot in ("load", "growth", "request"):
         assert f"images/bench-run-{plot}.svg" in text
         assert (tmp_path / f"images/bench-run-{plot}.svg").read_text().startswith("<?xml")
 
@@ -80,7 +81,19 @@ def test_summary_has_a_line_for_each_run_with_baselines(measured: Path) -> None:
     assert report.summary({"alone": run}) == ""
     line = report.summary({"alone": run, "both": beside}).splitlines()[-2]
     assert line.startswith("| [both](benchmarks.md#both) | sd15, onnxruntime, fp32 | 64 x 64 | 2 |")
-    assert re.search(r"\|  \| \d\.\d\d \([^|]*\| 2\.00 \([^|]*\|  \|  \|$", line), line
+    assert re.search(r"\| \d\.\d\d \([^|]*\| 2\.00 \([^|]*\|$", line), line
+
+
+def test_summary_never_mixes_machines(measured: Path) -> None:
+    run = Run.load(measured)
+    (own,) = run.of("latency")
+    here = msgspec.structs.replace(run, measurements=[own, msgspec.structs.replace(own, label="bare")])
+    there = msgspec.structs.replace(here, environment=here.environment | {"machine": "01234567"})
+    later = msgspec.structs.replace(here, environment=here.environment | {"date": "2030-01-01"})
+    tables = report.summary({"first": here, "there": there, "later": later, "second": here}).split("\n### ")[1:]
+    assert [part.count("\n| [") for part in tables] == [2, 1, 1]
+    assert "01234567" in tables[1]
+    assert "2030-01-01" in tables[2]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -135,7 +148,7 @@ def test_engine_sizes_include_external_weights(tmp_path: Path) -> None:
 def test_error_if_a_preset_does_not_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = type("Memory", (), {"available": 2**30})
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
-    with pytest.raises(BenchError, match=r"needs about 10 GiB of memory; 1 GiB"):
+    with pytest.raises(BenchError, match=r"needs about 6 GiB of memory; 1 GiB"):
         check_memory(PRESETS["sd15"])
     check_memory(PRESETS["tiny"])
     baselines.check_memory("eager", parameters(PRESETS["tiny"]), 64)
@@ -147,3 +160,14 @@ def test_error_if_a_preset_does_not_fit_into_memory(monkeypatch: pytest.MonkeyPa
 def test_url_and_preset_are_mutually_exclusive(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--url", "localhost:1", "--preset", "tiny"]) == 2
     assert "--preset" in capsys.readouterr().err
+
+
+def test_costs_of_long_prompts(bundle: object, capsys: pytest.CaptureFixture[str]) -> None:
+    repository = str(bundle("sd15").repository)  # type: ignore[operator]
+    assert cli.main(["prompts", repository, "--model", "sd15", "--rounds", "1"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split()[0] == "chunks"
+    assert [line.split()[0] for line in rows] == ["1", "2", "4", "8"]
+    assert all(float(value) > 0 for line in rows for value in line.split())
+    assert cli.main(["prompts", repository, "--model", "other"]) == 1
+    assert "no bundle other in" in capsys.readouterr().err

@@ -106,6 +106,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Any:
     """Run the `imprompt` command in this process."""
+    for name in ("IMPROMPT_REQUEST_LOG", "OTEL_EXPORTER_OTLP_ENDPOINT"):  # `serve` sets them
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
 
     def run(*arguments: str, url: str | None = None) -> Outcome:
         # Consoles created at import time would write to the real streams, not to those of the runner.

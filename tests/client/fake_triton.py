@@ -29,6 +29,8 @@ INPUTS = {
     "negative_ip_adapter_image_adapter": ("STRING", MANY),
     "ip_adapter_masks": ("STRING", MANY),
     "ip_adapter_masks_adapter": ("STRING", MANY),
+    "ip_adapter_image_per": ("STRING", MANY),
+    "ip_adapter_keyframes": ("INT32", MANY),
     "ip_adapter_scale": ("FP64", MANY),
     "ip_adapter_scale_config": ("STRING", ONE),
     "ip_adapter_start": ("FP64", MANY),

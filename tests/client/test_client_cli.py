@@ -75,6 +75,8 @@ def test_several_pictures_are_numbered(generate: Any, triton: FakeTriton, folder
         ("--guess-mode", "guess_mode", [True]),
         ("--lora soft=0.8 --lora bold=-1", "lora", [b'{"soft": 0.8, "bold": -1.0}']),
         ("--num-frames 8", "num_frames", [8]),
+        ("--ip-adapter-image-per prompt", "ip_adapter_image_per", [b"prompt"]),
+        ("--ip-adapter-keyframes 0 --ip-adapter-keyframes 8", "ip_adapter_keyframes", [0, 8]),
         ("--height 64", "height", [64]),
         ("--num-inference-steps 3", "num_inference_steps", [3]),
         ("--steps 3", "num_inference_steps", [3]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -151,8 +152,36 @@ def test_serve_prints_ready_with_its_addresses(run: Any, monkeypatch: pytest.Mon
         "host": "0.0.0.0",
         "allow_remote": False,
         "drain_timeout": 5.0,
+        "triton_spans_to": None,
         "verbose": False,
     }
+    assert os.environ["IMPROMPT_REQUEST_LOG"] == "-"
+
+
+def test_log_and_collector_reach_all_processes_of_a_server(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def serve(repository: Path, **options: Any) -> int:
+        given.update(options)
+        return 0
+
+    install(monkeypatch, imprompt_serving__launcher={"serve": serve, "LaunchError": RuntimeError})
+    collector = ("--otlp-endpoint", "http://localhost:4318")
+    assert run("serve", "repo", "--request-log", "log.jsonl", *collector, "--triton-spans").exit_code == 0
+    assert given["triton_spans_to"] == "http://localhost:4318"
+    assert os.environ["IMPROMPT_REQUEST_LOG"] == str(Path("log.jsonl").absolute())
+    assert os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://localhost:4318"
+
+
+@pytest.mark.parametrize("command", [("serve", "repo"), ("gateway",)])
+def test_log_that_cannot_be_written_is_an_error(run: Any, command: tuple[str, ...]) -> None:
+    outcome = run(*command, "--request-log", "nowhere/log")
+    assert outcome.exit_code == 1
+    assert "nowhere/log: No such file or directory" in outcome.stderr
+
+
+def test_spans_of_triton_need_a_collector(run: Any) -> None:
+    assert "--triton-spans needs --otlp-endpoint" in run("serve", "repo", "--triton-spans").stderr
 
 
 def test_failed_server_start_prints_the_reason(run: Any) -> None:

@@ -115,7 +115,11 @@ def test_values_keyed_by_adapter_follow_the_order_of_the_adapters(sent: Any) -> 
         ip_adapter_image=[RED, RED],
         ip_adapter_start={"face": 0.5, "plus": 0.0},
         ip_adapter_weight_type={"face": "style", "plus": "linear"},
+        ip_adapter_image_per={"face": "request", "plus": "frame"},
+        ip_adapter_keyframes=[0, 8],
     )
+    assert call.texts("ip_adapter_image_per") == ["frame", "request"]
+    assert call.inputs["ip_adapter_keyframes"].tolist() == [0, 8]
     assert call.inputs["ip_adapter_start"].tolist() == [0.0, 0.5]
     assert call.texts("ip_adapter_weight_type") == ["linear", "style"]
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -144,6 +145,37 @@ def test_backoff_grows_has_jitter_and_follows_the_servers_hint(monkeypatch: pyte
 
 
 # Timeouts and cancellation
+
+
+def test_looking_for_a_lost_server_costs_one_retry_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses have jitter; without a timeout the client looks for two minutes."""
+    now, pauses, lost = 100.0, list[float](), ConnectionFailed("the server is gone")
+    monkeypatch.setattr(_retry, "time", SimpleNamespace(monotonic=lambda: now))
+
+    def look(budget: _retry.Budget) -> None:
+        nonlocal now
+        pauses.clear()
+        for pause in budget.reconnects(lost):
+            pauses.append(pause)
+            now += pause
+
+    budget, limited = _retry.Budget(2, None), _retry.Budget(1, 10)
+    for _ in range(2):
+        with pytest.raises(ConnectionFailed):
+            look(budget)
+        assert all(0.5 <= pause <= 0.625 for pause in pauses)
+        assert len(set(pauses)) > 1
+        assert 120 <= sum(pauses) < 121
+    with pytest.raises(ConnectionFailed):
+        look(budget)
+    assert not pauses
+    now = 100.0
+    with pytest.raises(ConnectionFailed):
+        look(limited)
+    assert 10 <= sum(pauses) < 11
+    assert limited.expired
+    assert limited.grpc_timeout is not None
+    assert 1 < limited.grpc_timeout <= _retry.GRACE_S  # the server has that long to respond
 
 
 @pytest.mark.parametrize("method", ["generate", "stream"])

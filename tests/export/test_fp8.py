@@ -22,7 +22,7 @@ from imprompt_export.bundle import BundleFile
 from imprompt_export.checkpoints import load
 from imprompt_export.exporter import bundle_graphs, describe
 from imprompt_export.fp8 import Fp8Linear, calibrate, fp8_layers, measure_quality, quantized
-from imprompt_export.parity import compare
+from imprompt_export.parity import compare, references
 from imprompt_export.precision import Positional, cast, dtype_of
 from imprompt_export.programs import trace
 from imprompt_export.quality import QualityError, check_quality
@@ -152,7 +152,7 @@ def test_packages_in_fp8(tmp_path: Path) -> None:
         for layer in layers
         for part in ("weight", "weight_scale", "input_scale")
     }
-    rows = compare(graph, made.file, "inductor", "fp8", checks=(*graph.checks, {"batch": 5, "q": 1}))
+    rows = compare(graph, references(graph, (*graph.checks, {"batch": 5, "q": 1})), made.file, "inductor", "fp8")
     assert all(row.passed for row in rows)
     assert min(row.difference for row in rows) > graph.tolerance  # the graph does not compute in fp16
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -18,7 +19,7 @@ from imprompt_export import BundleError, graphs
 from imprompt_export.backends import BuiltEngine, export_backend
 from imprompt_export.backends.inductor import Packager
 from imprompt_export.lora import Factors
-from imprompt_export.parity import compare
+from imprompt_export.parity import compare, references
 from imprompt_export.precision import cast
 from imprompt_export.profiles import exact_axes
 from imprompt_export.programs import trace
@@ -59,23 +60,29 @@ def of_shapes() -> Bundle:
 
 
 class Workshop:
-    """Builds engines with a cache of its own."""
+    """Builds engines with a cache of its own. Workers, which take seconds to start, stay for the next build."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.count = folder, 0
+        self._packagers: dict[tuple[str, bool], Packager] = {}
 
     def make(self, graph: graphs.Graph, precision: str = "fp32", *, exact: bool = False) -> BuiltEngine:
         self.count += 1
-        packager = Packager(precision, exact=exact, cache=self.folder / "cache")
-        try:
-            return packager.start(graph, self.folder / str(self.count) / graph.name, of_shapes())()
-        finally:
+        kind = precision, exact
+        if kind not in self._packagers:
+            self._packagers[kind] = Packager(precision, exact=exact, cache=self.folder / "cache")
+        return self._packagers[kind].start(graph, self.folder / str(self.count) / graph.name, of_shapes())()
+
+    def close(self) -> None:
+        for packager in self._packagers.values():
             packager.close()
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("inductor"))
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
+    made = Workshop(tmp_path_factory.mktemp("inductor"))
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +93,9 @@ def built(workshop: Workshop) -> BuiltEngine:
 def test_one_package_serves_all_sizes(built: BuiltEngine) -> None:
     assert (built.packages_built, built.packages_reused) == (1, 0)
     checks = export_backend("inductor").check_axes(small(), of_shapes())
-    rows = compare(small(), built.file, "inductor", checks=(*checks, {"batch": 5, "h": 13, "w": 10, "text": 1}))
+    rows = compare(
+        small(), references(small(), (*checks, {"batch": 5, "h": 13, "w": 10, "text": 1})), built.file, "inductor"
+    )
     assert [row.sizes["batch"] for row in rows] == [2, 3, 1, 5]
     assert all(row.passed for row in rows)
 
@@ -98,8 +107,8 @@ def test_other_weights_reuse_the_package(workshop: Workshop, built: BuiltEngine)
     assert (again.packages_built, again.packages_reused) == (0, 1)
     package, old = (file.with_name("unet.1.pt2").read_bytes() for file in (again.file, built.file))
     assert package == old
-    assert all(row.passed for row in compare(graph, again.file, "inductor"))
-    assert not any(row.passed for row in compare(graph, built.file, "inductor"))
+    assert all(row.passed for row in compare(graph, references(graph), again.file, "inductor"))
+    assert not any(row.passed for row in compare(graph, references(graph), built.file, "inductor"))
 
 
 def test_cache_key_covers_everything_a_package_depends_on(workshop: Workshop) -> None:
@@ -129,7 +138,7 @@ def test_packages_for_exact_sizes(workshop: Workshop) -> None:
     assert axes == [{"h": 8, "w": 8}, {"h": 12, "w": 16}]
     built = workshop.make(graph, exact=True)
     assert built.packages_built == 2
-    rows = compare(graph, built.file, "inductor", checks=[graph.checks[-1] | sizes for sizes in axes])
+    rows = compare(graph, references(graph, [graph.checks[-1] | sizes for sizes in axes]), built.file, "inductor")
     assert all(row.passed for row in rows)
     engine = get_backend("inductor").load(built.file)
     example = graph.example(graph.checks[-1])
@@ -148,7 +157,7 @@ def test_packages_in_half_precision(workshop: Workshop) -> None:
     """Weights are in bf16, inputs and outputs in float32."""
     graph = small()
     built = workshop.make(graph, "bf16")
-    rows = compare(graph, built.file, "inductor", "bf16")
+    rows = compare(graph, references(graph), built.file, "inductor", "bf16")
     assert all(row.passed for row in rows)
     assert min(row.difference for row in rows) > graph.tolerance / 10  # a float32 graph would be closer
     assert {weight.dtype for weight in graph.module.parameters()} == {torch.float32}
@@ -166,7 +175,7 @@ def test_internal_tensors_keep_the_type_of_the_packages(workshop: Workshop) -> N
     assert torch.equal(engine.run_tensors(example | {"sample": example["sample"].bfloat16()})["noise_pred"], answer)
     array = engine.run({name: tensor.numpy() for name, tensor in example.items()})["noise_pred"]
     assert np.array_equal(array, answer.float().numpy())
-    assert all(row.passed for row in compare(graph, made.file, "inductor", "bf16"))
+    assert all(row.passed for row in compare(graph, references(graph), made.file, "inductor", "bf16"))
 
 
 def with_loras() -> graphs.Graph:

@@ -21,7 +21,7 @@ from imprompt_export.bundle import BundleFile
 from imprompt_export.checkpoints import load
 from imprompt_export.exporter import bundle_graphs
 from imprompt_export.onnx_graph import export_onnx
-from imprompt_export.parity import compare
+from imprompt_export.parity import compare, references
 from imprompt_export.precision import Positional, cast, dtype_of
 from imprompt_export.sections import EngineSection
 from imprompt_serving.backends import get_backend
@@ -46,7 +46,7 @@ def test_fp16_graph(graph: graphs.Graph, tmp_path: Path) -> None:
     weights = {w.data_type for w in model.initializer if len(w.dims) > 1}
     assert weights == {TensorProto.FLOAT16}
     assert {v.type.tensor_type.elem_type for v in (*model.input, *model.output)} == {TensorProto.FLOAT}
-    for row in compare(graph, file, "onnxruntime", "fp16"):
+    for row in compare(graph, references(graph), file, "onnxruntime", "fp16"):
         assert 0 < row.difference <= row.allowed
         assert row.difference > graph.tolerance / 10  # a float32 graph would be closer
     after = graph.module.state_dict()
@@ -60,7 +60,7 @@ def test_wrong_weight_is_noticed_in_fp16(graph: graphs.Graph, tmp_path: Path) ->
     weight = next(p for p in graph.module.parameters() if p.dim() > 1)
     weight.data.mul_(1.3)
     try:
-        rows = compare(graph, tmp_path / "graph.onnx", "onnxruntime", "fp16")
+        rows = compare(graph, references(graph), tmp_path / "graph.onnx", "onnxruntime", "fp16")
     finally:
         weight.data.div_(1.3)
     assert not any(row.passed for row in rows)
@@ -125,7 +125,7 @@ def test_residuals_go_from_engine_to_engine_in_fp16(control_chain: dict[Path, gr
 def test_engines_with_residuals_are_compared(control_chain: dict[Path, graphs.Graph]) -> None:
     """Example values are float32; engines cast inputs that they expect in another type."""
     for file, graph in control_chain.items():
-        assert all(row.passed for row in compare(graph, file, "onnxruntime", "fp16"))
+        assert all(row.passed for row in compare(graph, references(graph), file, "onnxruntime", "fp16"))
         answer = OnnxRuntimeDeviceEngine(file, "cpu").run_tensors(graph.example(graph.checks[0]))
         types = {name: torch.float16 if name in graph.internal else torch.float32 for name in graph.outputs}
         assert {name: tensor.dtype for name, tensor in answer.items()} == types
@@ -173,7 +173,7 @@ def test_engines_for_other_gpus_are_compared_by_their_onnx_file(
 
 def test_comparison_at_other_sizes(graph: graphs.Graph, tmp_path: Path) -> None:
     export_onnx(graph, tmp_path / "graph.onnx")
-    rows = compare(graph, tmp_path / "graph.onnx", "onnxruntime", checks=({"batch": 2}, {"batch": 5}))
+    rows = compare(graph, references(graph, ({"batch": 2}, {"batch": 5})), tmp_path / "graph.onnx", "onnxruntime")
     assert [row.sizes for row in rows] == [{"batch": 2}, {"batch": 5}]
     assert all(row.passed for row in rows)
 
@@ -234,4 +234,4 @@ def test_comparison_notices_nan_infinity_and_wrong_booleans(
         tolerance=1.0,
     )
     monkeypatch.setattr(parity, "get_backend", lambda name: SimpleNamespace(load=lambda path: Broken(**values)))
-    assert [row.passed for row in compare(graph, Path("any"), "onnxruntime")] == [passed]
+    assert [row.passed for row in compare(graph, references(graph), Path("any"), "onnxruntime")] == [passed]

@@ -246,7 +246,13 @@ def job(spec: Bundle, kinds: Mapping[str, str]) -> Job:
         masks = pictures if kind == "masked" else ()
         plans.append(
             ImagePromptPlan(
-                adapter=adapter, files=pictures, negatives=(), embeds=None, masks=masks, options=options[-1]
+                adapter=adapter,
+                files=pictures,
+                negatives=(),
+                embeds=None,
+                masks=masks,
+                shares=1,
+                options=options[-1],
             )
         )
     check_tokens(tuple(plans), spec)

@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from faults.callers import Callers
+from faults.changed_models import failing_engine, movable_clock, poisoned_jobs, set_clock
 from faults.server import Foreground, wait_for
 
 NOTICE_LIMIT_S = 10.0
@@ -60,6 +61,8 @@ class Case:
     restarts: bool = True
     """Whether the server must be restarted."""
     steps: int = 10
+    serve: Callable[[Path, Path], AbstractContextManager[Foreground]] | None = None
+    """Serves the repository (the first path) with changed models; the second path is an empty folder."""
     small_folders: bool = False
     """Whether the server's temporary folder has only 64 MB, and its `/dev/shm` 100 MB. This needs root."""
 
@@ -264,6 +267,8 @@ def cases(bundle: str) -> list[Case]:
         Case(name="500 idle connections", inject=idle_connections, restarts=False),
         Case(name="second server on the same ports", inject=second_server, restarts=False),
         Case(name="poisoned batch from a stranger", inject=strangers, restarts=False),
+        Case(name="jobs that fail in the engine", inject=poisoned_jobs, serve=failing_engine, restarts=False),
+        Case(name="clock set a day ahead and back", inject=set_clock, serve=movable_clock, restarts=False),
         Case(name="full disk", inject=full_disk, restarts=False, small_folders=True),
         Case(name="large pictures in a small /dev/shm", inject=full_shared_memory, restarts=False, small_folders=True),
         Case(name="repository replaced, then a process killed", inject=replaced_repository),

@@ -42,6 +42,19 @@ def pick(repository: Path, bundle: str, folder: Path) -> Path:
     return folder
 
 
+def modified(repository: Path, folder: Path, change: Callable[[str, str], str]) -> Path:
+    """Make a repository with other `model.py`: `change` gets the name of a model and the text of its file."""
+    for model in repository.iterdir():
+        version = folder / model.name / "1"
+        version.mkdir(parents=True)
+        (version.parent / "config.pbtxt").symlink_to((model / "config.pbtxt").resolve())
+        for file in (model / "1").iterdir():
+            if file.name not in ("model.py", "__pycache__"):
+                (version / file.name).symlink_to(file.resolve())
+        (version / "model.py").write_text(change(model.name, (model / "1/model.py").read_text()))
+    return folder
+
+
 class Foreground:
     """`imprompt serve` on free ports, with a health port. Leaving the context ends it."""
 
@@ -87,6 +100,14 @@ class Foreground:
 
     def output(self) -> str:
         return "".join(line for _, line in self.lines)
+
+    def said(self, pattern: str, since: float) -> float | None:
+        """Return when a line with `pattern` was printed after `since` (monotonic)."""
+        return next((at for at, line in list(self.lines) if at >= since and re.search(pattern, line)), None)
+
+    def line_with(self, text: str) -> str | None:
+        """Return the first line that contains `text`."""
+        return next((line for _, line in list(self.lines) if text in line), None)
 
     def failure(self, since: float) -> tuple[float, str] | None:
         """Return when the launcher noticed a failure after `since` (monotonic), and its reason."""

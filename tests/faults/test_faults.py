@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from faults.cases import NOTICE_LIMIT_S, cases, run
-from faults.server import Foreground, pick
+from faults.server import Foreground, pick, wait_for
+from imprompt import Client
 from imprompt_demo import demo
 
 BUNDLE = "world_lcm"
@@ -21,6 +22,13 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     repository = demo.export_once(Path(str(request.config.cache.mkdir("demo"))))
     with Foreground(pick(repository, BUNDLE, tmp_path_factory.mktemp("repository"))) as server:
         yield server.wait_until_ready()
+
+
+def test_canaries_are_not_logged_as_requests(server: Foreground) -> None:
+    assert server.line_with('"event":"request"') is None
+    with Client(server.addresses["grpc"]) as client:
+        result = client.generate(model=BUNDLE, prompt="a house", num_inference_steps=1)
+    wait_for(lambda: server.line_with(result.request_id), 10, "the line of the request")
 
 
 @pytest.mark.parametrize("name", ["500 idle connections", "second server on the same ports"])

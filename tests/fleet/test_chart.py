@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from imprompt_serving.pipeline.shared_cache import VARIABLE
+
 yaml = pytest.importorskip("yaml", reason="needs the extra `fleet`: make fleet")
 helm = pytest.importorskip("helm_python.chart", reason="needs the extra `fleet`: make fleet")
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="needs the extra `fleet`: make fleet")
@@ -19,7 +21,7 @@ CUSTOM = {"ScaledObject", "ServiceMonitor", "ServingRuntime", "InferenceService"
 """Kinds whose schemas are not part of Kubernetes."""
 HPA: dict[str, Any] = {
     "autoscaling": {"kind": "hpa"},
-    "server": {"repository": {"claim": "models"}},
+    "server": {"repository": {"claim": "models"}, "sharedCacheSecret": "cache"},
     "gateway": {"keysSecret": "keys"},
 }
 
@@ -69,6 +71,15 @@ def test_pods_are_hardened(values: dict[str, Any]) -> None:
         for container in pod["containers"]:
             assert container["securityContext"]["readOnlyRootFilesystem"]
             assert container["resources"]["limits"]["memory"]
+
+
+def test_servers_get_the_url_of_the_shared_cache() -> None:
+    variables = []
+    for values in ({}, HPA):
+        (container,) = rendered(values)["Deployment", "pictures-server"]["spec"]["template"]["spec"]["containers"]
+        variables.append({each["name"]: each.get("valueFrom") for each in container["env"]})
+    assert VARIABLE not in variables[0]
+    assert variables[1][VARIABLE] == {"secretKeyRef": {"name": "cache", "key": "url"}}
 
 
 def test_selectors_find_pods_and_ports_have_names() -> None:

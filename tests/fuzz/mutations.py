@@ -132,6 +132,7 @@ def _words(target: Target, name: str) -> tuple[str, ...]:
         "scheduler": tuple(target.capabilities["schedulers"]),
         "controlnet": tuple(target.capabilities["controlnets"]),
         "control_image_annotator": ("none", "canny"),
+        "ip_adapter_image_per": ("request", "prompt", "frame"),
         "ip_adapter_weight_type": (
             "linear",
             "style",

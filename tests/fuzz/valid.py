@@ -73,6 +73,7 @@ def _image_prompts(rng: Random, target: Target) -> Values:
         "ip_adapter_image": [photo(), photo(72, 1)],
         "ip_adapter_image_adapter": [adapter, adapter],
         "ip_adapter_scale": [0.5],
+        "ip_adapter_image_per": [rng.choice(("request", "prompt"))],
         "ip_adapter_weight_type": [rng.choice(("linear", "style", "ease in"))],
         "ip_adapter_end": [rng.choice((0.5, 1.0))],
     }

@@ -9,8 +9,11 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 IMPROMPT = [sys.executable, "-m", "imprompt"]
@@ -68,6 +71,47 @@ def test_gateway_of_a_server_ends_with_it(repository: Path, number: signal.Signa
     while status_of(f"{gateway[1]}/livez") is not None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@contextmanager
+def serving(repository: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Serve with a gateway; yield the process, and the gateway's address."""
+    ports = ("--grpc-port", "0", "--metrics-port", "0", "--gateway-port", "0")
+    server = subprocess.Popen(
+        [*IMPROMPT, "serve", str(repository), *ports, *options], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert server.stdout is not None
+        yield server, server.stdout.readline().strip().partition(" gateway=")[2]
+    finally:
+        server.kill()
+        server.wait()
+
+
+def gateway_of(server: subprocess.Popen[str]) -> psutil.Process:
+    [gateway] = [child for child in psutil.Process(server.pid).children() if "gateway" in child.cmdline()]
+    return gateway
+
+
+def test_gateway_that_dies_is_restarted_at_its_address(repository: Path) -> None:
+    with serving(repository) as (server, address):
+        killed = gateway_of(server)
+        killed.kill()
+        killed.wait(10)
+        deadline = time.monotonic() + 60
+        while status_of(f"{address}/readyz") != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert gateway_of(server) != killed
+        server.terminate()
+        assert server.wait(60) == 0
+        assert status_of(f"{address}/livez") is None
+
+
+def test_server_whose_gateway_must_not_be_restarted_ends_with_it(repository: Path) -> None:
+    with serving(repository, "--restart", "never") as (server, _):
+        gateway_of(server).kill()
+        assert server.wait(60) == 1
 
 
 @pytest.mark.parametrize(

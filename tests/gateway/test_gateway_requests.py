@@ -49,6 +49,8 @@ def test_parameters_keep_their_names_and_values() -> None:
         "guidance_scale": 3.0,
         "scheduler_config": {"a": 1},
         "negative_prompt": ["b"],
+        "ip_adapter_image_per": {"plain": "frame"},
+        "ip_adapter_keyframes": [0, 8],
     }
     request = read(**given)
     assert given.items() <= request.keywords.items()

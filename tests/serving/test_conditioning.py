@@ -160,3 +160,71 @@ def test_sdxl_gets_the_sizes_that_diffusers_passes(task: str, guided: bool) -> N
     assert told(**sizes) == rows([20.0, 21.0, *crop, 22.0, 23.0], positive)
     sizes["negative_original_size"] = None
     assert told(**sizes) == rows(positive if from_text else [10.0, 11.0, 1.0, 2.0, 22.0, 23.0], positive)
+
+
+class Numbered:
+    """An image projection whose tokens are the embeddings of their picture: one number each."""
+
+    def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        values = tensors["image_embeds"][:, :1, None]
+        return {"tokens": np.broadcast_to(values, (len(values), rig.TOKENS, rig.WIDTH)).copy()}
+
+
+def numbered(**changes: Any) -> Any:
+    """Return the UNet inputs for two prompts and six pictures, numbered from 0, and from 10 in the negative branch."""
+    given: dict[str, torch.Tensor] = {}
+    for prefix, first in (("", 0), ("negative_", 10)):
+        given[f"{prefix}prompt_embeds"] = torch.zeros(2, 77, rig.WIDTH)
+        numbers = torch.arange(first, first + 6).float()
+        given[f"{prefix}image_embeds_plain"] = numbers[:, None].expand(6, rig.CLIP_WIDTH)
+    masks = changes.pop("masks", None)
+    if masks is not None:
+        given["ip_adapter_masks_plain"] = masks
+    frames, results = changes.pop("frames", None), changes.pop("num_images_per_prompt", 1)
+    use = AdapterOptions(name="plain", **changes)
+    asked = job_request(seeds=(0,), adapters=(use,), frames=frames, num_images_per_prompt=results)
+    bundle = msgspec.structs.replace(BUNDLE, shapes=Shapes(image_tokens=(4, 24), regions=6))
+    return Conditioner(bundle, {"plain": Numbered()})(asked, given).at(0, 4)
+
+
+def test_each_prompt_has_its_share_of_the_pictures() -> None:
+    tokens = numbered(per="prompt", num_images_per_prompt=2)["ip_tokens_plain"]
+    assert tokens.shape == (8, 1, 3 * rig.TOKENS, rig.WIDTH)
+    firsts = tokens[:, 0, :: rig.TOKENS, 0].tolist()
+    assert firsts == [[10, 11, 12]] * 2 + [[13, 14, 15]] * 2 + [[0, 1, 2]] * 2 + [[3, 4, 5]] * 2
+
+
+def test_frames_between_keyframes_have_interpolated_tokens() -> None:
+    made = numbered(per="frame", keyframes=(0, 1, 5), frames=8)
+    tokens = made["ip_tokens_plain"]
+    assert tokens.shape == (4, 8, 1, 2 * rig.TOKENS, rig.WIDTH)
+    assert tokens[2, :, 0, 0, 0].tolist() == [0, 2, 2.5, 3, 3.5, 4, 4, 4]
+    assert tokens[3, :, 0, -1, 0].tolist() == [1, 3, 3.5, 4, 4.5, 5, 5, 5]
+    assert tokens[0, :, 0, 0, 0].tolist() == [10, 12, 12.5, 13, 13.5, 14, 14, 14]
+    assert made["ip_mask_plain_0"].shape == (4, 1, 1, 64)
+
+
+@pytest.mark.parametrize(("frames", "sets"), [(None, 1), (None, 2), (4, 1), (4, 4)])
+def test_each_prompt_or_frame_has_its_masks(frames: int | None, sets: int) -> None:
+    """Mask k of a set is white in row k; the sets differ in the columns."""
+    masks = torch.zeros(6 * sets, 64, 64, dtype=torch.bool)
+    for index in range(6 * sets):
+        masks[index, 8 * (index % 6) : 8 * (index % 6) + 8, 16 * (index // 6) :] = True
+    made = numbered(masks=masks, frames=frames)
+    found = made["ip_mask_plain_0"].unflatten(-1, (8, 8)) > 0.5
+    expected = masks[:, ::8, ::8].unflatten(0, (sets, 6))
+    if frames is None:
+        assert torch.equal(found, expected.expand(2, 6, 8, 8).repeat(2, 1, 1, 1))
+    else:
+        assert torch.equal(found, expected.expand(4, sets, 6, 8, 8))
+    assert made["ip_scale_plain"].shape[:2] == (4, 6)
+    assert made["ip_bias_plain"].shape == (4, 6, rig.TOKENS)
+
+
+def test_many_pictures_are_projected_in_several_calls() -> None:
+    projection = Projection()
+    pictures = 2 * BUNDLE.max_images + 1
+    use = AdapterOptions(name="plain", per="frame", keyframes=tuple(range(pictures)))
+    asked = job_request(adapters=(use,), frames=pictures)
+    Conditioner(BUNDLE, {"plain": projection})(asked, tensors(pictures, masked=False))
+    assert projection.calls == [BUNDLE.max_images, BUNDLE.max_images, 1] * 2

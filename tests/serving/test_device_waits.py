@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from imprompt_bench.rig import sd15
-from imprompt_serving.capabilities import SCHEDULERS
 from imprompt_serving.denoiser import job as job_module
 from imprompt_serving.denoiser.batch import Batcher, RowSlice
 from imprompt_serving.denoiser.conditioning import CPU, Conditioner, Conditioning
@@ -18,6 +17,7 @@ from imprompt_serving.denoiser.features import T2IFeatures
 from imprompt_serving.denoiser.job import Job
 from imprompt_serving.denoiser.schedulers import make_scheduler, noise_level, set_timesteps, without_waiting
 from imprompt_serving.job_request import AdapterOptions, ContextWindow
+from imprompt_serving.scheduler_names import SCHEDULERS
 from imprompt_serving.specs import Bundle, Motion, Residual, T2IAdapter
 from jobs import job_request
 from traffic import Traffic

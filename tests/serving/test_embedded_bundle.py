@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from imprompt import Client
-from imprompt_demo import bundle_path, demo, measure
+from imprompt_demo import bundle_path, demo, measure, quality
 from imprompt_serving.launcher import Server
 
 MEGABYTE = 10**6
@@ -78,3 +78,12 @@ def test_clips_move_smoothly_and_keep_the_look(evaluator: measure.Evaluator) -> 
     found = measure.motion(evaluator)
     assert found["smoothness"] < 0.85  # 1 is noise
     assert found["palette_distance_0.8"] < found["palette_distance_0"]
+
+
+def test_speed_is_compared_with_what_it_changes(client: Client) -> None:
+    rows = quality.compare(quality.server_variants(client), 2)
+    numbers = {name: [float(cell.removesuffix(" %")) for cell in cells] for name, *cells in rows}
+    (_, speed, difference, similarity, *_), *others = numbers.values()
+    assert (speed, difference, similarity) == (1, 0, 1)
+    assert all(difference > 1 and similarity < 1 for _, _, difference, similarity, *_ in others)
+    assert numbers["LCM-LoRA, 4 steps"][1] > 1.5

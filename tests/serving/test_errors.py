@@ -12,7 +12,7 @@ from imprompt_serving.errors import (
     InvalidRequest,
     Overloaded,
     RequestError,
-    from_status,
+    from_label,
     shown,
 )
 
@@ -36,7 +36,7 @@ def test_messages_have_no_memory_addresses() -> None:
 def test_short_messages_are_unchanged() -> None:
     message = "ümlaut 猫 👩: must be 1 to 5, got 7; retry in 1.5 s"
     assert str(Overloaded(message)) == message
-    passed_on = from_status("INVALID_ARGUMENT", "seed: one: each")
+    passed_on = from_label("INVALID_ARGUMENT InvalidRequest", "seed: one: each")
     assert isinstance(passed_on, InvalidRequest)
     assert (passed_on.parameter, str(passed_on)) == ("seed", "seed: one: each")
 

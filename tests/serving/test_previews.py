@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from imprompt_bench.rig import sd15
-from imprompt_serving.capabilities import SCHEDULERS
 from imprompt_serving.denoiser.preview import LONGEST_SIDE, predicted_latents, previews
 from imprompt_serving.denoiser.schedulers import make_scheduler, set_timesteps
+from imprompt_serving.scheduler_names import SCHEDULERS
 from jobs import job_request
 
 SD15 = sd15(rows=2)

@@ -22,7 +22,6 @@ from diffusers import (
 )
 
 from imprompt_bench.rig import sd15
-from imprompt_serving.capabilities import SCHEDULERS
 from imprompt_serving.denoiser import schedulers
 from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.job import Job
@@ -30,6 +29,7 @@ from imprompt_serving.denoiser.schedulers import make_scheduler, set_timesteps
 from imprompt_serving.errors import InvalidRequest
 from imprompt_serving.job_request import ControlOptions, JobRequest
 from imprompt_serving.pipeline.request import parse
+from imprompt_serving.scheduler_names import SCHEDULERS
 from imprompt_serving.specs import Bundle
 from jobs import job_request
 

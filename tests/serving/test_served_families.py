@@ -27,7 +27,7 @@ from imprompt_serving.specs import Bundle, CrossAttention
 from imprompt_serving.wire import job_tensors, request_tensors
 from jobs import job_request
 
-PREFIXES = {"sd15": "StableDiffusion", "sdxl": "StableDiffusionXL"}
+PREFIXES = {"sd15": "StableDiffusion", "sdxl": "StableDiffusionXL", "sdxl_refiner": "StableDiffusionXL"}
 SUFFIXES: dict[Task, str] = {"text-to-image": "", "image-to-image": "Img2Img", "inpainting": "Inpaint"}
 PLAIN = rig.sd15(rows=2)
 XL = msgspec.structs.replace(PLAIN, family="sdxl", text_encoders=PLAIN.text_encoders * 2, pooled_size=8)
@@ -168,5 +168,5 @@ def test_new_family_conditions_its_jobs(toy: Bundle) -> None:
 
 
 def test_unknown_family_is_refused(toy: Bundle) -> None:
-    with pytest.raises(ValueError, match="unknown family 'other'; known families are sd15, sdxl, toy"):
+    with pytest.raises(ValueError, match="unknown family 'other'; known families are sd15, sdxl, sdxl_refiner, toy"):
         msgspec.structs.replace(toy, family="other")

@@ -18,7 +18,7 @@ from diffusers import (
 )
 
 from imprompt import InvalidRequest
-from imprompt_serving.capabilities import CUSTOM_STEPS, SCHEDULERS
+from imprompt_serving.scheduler_names import CUSTOM_STEPS, SCHEDULERS
 from parity import assert_different, assert_same
 from served import Served
 from tiny import images, oracle

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from imprompt_serving.capabilities import SCHEDULERS
+from imprompt_serving.scheduler_names import SCHEDULERS
 from parity import assert_different, assert_same
 from served import Served
 from tiny import images, oracle

@@ -12,6 +12,7 @@ from diffusers import (
     PNDMScheduler,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -31,15 +32,15 @@ from .layout import as_published, write_scheduler
 from .tokenizer import VOCABULARY_SIZE, write_tokenizer
 from .weights import calibrate, generator, normal, private_rng, randomize
 
-Family = Literal["sd15", "sd2", "sdxl"]
+Family = Literal["sd15", "sd2", "sdxl", "sdxl_refiner"]
 Encoder = Literal["vit_h", "big_g"]
 
 SAMPLE_SIZE = 8  # latents; 64 pixels
 IMAGE_SIZE = 32  # of the CLIP vision encoders
-CROSS_ATTENTION_DIM = {"sd15": 48, "sd2": 64, "sdxl": 128}  # 768, 1024, and 2048 in the real ones
+CROSS_ATTENTION_DIM = {"sd15": 48, "sd2": 64, "sdxl": 128, "sdxl_refiner": 80}  # really 768, 1024, 2048, and 1280
 TEXT_ENCODER = {"sd15": (48, "quick_gelu"), "sd2": (64, "gelu"), "sdxl": (48, "quick_gelu")}  # width, activation
 THROUGH, PREDICTED = 0.95, 0.2  # how much of the predicted noise comes from the sample, and how much from the network
-LAYERS_PER_BLOCK = {"sd15": 1, "sd2": 1, "sdxl": 2}
+LAYERS_PER_BLOCK = {"sd15": 1, "sd2": 1, "sdxl": 2, "sdxl_refiner": 1}
 VISION = {  # hidden size, projection: (1280, 1024) and (1664, 1280) in the real ones
     "vit_h": (80, 64),
     "big_g": (104, 80),
@@ -146,6 +147,30 @@ def make_sdxl(
         )
         pipeline.save_pretrained(folder)
     write_tokenizer(folder / "tokenizer")
+    return _finish_sdxl(folder)
+
+
+def make_sdxl_refiner(folder: str | Path, *, seed: int = 0) -> Path:
+    """Write a folder of SDXL's refiner: only the second text encoder, four resolutions, and an aesthetic score."""
+    folder = Path(folder)
+    with private_rng():
+        pipeline = StableDiffusionXLImg2ImgPipeline(
+            vae=_vae(seed + 1, scaling_factor=0.13025, force_upcast=True),
+            text_encoder=None,
+            text_encoder_2=randomize(CLIPTextModelWithProjection(text_config(80, "gelu")), seed + 4),
+            tokenizer=None,
+            tokenizer_2=write_tokenizer(folder / "tokenizer_2", pad_token="!"),
+            unet=_unet(unet_config("sdxl_refiner"), seed + 5),
+            scheduler=EulerDiscreteScheduler(steps_offset=1),
+            requires_aesthetics_score=True,
+            force_zeros_for_empty_prompt=False,
+            add_watermarker=False,
+        )
+        pipeline.save_pretrained(folder)
+    return _finish_sdxl(folder)
+
+
+def _finish_sdxl(folder: Path) -> Path:
     write_tokenizer(folder / "tokenizer_2", pad_token="!")
     config = {
         "_class_name": "EulerDiscreteScheduler",
@@ -163,14 +188,14 @@ def make_sdxl(
 
 
 def unet_config(family: Family, layers_per_block: int | None = None, levels: int = 4) -> dict[str, Any]:
-    """Return arguments for `UNet2DConditionModel`: the real block layout, but narrow; SDXL ignores `levels`."""
-    common = {
+    """Return arguments for `UNet2DConditionModel`: the real block layout, but narrow; SDXL models ignore `levels`."""
+    common: dict[str, Any] = {
         "sample_size": SAMPLE_SIZE,
         "layers_per_block": layers_per_block or LAYERS_PER_BLOCK[family],
         "norm_num_groups": 8,
         "cross_attention_dim": CROSS_ATTENTION_DIM[family],
     }
-    if family != "sdxl":
+    if not family.startswith("sdxl"):
         heads: dict[str, Any] = {"attention_head_dim": 8}  # the number of heads, as in the real configuration
         if family == "sd2":
             heads = {"attention_head_dim": (2, 4, 8, 8)[:levels], "use_linear_projection": True}
@@ -180,15 +205,22 @@ def unet_config(family: Family, layers_per_block: int | None = None, levels: int
             "block_out_channels": (32, 64, 64, 64)[:levels],
             **heads,
         }
+    common |= {"use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 16}
+    if family == "sdxl_refiner":
+        return common | {
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "block_out_channels": (32, 64, 64, 64),
+            "transformer_layers_per_block": 2,
+            "attention_head_dim": (2, 4, 8, 8),
+            "projection_class_embeddings_input_dim": 80 + 5 * 16,  # pooled text and five numbers
+        }
     return common | {
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         "block_out_channels": (32, 64, 64),
         "transformer_layers_per_block": (1, 1, 2),
         "attention_head_dim": (2, 4, 8),  # numbers of heads, as in the real configuration
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 16,
         "projection_class_embeddings_input_dim": 80 + 6 * 16,  # pooled text and six numbers
     }
 
@@ -257,8 +289,9 @@ def _unet(config: dict[str, Any], seed: int) -> UNet2DConditionModel:
     sample = normal(rng, 4, unet.config.in_channels, SAMPLE_SIZE, SAMPLE_SIZE)
     arguments: dict[str, Any] = {"encoder_hidden_states": normal(rng, 4, 77, unet.config.cross_attention_dim)}
     if unet.config.addition_embed_type == "text_time":
-        width = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-        time_ids = torch.tensor([[64.0, 64, 0, 0, 64, 64]]).repeat(4, 1)
+        refiner = unet.config.cross_attention_dim == CROSS_ATTENTION_DIM["sdxl_refiner"]
+        time_ids = torch.tensor([[64.0, 64, 0, 0, 6] if refiner else [64.0, 64, 0, 0, 64, 64]]).repeat(4, 1)
+        width = config["projection_class_embeddings_input_dim"] - time_ids.shape[1] * config["addition_time_embed_dim"]
         arguments["added_cond_kwargs"] = {"text_embeds": normal(rng, 4, width), "time_ids": time_ids}
     calibrate(unet.conv_out, lambda: unet(sample, torch.tensor([900, 600, 300, 50]), **arguments).sample, PREDICTED)
     _let_noise_through(unet)

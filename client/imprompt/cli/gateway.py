@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from imprompt.cli import console, packages
+from imprompt.cli.observability import OTLP_ENDPOINT, REQUEST_LOG, observe
 from imprompt.cli.options import CONNECTION, with_options
 
 
@@ -30,10 +31,13 @@ def gateway(
             "--health-port 8003 (default: ask Triton)."
         ),
     ] = None,
+    request_log: Annotated[str, REQUEST_LOG] = "-",
+    otlp_endpoint: Annotated[str | None, OTLP_ENDPOINT] = None,
     until_stdin_closes: Annotated[bool, typer.Option(hidden=True)] = False,
     **connection: Any,
 ) -> None:
     """Serve OpenAI's images API and a playground over HTTP. Prints a line starting with `ready` once it listens."""
+    observe(request_log, otlp_endpoint)
     server = packages.load("imprompt_gateway.server", "gateway")
     parent = sys.stdin if until_stdin_closes else None
     try:

@@ -1,9 +1,14 @@
-"""A gateway beside `imprompt serve`, in a child process."""
+"""A gateway beside `imprompt serve`, in a child process that is restarted when it fails."""
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,28 +16,95 @@ from imprompt.cli import console
 
 _DRAIN_S = 35
 """How long to wait for a gateway that ends: a little longer than it waits for its requests."""
+_CHECK_S, _PATIENCE_S = 1.0, 5.0
+"""How often the gateway is asked whether it runs, and how long it may take to answer."""
+_FIRST_DELAY_S, _MAX_DELAY_S, _GOOD_RUN_S = 1.0, 60.0, 300.0
+"""Pauses before a restart, as for Triton: they double with each failure, until it has run well for a while."""
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class Gateway:
+    """A gateway for a server. `address` is where it listens, also after it has been restarted."""
+
+    def __init__(self, grpc_address: str, health_address: str, *, host: str, port: int, restart: bool) -> None:
+        command = [sys.executable, "-m", "imprompt", "gateway", "--until-stdin-closes", "--url", grpc_address]
+        self._command = [*command, "--health-url", f"http://{health_address}/readyz", "--host", host]
+        self._restart = restart
+        self._stopping = threading.Event()
+        self.failed = False
+        """Whether it failed and was not restarted."""
+        self._child, address = self._start(port)
+        if address is None:
+            console.fail("the gateway did not start")
+        self.address = address
+        self._thread = threading.Thread(target=self._watch, name="gateway", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Let the gateway finish its requests."""
+        self._stopping.set()
+        self._thread.join()
+        self._child.terminate()
+        try:
+            self._child.wait(_DRAIN_S)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+
+    def _start(self, port: int) -> tuple[subprocess.Popen[str], str | None]:
+        """Return the process, and its address if it started."""
+        child = subprocess.Popen(
+            [*self._command, "--port", str(port)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            process_group=0,  # Ctrl-C must reach only the launcher, which lets running requests finish
+        )
+        assert child.stdout is not None
+        ready, _, address = child.stdout.readline().strip().partition(" ")
+        return child, address if ready == "ready" else None
+
+    def _watch(self) -> None:
+        """Restart the gateway when it fails; or have this process end, as for a signal."""
+        delay, port, began = _FIRST_DELAY_S, int(self.address.rpartition(":")[2]), time.monotonic()
+        while (problem := self._wait_for_problem()) is not None:
+            if not self._restart:
+                self.failed = True
+                _say(f"the gateway {problem}")
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            if time.monotonic() - began >= _GOOD_RUN_S:
+                delay = _FIRST_DELAY_S
+            _say(f"the gateway {problem}; restarting it in {delay:g} s")
+            if self._stopping.wait(delay):
+                return
+            delay, began = min(2 * delay, _MAX_DELAY_S), time.monotonic()
+            self._child, address = self._start(port)
+            if address is not None:
+                _say("the gateway is serving again")
+
+    def _wait_for_problem(self) -> str | None:
+        """Watch the process until it fails; None when it should stop."""
+        while not self._stopping.wait(_CHECK_S):
+            if self._child.poll() is not None:
+                return f"has ended (status {self._child.returncode})"
+            try:
+                _OPENER.open(f"{self.address}/livez", timeout=_PATIENCE_S).close()
+            except OSError as error:
+                self._child.kill()
+                self._child.wait()
+                return f"does not answer ({error})"
+        return None
+
+
+def _say(message: str) -> None:
+    print(f"imprompt: {message}", file=sys.stderr, flush=True)
 
 
 @contextmanager
-def beside_server(grpc_address: str, health_address: str, *, host: str, port: int) -> Iterator[str]:
-    """Run a gateway in a child process, and yield its address. The child ends with this process, however that ends."""
-    command = [sys.executable, "-m", "imprompt", "gateway", "--until-stdin-closes", "--url", grpc_address]
-    child = subprocess.Popen(
-        [*command, "--health-url", f"http://{health_address}/readyz", "--host", host, "--port", str(port)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        process_group=0,  # Ctrl-C must reach only the launcher, which lets running requests finish
-    )
+def beside_server(grpc_address: str, health_address: str, *, host: str, port: int, restart: bool) -> Iterator[Gateway]:
+    """Run a gateway in a child process, which ends with this process, however that ends."""
+    gateway = Gateway(grpc_address, health_address, host=host, port=port, restart=restart)
     try:
-        assert child.stdout is not None
-        ready, _, address = child.stdout.readline().strip().partition(" ")
-        if ready != "ready":
-            console.fail("the gateway did not start")
-        yield address
+        yield gateway
     finally:
-        child.terminate()
-        try:
-            child.wait(_DRAIN_S)
-        except subprocess.TimeoutExpired:
-            child.kill()
+        gateway.stop()

@@ -19,7 +19,8 @@ import typer
 from rich.markup import escape
 
 from imprompt.cli import console
-from imprompt.cli.gateway_process import beside_server
+from imprompt.cli.gateway_process import Gateway, beside_server
+from imprompt.cli.observability import OTLP_ENDPOINT, REQUEST_LOG, observe
 
 _OWN_PACKAGES = (
     "imprompt",
@@ -85,23 +86,38 @@ def serve(
         float, typer.Option(help="Seconds after which a bundle that made no picture is no longer ready.", min=5.0)
     ] = 30.0,
     drain_timeout: Annotated[float, typer.Option(help="Seconds to let running requests finish on shutdown.")] = 30.0,
+    request_log: Annotated[str, REQUEST_LOG] = "-",
+    otlp_endpoint: Annotated[str | None, OTLP_ENDPOINT] = None,
+    triton_spans: Annotated[
+        bool, typer.Option(help="Also send the spans of Triton itself, of requests whose caller traces them.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show all of Triton's output.")] = False,
 ) -> None:
     """Run Triton in the foreground, and restart it when it fails. Ctrl-C drains.
 
     Prints a line that starts with `ready` once every bundle has made a picture.
     """
+    if triton_spans and otlp_endpoint is None:
+        console.fail("--triton-spans needs --otlp-endpoint")
+    observe(request_log, otlp_endpoint)
     launcher = load("imprompt_serving.launcher", "server")
     if gateway_port is not None:
         load("imprompt_gateway.server", "gateway")
-    children = ExitStack()
+    children, gateways = ExitStack(), list[Gateway]()
 
     def print_ready(addresses: Any) -> None:
         loading.stop()
         line = f"ready {addresses}"
         if gateway_port is not None:
-            gateway = beside_server(addresses.grpc, addresses.health, host=host, port=gateway_port)
-            line += f" gateway={children.enter_context(gateway)}"
+            gateway = beside_server(
+                addresses.grpc,
+                addresses.health,
+                host=host,
+                port=gateway_port,
+                restart=restart is Restart.ON_FAILURE,
+            )
+            gateways.append(children.enter_context(gateway))
+            line += f" gateway={gateways[0].address}"
         print(line, flush=True)
 
     # On a terminal, one line that changes.
@@ -121,6 +137,7 @@ def serve(
             restart=restart is Restart.ON_FAILURE,
             max_canary_age=max_canary_age,
             drain_timeout=drain_timeout,
+            triton_spans_to=otlp_endpoint if triton_spans else None,
             verbose=verbose,
         )
     except launcher.LaunchError as error:
@@ -129,7 +146,7 @@ def serve(
     finally:
         loading.stop()
         children.close()
-    raise typer.Exit(status)
+    raise typer.Exit(status or int(any(gateway.failed for gateway in gateways)))
 
 
 def doctor(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import get_args
 
-from imprompt._parameters import Annotator, OutputFormat, OutputType, PromptSyntax, Scheduler, WeightType
+from imprompt._parameters import Annotator, ImageScope, OutputFormat, OutputType, PromptSyntax, Scheduler, WeightType
 from imprompt.cli.options import Option
 
 OPTIONS: tuple[Option, ...] = (
@@ -55,6 +55,25 @@ OPTIONS: tuple[Option, ...] = (
         name="ip_adapter_image_embeds",
         kind="embeds",
         help="Precomputed embeddings in place of image prompts, written by imprompt encode; may be repeated.",
+    ),
+    Option(
+        name="ip_adapter_image_per",
+        kind="texts",
+        help=(
+            "What the pictures of an adapter apply to: all of them to every result (request), or an equal share, "
+            "in order, to each --prompt or to each frame of a clip: one value for all, or one per adapter "
+            "(default request)."
+        ),
+        choices=get_args(ImageScope),
+    ),
+    Option(
+        name="ip_adapter_keyframes",
+        kind="integers",
+        help=(
+            "For adapters with pictures per frame: the frames that have pictures, in ascending order from 0 "
+            "(default: all frames); image tokens are interpolated between them, and stay the same after the last "
+            "one."
+        ),
     ),
     Option(
         name="ip_adapter_scale",
@@ -241,9 +260,22 @@ OPTIONS: tuple[Option, ...] = (
         help="SDXL conditioning: target height and width, for the unconditional branch.",
     ),
     Option(
+        name="aesthetic_score",
+        kind="number",
+        help="Conditioning of the SDXL refiner: how appealing the picture should be (0 to 10, default 6).",
+    ),
+    Option(
+        name="negative_aesthetic_score",
+        kind="number",
+        help=(
+            "Conditioning of the SDXL refiner: how appealing the picture should be, for the unconditional branch "
+            "(0 to 10, default 2.5)."
+        ),
+    ),
+    Option(
         name="num_inference_steps",
         kind="integer",
-        help="Number of denoising steps (1 to 1000, default 50).",
+        help="Number of denoising steps (1 to 1000, default: the bundle's, usually 50).",
         aliases=("--steps",),
     ),
     Option(
@@ -279,14 +311,14 @@ OPTIONS: tuple[Option, ...] = (
         name="guidance_scale",
         kind="number",
         help=(
-            "Strength of classifier-free guidance; values up to 1 disable it; default as in diffusers (-10000 to "
-            "10000)."
+            "Strength of classifier-free guidance; values up to 1 disable it (default: the bundle's, usually as "
+            "in diffusers) (-10000 to 10000)."
         ),
     ),
     Option(
         name="guidance_rescale",
         kind="number",
-        help="How much to rescale the guided noise, as in arXiv 2305.08891 (0 to 1, default 0).",
+        help="How much to rescale the guided noise, as in arXiv 2305.08891 (0 to 1, default: the bundle's, usually 0).",
     ),
     Option(
         name="guidance_end",

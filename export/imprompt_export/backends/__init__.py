@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from imprompt_export.errors import BundleError, one_of
+from imprompt_export.stages import Stages, StatusCallback
 from imprompt_serving.backends import MODULES, get_backend
 from imprompt_serving.specs import Bundle, Shapes
 
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from imprompt_export.graphs import Axes, Graph
     from imprompt_export.quality import Quality
     from imprompt_export.sections import EngineSection
-
-StatusCallback = Callable[[str], None]
-"""Shows one line of text about the current work."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,9 +40,7 @@ class BuiltEngine:
 
 
 class StartBuild(Protocol):
-    def __call__(
-        self, graph: Graph, folder: Path, bundle: Bundle, show_status: StatusCallback
-    ) -> Callable[[], BuiltEngine]:
+    def __call__(self, graph: Graph, folder: Path, bundle: Bundle, stages: Stages) -> Callable[[], BuiltEngine]:
         """Start to build the engine for `graph` in the new `folder`; return a function that waits for the engine.
 
         Raises:
@@ -109,11 +105,12 @@ class ExportBackend:
 
         compile_onnx = self.onnx_compiler(engine, refit_from)
 
-        def make(graph: Graph, folder: Path, bundle: Bundle, show_status: StatusCallback) -> Callable[[], BuiltEngine]:
+        def make(graph: Graph, folder: Path, bundle: Bundle, stages: Stages) -> Callable[[], BuiltEngine]:
             def wait() -> BuiltEngine:
                 start, source = time.perf_counter(), folder / f"{graph.name}.onnx"
-                export_onnx(graph, source, dtype_of(graph, engine.precision))
-                file = compile_onnx(graph, source, bundle, show_status)
+                export_onnx(graph, source, dtype_of(graph, engine.precision), stages)
+                with stages.time("building"):
+                    file = compile_onnx(graph, source, bundle, stages.show)
                 return BuiltEngine(file=file, source=source, seconds=time.perf_counter() - start)
 
             return wait
@@ -134,6 +131,10 @@ class ExportBackend:
         A backend other than this one runs `BuiltEngine.source`.
         """
         return self.name
+
+    def is_exported(self, engine: EngineSection, graph: Graph) -> bool:
+        """Return whether an export needs the weights of `graph` in PyTorch no longer, once its engine is compared."""
+        return True
 
     def check_axes(self, graph: Graph, bundle: Bundle) -> tuple[Axes, ...]:
         """Return the sizes at which an engine is compared with PyTorch."""

@@ -20,8 +20,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imprompt_export.backends import BuiltEngine, ExportBackend, StartBuild, StatusCallback
+from imprompt_export.backends import BuiltEngine, ExportBackend, StartBuild
 from imprompt_export.errors import BundleError, one_line
+from imprompt_export.stages import Stages, StatusCallback
 from imprompt_serving.backends import EngineError
 from imprompt_serving.backends.inductor import LORA_DOWN, LORA_UP, WEIGHTS, EngineInfo, Package, lora_file, target
 from imprompt_serving.specs import Bundle, Shapes
@@ -77,6 +78,10 @@ class Inductor(ExportBackend):
             yield packager.start
         finally:
             packager.close()
+
+    def is_exported(self, engine: EngineSection, graph: Graph) -> bool:
+        """Return False for fp8, whose engines are compared once more at the end, with the runs of a calibration."""
+        return engine.precision != "fp8"
 
     def sizes(self, shapes: Shapes) -> tuple[tuple[int, int], ...]:
         from imprompt_export.profiles import picture_sizes
@@ -174,7 +179,7 @@ class Packager:
         self._workers.shutdown(cancel_futures=True)
 
     def start(
-        self, graph: Graph, folder: Path, bundle: Bundle, show_status: StatusCallback = lambda _: None
+        self, graph: Graph, folder: Path, bundle: Bundle, stages: Stages | None = None
     ) -> Callable[[], BuiltEngine]:
         """Trace `graph`, write its weights, and queue its packages; return a function that waits for the engine."""
         from imprompt_export.fp8 import quantized
@@ -182,7 +187,7 @@ class Packager:
         from imprompt_export.profiles import exact_axes
         from imprompt_export.programs import trace, trace_axes
 
-        begun = time.perf_counter()
+        stages, begun = stages or Stages(), time.perf_counter()
         folder.mkdir(parents=True)
         file, dtype = folder / f"{graph.name}.json", dtype_of(graph, self._precision)
         variants = exact_axes(graph, bundle) if self._exact else [{}]
@@ -190,7 +195,7 @@ class Packager:
         in_dtype = cast(graph.module, dtype, self._kind, channels_last=on_gpu)
         with in_dtype, quantized(graph.module, graph.fp8_ranges):
             for number, axes in enumerate(variants, 1):
-                show_status(f"tracing {number} of {len(variants)}")
+                stages.show(f"tracing {number} of {len(variants)}")
                 sizes = trace_axes(graph) | axes
                 program = trace(graph, dtype, axes=sizes, exact=axes, device=self._kind)
                 if number == 1:
@@ -202,7 +207,7 @@ class Packager:
         def wait() -> BuiltEngine:
             seconds, packages = traced, []
             for number, (kept, axes) in enumerate(zip(packaged, variants, strict=True), 1):
-                show_status(f"package {number} of {len(variants)}")
+                stages.show(f"package {number} of {len(variants)}")
                 seconds += self._building[kept].result() if kept in self._building else 0.0
                 packages.append(Package(suffix=f".{number}.pt2", axes={axis: int(size) for axis, size in axes.items()}))
                 shutil.copyfile(kept, folder / f"{graph.name}.{number}.pt2")

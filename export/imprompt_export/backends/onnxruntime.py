@@ -7,8 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from imprompt_export.backends import CompileOnnx, ExportBackend, StatusCallback
+from imprompt_export.backends import CompileOnnx, ExportBackend
 from imprompt_export.errors import BundleError
+from imprompt_export.stages import StatusCallback
 from imprompt_serving.backends.onnxruntime import DISTRIBUTIONS
 from imprompt_serving.specs import Bundle
 

@@ -8,8 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from imprompt_export.backends import CompileOnnx, ExportBackend, StatusCallback
+from imprompt_export.backends import CompileOnnx, ExportBackend
 from imprompt_export.errors import BundleError
+from imprompt_export.stages import StatusCallback
 from imprompt_serving.specs import Bundle
 
 if TYPE_CHECKING:
@@ -31,6 +32,11 @@ class OpenVino(ExportBackend):
     def onnx_compiler(self, engine: EngineSection, refit_from: Path | None) -> CompileOnnx:
         return lambda graph, source, bundle, show_status: convert(source)
 
+    def is_exported(self, engine: EngineSection, graph: Graph) -> bool:
+        """Return False for what calibration runs with PyTorch: all but the networks of a step and the projections."""
+        in_engines = ("unet", "controlnet_", "t2i_adapter_", "image_projection_", "motion_unet")
+        return engine.precision != "int8" or graph.name.startswith(in_engines)
+
     def finish(
         self,
         engine: EngineSection,
@@ -47,7 +53,6 @@ class OpenVino(ExportBackend):
         from imprompt_export.quality import check_quality
 
         show_status("quantizing to int8")
-        checkpoints.pipeline.unet.to("meta")  # the engine has its weights, and quantization needs the memory
         quantized, quality = quantize_bundle(bundle, checkpoints, files, engine.min_snr_db)
         check_quality(quality)
         return quantized, quality

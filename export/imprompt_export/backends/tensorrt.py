@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from imprompt_export.backends import CompileOnnx, ExportBackend, StatusCallback
+from imprompt_export.backends import CompileOnnx, ExportBackend
 from imprompt_export.errors import one_line
+from imprompt_export.stages import StatusCallback
 from imprompt_serving.backends import EngineError
 from imprompt_serving.backends import tensorrt as serving
 from imprompt_serving.backends.files import write_atomically

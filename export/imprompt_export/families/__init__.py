@@ -22,8 +22,10 @@ class ExportFamily:
     """diffusers pipelines that a base may name; they all offer the same tasks."""
     text_encoders: tuple[tuple[str, str], ...]
     """Pipeline components: each text encoder, which also names its engine, with its tokenizer."""
-    adapter_files: str
-    """Pattern of the IP-Adapter files for this family."""
+    adapter_files: str = ""
+    """Pattern of the public IP-Adapter files for this family; empty if there are none."""
+    aesthetic_score: bool = False
+    """Whether its bases set `requires_aesthetics_score` in their `model_index.json`."""
     penultimate: bool = False
     """Whether text embeddings are the hidden states before the last layer, without the final norm."""
     pooled: bool = False
@@ -54,13 +56,24 @@ def all_families() -> tuple[ExportFamily, ...]:
     return tuple(map(export_family, NAMES))
 
 
-def family_of(pipeline: str | None) -> ExportFamily:
-    """Return the family of a base whose `model_index.json` names the class `pipeline`.
+def family_of(pipeline: str | None, config: Mapping[str, Any]) -> ExportFamily:
+    """Return the family of a base that names the class `pipeline` in its `model_index.json`.
+
+    Args:
+        pipeline: the name of the class.
+        config: the configuration of the pipeline, or the whole `model_index.json`.
 
     Raises:
         BundleError: no family has this pipeline.
     """
-    by_pipeline = {supported: family for family in all_families() for supported in family.pipelines}
+    scored = bool(config.get("requires_aesthetics_score"))
+    by_pipeline = {
+        supported: family
+        for family in all_families()
+        if family.aesthetic_score == scored
+        for supported in family.pipelines
+    }
     if pipeline not in by_pipeline:
-        raise BundleError(f"base: {pipeline} is not supported; expected one of {', '.join(sorted(by_pipeline))}")
+        what = f"{pipeline} with requires_aesthetics_score" if scored else pipeline
+        raise BundleError(f"base: {what} is not supported; expected one of {', '.join(sorted(by_pipeline))}")
     return by_pipeline[pipeline]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from imprompt_serving import tensor_names
-from imprompt_serving.denoiser.image_prompts import pad_image_prompt
+from imprompt_serving.denoiser.image_prompts import differs_by_frame, in_window, pad_image_prompt
 from imprompt_serving.denoiser.protocol import LoopJob
 from imprompt_serving.specs import Bundle, CallRows
 
@@ -38,13 +38,15 @@ class Batcher:
             for name in tensor_names.ip_inputs(adapter.name, bundle.levels)
         }
         self._text_tokens = bundle.text_encoders[0].max_length
-        self._composition: list[tuple[RowSlice, int]] = []
+        self._composition: list[tuple[RowSlice, int, tuple[range | None, ...]]] = []
         self._conditioning: dict[str, Tensor] = {}
 
     def inputs(self, slices: list[RowSlice]) -> dict[str, Tensor]:
         """Return the UNet inputs of `slices`, in order. Repeat the last row where a call must have more rows."""
         sources = [part.job.conditioning() for part in slices]
-        composition = [(part, id(source)) for part, source in zip(slices, sources, strict=True)]
+        composition = [
+            (part, id(source), self._windows(part, source)) for part, source in zip(slices, sources, strict=True)
+        ]
         if composition != self._composition:
             self._conditioning = self._stack(slices, sources)
             self._composition = composition
@@ -65,19 +67,28 @@ class Batcher:
         sizes = {adapter: self._widest(adapter, sources) for adapter in set(self._adapters.values())}
         count = self._count(slices)
         blocks = [
-            (source, block.conditioning)
+            (source, block)
             for part, source in zip(slices, sources, strict=True)
             for block in part.job.blocks(part.start, part.stop)
         ]
+        frames = slices[0].job.frames
         stacked = {}
         for name in sources[0]:
-            rows = [source[name][rows.start : rows.stop] for source, rows in blocks]
+            rows = [source[name][block.conditioning.start : block.conditioning.stop] for source, block in blocks]
             if name == _TEXT:
                 rows = _repeat_tokens(rows, self._text_tokens)
             elif name in self._adapters:
+                windows = [block.window or range(frames) for _, block in blocks]
+                rows = [in_window(tensor, name, window) for tensor, window in zip(rows, windows, strict=True)]
                 rows = [pad_image_prompt(tensor, name, *sizes[self._adapters[name]]) for tensor in rows]
             stacked[name] = stack(rows, count)
         return stacked
+
+    def _windows(self, part: RowSlice, source: Mapping[str, Tensor]) -> tuple[range | None, ...]:
+        """Return the windows of `part` if its image prompts differ by frame: they move from step to step."""
+        if not any(differs_by_frame(source[name], name) for name in self._adapters):
+            return ()
+        return tuple(block.window for block in part.job.blocks(part.start, part.stop))
 
     def _count(self, slices: list[RowSlice]) -> int:
         """Return the number of rows, padding included, of a call that computes `slices`."""
@@ -87,8 +98,8 @@ class Batcher:
     def _widest(self, adapter: str, sources: list[Mapping[str, Tensor]]) -> tuple[int, int]:
         """Return the largest number of groups, and of tokens rounded up to the next bucket."""
         shapes = [source[tensor_names.ip_tokens(adapter)].shape for source in sources]
-        tokens = max(shape[2] for shape in shapes)
-        return max(shape[1] for shape in shapes), self._bucket(tokens) if tokens > 1 else 1
+        tokens = max(shape[-2] for shape in shapes)
+        return max(shape[-3] for shape in shapes), self._bucket(tokens) if tokens > 1 else 1
 
 
 def _repeat_tokens(rows: Sequence[Tensor], least: int) -> list[Tensor]:

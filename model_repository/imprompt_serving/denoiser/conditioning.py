@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from imprompt_serving import tensor_names
 from imprompt_serving.backends import Engine
 from imprompt_serving.denoiser.control import PreparedControlNet, is_active, prepare_controls
 from imprompt_serving.denoiser.features import T2IFeatures, prepare_features, sum_features
-from imprompt_serving.denoiser.image_prompts import absent_inputs, adapter_inputs, group_scales, has_regions
+from imprompt_serving.denoiser.image_prompts import RowLayout, absent_inputs, adapter_inputs, has_regions
 from imprompt_serving.families import get_family
 from imprompt_serving.gpu import upload
 from imprompt_serving.job_request import JobRequest
@@ -36,10 +37,7 @@ class Conditioning:
     ) -> None:
         self._bundle, self._device = bundle, device
         self._features = tuple(part.to(device) for part in features)
-        self._size = (
-            request.settings.height // bundle.vae_scale_factor,
-            request.settings.width // bundle.vae_scale_factor,
-        )
+        self._size = latent_size(request, bundle)
         self.pictures = pictures
         self.controls = controls
         self._inputs = {name: upload(tensor, device) for name, tensor in inputs.items()}
@@ -102,12 +100,18 @@ class Conditioner:
 
         guided = len(prefixes) == 2
         inputs = get_family(bundle.family).text_inputs(request, by_picture, pictures=pictures, guided=guided)
-        branches = self._image_prompts(request, tensors, prefixes)
+        layout = RowLayout(
+            branches=len(prefixes),
+            prompts=len(tensors["prompt_embeds"]),
+            results=request.settings.num_images_per_prompt,
+            frames=request.frames,
+            size=latent_size(request, bundle),
+        )
+        inputs |= self._image_prompts(request, tensors, prefixes, layout)
         if bundle.time_cond_proj_dim is not None:
             embedding = guidance_embedding(request.settings.guidance_scale, bundle.time_cond_proj_dim)
-            embedded = bundle.embeds_guidance(request)
-            branches["timestep_cond"] = embedding if embedded else torch.zeros(len(prefixes), bundle.time_cond_proj_dim)
-        inputs |= {name: tensor.repeat_interleave(pictures, dim=0) for name, tensor in branches.items()}
+            embedded = embedding if bundle.embeds_guidance(request) else torch.zeros_like(embedding)
+            inputs["timestep_cond"] = embedded.repeat(len(prefixes) * pictures, 1)
         sizes = {"pictures": pictures, "branches": len(prefixes)}
         controls = prepare_controls(bundle, self._control_embeddings, request, tensors, **sizes)
         controls = tuple(control.to(self._device) for control in controls)
@@ -115,28 +119,37 @@ class Conditioner:
         return Conditioning(request, bundle, inputs, pictures, controls, features, self._device)
 
     def _image_prompts(
-        self, request: JobRequest, tensors: Mapping[str, Tensor], prefixes: tuple[str, ...]
+        self, request: JobRequest, tensors: Mapping[str, Tensor], prefixes: tuple[str, ...], layout: RowLayout
     ) -> dict[str, Tensor]:
-        bundle = self._bundle
-        size = (request.settings.height // bundle.vae_scale_factor, request.settings.width // bundle.vae_scale_factor)
         used = {use.name: use for use in request.adapters}
         inputs: dict[str, Tensor] = {}
-        for adapter in bundle.adapters:
+        for adapter in self._bundle.adapters:
             name = adapter.name
             if name not in used:
-                inputs |= absent_inputs(bundle, name, len(prefixes), tensors["prompt_embeds"].shape[-1], size)
+                inputs |= absent_inputs(self._bundle, name, tensors["prompt_embeds"].shape[-1], layout)
                 continue
-            masks = tensors.get(tensor_names.adapter_masks(name))
             tokens = [self._tokens(adapter, tensors, prefix) for prefix in prefixes]
-            scale = group_scales(bundle, used[name], 1 if masks is None else len(masks))
-            inputs |= adapter_inputs(bundle, name, tokens, scale, size, masks)
+            masks = tensors.get(tensor_names.adapter_masks(name))
+            inputs |= adapter_inputs(self._bundle, used[name], tokens, layout, masks)
         return inputs
 
     def _tokens(self, adapter: Adapter, tensors: Mapping[str, Tensor], prefix: str) -> Tensor:
+        """Project the embeddings of all pictures to tokens, at most `max_images` pictures in one call."""
         embeds = {"image_embeds": tensors[prefix + tensor_names.image_embeds(adapter.name)].numpy()}
         if adapter.clip_shape is not None:
             embeds["clip_embeds"] = tensors[prefix + tensor_names.clip_embeds(adapter.name)].numpy()
-        return torch.from_numpy(self._projections[adapter.name].run(embeds)["tokens"])
+        engine, most = self._projections[adapter.name], self._bundle.max_images
+        parts = [
+            engine.run({name: value[first : first + most] for name, value in embeds.items()})["tokens"]
+            for first in range(0, len(embeds["image_embeds"]), most)
+        ]
+        return torch.from_numpy(np.concatenate(parts))
+
+
+def latent_size(request: JobRequest, bundle: Bundle) -> tuple[int, int]:
+    """Return the height and width of the latents."""
+    height, width = request.settings.height, request.settings.width
+    return height // bundle.vae_scale_factor, width // bundle.vae_scale_factor
 
 
 def guidance_embedding(guidance_scale: float, size: int) -> Tensor:

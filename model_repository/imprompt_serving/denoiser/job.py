@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imprompt_serving.capabilities import CUSTOM_STEPS
 from imprompt_serving.denoiser.admission import Load
 from imprompt_serving.denoiser.conditioning import CPU, Conditioning
 from imprompt_serving.denoiser.control import PreparedControlNet, is_active
@@ -30,6 +29,7 @@ from imprompt_serving.errors import InvalidRequest, RequestError
 from imprompt_serving.gpu import download, upload
 from imprompt_serving.job_request import JobRequest, batch_key, lora_set
 from imprompt_serving.parameters import ROWS, Type
+from imprompt_serving.scheduler_names import CUSTOM_STEPS
 from imprompt_serving.specs import Bundle
 from imprompt_serving.tensor_names import NEGATIVE, image_embeds
 

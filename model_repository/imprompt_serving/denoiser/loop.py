@@ -26,7 +26,7 @@ from imprompt_serving.denoiser.batch import Batcher, RowSlice
 from imprompt_serving.denoiser.meter import Meter, Population
 from imprompt_serving.denoiser.policy import CANARY_PRIORITY, FIRST_TURN, Candidate, plan
 from imprompt_serving.denoiser.protocol import LoopJob
-from imprompt_serving.errors import Cancelled, Overloaded, RequestError, unexpected
+from imprompt_serving.errors import Cancelled, DeadlineExceeded, Overloaded, RequestError, unexpected
 from imprompt_serving.specs import CallRows, Limits
 
 logger = logging.getLogger(__name__)
@@ -235,7 +235,7 @@ class Denoiser:
         now = time.monotonic()
         for active in list(self._jobs.values()):
             if active.job.deadline is not None and now > active.job.deadline:
-                self._fail(active, Cancelled(f"timeout: {active.job.request.timeout:g} seconds have passed"))
+                self._fail(active, DeadlineExceeded(active.job.request.timeout or 0.0))
 
     def _plan(self) -> list[tuple[_Active, RowSlice]]:
         """Choose the rows of the next tick."""

@@ -90,11 +90,10 @@ def _run(denoiser: Denoiser, job: Job, bundle: Bundle) -> None:
 
 
 def _request(job: WarmUpJob, bundle: Bundle) -> JobRequest:
-    takes_mask = bundle.unet_channels != bundle.latent_channels
     nets = bundle.net_names if job.frames is None else tuple(net.name for net in bundle.controlnets)
     return JobRequest(
         id="warm-up",
-        task="inpainting" if takes_mask and job.frames is None else "text-to-image",
+        task=bundle.plain_task if job.frames is None else "text-to-image",
         settings=Settings.with_defaults(
             height=job.size[0],
             width=job.size[1],

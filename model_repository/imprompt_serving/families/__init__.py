@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from imprompt_serving.job_request import Task
     from imprompt_serving.specs import Bundle, CrossAttention, GuidanceInputs
 
-NAMES = ("sd15", "sdxl")
+NAMES = ("sd15", "sdxl", "sdxl_refiner")
 """Values of `family` in `bundle.json`; each is also a module here and in `imprompt_export.families`."""
 
 
@@ -35,6 +35,8 @@ class Family(ABC):
     """The prompt parameter of each text encoder. The first is required, and is the default for the others."""
     parameters: tuple[str, ...] = ()
     """Names of the `parameters.Group.FAMILY` rows that requests accept."""
+    needs_image: bool = False
+    """Whether it only changes pictures (or latents), and cannot start from noise alone."""
 
     @abstractmethod
     def default_guidance_scale(self, task: Task, *, controlled: bool) -> float:

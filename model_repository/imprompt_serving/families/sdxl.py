@@ -54,8 +54,34 @@ class SDXL(Family):
         return {
             "encoder_hidden_states": embeds("prompt_embeds"),
             "text_embeds": embeds("pooled_prompt_embeds"),
-            "time_ids": torch.tensor(_time_ids(request, pictures, guided=guided), dtype=torch.float32),
+            "time_ids": torch.tensor(self.time_ids(request, pictures, guided=guided), dtype=torch.float32),
         }
+
+    def time_ids(self, request: GuidanceInputs, pictures: int, *, guided: bool) -> list[tuple[float, ...]]:
+        """Build the size conditioning [rows, 6] like diffusers' pipeline for the task (`_get_add_time_ids`).
+
+        For text-to-image, negative sizes apply only if both are given, and negative and positive rows alternate. With
+        a start picture, each negative size applies on its own, with the positive crop; inpainting with ControlNets
+        ignores them.
+        """
+        sizes, actual = request.settings, (request.settings.height, request.settings.width)
+        original, target = sizes.original_size or actual, sizes.target_size or actual
+        positive: tuple[float, ...] = (*original, *sizes.crops_coords_top_left, *target)
+        negative_original, negative_target = sizes.negative_original_size, sizes.negative_target_size
+        negative = positive
+        if request.task == "text-to-image":
+            if negative_original is not None and negative_target is not None:
+                negative = (*negative_original, *sizes.negative_crops_coords_top_left, *negative_target)
+            rows = [negative, positive] * pictures
+        else:
+            if not (request.task == "inpainting" and request.controls):
+                negative = (
+                    *(negative_original or original),
+                    *sizes.crops_coords_top_left,
+                    *(negative_target or target),
+                )
+            rows = [negative] * pictures + [positive] * pictures
+        return rows if guided else [positive] * pictures
 
     def scale_latents(self, latents: Tensor, bundle: Bundle) -> Tensor:
         import torch
@@ -72,29 +98,6 @@ class SDXL(Family):
         """Name the layers that InstantStyle uses (https://arxiv.org/abs/2404.02733)."""
         style = frozenset(name for name in first_up_block(layers) if name.split(".")[2:4] == ["attentions", "1"])
         return {"composition": last_down_block(layers), "style": style}
-
-
-def _time_ids(request: GuidanceInputs, pictures: int, *, guided: bool) -> list[tuple[int, ...]]:
-    """Build the size conditioning [rows, 6] like diffusers' pipeline for the task (`_get_add_time_ids`).
-
-    For text-to-image, negative sizes apply only if both are given, and negative and positive rows alternate. With a
-    start picture, each negative size applies on its own, with the positive crop; inpainting with ControlNets ignores
-    them.
-    """
-    sizes, actual = request.settings, (request.settings.height, request.settings.width)
-    original, target = sizes.original_size or actual, sizes.target_size or actual
-    positive: tuple[int, ...] = (*original, *sizes.crops_coords_top_left, *target)
-    negative_original, negative_target = sizes.negative_original_size, sizes.negative_target_size
-    negative = positive
-    if request.task == "text-to-image":
-        if negative_original is not None and negative_target is not None:
-            negative = (*negative_original, *sizes.negative_crops_coords_top_left, *negative_target)
-        rows = [negative, positive] * pictures
-    else:
-        if not (request.task == "inpainting" and request.controls):
-            negative = (*(negative_original or original), *sizes.crops_coords_top_left, *(negative_target or target))
-        rows = [negative] * pictures + [positive] * pictures
-    return rows if guided else [positive] * pictures
 
 
 FAMILY = SDXL(

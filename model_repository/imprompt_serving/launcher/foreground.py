@@ -38,6 +38,7 @@ def serve(
     restart: bool = True,
     max_canary_age: float = MAX_CANARY_AGE_S,
     drain_timeout: float = 30.0,
+    triton_spans_to: str | None = None,
     verbose: bool = False,
 ) -> int:
     """Serve until SIGINT or SIGTERM, then drain; a second signal stops everything at once. Main thread only.
@@ -47,6 +48,7 @@ def serve(
         on_loading: called with a message whenever a model has been loaded.
         allow_remote: listen on an address that other machines reach even if callers can crash this Triton.
         restart: whether to restart Triton, on the same ports, after it fails; see `watchdog`.
+        triton_spans_to: collector that gets Triton's own spans, as for `Server`.
         max_canary_age: seconds after which a bundle that made no picture is no longer ready (`health_port`).
 
     Returns:
@@ -58,7 +60,13 @@ def serve(
             server.
     """
     server = Server(
-        repository, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port, host=host, verbose=verbose
+        repository,
+        grpc_port=grpc_port,
+        http_port=http_port,
+        metrics_port=metrics_port,
+        host=host,
+        triton_spans_to=triton_spans_to,
+        verbose=verbose,
     )
     if not allow_remote:
         check_exposure(host, find_triton())

@@ -59,7 +59,8 @@ class Server:
     Port 0 means any free port; without `http_port`, Triton serves gRPC only. The output of Triton and the models goes
     to `log` (default: stderr): warnings, errors, and output of the models, or everything with `verbose`. It is held
     back until the server is ready; if startup fails, the error quotes it. Leaving the context stops the server without
-    a drain. After `stop` or `kill`, it can be started again, on the same ports.
+    a drain. After `stop` or `kill`, it can be started again, on the same ports. Triton sends its own spans to the
+    OpenTelemetry collector `triton_spans_to` (OTLP over HTTP), for requests whose caller traces them.
 
     Raises:
         LaunchError: the repository has no models.
@@ -79,6 +80,7 @@ class Server:
         metrics_port: int = 0,
         host: str = "127.0.0.1",
         start_timeout: float = 900.0,
+        triton_spans_to: str | None = None,
         verbose: bool = False,
         log: TextIO | None = None,
     ) -> None:
@@ -88,6 +90,7 @@ class Server:
             self._requested_ports["http"] = http_port
         self._host = host
         self._start_timeout = start_timeout
+        self._spans_to = triton_spans_to
         self._verbose = verbose
         self._log = Log(log, verbose=verbose)
         self._clean_up = ExitStack()
@@ -257,6 +260,7 @@ class Server:
                 ports=ports,
                 scratch=scratch,
                 shared_memory=shared_memory,
+                spans_to=self._spans_to,
                 verbose=self._verbose,
             ),
             env={"MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD_BYTES)}

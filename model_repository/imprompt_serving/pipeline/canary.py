@@ -26,9 +26,10 @@ def canary_request(bundle: Bundle) -> Request:
         "guidance_scale": np.array([1.0]),
         "seed": np.array([0], np.int64),
     }
-    if bundle.unet_channels != bundle.latent_channels:
-        white = _png(height, width)
-        tensors |= {"image": strings(white), "mask_image": strings(white), "strength": np.array([1.0])}
+    if bundle.plain_task != "text-to-image":
+        white = strings(_png(height, width))
+        tensors |= {"image": white, "strength": np.array([1.0])}
+        tensors |= {"mask_image": white} if bundle.plain_task == "inpainting" else {}
     request = parse(tensors, bundle)
     return replace(request, settings=msgspec.structs.replace(request.settings, priority=CANARY_PRIORITY))
 

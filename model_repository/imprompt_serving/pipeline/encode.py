@@ -37,10 +37,8 @@ class ImagePromptEncoder:
         tensors = {name: tensor for part in parts for name, tensor in part.items()}
         for prompt in request.image_prompts:
             if prompt.masks:
-                masks = await asyncio.to_thread(
-                    mask_pixels, list(prompt.masks), request.settings.height, request.settings.width
-                )
-                tensors[tensor_names.adapter_masks(prompt.adapter.name)] = masks[:, 0]
+                name = tensor_names.adapter_masks(prompt.adapter.name)
+                tensors[name] = await asyncio.to_thread(_adapter_masks, prompt, request)
         return tensors
 
     async def _prompt(self, prompt: ImagePrompt, guided: bool, stages: Stages) -> Tensors:
@@ -115,6 +113,12 @@ class ImagePromptEncoder:
         output = "hidden_states" if adapter.uses_hidden_states else "image_embeds"
         model = self._bundle.model(f"image_encoder_{adapter.image_encoder}")
         return (await self._models.call(model, {"pixel_values": pixels[None]}))[output][0]
+
+
+def _adapter_masks(prompt: ImagePrompt, request: Request) -> np.ndarray:
+    """Return masks [masks, height, width] as booleans: a clip may have many, and floats take four times the memory."""
+    height, width = request.settings.height, request.settings.width
+    return np.concatenate([mask_pixels([mask], height, width)[:, 0] > 0 for mask in prompt.masks])
 
 
 async def encode_start(request: Request, bundle: Bundle, models: Models, stages: Stages) -> Tensors:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -37,23 +36,24 @@ class Pipeline:
         self._dispatcher = Dispatcher(bundle, models)
 
     async def generate(
-        self, request: Request, job_id: str | None = None, progress: Callable[[Tensors], None] | None = None
+        self, request: Request, job_id: str, stages: Stages, progress: Callable[[Tensors], None] | None = None
     ) -> Tensors:
         """Generate the pictures (or latents, or embeddings) of one request. Cancellation also stops the denoising.
 
         Args:
             job_id: id of the denoising job.
+            stages: gets the times of the stages, also of a request that fails.
             progress: called with the tensors of each progress message: steps done, total steps, previews if enabled.
 
         Returns:
             The tensors of the response.
         """
         if request.encode_image is not None:
-            return await self._image_embeds_only(request, request.encode_image)
+            return await self._image_embeds_only(request, request.encode_image, stages)
         if request.encode_prompt:
-            return await self._text_embeds_only(request)
-        stages, started, warnings = Stages(), time.perf_counter(), set[str]()
-        admission = self._admission(request, job_id or uuid.uuid4().hex)
+            return await self._text_embeds_only(request, stages)
+        started, warnings = time.perf_counter(), set[str]()
+        admission = self._admission(request, job_id)
         with stages.measure("admission"):
             denoiser = await self._dispatcher.admit(admission)
         async with self._dispatcher.reservation(denoiser, admission):
@@ -73,8 +73,7 @@ class Pipeline:
         reproducible = len(request.seeds) == request.pictures
         result["seeds"] = np.array(request.seeds if reproducible else (), np.int64)
         result |= _warnings(warnings)
-        stages.seconds["total"] = time.perf_counter() - started
-        result["timings"] = strings(json.dumps(stages.seconds))
+        result["timings"] = strings(json.dumps(stages.seconds | {"total": time.perf_counter() - started}))
         return result
 
     async def check(self, request: Request, job_id: str) -> Tensors:
@@ -96,9 +95,12 @@ class Pipeline:
         )
         return await self._postprocess(request, latents[0], stages)
 
+    def rows(self, request: Request) -> int:
+        """Return the number of rows of a request's denoising job."""
+        return request.pictures * (request.frames or 1) * (2 if self._bundle.guided(request) else 1)
+
     def _admission(self, request: Request, job_id: str) -> Admission:
         """Describe what a request will cost a denoiser."""
-        rows = request.pictures * (request.frames or 1) * (2 if self._bundle.guided(request) else 1)
         settings = request.settings
         start = 0.0 if request.task == "text-to-image" else 1.0 - settings.strength
         if settings.denoising_start is not None:
@@ -106,7 +108,7 @@ class Pipeline:
         end = 1.0 if settings.denoising_end is None else settings.denoising_end
         return Admission(
             id=job_id,
-            rows=rows,
+            rows=self.rows(request),
             steps=max(round(settings.steps * (end - start)), 1),
             batch_key=batch_key(
                 self._bundle,
@@ -118,17 +120,17 @@ class Pipeline:
             ),
         )
 
-    async def _image_embeds_only(self, request: Request, adapter: str) -> Tensors:
+    async def _image_embeds_only(self, request: Request, adapter: str, stages: Stages) -> Tensors:
         prompt = next(prompt for prompt in request.image_prompts if prompt.adapter.name == adapter)
         if prompt.adapter.uses_face:
-            return {tensor_names.image_embeds(adapter): await self._images.faces(prompt, Stages())}
-        negative, positive = await self._images.features(prompt, True, Stages())
+            return {tensor_names.image_embeds(adapter): await self._images.faces(prompt, stages)}
+        negative, positive = await self._images.features(prompt, True, stages)
         assert negative is not None  # because guided
         return {tensor_names.image_embeds(adapter): np.stack([negative, positive])}
 
-    async def _text_embeds_only(self, request: Request) -> Tensors:
+    async def _text_embeds_only(self, request: Request, stages: Stages) -> Tensors:
         warnings = set[str]()
-        return await self._text.encode(request, Stages(), warnings) | _warnings(warnings)
+        return await self._text.encode(request, stages, warnings) | _warnings(warnings)
 
     def _job(self, request: Request, job_id: str, seconds: float, *, reports_progress: bool) -> JobRequest:
         """Build the denoising job of a request that arrived `seconds` ago."""
@@ -159,7 +161,7 @@ class Pipeline:
             if progress:
                 progress(_progress_message(response, job.settings.output_encoding))
             if "latents" in response:
-                stages.seconds.update(json.loads(response["timings"][0]))
+                stages.add_finished(json.loads(response["timings"][0]))
                 return response["latents"]
         raise RequestError("the denoiser returned no latents")
 

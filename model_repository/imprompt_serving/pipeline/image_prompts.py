@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
 
 import numpy as np
 from PIL import Image
@@ -13,9 +13,10 @@ from imprompt_serving import tensor_names
 from imprompt_serving.backends import get_backend
 from imprompt_serving.errors import InvalidRequest, shown
 from imprompt_serving.job_request import AdapterOptions
-from imprompt_serving.parameters import MAX_SCALE, PARAMETERS
+from imprompt_serving.parameters import MAX_SCALE
+from imprompt_serving.pipeline.adapter_scales import parse_scales, scale_leaves
 from imprompt_serving.pipeline.images import decode_all
-from imprompt_serving.pipeline.reader import Reader, one_or_each
+from imprompt_serving.pipeline.reader import Reader
 from imprompt_serving.specs import Adapter, Bundle
 
 
@@ -32,18 +33,29 @@ class ImagePrompt:
     negative_images: tuple[Image.Image, ...]
     embeds: np.ndarray | None
     masks: tuple[Image.Image, ...]
+    groups: int
+    """Groups of image tokens in each row: without masks, all pictures of a row form one."""
     options: AdapterOptions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Targets:
+    """What pictures and masks can be divided among: the prompts of a request, and the frames of a clip."""
+
+    prompts: int
+    frames: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ImagePromptPlan:
-    """A validated `ImagePrompt` whose pictures are not decoded yet."""
+    """A validated `ImagePrompt` whose pictures are not decoded yet. Each row gets one of `shares` of the pictures."""
 
     adapter: Adapter
     files: tuple[bytes, ...]
     negatives: tuple[bytes, ...]
     embeds: np.ndarray | None
     masks: tuple[bytes, ...]
+    shares: int
     options: AdapterOptions
 
     @property
@@ -52,12 +64,24 @@ class ImagePromptPlan:
         return len(self.files) if self.embeds is None else self.embeds.shape[1]
 
     @property
+    def row_count(self) -> int:
+        """Number of pictures or embeddings that a row gets."""
+        return self.count // self.shares
+
+    @property
+    def groups(self) -> int:
+        """Groups of image tokens per row: one for each picture if there are masks."""
+        return self.row_count if self.masks else 1
+
+    @property
     def tokens(self) -> int:
-        """Image tokens per group: those of all pictures together, or those of one picture if there are masks."""
-        return self.adapter.num_tokens * (1 if self.masks else self.count)
+        """Image tokens per group."""
+        return self.adapter.num_tokens * (self.row_count // self.groups)
 
 
-def plan_image_prompts(read: Reader, bundle: Bundle, encode_image: str | None) -> tuple[ImagePromptPlan, ...]:
+def plan_image_prompts(
+    read: Reader, bundle: Bundle, encode_image: str | None, targets: Targets
+) -> tuple[ImagePromptPlan, ...]:
     """Parse the image prompts of a request, in the order of the bundle's adapters.
 
     If `encode_image` names an adapter, the request only asks for its embeddings.
@@ -83,13 +107,14 @@ def plan_image_prompts(read: Reader, bundle: Bundle, encode_image: str | None) -
             negatives=tuple(negatives[n]),
             embeds=embeds.get(n),
             masks=tuple(masks[n]),
+            shares=options.shares(targets.prompts),
             options=options,
         )
-        for adapter, options in zip(used, _options(read, bundle, used), strict=True)
+        for adapter, options in zip(used, _options(read, bundle, used, targets), strict=True)
         for n in [adapter.name]
     )
     for plan in plans:
-        _check_plan(plan, bundle)
+        _check_plan(plan, bundle, targets)
     if encode_image is None:
         check_tokens(plans, bundle)
     return plans
@@ -106,6 +131,7 @@ def load_image_prompt(plan: ImagePromptPlan) -> ImagePrompt:
         negative_images=negatives * plan.count if len(negatives) == 1 else negatives,
         embeds=plan.embeds,
         masks=decode_all(plan.masks, "ip_adapter_masks"),
+        groups=plan.groups,
         options=plan.options,
     )
 
@@ -115,7 +141,7 @@ def _needs_face_detection(plan: ImagePromptPlan) -> bool:
     return plan.adapter.uses_face and plan.embeds is None
 
 
-def _check_plan(plan: ImagePromptPlan, bundle: Bundle) -> None:
+def _check_plan(plan: ImagePromptPlan, bundle: Bundle, targets: Targets) -> None:
     adapter, name, count, embeds = plan.adapter, plan.adapter.name, plan.count, plan.embeds
     if _needs_face_detection(plan) and not bundle.finds_faces(adapter):
         raise InvalidRequest("ip_adapter_image_embeds", f"{name} needs face embeddings: the bundle has no face_encoder")
@@ -128,8 +154,13 @@ def _check_plan(plan: ImagePromptPlan, bundle: Bundle) -> None:
         raise InvalidRequest("ip_adapter_image_embeds", f"{name} has both pictures and embeddings")
     if embeds is not None and adapter.clip_shape and len(plan.files) != count:
         raise InvalidRequest("ip_adapter_image", f"{name}: {len(plan.files)} pictures for {count} face embeddings")
-    if plan.masks and len(plan.masks) != count:
-        raise InvalidRequest("ip_adapter_masks", f"{name}: {len(plan.masks)} masks for {count} image prompts")
+    if count % plan.shares:
+        parameter = "ip_adapter_image" if embeds is None else "ip_adapter_image_embeds"
+        what = "prompts" if plan.options.per == "prompt" else "frames" if plan.shares == targets.frames else "keyframes"
+        raise InvalidRequest(
+            parameter, f"{name}: {count} pictures cannot be divided equally among {plan.shares} {what}"
+        )
+    _check_masks(plan, targets)
     if plan.negatives and embeds is not None:
         raise InvalidRequest("negative_ip_adapter_image", f"{name}: embeddings already include negative ones")
     if plan.negatives and _needs_face_detection(plan):
@@ -138,9 +169,20 @@ def _check_plan(plan: ImagePromptPlan, bundle: Bundle) -> None:
         raise InvalidRequest(
             "negative_ip_adapter_image", f"{name}: {len(plan.negatives)} pictures for {count} image prompts"
         )
-    groups = len(plan.masks) or 1
-    if any(isinstance(value, list) and len(value) != groups for value in _leaves(plan.options.scale)):
+    if any(isinstance(value, list) and len(value) != plan.groups for value in scale_leaves(plan.options.scale)):
         raise InvalidRequest("ip_adapter_scale", f"{name}: a list needs masks, and one number per masked image")
+
+
+def _check_masks(plan: ImagePromptPlan, targets: Targets) -> None:
+    """Check that there is one mask for each picture of a row, or as many for each prompt or frame."""
+    count, what, each = plan.row_count, "prompt", targets.prompts
+    if targets.frames is not None:
+        what, each = "frame", targets.frames
+    if plan.masks and len(plan.masks) not in (count, count * each):
+        problem = f"{plan.adapter.name}: {len(plan.masks)} masks for {count} image prompts"
+        if plan.shares > 1 or each > 1:
+            problem += f" at a time; expected {count}, or {count * each} ({count} for each {what})"
+        raise InvalidRequest("ip_adapter_masks", problem)
 
 
 def check_tokens(plans: tuple[ImagePromptPlan, ...], bundle: Bundle) -> None:
@@ -148,17 +190,15 @@ def check_tokens(plans: tuple[ImagePromptPlan, ...], bundle: Bundle) -> None:
     limit, regions = bundle.shapes.image_tokens[-1], bundle.shapes.regions
     for plan in plans:
         name = plan.adapter.name
-        if len(plan.masks) > regions:
-            raise InvalidRequest(
-                "ip_adapter_masks", f"{name}: {len(plan.masks)} masks; at most {regions} are supported"
-            )
+        if plan.groups > regions:
+            raise InvalidRequest("ip_adapter_masks", f"{name}: {plan.groups} masks; at most {regions} are supported")
         if plan.tokens > limit:
             raise InvalidRequest(
                 "ip_adapter_image",
-                f"{plan.count} pictures for {name} make {plan.tokens} image tokens; at most {limit} are supported",
+                f"{plan.row_count} pictures for {name} make {plan.tokens} image tokens; at most {limit} are supported",
             )
     # Engines built for ranges have no profile for several masks of one adapter with many pictures of another.
-    if get_backend(bundle.backend).builds_for_ranges and any(len(plan.masks) > 1 for plan in plans):
+    if get_backend(bundle.backend).builds_for_ranges and any(plan.groups > 1 for plan in plans):
         for plan in plans:
             if plan.tokens > bundle.region_tokens:
                 raise InvalidRequest(
@@ -168,58 +208,7 @@ def check_tokens(plans: tuple[ImagePromptPlan, ...], bundle: Bundle) -> None:
                 )
 
 
-def _leaves(scale: Any) -> Iterator[Any]:
-    """Yield the innermost values of `scale`: they should be numbers, or lists with one number per masked image.
-
-    A scale is one such value, or diffusers' nested dict of scales by part, block, and layer.
-    """
-    if not isinstance(scale, dict):
-        yield scale
-        return
-    for blocks in scale.values():
-        for block in blocks.values() if isinstance(blocks, dict) else [blocks]:
-            yield from block if isinstance(block, list) else [block]
-
-
-def _check_scale(parameter: str, scale: Any, bundle: Bundle) -> None:
-    """Refuse values that are not numbers, and blocks and layers that the UNet does not have.
-
-    Blocks without attention are ignored, as in diffusers.
-    """
-    for leaf in _leaves(scale):
-        for value in leaf if isinstance(leaf, list) else [leaf]:
-            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_SCALE:
-                expected = f"must be numbers from {-MAX_SCALE:g} to {MAX_SCALE:g}"
-                raise InvalidRequest(parameter, f"{expected}, by block or per masked image; got {shown(value)}")
-    known = [f"block_{index}" for index in range(max(bundle.levels) + 1)]
-    for part, blocks in scale.items() if isinstance(scale, dict) else ():
-        unknown = [f"{part}.{block}" for block in (blocks if isinstance(blocks, dict) else ()) if block not in known]
-        if part not in ("down", "mid", "up"):
-            unknown = [part]
-        if unknown:
-            raise InvalidRequest("ip_adapter_scale", f"{bundle.name} has no {', '.join(unknown)}")
-        _check_layers(part, blocks, bundle)
-
-
-def _check_layers(part: str, blocks: Any, bundle: Bundle) -> None:
-    """Check that a list has one number per layer of a block, or one for all; the middle block has a single layer."""
-    if part == "mid":
-        values_by_block, layers = {"mid": blocks}, 1
-        if isinstance(blocks, dict):
-            raise InvalidRequest("ip_adapter_scale", f"mid has no {', '.join(blocks)}: it is a single block")
-    else:
-        layers = bundle.transformer_per_block[part]
-        indices = [layer.name.split(".")[1] for layer in bundle.layers if layer.name.startswith(f"{part}_blocks")]
-        attention_blocks = [f"block_{index}" for index in dict.fromkeys(indices)]
-        by_block = blocks if isinstance(blocks, dict) else dict.fromkeys(attention_blocks, blocks)
-        values_by_block = {f"{part}.{block}": values for block, values in by_block.items() if block in attention_blocks}
-    for block, values in values_by_block.items():
-        if isinstance(values, list) and len(values) not in (1, layers):
-            expected = "one number" if layers == 1 else f"{layers} numbers (one per layer), or one for all"
-            raise InvalidRequest("ip_adapter_scale", f"{block} takes {expected}; got {len(values)}")
-
-
-def _options(read: Reader, bundle: Bundle, used: list[Adapter]) -> list[AdapterOptions]:
+def _options(read: Reader, bundle: Bundle, used: list[Adapter], targets: Targets) -> list[AdapterOptions]:
     count, what = len(used), "adapters in use"
     starts = read.one_or_each("ip_adapter_start", count, what)
     ends = read.one_or_each("ip_adapter_end", count, what)
@@ -227,30 +216,41 @@ def _options(read: Reader, bundle: Bundle, used: list[Adapter]) -> list[AdapterO
         if start > end:
             raise InvalidRequest("ip_adapter_start", f"{start:g} is after ip_adapter_end {end:g}")
     types = read.one_or_each("ip_adapter_weight_type", count, what)
+    scopes = read.one_or_each("ip_adapter_image_per", count, what)
+    keyframes = _keyframes(read, targets.frames, scopes)
     return [
-        AdapterOptions(name=adapter.name, scale=scale, start=start, end=end, weight_type=weight_type)
-        for adapter, scale, start, end, weight_type in zip(
-            used, _scales(read, bundle, used), starts, ends, types, strict=True
+        AdapterOptions(
+            name=adapter.name,
+            scale=scale,
+            start=start,
+            end=end,
+            weight_type=weight_type,
+            per=scope,
+            keyframes=keyframes if scope == "frame" else (),
+        )
+        for adapter, scale, start, end, weight_type, scope in zip(
+            used, parse_scales(read, bundle, used), starts, ends, types, scopes, strict=True
         )
     ]
 
 
-def _scales(read: Reader, bundle: Bundle, used: list[Adapter]) -> tuple[Any, ...]:
-    """Parse the scale of each adapter in use; a list may also have one scale per adapter of the bundle."""
-    name = "ip_adapter_scale"
-    if (config := f"{name}_config") in read:
-        if name in read:
-            raise InvalidRequest(name, f"cannot be combined with {config}")
-        value = read.json(config)
-        scales = tuple(value) if isinstance(value, list) else (value,)
-        for scale in scales:
-            _check_scale(config, scale, bundle)
-    else:
-        scales = read.numbers(name)
-    if len(scales) not in (0, 1, len(used)) and len(scales) == len(bundle.adapters):
-        by_name = dict(zip((adapter.name for adapter in bundle.adapters), scales, strict=True))
-        return tuple(by_name[adapter.name] for adapter in used)
-    return one_or_each(name, scales, len(used), PARAMETERS[name].default, "adapters in use")
+def _keyframes(read: Reader, frames: int | None, scopes: Sequence[str]) -> tuple[int, ...]:
+    """Return the frames that have image prompts, for adapters with pictures per frame."""
+    name = "ip_adapter_keyframes"
+    keyframes = read.integers(name)
+    if keyframes[:1] not in ((), (0,)) or any(later <= earlier for earlier, later in pairwise(keyframes)):
+        raise InvalidRequest(name, f"must be in ascending order from 0, got {shown(list(keyframes))}")
+    if "frame" not in scopes:
+        if keyframes:
+            raise InvalidRequest(name, "needs an adapter with ip_adapter_image_per frame")
+        return ()
+    if frames is None:
+        raise InvalidRequest("ip_adapter_image_per", "frame needs num_frames or video")
+    if not keyframes:
+        return tuple(range(frames))
+    if keyframes[-1] >= frames:
+        raise InvalidRequest(name, f"must be below the number of frames, {frames}; got {keyframes[-1]}")
+    return keyframes
 
 
 def adapter_name(name: str | None, bundle: Bundle, parameter: str) -> str | None:

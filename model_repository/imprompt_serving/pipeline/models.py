@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from imprompt_serving.errors import from_status
+from imprompt_serving.errors import from_label
 
 Tensors = dict[str, np.ndarray]
 
@@ -27,8 +27,8 @@ class Models(Protocol):
 def raise_for_error(response: Tensors) -> None:
     """Raise the error in a response. It is a tensor because Triton turns every error between models into INTERNAL."""
     if "error" in response:
-        status, message = (part.decode() for part in response["error"])
-        raise from_status(status, message)
+        label, message = (part.decode() for part in response["error"])
+        raise from_label(label, message)
 
 
 def strings(*values: str | bytes) -> np.ndarray:

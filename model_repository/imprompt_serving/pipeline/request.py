@@ -12,18 +12,24 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from imprompt_serving.capabilities import CUSTOM_STEPS
 from imprompt_serving.errors import InvalidRequest, shown
 from imprompt_serving.families import Family, get_family
 from imprompt_serving.job_request import ContextWindow, Task
 from imprompt_serving.parameters import MAX_SCALE, PARAMETERS, PICTURE_FORMATS, ROWS, VIDEO_FORMATS, Settings, Type
 from imprompt_serving.pipeline.controls import Control, ControlPlan, load_controls, plan_controls
-from imprompt_serving.pipeline.image_prompts import ImagePrompt, adapter_name, load_image_prompt, plan_image_prompts
+from imprompt_serving.pipeline.image_prompts import (
+    ImagePrompt,
+    Targets,
+    adapter_name,
+    load_image_prompt,
+    plan_image_prompts,
+)
 from imprompt_serving.pipeline.images import check_count, check_headers, decode_all
 from imprompt_serving.pipeline.prompts import TextPrompts, check_lengths, parse_prompts
 from imprompt_serving.pipeline.reader import Reader
 from imprompt_serving.pipeline.scheduler import parse_scheduler
 from imprompt_serving.pipeline.video import VideoOptions, parse_video
+from imprompt_serving.scheduler_names import CUSTOM_STEPS
 from imprompt_serving.specs import Bundle, Limits
 from imprompt_serving.wire import request_tensors
 
@@ -71,7 +77,7 @@ class Request:
     @property
     def regions(self) -> bool:
         """Whether an adapter has several masked images."""
-        return any(len(prompt.masks) > 1 for prompt in self.image_prompts)
+        return any(prompt.groups > 1 for prompt in self.image_prompts)
 
     @property
     def context(self) -> ContextWindow | None:
@@ -111,12 +117,15 @@ def parse(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> Request:
     frames = None if video is None else video.frames
     image_latents = _image_latents(read, bundle, pictures)
     task = _task(read, bundle, pictures)
+    if not encode_prompt and "encode_image" not in read:
+        _check_task(task, bundle)
     _check_window(read, task)
     controls = plan_controls(read, bundle, task, text.count, frames)
     step = _size_step(bundle, controls)
     sides = {name: _side(read, bundle, name, step) for name in ("height", "width")}
     encode_image = adapter_name(read.text("encode_image"), bundle, "encode_image")
-    image_prompts = plan_image_prompts(read, bundle, encode_image)
+    targets = Targets(prompts=text.count, frames=frames)
+    image_prompts = plan_image_prompts(read, bundle, encode_image, targets)
     _check_steps(steps := _steps(read, bundle), limits, pictures * (frames or 1))
     seeds = read.integers("seed")
     if len(seeds) not in (0, 1, pictures):
@@ -258,10 +267,15 @@ def _task(read: Reader, bundle: Bundle, pictures: int) -> Task:
     starts = images or video or "image_latents" in read
     if "strength" in read and not starts:
         raise InvalidRequest("strength", "needs an image or a video")
-    task: Task = "inpainting" if masks else "image-to-image" if starts else "text-to-image"
-    if bundle.unet_channels != bundle.latent_channels and task != "inpainting":
+    return "inpainting" if masks else "image-to-image" if starts else "text-to-image"
+
+
+def _check_task(task: Task, bundle: Bundle) -> None:
+    """Check that the checkpoints can do `task`: some only change pictures."""
+    if bundle.plain_task == "inpainting" and task != "inpainting":
         raise InvalidRequest("mask_image", f"{bundle.name} is an inpainting model, which needs image and mask_image")
-    return task
+    if bundle.plain_task == "image-to-image" and task == "text-to-image":
+        raise InvalidRequest("image", f"{bundle.name} only changes pictures: it needs an image to start from")
 
 
 def _image_latents(read: Reader, bundle: Bundle, pictures: int) -> np.ndarray | None:

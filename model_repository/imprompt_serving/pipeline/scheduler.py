@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from imprompt_serving.capabilities import SCHEDULERS
 from imprompt_serving.errors import InvalidRequest, shown
 from imprompt_serving.pipeline.reader import Reader
+from imprompt_serving.scheduler_names import SCHEDULERS
 from imprompt_serving.specs import Limits
 
 _CLASS, _DEFAULTS, _SEED = "_class_name", "_use_default_values", "noise_sampler_seed"

@@ -95,7 +95,7 @@ class TritonPythonModel:
             send_final(sender)
 
     def _accept(self, request: JobRequest, tensors: dict[str, np.ndarray], sender: Any, received: float) -> None:
-        with _refusing(sender), torch.no_grad(), preparation_stream(self._device):
+        with _refusing(sender, request.id), torch.no_grad(), preparation_stream(self._device):
             self._denoiser.check_not_cancelled(request.id)
             inputs = {name: torch.from_numpy(value) for name, value in tensors.items()}
             job = Job(request, self._bundle, self._conditioner(request, inputs), inputs, self._device)
@@ -131,20 +131,20 @@ class _WatchedSender:
 
 
 @contextmanager
-def _refusing(sender: Any) -> Iterator[None]:
+def _refusing(sender: Any, job_id: str = "without an id") -> Iterator[None]:
     """Send any error raised in the context as the final response."""
     try:
         yield
     except RequestError as error:
         _refuse(sender, error)
     except Exception as error:
-        logger.exception("a job was not accepted")
+        logger.exception("job %s was not accepted", job_id)
         _refuse(sender, unexpected(error))
 
 
 def _refuse(sender: Any, error: RequestError) -> None:
     """End a job with an error. It is a tensor because Triton turns every error between models into INTERNAL."""
-    send_final(sender, response({"error": texts(error.status, str(error))}))
+    send_final(sender, response({"error": texts(error.label, str(error))}))
 
 
 def _progress(step: int, steps: int, predicted: torch.Tensor | None, bundle: Bundle) -> dict[str, np.ndarray]:

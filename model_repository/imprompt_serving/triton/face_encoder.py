@@ -35,7 +35,7 @@ class TritonPythonModel:
             picture = without_secret(arrays(request), self._name)["picture"][0]
             return response(self._faces.largest(bytes(picture)))
         except RequestError as error:  # as a tensor: Triton turns every error between models into INTERNAL
-            return response({"error": texts(error.status, str(error))})
+            return response({"error": texts(error.label, str(error))})
         except Exception as error:
             logger.exception("face detection failed")
             return failure(unexpected(error))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,18 @@ import triton_python_backend_utils as pb_utils
 
 from imprompt_serving import metrics
 from imprompt_serving.drain import admitted, check_drain_deadline
-from imprompt_serving.errors import Cancelled, RequestError, unexpected
+from imprompt_serving.errors import Cancelled, DeadlineExceeded, RequestError, unexpected
 from imprompt_serving.heartbeat import CANARY_PARAMETER, Heart
+from imprompt_serving.pipeline import shared_cache
 from imprompt_serving.pipeline.canary import canary_request
 from imprompt_serving.pipeline.flow import Pipeline
-from imprompt_serving.pipeline.models import Tensors
+from imprompt_serving.pipeline.models import Models, Tensors
+from imprompt_serving.pipeline.record import RequestRecord
 from imprompt_serving.pipeline.request import parse
+from imprompt_serving.pipeline.shared_cache import SharedCache, open_store
+from imprompt_serving.request_log import RequestLog
 from imprompt_serving.specs import Bundle
+from imprompt_serving.tracing import HEADERS, Tracer, trace_id_of
 from imprompt_serving.triton.internal import is_secret, with_secret
 from imprompt_serving.triton.metrics import Metrics
 from imprompt_serving.triton.tensors import arrays, failure, raise_for_error, response, send_final, texts, to_tensors
@@ -34,8 +41,8 @@ _POLL_S, _MAX_POLL_S, _CALLERS_PER_POLL = 0.02, 0.25, 4
 each check is a message to Triton and back."""
 _RELEASE_DELAY_S = 5.0
 """Seconds for which to hold responses after a stream ends; see `_release`."""
-_MAX_ID_LENGTH = 64
-"""Number of characters of a caller's request id to use in job ids."""
+_MAX_ID_LENGTH = 128
+"""Number of characters of a caller's request id to use."""
 _EXTRA_THREADS = 64
 """Threads beyond those for jobs, for example for cancellations, which must not wait for a thread."""
 
@@ -117,21 +124,20 @@ def _request(model: str, tensors: Mapping[str, np.ndarray]) -> Any:
     )
 
 
-def _is_canary(request: Any) -> bool:
-    """Return whether the launcher sent this request to check the server."""
+def _parameters(request: Any) -> dict[str, Any]:
+    """Return the parameters of a request; empty if they are not UTF-8, which Triton does not check."""
     try:
-        parameters = request.parameters()
-        return CANARY_PARAMETER in parameters and is_secret(json.loads(parameters).get(CANARY_PARAMETER))
-    except ValueError:  # Triton does not check that a caller's parameters are UTF-8
-        return False
+        return dict(json.loads(request.parameters()))
+    except ValueError:
+        return {}
 
 
 def _id_of(request: Any) -> str:
-    """Return the caller's request id; empty if it is not UTF-8, which Triton does not check."""
+    """Return the caller's request id. Make one if there is none, or if it is not UTF-8, which Triton does not check."""
     try:
-        return str(request.request_id())
+        return str(request.request_id())[:_MAX_ID_LENGTH] or uuid.uuid4().hex
     except UnicodeDecodeError:
-        return ""
+        return uuid.uuid4().hex
 
 
 class TritonPythonModel:
@@ -142,14 +148,24 @@ class TritonPythonModel:
         limits, shapes = self._bundle.limits, self._bundle.shapes
         max_jobs = len(self._bundle.denoisers) * (limits.waiting_rows + 2 * shapes.rows.max)
         self._models = TritonModels(self._bundle, max_jobs + _EXTRA_THREADS, self._heart)
-        self._pipeline = Pipeline(self._bundle, folder, self._models)
+        self._name = args["model_name"]
+        self._metrics = Metrics(metrics.PIPELINE, self._name)
+        self._pipeline = Pipeline(self._bundle, folder, self._cached(folder))
         self._tasks: set[asyncio.Future[Any]] = set()
-        self._metrics = Metrics(metrics.PIPELINE, args["model_name"])
+        self._log, self._tracer = RequestLog.from_environment(), Tracer.from_environment()
         self._in_flight = self._metrics.of(metrics.IN_FLIGHT)
         policy = json.loads(args["model_config"]).get("model_transaction_policy", {})
         self._streaming = bool(policy.get("decoupled", False))
         self._canary = canary_request(self._bundle)
         self._heart.loaded()
+
+    def _cached(self, folder: Path) -> Models:
+        """Put the shared cache in front of the models, if there is one."""
+        url = os.environ.get(shared_cache.VARIABLE)
+        if not url:
+            return self._models
+        count = partial(self._metrics.add, metrics.SHARED_CACHE)
+        return SharedCache.of_bundle(self._models, open_store(url), self._bundle, folder, count)
 
     async def execute(self, requests: list[Any]) -> None:
         """Start the requests. A unary model does not await them: Triton sends no others until this returns."""
@@ -165,26 +181,37 @@ class TritonPythonModel:
     async def _answer(self, request: Any) -> None:
         """Send exactly one final response, whatever happens."""
         sender = request.get_response_sender()
-        if _is_canary(request):
+        parameters = _parameters(request)
+        if is_secret(parameters.get(CANARY_PARAMETER)):  # the launcher sent it to check the server
             with self._heart.canary.one():
-                await self._send(request, sender, await self._canary_result(request))
+                await self._send(sender, await self._canary_result(request), partial(self._canary_failure, request))
             return
+        headers = {name: str(parameters[name]) for name in HEADERS if name in parameters}
+        record = RequestRecord(id=_id_of(request), model=self._name, trace_headers=headers)
+        failed = partial(self._failure, request, record)
         try:
             with admitted(self._in_flight.increment):
-                answer, is_picture = await self._result(request, sender)
-                await self._send(request, sender, answer)
+                answer, is_picture = await self._result(request, sender, record)
+                await self._send(sender, answer, failed)
                 if is_picture:
                     self._heart.sent_picture()
         except Exception as error:  # during a drain
-            await self._send(request, sender, self._failure(request, error))
+            await self._send(sender, failed(error), failed)
+        finally:
+            self._report(record)
 
-    async def _result(self, request: Any, sender: Any) -> tuple[Any, bool]:
+    def _report(self, record: RequestRecord) -> None:
+        """Log a request that has ended, and export its span."""
+        trace_id = trace_id_of(record) if self._tracer is None else self._tracer.export(record)
+        self._log.write(record.line(bundle=self._bundle.name, trace_id=trace_id))
+
+    async def _result(self, request: Any, sender: Any, record: RequestRecord) -> tuple[Any, bool]:
         """Return the final response, and whether it has a picture."""
         try:
-            tensors = await self._serve(request, sender)
+            tensors = await self._serve(request, sender, record)
             answer = await asyncio.to_thread(response, tensors, request)
         except Exception as error:
-            return self._failure(request, error), False
+            return self._failure(request, record, error), False
         self._metrics.add(metrics.REQUESTS, "OK")
         return answer, not tensors.keys().isdisjoint(("images", "frames", "encoded"))
 
@@ -193,29 +220,32 @@ class TritonPythonModel:
             tensors = await self._pipeline.check(self._canary, f"canary-{uuid.uuid4().hex}")
             return response(tensors, request)
         except Exception as error:
-            return self._error_response(request, unexpected(error))
+            return self._canary_failure(request, error)
 
-    async def _send(self, request: Any, sender: Any, answer: Any) -> None:
-        """Send the final response from a thread, because it copies pictures; if that fails, send the error."""
+    def _canary_failure(self, request: Any, error: Exception) -> Any:
+        return self._error_response(request, unexpected(error))
+
+    async def _send(self, sender: Any, answer: Any, failed: Callable[[Exception], Any]) -> None:
+        """Send the final response from a thread, because it copies pictures; if that fails, `failed` makes another."""
         try:
             await asyncio.to_thread(self._send_now, sender, answer)
         except Exception as error:
             with suppress(Exception):  # the sender may be closed
-                send_final(sender, self._failure(request, error))
+                send_final(sender, failed(error))
 
     def _send_now(self, sender: Any, answer: Any) -> None:
         with self._heart.sending.one():
             send_final(sender, answer)
 
-    def _failure(self, request: Any, error: Exception) -> Any:
-        """Count and log `error`, and turn it into the final response of a request.
+    def _failure(self, request: Any, record: RequestRecord, error: Exception) -> Any:
+        """Count and record `error`, and turn it into the final response of a request.
 
         In a stream, this response is a tensor: Triton would drop the status of an error, or, for callers that request
         the status (`triton_grpc_error`), crash after some hundreds of errors.
         """
-        failed = unexpected(error)
+        failed = record.error = unexpected(error)
         if failed is not error:
-            logger.error("request %r failed", _id_of(request), exc_info=error)
+            logger.error("request %r failed", record.id, exc_info=error)
         self._metrics.add(metrics.REQUESTS, failed.status)
         return self._error_response(request, failed)
 
@@ -226,20 +256,25 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         self._metrics.close()
+        self._log.close()
+        if self._tracer is not None:
+            self._tracer.close()
         self._heart.close()
 
-    async def _serve(self, request: Any, sender: Any) -> Tensors:
+    async def _serve(self, request: Any, sender: Any, record: RequestRecord) -> Tensors:
         loop = asyncio.get_running_loop()
         received = loop.time()
         # Decode pictures on a thread: it would block the event loop, which serves all callers.
         parsed = await loop.run_in_executor(None, lambda: parse(arrays(request), self._bundle))
-        job_id = f"{_id_of(request)[:_MAX_ID_LENGTH] or 'request'}-{uuid.uuid4().hex}"
+        record.parsed(parsed, self._pipeline.rows(parsed))
+        job_id = f"{record.id}-{uuid.uuid4().hex}"
 
         def progress(answer: Tensors) -> None:
             with self._heart.sending.one():
                 sender.send(response(answer, request))
 
-        work = asyncio.ensure_future(self._pipeline.generate(parsed, job_id, progress if self._streaming else None))
+        reports = progress if self._streaming else None
+        work = asyncio.ensure_future(self._pipeline.generate(parsed, job_id, record.stages, reports))
         deadline = received + parsed.timeout
         while not work.done():
             pause = min(_POLL_S * max(len(self._tasks) / _CALLERS_PER_POLL, 1.0), _MAX_POLL_S)
@@ -247,7 +282,7 @@ class TritonPythonModel:
             try:
                 check_drain_deadline()
                 if loop.time() > deadline:
-                    raise Cancelled(f"timeout: {parsed.timeout:g} seconds have passed")
+                    raise DeadlineExceeded(parsed.timeout)
                 if sender.is_cancelled():
                     raise Cancelled("canceled by the caller")
             except RequestError:
