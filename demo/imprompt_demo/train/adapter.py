@@ -8,8 +8,13 @@ import copy
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttentionProcessor, AttnProcessor, IPAdapterAttnProcessor
+from diffusers import UNet2DConditionModel, UNetMotionModel
+from diffusers.models.attention_processor import (
+    AttentionProcessor,
+    AttnProcessor,
+    IPAdapterAttnProcessor,
+    IPAdapterAttnProcessor2_0,
+)
 from diffusers.models.embeddings import ImageProjection, IPAdapterPlusImageProjection
 from torch import Tensor, nn
 
@@ -35,17 +40,24 @@ def build(kind: str, unet: UNet2DConditionModel, weights: dict[str, Tensor] | No
     model = copy.deepcopy(unet).requires_grad_(False)
     nested = _nested(weights) if weights else _initial(kind, model)
     model._load_ip_adapter_weights([nested], low_cpu_mem_usage=False)
-    _use_plain_attention(model)
+    use_plain_attention(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("encoder_hid_proj" in name or "_ip." in name)
     return model
 
 
-def _use_plain_attention(model: UNet2DConditionModel) -> None:
+def set_scale(model: nn.Module, scale: float) -> None:
+    """Set the scale of the image prompt in every layer."""
+    for module in model.modules():
+        if isinstance(module, IPAdapterAttnProcessor):
+            module.scale = [scale]
+
+
+def use_plain_attention(model: UNet2DConditionModel | UNetMotionModel) -> None:
     """Switch to processors without fused attention: equivalent, and faster to train on a CPU at these sizes."""
     processors: dict[str, AttentionProcessor] = {}
     for name, old in model.attn_processors.items():
-        if name.endswith("attn2.processor"):
+        if isinstance(old, (IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0)):
             plain = IPAdapterAttnProcessor(old.hidden_size, old.cross_attention_dim, old.num_tokens, old.scale)
             plain.load_state_dict(old.state_dict())
             processors[name] = plain

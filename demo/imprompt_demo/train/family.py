@@ -53,10 +53,16 @@ class Family:
                     **plan(controlnet.PLAN),
                 )
             case "lcm":
-                lcm.train(unet=self.unet, latents=self.latents, captions=self.captions, **plan(lcm.PLAN))
+                lcm.train(
+                    unet=self.with_image_prompt,
+                    latents=self.latents,
+                    captions=self.captions,
+                    references=self.features["plain"][0],
+                    **plan(lcm.PLAN),
+                )
             case "motion":
-                material = motion.clips(self.vae, self.towers)
-                motion.train(unet=self.unet, material=material, **plan(motion.PLAN))
+                material = self._cached("clips", lambda: motion.clips(self.vae, self.towers))
+                motion.train(unet=self.with_image_prompt, material=material, **plan(motion.PLAN))
             case "things":
                 things.train(data=self.data, **plan(things.PLAN))
             case "publish":
@@ -87,12 +93,19 @@ class Family:
     @cached_property
     def captions(self) -> text.Captions:
         """Encoded captions of all pictures."""
-        return text.Captions(**self._cached("captions", lambda: text.captions(self.towers, self.data)))
+        return text.Captions(
+            **self._cached("captions", lambda: text.captions(self.towers, self.data.looks, self.data.layouts))
+        )
 
     @cached_property
     def unet(self) -> UNet2DConditionModel:
         """The trained UNet, frozen."""
         return load_mean("unet", self.folder, unet.build()).requires_grad_(False)
+
+    @cached_property
+    def with_image_prompt(self) -> UNet2DConditionModel:
+        """The base with the trained `plain` adapter, frozen."""
+        return load_mean("plain", self.folder, adapter.build("plain", self.unet)).requires_grad_(False)
 
     @cached_property
     def features(self) -> dict[str, tuple[Tensor, Tensor]]:

@@ -1,13 +1,14 @@
 """Encoded captions of all training pictures: computed once with the trained text tower, then looked up."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..world import Layout, Look
 from .clip import Towers
-from .data import Pictures
 from .words import empty_caption, full_caption, short_caption
 
 
@@ -35,7 +36,7 @@ class Captions:
 
 
 @torch.no_grad()
-def captions(towers: Towers, data: Pictures) -> dict[str, Tensor]:
+def captions(towers: Towers, looks: Sequence[Look], layouts: Sequence[Layout]) -> dict[str, Tensor]:
     """Compute the fields of `Captions`: one short and one full caption per picture, and the empty ones."""
     rng = random.Random(5)
     numbers: dict[str, int] = {}
@@ -43,8 +44,8 @@ def captions(towers: Towers, data: Pictures) -> dict[str, Tensor]:
     def number(caption: str) -> int:
         return numbers.setdefault(caption, len(numbers))
 
-    short = torch.tensor([number(short_caption(layout, rng)) for layout in data.layouts])
-    pairs = zip(data.looks, data.layouts, strict=True)
+    short = torch.tensor([number(short_caption(layout, rng)) for layout in layouts])
+    pairs = zip(looks, layouts, strict=True)
     full = torch.tensor([number(full_caption(look, layout, rng)) for look, layout in pairs])
     empty = torch.tensor([number("")] * 12 + [number(empty_caption(rng)) for _ in range(20)])
     texts = list(numbers)
