@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import httpx
 import pytest
 from starlette.testclient import TestClient
 
@@ -105,17 +105,20 @@ def test_one_trace_and_one_id_from_the_caller_to_the_server(
     world: Server, collector: Collector, log_file: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
-    access = tmp_path / "access.jsonl"
+    access, opener = tmp_path / "access.jsonl", urllib.request.build_opener(urllib.request.ProxyHandler({}))
     environment = {"OTEL_BSP_SCHEDULE_DELAY": "100", "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url}
     with (
         mock.patch.dict(os.environ, environment),
         running("--url", world.grpc_address, "--request-log", str(access)) as address,
     ):
         for index, stream in enumerate((False, True)):
-            headers = {"X-Request-Id": f"chain/{index}", "traceparent": f"00-{TRACE_ID}-{PARENT_ID}-01"}
+            headers = {"Content-Type": "application/json", "X-Request-Id": f"chain/{index}"}
+            headers["traceparent"] = f"00-{TRACE_ID}-{PARENT_ID}-01"
             body = {**FLOWER, "num_inference_steps": 2, "stream": stream}
-            answer = httpx.post(f"{address}{GENERATIONS}", json=body, headers=headers, trust_env=False, timeout=60)
-            assert (answer.status_code, answer.headers["X-Request-Id"]) == (200, f"chain/{index}")
+            request = urllib.request.Request(f"{address}{GENERATIONS}", json.dumps(body).encode(), headers)
+            with opener.open(request, timeout=60) as answer:
+                answer.read()
+                assert (answer.status, answer.headers["X-Request-Id"]) == (200, f"chain/{index}")
 
         def span(service: str, name: str, request_id: str) -> Any:
             return collector.wait_for(
