@@ -29,7 +29,7 @@ _SDK = tuple(
     f"client/test_client_{name}.py"
     for name in (
         *("values", "image_prompts", "request", "urls", "result", "show", "calls", "errors", "retries", "connection"),
-        *("tls", "public"),
+        *("tls", "public", "tracing"),
     )
 )
 _DENOISER = {
@@ -63,7 +63,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         for name in (
             *("_async_client", "_client", "_connection", "_download", "_errors", "_image_prompts", "_images", "_model"),
             *("_notebook", "_output_files", "_picture_files", "_provenance", "_request", "_result", "_retry"),
-            *("_tensors", "_transport"),
+            *("_tensors", "_tracing", "_transport"),
         )
     },
 }
