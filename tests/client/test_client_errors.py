@@ -83,7 +83,7 @@ def test_exception_for_each_grpc_status(
         ("Request for unknown model: 'one_stream' has no available versions", Overloaded, None),
         ("[request id: 7] Exceeds maximum queue size", Overloaded, None),
         ("server is stopping, scheduler for model has stopped accepting new inference requests", Overloaded, None),
-        ("Stub process 'one_stream_0_0' is not healthy.", ServerError, None),
+        ("Stub process 'one_stream_0_0' is not healthy.", Overloaded, None),
         ("broken", ServerError, None),
     ],
 )  # fmt: skip
