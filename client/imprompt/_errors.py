@@ -96,7 +96,7 @@ _TRITON_ERRORS = (
     ),
 )
 """Errors that Triton itself raises in a stream, before any model runs. They carry no status, only this text."""
-_DEAD_MODEL = re.compile(r"^(Failed to process the request|Stub process ).* is not healthy")
+_DEAD_MODEL = re.compile(r"^(Failed to process the request|Stub process).* is not healthy")
 """What Triton says until `imprompt serve` restarts it, because the process of a model has died."""
 _GRPC_LIMIT = re.compile(r"larger than max|metadata size exceeds")
 """gRPC's own size limits: they have the same status as a full server, but a retry cannot succeed."""

@@ -84,6 +84,7 @@ def test_exception_for_each_grpc_status(
         ("[request id: 7] Exceeds maximum queue size", Overloaded, None),
         ("server is stopping, scheduler for model has stopped accepting new inference requests", Overloaded, None),
         ("Stub process 'one_stream_0_0' is not healthy.", Overloaded, None),
+        ("Stub process is not healthy.", Overloaded, None),
         ("broken", ServerError, None),
     ],
 )  # fmt: skip
