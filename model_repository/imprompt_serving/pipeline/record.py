@@ -29,20 +29,20 @@ class RequestRecord:
 
     def parsed(self, request: Request, rows: int) -> None:
         """Record what the request asks for; `rows` is the size of its denoising job."""
-        settings = request.settings
-        self.facts = {
-            "task": request.task,
-            "pictures": request.pictures,
-            "frames": request.frames,
-            "height": settings.height,
-            "width": settings.width,
-            "steps": settings.steps,
-            "rows": rows,
-        }
         if request.encode_image is not None:
             self.facts = {"task": "encode-image"}
         elif request.encode_prompt:
             self.facts = {"task": "encode-prompt"}
+        else:
+            self.facts = {
+                "task": request.task,
+                "pictures": request.pictures,
+                "frames": request.frames,
+                "height": request.settings.height,
+                "width": request.settings.width,
+                "steps": request.settings.steps,
+                "rows": rows,
+            }
 
     def outcome(self) -> dict[str, Any]:
         """Return how the request ended."""
