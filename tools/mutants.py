@@ -185,6 +185,7 @@ def run_tests(tree: Path, tests: Sequence[str], limit_s: float | None = None) ->
 def _run_here(tree: Path, tests: Sequence[str]) -> None:
     import pytest
 
+    _forget_our_modules()
     os.chdir(tree)
     sys.path[:0] = [str(tree / folder) for folder in (*FOLDERS, "tests")]
     sys.dont_write_bytecode = True  # mutants of equal length, made within a second, would share a file
@@ -193,6 +194,14 @@ def _run_here(tree: Path, tests: Sequence[str]) -> None:
     os.dup2(quiet, 2)
     status = pytest.main(["-x", "-q", "--in-process", "-p", "no:cacheprovider", *(f"tests/{name}" for name in tests)])
     os._exit(status)  # threads that a mutant left behind must not keep it alive
+
+
+def _forget_our_modules() -> None:
+    """Make the tests import the changed modules. Modules of other packages stay, as they take seconds to import."""
+    for name, module in list(sys.modules.items()):
+        file = Path(getattr(module, "__file__", None) or sys.prefix)
+        if name != "__main__" and file.is_relative_to(ROOT) and not file.is_relative_to(sys.prefix):
+            del sys.modules[name]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -207,7 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sample = sorted(random.Random(options.seed).sample(every, min(options.count, len(every))))
     print(f"{len(sample)} of {len(every)} mutants of {len(paths)} modules, seed {options.seed}", flush=True)
 
-    import diffusers.loaders  # noqa: F401  # here, with torch: forks then share what takes seconds to import
+    sys.path.insert(0, str(ROOT / "tests"))
+    import conftest  # noqa: F401  # here, with all that it imports: forks then share what takes seconds
 
     sources = [mutant.source() for mutant in sample]  # now: the working tree may change while the tests run
     noticed, seconds = 0, dict[tuple[str, ...], float]()

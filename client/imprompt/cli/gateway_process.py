@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from imprompt.cli import console
@@ -18,18 +19,21 @@ _DRAIN_S = 35
 """How long to wait for a gateway that ends: a little longer than it waits for its requests."""
 _CHECK_S, _PATIENCE_S = 1.0, 5.0
 """How often the gateway is asked whether it runs, and how long it may take to answer."""
-_FIRST_DELAY_S, _MAX_DELAY_S, _GOOD_RUN_S = 1.0, 60.0, 300.0
-"""Pauses before a restart, as for Triton: they double with each failure, until it has run well for a while."""
+_START_S = 60.0
+"""How long a gateway may take to start."""
+NextPause = Callable[[float], float]
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class Gateway:
     """A gateway for a server. `address` is where it listens, also after it has been restarted."""
 
-    def __init__(self, grpc_address: str, health_address: str, *, host: str, port: int, restart: bool) -> None:
+    def __init__(
+        self, grpc_address: str, health_address: str, *, host: str, port: int, next_pause: NextPause | None
+    ) -> None:
         command = [sys.executable, "-m", "imprompt", "gateway", "--until-stdin-closes", "--url", grpc_address]
         self._command = [*command, "--health-url", f"http://{health_address}/readyz", "--host", host]
-        self._restart = restart
+        self._next_pause = next_pause
         self._stopping = threading.Event()
         self.failed = False
         """Whether it failed and was not restarted."""
@@ -60,25 +64,27 @@ class Gateway:
             process_group=0,  # Ctrl-C must reach only the launcher, which lets running requests finish
         )
         assert child.stdout is not None
+        if not select.select([child.stdout], [], [], _START_S)[0]:
+            child.kill()
         ready, _, address = child.stdout.readline().strip().partition(" ")
         return child, address if ready == "ready" else None
 
     def _watch(self) -> None:
         """Restart the gateway when it fails; or have this process end, as for a signal."""
-        delay, port, began = _FIRST_DELAY_S, int(self.address.rpartition(":")[2]), time.monotonic()
+        port = int(self.address.rpartition(":")[2])
+        ready_at: float | None = time.monotonic()
         while (problem := self._wait_for_problem()) is not None:
-            if not self._restart:
+            if self._next_pause is None:
                 self.failed = True
                 _say(f"the gateway {problem}")
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
-            if time.monotonic() - began >= _GOOD_RUN_S:
-                delay = _FIRST_DELAY_S
-            _say(f"the gateway {problem}; restarting it in {delay:g} s")
-            if self._stopping.wait(delay):
+            pause = self._next_pause(0.0 if ready_at is None else time.monotonic() - ready_at)
+            _say(f"the gateway {problem}; restarting it in {pause:g} s")
+            if self._stopping.wait(pause):
                 return
-            delay, began = min(2 * delay, _MAX_DELAY_S), time.monotonic()
             self._child, address = self._start(port)
+            ready_at = None if address is None else time.monotonic()
             if address is not None:
                 _say("the gateway is serving again")
 
@@ -101,9 +107,16 @@ def _say(message: str) -> None:
 
 
 @contextmanager
-def beside_server(grpc_address: str, health_address: str, *, host: str, port: int, restart: bool) -> Iterator[Gateway]:
-    """Run a gateway in a child process, which ends with this process, however that ends."""
-    gateway = Gateway(grpc_address, health_address, host=host, port=port, restart=restart)
+def beside_server(
+    grpc_address: str, health_address: str, *, host: str, port: int, next_pause: NextPause | None
+) -> Iterator[Gateway]:
+    """Run a gateway in a child process, which ends with this process, however that ends.
+
+    Args:
+        next_pause: returns the seconds before a restart, given the seconds for which the gateway has run well; None to
+            end this process when the gateway fails.
+    """
+    gateway = Gateway(grpc_address, health_address, host=host, port=port, next_pause=next_pause)
     try:
         yield gateway
     finally:

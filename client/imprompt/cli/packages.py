@@ -114,7 +114,7 @@ def serve(
                 addresses.health,
                 host=host,
                 port=gateway_port,
-                restart=restart is Restart.ON_FAILURE,
+                next_pause=launcher.Backoff().next_pause if restart is Restart.ON_FAILURE else None,
             )
             gateways.append(children.enter_context(gateway))
             line += f" gateway={gateways[0].address}"

@@ -5,8 +5,9 @@
 """
 
 from imprompt_serving.launcher.addresses import Addresses
+from imprompt_serving.launcher.backoff import Backoff
 from imprompt_serving.launcher.foreground import serve
 from imprompt_serving.launcher.install import LaunchError
 from imprompt_serving.launcher.server import Server
 
-__all__ = ["Addresses", "LaunchError", "Server", "serve"]
+__all__ = ["Addresses", "Backoff", "LaunchError", "Server", "serve"]

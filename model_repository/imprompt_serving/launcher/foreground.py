@@ -12,16 +12,13 @@ from dataclasses import replace
 from types import FrameType
 
 from imprompt_serving.launcher.addresses import Addresses, check_exposure
+from imprompt_serving.launcher.backoff import Backoff
 from imprompt_serving.launcher.health import Health, health_server
 from imprompt_serving.launcher.install import LaunchError, find_triton
 from imprompt_serving.launcher.server import POLL_S, Server
 from imprompt_serving.launcher.watchdog import Watchdog
 
 MAX_CANARY_AGE_S = 30.0
-FIRST_DELAY_S, MAX_DELAY_S = 1.0, 60.0
-"""Pause before a restart. It doubles with each failure, to spare the machine."""
-GOOD_RUN_S = 300.0
-"""After this long without a failure, the pause is the first one again."""
 
 
 def serve(
@@ -99,7 +96,7 @@ class _Run:
     def __init__(self, server: Server, health: Health, signals: list[int], on_loading: Callable[[str], None]) -> None:
         self._server, self._health, self._signals, self._on_loading = server, health, signals, on_loading
         self._watchdog: Watchdog | None = None
-        self._delay = FIRST_DELAY_S
+        self._backoff = Backoff()
         self._ready_at = self._failed_at = 0.0
         self.was_ready = False
 
@@ -137,20 +134,17 @@ class _Run:
         return self._server.drain(timeout, hurry=lambda: len(self._signals) > 1)
 
     def pause(self, reason: str) -> None:
-        """Wait before the next start, longer after each failure, or until a signal."""
+        """Wait before the next start, or until a signal."""
         self._close_watchdog()
-        now, health = time.monotonic(), self._health
+        now, health, run = time.monotonic(), self._health, 0.0
         if health.state == "restarting":
             health.failed_starts += 1
         else:
-            self._failed_at = now
-            if now - self._ready_at >= GOOD_RUN_S:
-                self._delay = FIRST_DELAY_S
+            self._failed_at, run = now, now - self._ready_at
+        pause = self._backoff.next_pause(run)
         health.state, health.reason, health.restarts = "restarting", reason, health.restarts + 1
-        _say(f"{reason}; restarting in {self._delay:g} s")
-        until = now + self._delay
-        self._delay = min(2 * self._delay, MAX_DELAY_S)
-        while time.monotonic() < until and not self._signals:
+        _say(f"{reason}; restarting in {pause:g} s")
+        while time.monotonic() < now + pause and not self._signals:
             time.sleep(POLL_S)
 
     def _close_watchdog(self) -> None:
