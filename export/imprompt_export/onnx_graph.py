@@ -68,7 +68,9 @@ def _translate(graph: Graph, program: torch.export.ExportedProgram) -> torch.onn
             custom_translation_table={
                 torch.ops.aten.flatten.using_ints: _flatten,
                 torch.ops.aten.repeat_interleave.self_int: _repeat_interleave,
+                torch.ops.aten.rsub.Scalar: _rsub,
                 torch.ops.aten.scaled_dot_product_attention.default: _attention,
+                torch.ops.aten.to.device: _to_device,
                 torch.ops.aten.to.dtype: _to,
                 torch.ops.aten.unflatten.int: _unflatten,
             },
@@ -141,6 +143,17 @@ def _unflatten(tensor: Any, dim: int, sizes: Any) -> Any:
     )
 
 
+def _rsub(tensor: Any, other: float, alpha: float = 1) -> Any:
+    """Translate `rsub` with a number, as in the masks of text encoders: other - alpha * tensor."""
+    minuend, factor = (op.CastLike(op.Constant(value_float=float(number)), tensor) for number in (other, alpha))
+    return op.Sub(minuend, tensor if alpha == 1 else op.Mul(tensor, factor))
+
+
+def _to_device(tensor: Any, device: Any, dtype: int, *_: Any, **__: Any) -> Any:
+    """Translate `Tensor.to` with a device and a type."""
+    return op.Cast(tensor, to=dtype)
+
+
 def _to(tensor: Any, dtype: int, *_: Any, **__: Any) -> Any:
     """Translate `Tensor.to` with a type."""
     return op.Cast(tensor, to=dtype)
@@ -161,10 +174,35 @@ def _quickly() -> Iterator[None]:
 
 def _decompose_if_needed(program: torch.export.ExportedProgram, registry: Any) -> torch.export.ExportedProgram:
     """Decompose a program only if it has operators without a translation to ONNX."""
+    _add_out_of_place(program.graph)
     targets = {node.target for node in program.graph.nodes if node.op == "call_function"} - {_ASSERTION}
     translated = all(registry.is_registered(target) for target in targets)
     mutable = any(target._schema.is_mutable for target in targets if isinstance(target, torch._ops.OpOverload))
     return program if translated and not mutable else _decompose(program, registry)
+
+
+def _add_out_of_place(graph: torch.fx.Graph) -> None:
+    """Replace `add_` by `add` where nothing but later uses of the changed tensor can tell them apart.
+
+    `UNet2DConditionModel` adds the features of T2I-Adapters in place. Decomposing a UNet only for that takes longer
+    than the rest of its translation.
+    """
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if node.target is not torch.ops.aten.add_.Tensor:
+            continue
+        changed = node.args[0]
+        earlier = [user for user in changed.users if position[user] < position[node]]
+        if changed.op == "placeholder" or any(map(_may_alias, (changed, *earlier))):
+            continue
+        node.target = torch.ops.aten.add.Tensor
+        changed.replace_all_uses_with(node, lambda user, node=node: position[user] > position[node])
+
+
+def _may_alias(node: torch.fx.Node) -> bool:
+    """Return whether the results of an operator may share memory with its arguments."""
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and (schema is None or any(value.alias_info for value in schema.returns))
 
 
 def _promote_if_needed(module: torch.fx.GraphModule) -> None:

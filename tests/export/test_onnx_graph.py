@@ -1,0 +1,91 @@
+"""What the translation to ONNX does itself, rather than leave it to the decomposition of PyTorch, which is slow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+
+from imprompt_export import graphs, onnx_graph, t2i
+from imprompt_export.families import export_family
+from imprompt_export.graphs import Graph, Input
+from imprompt_export.parity import check_parity, compare, references
+from tiny import base
+
+
+@pytest.fixture
+def decompositions(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Programs that were decomposed."""
+    decomposed: list[object] = []
+    decompose = onnx_graph._decompose
+
+    def record(program: torch.export.ExportedProgram, registry: object) -> torch.export.ExportedProgram:
+        decomposed.append(program)
+        return decompose(program, registry)
+
+    monkeypatch.setattr(onnx_graph, "_decompose", record)
+    return decomposed
+
+
+def export_and_compare(graph: Graph, folder: Path) -> None:
+    expected = references(graph)
+    onnx_graph.export_onnx(graph, folder / "graph.onnx")
+    check_parity(compare(graph, expected, folder / "graph.onnx", "onnxruntime"))
+
+
+def test_text_encoder_is_not_decomposed(decompositions: list[object], tmp_path: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(base.make_sd15(tmp_path / "base", levels=2))
+    graph = graphs.text_encoder("text_encoder", pipeline.text_encoder, 77, penultimate=False)
+    export_and_compare(graph, tmp_path)
+    assert not decompositions
+
+
+def test_unet_that_adds_features_in_place_is_not_decomposed(decompositions: list[object], tmp_path: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(base.make_sd15(tmp_path / "base", levels=2) / "unet")
+    graph = graphs.unet(unet, [], (), t2i.features(unet, export_family("sd15")))
+    export_and_compare(graph, tmp_path)
+    assert not decompositions
+
+
+class Adding(nn.Module):
+    """Adds one input to a tensor in place, after `before` has seen the tensor."""
+
+    def __init__(self, before: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.before = before
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        changed = x * 2
+        seen = self.before(changed)
+        changed += y
+        return seen + changed.sum()
+
+
+@pytest.mark.parametrize(
+    ("before", "decomposed"),
+    [
+        (lambda tensor: tensor, False),
+        (lambda tensor: tensor * 3, False),
+        (lambda tensor: tensor[:, :2], True),
+        (lambda tensor: tensor.view(-1, 4), True),
+    ],
+    ids=["the same tensor", "a value", "a slice", "a view"],
+)
+def test_addition_in_place_changes_what_it_should(
+    before: Callable[[Tensor], Tensor], decomposed: bool, decompositions: list[object], tmp_path: Path
+) -> None:
+    module = Adding(before)
+    graph = Graph(
+        name="adding",
+        module=module,
+        run=lambda tensors: (module(tensors["x"], tensors["y"]),),
+        inputs=(Input(name="x", shape=("batch", 4)), Input(name="y", shape=("batch", 4))),
+        outputs={"sum": ("batch", "columns")},
+        checks=({"batch": 2}, {"batch": 3}),
+    )
+    export_and_compare(graph, tmp_path)
+    assert bool(decompositions) == decomposed
