@@ -19,6 +19,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from rich.console import Console
 
+from imprompt_demo import demo
 from imprompt_export import export, graphs, onnx_graph
 from imprompt_export.onnx_graph import export_onnx
 from imprompt_export.stages import Stages
@@ -285,6 +286,12 @@ def make(name: str, cache: Path) -> ExportedBundle:
             (folder / "done").touch()
     repository, loaded = folder / "repository", tuple(_read_adapters(folder))
     return ExportedBundle(name=name, repository=repository, checkpoints=folder, adapters=loaded)
+
+
+def make_demo(folder: Path) -> Path:
+    """Export the bundles of the demo under `folder` unless they are up to date, and return their repository."""
+    with locked(folder / "lock"):
+        return demo.export_once(folder)
 
 
 def _export(name: str, folder: Path, traced: Path) -> None:

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from xdist.scheduler import LoadFileScheduling
 
 import bundles
 from collector import Collector, collecting
 from imprompt import Client
-from imprompt_demo import demo
 from imprompt_serving.launcher import LaunchError, Server
 from served import Served
 
-MAX_SERVERS = 4
+MAX_SERVERS = 3
 """Servers that a process of the suite keeps running. Each takes up to a gigabyte."""
+FIRST_SERVERS = ("sd15", "world")
+"""The servers that most tests use. Their tests start first, as no others take as long."""
+_SERVER = re.compile(r'served\("(\w+)"\)|\b(sd15): Served|\b(world): Server|\bgateway: str')
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,8 +35,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with the servers that take longest; the others come last, in the order in which they are exported."""
     if config.getoption("--in-process"):
         items[:] = [item for item in items if not {"bundle", "world"} & {*getattr(item, "fixturenames", ())}]
+    order = [*FIRST_SERVERS, None, *bundles.MAKERS]
+    items.sort(key=lambda item: order.index(_server_of(item.path)))
+
+
+@cache
+def _server_of(file: Path) -> str | None:
+    """Return the server that the tests in `file` use most; None if they use none."""
+    used = Counter("".join(found) or "world" for found in _SERVER.findall(file.read_text()))
+    return max({"world", *bundles.MAKERS} & used.keys(), key=used.__getitem__, default=None)
+
+
+class _ByServer(LoadFileScheduling):
+    """Runs all tests that use the same server in one process, so that it is started once."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = str(super()._split_scope(nodeid))
+        return _server_of(self.config.rootpath / file) or file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> _ByServer | None:
+    return _ByServer(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,7 +72,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     if hasattr(config, "workerinput") or config.args_source != pytest.Config.ArgsSource.TESTPATHS:
         return
     pool = ProcessPoolExecutor(2, get_context("spawn"), initializer=bundles.give_way)
-    for name in bundles.MAKERS:
+    first, *others = bundles.MAKERS
+    pool.submit(bundles.make, first, _cache(config))
+    pool.submit(bundles.make_demo, _cache(config, "demo"))
+    for name in others:
         pool.submit(bundles.make, name, _cache(config))
     config.add_cleanup(lambda: pool.shutdown(wait=False, cancel_futures=True))
 
@@ -109,9 +140,7 @@ def collector() -> Iterator[Collector]:
 @pytest.fixture(scope="session")
 def world(request: pytest.FixtureRequest, log_file: Path, collector: Collector) -> Iterator[Server]:
     """Serve the bundles that the demo exports, `world` and `world_lcm`."""
-    folder = _cache(request.config, "demo")
-    with bundles.locked(folder / "lock"):
-        server = Server(demo.export_once(folder))
+    server = Server(bundles.make_demo(_cache(request.config, "demo")))
     observed = {"IMPROMPT_REQUEST_LOG": str(log_file), "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url}
     with mock.patch.dict(os.environ, observed | {"OTEL_BSP_SCHEDULE_DELAY": "100"}):
         server.start()

@@ -44,6 +44,7 @@ INPUTS = {
     "video": ("STRING", MANY),
     "num_frames": ("INT32", ONE),
     "original_size": ("INT32", (2,)),
+    "latents": ("FP32", (-1, -1, -1, -1)),
     "height": ("INT32", ONE),
     "width": ("INT32", ONE),
     "num_inference_steps": ("INT32", ONE),

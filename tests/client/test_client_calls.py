@@ -24,6 +24,7 @@ from imprompt import (
     AsyncClient,
     Client,
     DeadlineExceeded,
+    ImpromptError,
     InvalidRequest,
     Progress,
     Result,
@@ -66,6 +67,14 @@ def test_model_config_is_fetched_again_after_an_invalid_request(any_client: Any,
         any_client.generate(model="one", prompt="a")
     any_client.generate(model="one", prompt="a")
     assert triton.config_calls == 2
+
+
+def test_model_config_is_kept_after_other_errors(any_client: Any, triton: FakeTriton) -> None:
+    triton.answer = in_turn(refuse(Status.INTERNAL, "broken"), picture_answer)
+    with pytest.raises(ImpromptError):
+        any_client.generate(model="one", prompt="a")
+    any_client.generate(model="one", prompt="a")
+    assert triton.config_calls == 1
 
 
 def test_describe_and_models(any_client: Any) -> None:

@@ -70,6 +70,13 @@ def test_scheduler_configs_of_diffusers_are_sent_unchanged(sent: Any) -> None:
     assert received == json.loads(json.dumps(config))
 
 
+def test_latents_of_clips_have_their_channels_and_frames_joined(sent: Any) -> None:
+    latents = np.arange(2 * 4 * 3 * 5 * 6, dtype=np.float32).reshape(2, 4, 3, 5, 6)
+    received = sent(latents=latents).inputs["latents"]
+    assert received.shape == (2, 12, 5, 6)
+    assert np.array_equal(received.ravel(), latents.ravel())
+
+
 def test_none_is_not_sent(sent: Any) -> None:
     assert sent(height=None, ip_adapter_image=None, timeout=None).inputs.keys() == {"prompt"}
 

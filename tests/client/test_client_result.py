@@ -38,6 +38,14 @@ def test_pictures_as_pil_and_as_arrays(answered: Any) -> None:
     assert as_pil.nsfw_content_detected is None
 
 
+def test_repr_tells_what_came_back_without_the_pixels(answered: Any) -> None:
+    shown = repr(answered({**picture(2), "seeds": np.array([5, 6])}, output_type="np"))
+    assert "model='one'" in shown
+    assert "seeds=[5, 6]" in shown
+    assert "array" not in shown
+    assert "_" not in shown.replace("_id", "").replace("output_type", "").replace("nsfw_content_detected", "")
+
+
 def test_latents(answered: Any, tmp_path: Path) -> None:
     latents = np.random.default_rng(0).normal(size=(2, 4, 1, 2)).astype(np.float32)
     result = answered({"latents": latents, "seeds": np.array([5, 6])}, output_type="latent")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from export.test_profiles import bundle
 from imprompt_export import BundleError, graphs
 from imprompt_export.backends import BuiltEngine, export_backend
-from imprompt_export.backends.inductor import Packager
+from imprompt_export.backends.inductor import Packager, start_workers
 from imprompt_export.lora import Factors
 from imprompt_export.parity import compare, references
 from imprompt_export.precision import cast
@@ -60,29 +61,21 @@ def of_shapes() -> Bundle:
 
 
 class Workshop:
-    """Builds engines with a cache of its own. Workers, which take seconds to start, stay for the next build."""
+    """Builds engines with a cache of its own. All use the same workers, which take seconds to start."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.count = folder, 0
-        self._packagers: dict[tuple[str, bool], Packager] = {}
+    def __init__(self, folder: Path, workers: ProcessPoolExecutor) -> None:
+        self.folder, self.count, self._workers = folder, 0, workers
 
     def make(self, graph: graphs.Graph, precision: str = "fp32", *, exact: bool = False) -> BuiltEngine:
         self.count += 1
-        kind = precision, exact
-        if kind not in self._packagers:
-            self._packagers[kind] = Packager(precision, exact=exact, cache=self.folder / "cache")
-        return self._packagers[kind].start(graph, self.folder / str(self.count) / graph.name, of_shapes())()
-
-    def close(self) -> None:
-        for packager in self._packagers.values():
-            packager.close()
+        packager = Packager(precision, exact=exact, cache=self.folder / "cache", workers=self._workers)
+        return packager.start(graph, self.folder / str(self.count) / graph.name, of_shapes())()
 
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
-    made = Workshop(tmp_path_factory.mktemp("inductor"))
-    yield made
-    made.close()
+    with start_workers() as workers:
+        yield Workshop(tmp_path_factory.mktemp("inductor"), workers)
 
 
 @pytest.fixture(scope="module")

@@ -12,4 +12,4 @@ def test_pauses_double_while_a_process_cannot_start() -> None:
 
 def test_pauses_start_over_after_a_good_run() -> None:
     backoff = Backoff()
-    assert [backoff.next_pause(run) for run in (100, 9.9, 19.9, 39.9, 80, 10)] == [1, 2, 4, 8, 1, 1]
+    assert [backoff.next_pause(run) for run in (100, 9.9, 0, 9.9, 10, 10, 9.9)] == [1, 2, 4, 8, 1, 1, 2]

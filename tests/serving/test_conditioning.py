@@ -82,6 +82,19 @@ def test_control_images_of_many_prompts_take_several_calls(precision: str, dtype
     assert sum_features(bundle, [], 10, (8, 8), torch.device("cpu"))["intrablock_residual_0"].dtype == dtype
 
 
+def test_control_images_of_t2i_adapters_reach_the_unet_during_their_steps() -> None:
+    bundle = msgspec.structs.replace(
+        rig.sd15(rows=2),
+        t2i_adapters=(T2IAdapter(name="sketch", channels=1, downscale_factor=8),),
+        features=(Residual(1, 0),),
+    )
+    asked = job_request(controls=(ControlOptions(name="sketch", scale=2.0, end=0.5),))
+    given = TEXT | {"control_image_sketch": torch.full((1, 1, 64, 64), 3.0)}
+    made = Conditioner(bundle, {}, t2i_adapters={"sketch": Sketch()})(asked, given)
+    found = [made.at(step, 4)["intrablock_residual_0"] for step in (0, 3)]
+    assert [tensor.unique().tolist() for tensor in found] == [[6.0], [0.0]]
+
+
 TEXT = {f"{prefix}prompt_embeds": torch.zeros(1, 77, rig.WIDTH) for prefix in ("", "negative_")}
 
 

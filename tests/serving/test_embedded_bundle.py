@@ -46,7 +46,7 @@ def test_prompt_decides_the_object(evaluator: measure.Evaluator) -> None:
 
 @pytest.mark.parametrize("adapter", ["plain", "plus"])
 def test_image_prompt_decides_the_look(evaluator: measure.Evaluator, adapter: str) -> None:
-    found = measure.image_prompt(evaluator, adapter)
+    found = measure.image_prompt(evaluator, adapter, count=10)
     none, some, much = found["palette_distance"]
     assert none > some > much
     assert found["palette_nearer"][1] >= 0.9
@@ -75,7 +75,7 @@ def test_four_lcm_steps_look_like_twenty_five_steps(evaluator: measure.Evaluator
 
 
 def test_clips_move_smoothly_and_keep_the_look(evaluator: measure.Evaluator) -> None:
-    found = measure.motion(evaluator)
+    found = measure.motion(evaluator, count=2)
     assert found["smoothness"] < 0.85  # 1 is noise
     assert found["palette_distance_0.8"] < found["palette_distance_0"]
 

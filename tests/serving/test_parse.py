@@ -87,13 +87,14 @@ def refused(bundle: Bundle = BUNDLE, **values: Any) -> InvalidRequest:
     return caught.value
 
 
-def picture(width: int = 64, height: int = 64, mode: str = "RGB", kind: str = "PNG") -> bytes:
+def picture(width: int = 64, height: int = 64, mode: str = "RGB", kind: str = "PNG", color: str | None = None) -> bytes:
     file = io.BytesIO()
-    Image.new(mode, (width, height), 128 if mode != "RGB" else (200, 100, 50)).save(file, kind)
+    Image.new(mode, (width, height), color or (128 if mode != "RGB" else (200, 100, 50))).save(file, kind)
     return file.getvalue()
 
 
 SMALL = picture()
+BLACK = picture(color="black")
 PROMPTED = {"ip_adapter_image": SMALL, "ip_adapter_image_adapter": "plain"}
 NESTED = "[" * 900 + "]" * 900
 
@@ -142,6 +143,12 @@ NESTED = "[" * 900 + "]" * 900
         ("mask_image", {"mask_image": SMALL}),
         ("mask_image", {"image": [SMALL] * 2, "mask_image": [SMALL] * 3, "num_images_per_prompt": 6}),
         ("mask_image", {"num_frames": 8, "mask_image": SMALL}),
+        ("mask_image", {"image": SMALL, "mask_image": picture(32, 64), "padding_mask_crop": 4}),
+        ("mask_image", {"image": SMALL, "mask_image": BLACK, "padding_mask_crop": 4}),
+        (
+            "padding_mask_crop",
+            {"image": [SMALL] * 2, "mask_image": SMALL, "padding_mask_crop": 4, "num_images_per_prompt": 2},
+        ),
         ("padding_mask_crop", {"image": SMALL, "padding_mask_crop": 4}),
         ("strength", {"strength": 0.5}),
         ("strength", {"image": SMALL, "strength": 0.1}),
@@ -377,6 +384,23 @@ def test_sizes_without_engines_are_refused() -> None:
     for values in ({"height": 128}, {"height": 128, "width": 128}, {"image": picture(101, 75)}):
         with pytest.raises(InvalidRequest, match=r"height: with width: must be 64x64, 64x128 \(height x width\), got "):
             parsed(bundle, **values)
+
+
+@pytest.mark.parametrize(("images", "masks"), [(1, 1), (1, 2), (2, 1), (2, 2), (2, 4), (4, 2)])
+def test_counts_of_pictures_and_masks(images: int, masks: int) -> None:
+    values = {"image": [SMALL] * images, "mask_image": [SMALL] * masks, "num_images_per_prompt": 4}
+    if 1 in (images, masks) or images == masks:
+        start = parsed(**values).start
+        assert start is not None
+        assert (len(start.images), len(start.masks), start.mask_crop) == (images, masks, None)
+    else:
+        assert refused(**values).parameter == "mask_image"
+
+
+def test_a_mask_can_be_cropped_to() -> None:
+    start = parsed(image=SMALL, mask_image=SMALL, padding_mask_crop=4).start
+    assert start is not None
+    assert start.mask_crop == 4
 
 
 def floats(*shape: int) -> np.ndarray:

@@ -40,6 +40,12 @@ def test_seams_move_from_step_to_step() -> None:
     assert len(starts) == 8
 
 
+def test_seams_move_by_halves_then_quarters() -> None:
+    """Windows begin 12 frames apart, and move by 0, 6, 3, and 9 frames."""
+    firsts = [windows(step, 64, ContextWindow(length=16, overlap=4))[1][0] % 12 for step in range(4)]
+    assert firsts == [0, 6, 3, 9]
+
+
 def test_strides_span_more_of_the_clip() -> None:
     steps = {window[1] - window[0] for window in windows(0, 64, ContextWindow(length=16, stride=3))}
     assert steps == {1, 2, 4}

@@ -151,6 +151,11 @@ def _on_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def start_workers() -> ProcessPoolExecutor:
+    """Start the processes that build packages."""
+    return ProcessPoolExecutor(_worker_count(on_gpu=_on_gpu()), get_context("spawn"), initializer=_begin)
+
+
 class Packager:
     """Builds packages in worker processes and caches them between exports.
 
@@ -161,9 +166,18 @@ class Packager:
         exact: whether to build a package for each picture size and number of rows (`profiles.exact_axes`) instead of
             one for all sizes.
         cache: the folder in which packages are cached.
+        workers: `start_workers`, for several packagers to share; by default this one starts its own.
     """
 
-    def __init__(self, precision: str, *, threads: int = 0, exact: bool = False, cache: Path | None = None) -> None:
+    def __init__(
+        self,
+        precision: str,
+        *,
+        threads: int = 0,
+        exact: bool = False,
+        cache: Path | None = None,
+        workers: ProcessPoolExecutor | None = None,
+    ) -> None:
         import torch
 
         self._precision, self._exact, self._version = precision, exact, str(torch.__version__)
@@ -171,12 +185,13 @@ class Packager:
         self._target = target(self._kind)
         self._options = _OPTIONS | {"cpp.threads": threads or len(os.sched_getaffinity(0))}
         self._cache = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "imprompt", "engines")
-        self._workers = ProcessPoolExecutor(_worker_count(on_gpu=_on_gpu()), get_context("spawn"), initializer=_begin)
+        self._workers, self._shared = workers or start_workers(), workers is not None
         self._building: dict[Path, Future[float]] = {}
 
     def close(self) -> None:
-        """Stop the workers; builds that have not started are cancelled."""
-        self._workers.shutdown(cancel_futures=True)
+        """Stop the workers unless they are shared; builds that have not started are cancelled."""
+        if not self._shared:
+            self._workers.shutdown(cancel_futures=True)
 
     def start(
         self, graph: Graph, folder: Path, bundle: Bundle, stages: Stages | None = None
