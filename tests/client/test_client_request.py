@@ -116,6 +116,7 @@ def test_output_type_is_sent_only_for_latents(sent: Any, output_type: str, wire:
         ("image", "nowhere.png", "image: no such file: nowhere.png"),
         ("image", "data:image/png,abc", "image: a data URI must start like `data:image/png;base64,`"),
         ("image", "data:image/png;base64,a", "image: the data URI is not valid base64"),
+        ("image", "data:image/png;base64,iVBO*Rw0", "image: the data URI is not valid base64"),
         ("image", "data:text/plain;base64,aGVsbG8=", "image: the data URI is not a PNG, JPEG"),
         ("image", np.full((4, 4, 3), 2.0), "image: values of a float array must be 0 to 1, not 2 to 2; rescale it"),
         ("image", np.full((4, 4, 3), np.nan), "image: values of a float array must be 0 to 1, not nan to nan"),
@@ -230,6 +231,11 @@ def test_arrays_are_height_width_channels(sent: Any, array: Any, mode: str) -> N
     (image,) = sent(image=array).pictures("image")
     assert (image.mode, image.size) == (mode, (4, 2))
     assert np.array_equal(np.asarray(image), np.asarray(array).reshape(np.asarray(image).shape))
+
+
+def test_stacked_tensors_may_have_channels_last(sent: Any) -> None:
+    images = sent(image=torch.full((2, 2, 4, 3), 9, dtype=torch.uint8)).pictures("image")
+    assert [(image.mode, image.size) for image in images] == [("RGB", (4, 2))] * 2
 
 
 RAMP = np.linspace(0, 1, 2 * 4 * 3).reshape(2, 4, 3)

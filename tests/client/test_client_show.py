@@ -107,8 +107,10 @@ def test_png_files_hold_seed_and_parameters(answered: Any, tmp_path: Path) -> No
 
 def test_each_picture_has_its_own_prompt_and_seed(answered: Any, tmp_path: Path) -> None:
     many = answered({**picture(4), "seeds": np.array([7, 8, 9, 10])}, ["a cat", "a dog"], negative_prompt=["x", "y"])
-    found = [(values["prompt"], values["negative_prompt"], values["seed"]) for _, values in saved_texts(many, tmp_path)]
+    saved = saved_texts(many, tmp_path)
+    found = [(values["prompt"], values["negative_prompt"], values["seed"]) for _, values in saved]
     assert found == [("a cat", "x", 7), ("a cat", "x", 8), ("a dog", "y", 9), ("a dog", "y", 10)]
+    assert not any("Batch" in parameters or "picture" in values for parameters, values in saved)
 
 
 def test_pictures_that_share_a_seed_say_which_one_they_are(answered: Any, tmp_path: Path) -> None:
