@@ -15,6 +15,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import typer
+
+from imprompt.cli import gateway_process
 
 IMPROMPT = [sys.executable, "-m", "imprompt"]
 CONFIG = """
@@ -106,6 +109,19 @@ def test_gateway_that_dies_is_restarted_at_its_address(repository: Path) -> None
         server.terminate()
         assert server.wait(60) == 0
         assert status_of(f"{address}/livez") is None
+
+
+def test_gateway_that_hangs_when_it_starts_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hanging = tmp_path / "python"
+    hanging.write_text("#!/bin/sh\nexec sleep 60\n")
+    hanging.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(hanging))
+    monkeypatch.setattr(gateway_process, "_START_S", 0.2)
+    began = time.monotonic()
+    with pytest.raises(typer.Exit):
+        gateway_process.Gateway("h:1", "h:2", host="127.0.0.1", port=0, next_pause=None)
+    assert time.monotonic() - began < 10
+    assert not [child for child in psutil.Process().children() if "sleep" in child.cmdline()]
 
 
 def test_server_whose_gateway_must_not_be_restarted_ends_with_it(repository: Path) -> None:
