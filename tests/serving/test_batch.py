@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
 import pytest
 import torch
 
 from imprompt_bench.rig import Rig, sd15
+from imprompt_serving import tensor_names
 from imprompt_serving.backends.padding import PaddedEngine, warm_up
 from imprompt_serving.denoiser.batch import Batcher, RowSlice, _repeat_tokens, stack
-from imprompt_serving.specs import CallRows
+from imprompt_serving.denoiser.image_prompts import PADDING_BIAS
+from imprompt_serving.specs import CallRows, Shapes
 from serving.test_job import Half
 
 
@@ -59,6 +65,60 @@ def test_rows_of_one_job_are_not_copied() -> None:
     tensor = torch.arange(6.0).reshape(2, 3)
     assert stack([tensor], 2) is tensor
     assert torch.equal(stack([tensor, tensor + 9], 5), torch.cat([tensor, tensor + 9, tensor[1:] + 9]))
+
+
+class Prompted:
+    """One row of a job with an image prompt of `groups` groups of `tokens` tokens, whose values are all 1."""
+
+    frames = 1
+
+    def __init__(self, groups: int, tokens: int, levels: tuple[int, ...]) -> None:
+        shapes = {
+            "encoder_hidden_states": (77, 8),
+            tensor_names.ip_tokens("plain"): (groups, tokens, 8),
+            tensor_names.ip_bias("plain"): (groups, tokens),
+            tensor_names.ip_scale("plain"): (groups, 16),
+            **{tensor_names.ip_mask("plain", level): (groups, 4) for level in levels},
+        }
+        self._conditioning = {name: torch.ones(1, *shape) for name, shape in shapes.items()}
+
+    def conditioning(self) -> dict[str, torch.Tensor]:
+        return self._conditioning
+
+    def model_input(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(1, 4, 8, 8), torch.zeros(1)
+
+    def blocks(self, start: int, stop: int) -> list[Any]:
+        return [SimpleNamespace(conditioning=slice(start, stop), window=None)]
+
+
+def test_image_prompts_of_different_sizes_share_a_call() -> None:
+    """Padding tokens are taken out of the softmax, and padding groups have scale 0."""
+    bundle = msgspec.structs.replace(sd15(rows=8, adapters=("plain",)), shapes=Shapes(image_tokens=(4, 16)))
+    jobs: list[Any] = [Prompted(1, 3, bundle.levels), Prompted(2, 5, bundle.levels)]
+    inputs = Batcher(bundle, CallRows(8)).inputs([RowSlice(job, 0, 1) for job in jobs])
+    tokens, bias, scale, mask = (
+        inputs[name]
+        for name in (
+            tensor_names.ip_tokens("plain"),
+            tensor_names.ip_bias("plain"),
+            tensor_names.ip_scale("plain"),
+            tensor_names.ip_mask("plain", 0),
+        )
+    )
+    assert tokens.shape == (2, 2, 16, 8)
+    assert tokens.sum(dim=(2, 3)).tolist() == [[24, 0], [40, 40]]
+    assert (bias == 1).sum(dim=2).tolist() == [[3, 0], [5, 5]]
+    assert set(bias.unique().tolist()) == {1, PADDING_BIAS}
+    assert scale.sum(dim=2).tolist() == [[16, 0], [16, 16]]
+    assert mask.sum(dim=2).tolist() == [[4, 0], [4, 4]]
+
+
+def test_rows_without_image_prompts_keep_their_single_token() -> None:
+    bundle = sd15(rows=8, adapters=("plain",))
+    job: Any = Prompted(1, 1, bundle.levels)
+    inputs = Batcher(bundle, CallRows(8)).inputs([RowSlice(job, 0, 1)])
+    assert inputs[tensor_names.ip_tokens("plain")].shape == (1, 1, 1, 8)
 
 
 class Doubling:

@@ -82,6 +82,12 @@ def test_image_to_image_adds_noise_to_the_sampled_picture(seeds: tuple[int, ...]
     assert found.steps == 3
 
 
+def test_a_refiner_continues_with_the_latents_of_its_base() -> None:
+    found = make("image-to-image", 2, seeds=(3,), denoising_start=0.6)
+    expected = sample(MOMENTS, noise(*seeded(3))) * FACTOR
+    torch.testing.assert_close(found.latents, expected.expand(2, -1, -1, -1))
+
+
 @pytest.mark.parametrize("seeds", [(3,), (3, 4)])
 def test_video_to_video_gives_each_clip_its_own_noise(seeds: tuple[int, ...]) -> None:
     found = make("image-to-image", 2, seeds=seeds, frames=3)

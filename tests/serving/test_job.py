@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from imprompt_bench.rig import Rig, sd15
+from imprompt_bench.rig import WIDTH, Rig, sd15
 from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.initial_latents import generators, make_initial_latents
 from imprompt_serving.denoiser.job import Job, likely_cause
 from imprompt_serving.denoiser.schedulers import make_scheduler, set_timesteps
 from imprompt_serving.errors import InvalidRequest, RequestError
-from imprompt_serving.job_request import AdapterOptions, ControlOptions
+from imprompt_serving.job_request import AdapterOptions, ContextWindow, ControlOptions
+from imprompt_serving.specs import Motion
 from jobs import job_request
 
 
@@ -115,6 +117,16 @@ def test_guidance_is_that_of_diffusers(guidance_rescale: float) -> None:
     assert (job.pending, job.step, job.steps) == (2, 1, 3)
     expected = scheduler.step(guided, scheduler.timesteps[0], initial.latents).prev_sample
     torch.testing.assert_close(job.latents, expected)
+
+
+@pytest.mark.parametrize(("frames", "rows"), [(None, 4), (8, 32)])
+def test_load_counts_the_rows_of_all_pictures_or_frames(frames: int | None, rows: int) -> None:
+    """Two results, each with and without guidance."""
+    bundle = msgspec.structs.replace(sd15(rows=8), motion=Motion(window=16))
+    asked = job_request(num_images_per_prompt=2, frames=frames, context=frames and ContextWindow(length=frames))
+    embeds = {f"{prefix}prompt_embeds": torch.zeros(1, 77, WIDTH) for prefix in ("", "negative_")}
+    job = Job(asked, bundle, Conditioner(bundle, {})(asked, embeds), embeds)
+    assert (job.load.rows, job.load.steps) == (rows, 4)
 
 
 def test_steps_are_counted_as_by_the_progress_bar_of_diffusers() -> None:

@@ -346,6 +346,18 @@ def test_a_full_queue_refuses_at_once() -> None:
         rig.denoiser.stop()
 
 
+def test_the_estimated_wait_is_that_of_recent_calls() -> None:
+    """It stays short after many short calls, so that jobs which wait for hundreds of them are accepted."""
+    rig = Rig(Limits(waiting_seconds=30))
+    try:
+        rig.gate.open(None)
+        assert rig.submit(FakeJob("a", steps=100)).final == "finished"
+        answers = [rig.submit(FakeJob(name, rows=8, steps=500)) for name in ("b", "c")]
+        assert [answer.final for answer in answers] == ["finished"] * 2
+    finally:
+        rig.denoiser.stop()
+
+
 def test_a_canary_passes_a_full_queue_and_appears_in_no_metric() -> None:
     rig = Rig(Limits(waiting_rows=4))
     try:
