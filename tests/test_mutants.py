@@ -17,6 +17,7 @@ LIMIT = 3
 def f(x: int = 0, *, strict: bool = False) -> int:
     """Sum."""
     logger.info("x %d", 1)
+    assert x > 0
     g(x)
     return x + 1 if not x <= 2 and strict else -x
 

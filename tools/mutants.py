@@ -25,12 +25,30 @@ ROOT = Path(__file__).parents[1]
 SERVING, CLIENT = "model_repository/imprompt_serving", "client/imprompt"
 FOLDERS = ("client", "export", "model_repository")
 """Import roots, besides `tests`."""
-_SDK = tuple(
-    f"client/test_client_{name}.py"
-    for name in (
-        *("values", "image_prompts", "request", "urls", "result", "show", "calls", "errors", "retries", "connection"),
-        *("tls", "public", "tracing"),
-    )
+_SDK = {
+    "_async_client": "calls",
+    "_client": "calls",
+    "_connection": "connection",
+    "_download": "urls",
+    "_errors": "errors",
+    "_image_prompts": "image_prompts",
+    "_images": "request",
+    "_model": "request",
+    "_notebook": "show",
+    "_output_files": "result",
+    "_picture_files": "request",
+    "_provenance": "show",
+    "_request": "request",
+    "_result": "result",
+    "_retry": "retries",
+    "_tensors": "request",
+    "_tracing": "tracing",
+    "_transport": "errors",
+}
+"""For each module of the client, the tests that are most likely to notice a change. They run first, then all others."""
+_SDK_TESTS = (
+    *("calls", "connection", "errors", "image_prompts", "public", "request", "result", "retries", "show", "tls"),
+    *("tracing", "urls", "values"),
 )
 _DENOISER = {
     "admission": "admission",
@@ -59,12 +77,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     },
     f"{SERVING}/pipeline/request.py": ("serving/test_parse.py",),
     **{
-        f"{CLIENT}/{name}.py": _SDK
-        for name in (
-            *("_async_client", "_client", "_connection", "_download", "_errors", "_image_prompts", "_images", "_model"),
-            *("_notebook", "_output_files", "_picture_files", "_provenance", "_request", "_result", "_retry"),
-            *("_tensors", "_tracing", "_transport"),
-        )
+        f"{CLIENT}/{module}.py": tuple(f"client/test_client_{name}.py" for name in dict.fromkeys((first, *_SDK_TESTS)))
+        for module, first in _SDK.items()
     },
 }
 """The modules that are mutated, and the tests of each, relative to `tests`. `_parameters.py` is generated."""
@@ -120,8 +134,8 @@ def mutants(path: str) -> list[Mutant]:
 def _nodes(tree: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
     """The nodes of a module that may change, each after its parent, with its field and index there.
 
-    Annotations, decorators, and log messages stay, as they do not change results. So does `strict` of `zip`, which only
-    guards against mistakes, and so do named constants of a module, as a test could only repeat their values.
+    Annotations, decorators, and log messages stay, as they do not change results. So do assertions and `strict` of `zip`,
+    which only guard against mistakes, and named constants of a module, as a test could only repeat their values.
     """
     for field, value in ast.iter_fields(tree):
         if field in ("annotation", "returns", "decorator_list", "type_comment"):
@@ -129,7 +143,7 @@ def _nodes(tree: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
         for index, node in enumerate(value) if isinstance(value, list) else ((None, value),):
             if not isinstance(node, ast.AST) or (isinstance(tree, ast.Module) and not _has_behavior(node)):
                 continue
-            if isinstance(node, ast.Expr) and ast.unparse(node).startswith("logger."):
+            if isinstance(node, ast.Assert) or (isinstance(node, ast.Expr) and ast.unparse(node).startswith("logger.")):
                 continue
             if isinstance(node, ast.keyword) and node.arg == "strict":
                 continue
