@@ -134,8 +134,8 @@ def mutants(path: str) -> list[Mutant]:
 def _nodes(tree: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
     """The nodes of a module that may change, each after its parent, with its field and index there.
 
-    Annotations, decorators, and log messages stay, as they do not change results. So do assertions and `strict` of `zip`,
-    which only guard against mistakes, and named constants of a module, as a test could only repeat their values.
+    Annotations, decorators, and log messages stay, as they do not change results. So do assertions and `strict` of
+    `zip`, which only guard against mistakes, and named constants of a module, as a test could only repeat their values.
     """
     for field, value in ast.iter_fields(tree):
         if field in ("annotation", "returns", "decorator_list", "type_comment"):
