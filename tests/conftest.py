@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _server_of(file: Path) -> str | None:
     """Return the server that the tests in `file` use most; None if they use none."""
     used = Counter("".join(found) or "world" for found in _SERVER.findall(file.read_text()))
-    return max({"world", *bundles.MAKERS} & used.keys(), key=used.__getitem__, default=None)
+    return max((name for name in ("world", *bundles.MAKERS) if name in used), key=used.__getitem__, default=None)
 
 
 class _ByServer(LoadFileScheduling):
