@@ -226,6 +226,7 @@ def test_scheduler_configurations_are_bounded(config: Any) -> None:
     assert refused(bundle, scheduler_config=text).parameter == "scheduler_config"
 
 
+EULER = {"scheduler": "EulerDiscreteScheduler"}
 WITH_LORAS = msgspec.structs.replace(BUNDLE, loras=("soft", "bold"))
 
 
@@ -341,6 +342,32 @@ def test_engines_built_for_ranges_refuse_many_pictures_next_to_masks() -> None:
 @pytest.mark.parametrize(("given", "kept"), [(None, 60.0), (5.0, 5.0), (1e9, 60.0)])
 def test_requests_can_only_shorten_the_timeout(given: float | None, kept: float) -> None:
     assert parsed(**({} if given is None else {"timeout": given})).timeout == kept
+
+
+@pytest.mark.parametrize(
+    ("most", "beyond"),
+    [
+        ({"num_images_per_prompt": 50}, {"num_images_per_prompt": 51}),  # of 4 steps each
+        ({"num_inference_steps": 25, "num_frames": 8}, {"num_inference_steps": 26, "num_frames": 8}),
+        ({"height": 64, "width": 128}, {"height": 56}),
+        ({"height": 128, "width": 64}, {"width": 136}),
+        ({"image": picture(128, 64)}, {"image": picture(136, 64)}),
+        ({"image": SMALL, "strength": 0.25}, {"image": SMALL, "strength": 0.24}),
+        ({"image": SMALL, "strength": 1.0}, {"image": SMALL, "strength": 0.0}),
+        ({"sigmas": [3.0, 0.0], **EULER}, {"sigmas": [3.0, 3.0], **EULER}),
+        ({"timesteps": [1, 0], "scheduler": "DDPMScheduler"}, {"timesteps": [1, 1], "scheduler": "DDPMScheduler"}),
+        ({"seed": [1, 2], "num_images_per_prompt": 2}, {"seed": [1, 2, 3], "num_images_per_prompt": 2}),
+        ({"latents": np.full((1, 4, 8, 8), 1e4, np.float32)}, {"latents": np.full((1, 4, 8, 8), 1.1e4, np.float32)}),
+        (
+            {"image": picture(160, 20), "height": 64, "width": 64},
+            {"image": picture(161, 20), "height": 64, "width": 64},
+        ),
+    ],
+    ids=str,
+)
+def test_limits_are_included(most: dict[str, Any], beyond: dict[str, Any]) -> None:
+    assert parsed(**most)
+    refused(**beyond)
 
 
 def test_random_seeds_are_below_2_to_the_32() -> None:
