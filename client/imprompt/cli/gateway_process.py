@@ -64,10 +64,13 @@ class Gateway:
             process_group=0,  # Ctrl-C must reach only the launcher, which lets running requests finish
         )
         assert child.stdout is not None
-        if not select.select([child.stdout], [], [], _START_S)[0]:
-            child.kill()
-        ready, _, address = child.stdout.readline().strip().partition(" ")
-        return child, address if ready == "ready" else None
+        if select.select([child.stdout], [], [], _START_S)[0]:
+            ready, _, address = child.stdout.readline().strip().partition(" ")
+            if ready == "ready":
+                return child, address
+        child.kill()
+        child.wait()
+        return child, None
 
     def _watch(self) -> None:
         """Restart the gateway when it fails; or have this process end, as for a signal."""
