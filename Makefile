@@ -12,8 +12,8 @@ PACKAGING := pyproject.toml demo/pyproject.toml constraints.txt
 demo: $(VENV)/.installed  ## export a small bundle, serve it, and make imprompt-demo.png
 	$(BIN)/imprompt demo
 
-test: $(VENV)/.installed-dev  ## all tests, in three processes; options in TEST="..."
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(TEST)
+test: $(VENV)/.installed-dev  ## all tests, in two processes; options in TEST="..."
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(TEST)
 
 check: $(VENV)/.installed-dev  ## lint, format and types
 	$(BIN)/ruff check .

@@ -319,14 +319,14 @@ def _export_once(cache: Path, graph: graphs.Graph, path: Path, dtype: torch.dtyp
         digest.update(name.encode() + tensor.numpy().tobytes())
     kept = cache / f"{digest.hexdigest()[:16]}.onnx"
     path.parent.mkdir(parents=True, exist_ok=True)
-    if kept.exists():
-        shutil.copyfile(kept, path)
-        return
-    export_onnx(graph, path, dtype, stages)
-    cache.mkdir(parents=True, exist_ok=True)
-    unfinished = cache / f"{kept.name}.{os.getpid()}"
-    shutil.copyfile(path, unfinished)
-    unfinished.rename(kept)
+    with locked(kept.with_suffix(".lock")):  # another process may just be tracing the same graph
+        if not kept.exists():
+            export_onnx(graph, path, dtype, stages)
+            unfinished = cache / f"{kept.name}.{os.getpid()}"
+            shutil.copyfile(path, unfinished)
+            unfinished.rename(kept)
+            return
+    shutil.copyfile(kept, path)
 
 
 def give_way() -> None:

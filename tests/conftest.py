@@ -25,8 +25,6 @@ from served import Served
 
 MAX_SERVERS = 3
 """Servers that a process of the suite keeps running. Each takes up to a gigabyte."""
-FIRST_SERVERS = ("sd15", "world")
-"""The servers that most tests use. Their tests start first, as no others take as long."""
 _SERVER = re.compile(r'served\("(\w+)"\)|\b(sd15): Served|\b(world): Server|\bgateway: str')
 
 
@@ -35,11 +33,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Begin with the servers that take longest; the others come last, in the order in which they are exported."""
     if config.getoption("--in-process"):
         items[:] = [item for item in items if not {"bundle", "world"} & {*getattr(item, "fixturenames", ())}]
-    order = [*FIRST_SERVERS, None, *bundles.MAKERS]
-    items.sort(key=lambda item: order.index(_server_of(item.path)))
 
 
 @cache
