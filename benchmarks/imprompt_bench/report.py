@@ -57,9 +57,9 @@ def filled(page: str, results: Path, images: Path) -> str:
 
 
 def summary(measured: Mapping[str, Run]) -> str:
-    """Compare the server with each baseline: a table for each machine and day, a line for each file."""
+    """Compare the server with each baseline: a table for each machine and day, newest first, a line for each file."""
     groups: dict[str, dict[str, Run]] = {}
-    for name, run in measured.items():
+    for name, run in sorted(measured.items(), key=lambda item: item[1].environment["date"], reverse=True):
         if len(run.of("latency")) > 1:
             groups.setdefault(_hardware(run.environment), {})[name] = run
     if not groups:
