@@ -61,20 +61,15 @@ def test_model_config_is_fetched_once(any_client: Any, triton: FakeTriton) -> No
     assert triton.config_calls == 1
 
 
-def test_model_config_is_fetched_again_after_an_invalid_request(any_client: Any, triton: FakeTriton) -> None:
-    triton.answer = in_turn(refuse(Status.INVALID_ARGUMENT, "unexpected input"), picture_answer)
-    with pytest.raises(InvalidRequest):
-        any_client.generate(model="one", prompt="a")
-    any_client.generate(model="one", prompt="a")
-    assert triton.config_calls == 2
-
-
-def test_model_config_is_kept_after_other_errors(any_client: Any, triton: FakeTriton) -> None:
-    triton.answer = in_turn(refuse(Status.INTERNAL, "broken"), picture_answer)
+@pytest.mark.parametrize(("status", "fetched"), [(Status.INVALID_ARGUMENT, 2), (Status.INTERNAL, 1)])
+def test_model_config_is_only_fetched_again_after_an_invalid_request(
+    any_client: Any, triton: FakeTriton, status: grpc.StatusCode, fetched: int
+) -> None:
+    triton.answer = in_turn(refuse(status, "unexpected input"), picture_answer)
     with pytest.raises(ImpromptError):
         any_client.generate(model="one", prompt="a")
     any_client.generate(model="one", prompt="a")
-    assert triton.config_calls == 1
+    assert triton.config_calls == fetched
 
 
 def test_describe_and_models(any_client: Any) -> None:
