@@ -118,11 +118,7 @@ def _has(images: Path, name: str, plot: str) -> bool:
 def _machine(environment: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     load = environment["load_average"][0]
-    busy = f" **The machine was busy with other work (load {load}), so these numbers are only indicative.**"
-    return (
-        f"{_hardware(environment)}; Python {environment['python']}, {versions}."
-        f"{busy if load > environment['cores'] / 2 else ''}"
-    )
+    return f"{_hardware(environment)}; Python {environment['python']}, {versions}; load average {load} before the run."
 
 
 def _hardware(environment: dict[str, Any]) -> str:
