@@ -120,7 +120,8 @@ def text_encoder(name: str, model: Model, length: int, *, penultimate: bool) -> 
     def run(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         answer = model(tensors["input_ids"], output_hidden_states=True)
         states = torch.stack(answer.hidden_states, dim=1)
-        index = (layers - int(penultimate) - tensors["clip_skip"])[:, :, None, None]
+        # onnxscript has no translation of a number minus a tensor.
+        index = (-tensors["clip_skip"] + layers - int(penultimate))[:, :, None, None]
         chosen = states.gather(1, index.expand(-1, -1, *states.shape[2:])).squeeze(1)
         if not penultimate:
             chosen = text_model.final_layer_norm(chosen)

@@ -68,7 +68,6 @@ def _translate(graph: Graph, program: torch.export.ExportedProgram) -> torch.onn
             custom_translation_table={
                 torch.ops.aten.flatten.using_ints: _flatten,
                 torch.ops.aten.repeat_interleave.self_int: _repeat_interleave,
-                torch.ops.aten.rsub.Scalar: _rsub,
                 torch.ops.aten.scaled_dot_product_attention.default: _attention,
                 torch.ops.aten.to.device: _to_device,
                 torch.ops.aten.to.dtype: _to,
@@ -143,15 +142,9 @@ def _unflatten(tensor: Any, dim: int, sizes: Any) -> Any:
     )
 
 
-def _rsub(tensor: Any, other: float, alpha: float = 1) -> Any:
-    """Translate `rsub` with a number, as in the masks of text encoders: other - alpha * tensor."""
-    minuend, factor = (op.CastLike(op.Constant(value_float=float(number)), tensor) for number in (other, alpha))
-    return op.Sub(minuend, tensor if alpha == 1 else op.Mul(tensor, factor))
-
-
 def _to_device(tensor: Any, device: Any, dtype: int, *_: Any, **__: Any) -> Any:
     """Translate `Tensor.to` with a device and a type."""
-    return op.Cast(tensor, to=dtype)
+    return _to(tensor, dtype)
 
 
 def _to(tensor: Any, dtype: int, *_: Any, **__: Any) -> Any:
@@ -182,7 +175,7 @@ def _decompose_if_needed(program: torch.export.ExportedProgram, registry: Any) -
 
 
 def _add_out_of_place(graph: torch.fx.Graph) -> None:
-    """Replace `add_` by `add` where nothing but later uses of the changed tensor can tell them apart.
+    """Replace `add_` by `add` where only later uses of the changed tensor can tell them apart.
 
     `UNet2DConditionModel` adds the features of T2I-Adapters in place. Decomposing a UNet only for that takes longer
     than the rest of its translation.
@@ -193,7 +186,8 @@ def _add_out_of_place(graph: torch.fx.Graph) -> None:
             continue
         changed = node.args[0]
         earlier = [user for user in changed.users if position[user] < position[node]]
-        if changed.op == "placeholder" or any(map(_may_alias, (changed, *earlier))):
+        one_type = len({tensor.dtype for tensor in _tensors(node.all_input_nodes)}) == 1
+        if changed.op != "call_function" or not one_type or any(map(_may_alias, (changed, *earlier))):
             continue
         node.target = torch.ops.aten.add.Tensor
         changed.replace_all_uses_with(node, lambda user, node=node: position[user] > position[node])

@@ -33,7 +33,7 @@ from tiny.weights import randomize
 
 @pytest.fixture(scope="module")
 def unet() -> graphs.Graph:
-    return graphs.unet(randomize(UNet2DConditionModel(**base.unet_config("sd15", 1, levels=1)), 2).eval(), [])
+    return graphs.unet(randomize(UNet2DConditionModel(**base.unet_config("sd15", 1, levels=2)), 2).eval(), [])
 
 
 def predict(graph: graphs.Graph, tensors: dict[str, Tensor], ranges: dict[str, float]) -> Tensor:
@@ -56,7 +56,7 @@ def snr_db(exact: Tensor, other: Tensor) -> float:
 
 def test_layers_of_transformer_blocks_compute_in_fp8(unet: graphs.Graph) -> None:
     layers = fp8_layers(unet.module)
-    block = "mid_block.attentions.0.transformer_blocks.0."
+    block = "down_blocks.0.attentions.0.transformer_blocks.0."
     own = {name.removeprefix(block) for name in layers if name.startswith(block)}
     queries = {f"attn1.to_{part}" for part in ("q", "k", "v", "out.0")} | {"attn2.to_q", "attn2.to_out.0"}
     assert own == queries | {"ff.net.0.proj", "ff.net.2"}
@@ -160,8 +160,8 @@ def test_packages_in_fp8(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> BundleFile:
     folder = tmp_path_factory.mktemp("fp8")
-    base.make_sd15(folder / "base", layers_per_block=1, levels=1)
-    control.make_controlnet(folder / "depth", layers_per_block=1, levels=1)
+    base.make_sd15(folder / "base", layers_per_block=1, levels=2)
+    control.make_controlnet(folder / "depth", layers_per_block=1, levels=2)
     engine = '[engine]\nbackend = "inductor"\nprecision = "fp8"\n[[controlnet]]\nname = "depth"\npath = "depth"\n'
     shapes = "[shapes]\nheight = [64, 64, 64]\nwidth = [64, 64, 64]\n"
     (folder / "bundle.toml").write_text(f'name = "tiny"\nbase = "base"\n{engine}{shapes}')

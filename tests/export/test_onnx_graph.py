@@ -52,33 +52,38 @@ def test_unet_that_adds_features_in_place_is_not_decomposed(decompositions: list
 
 
 class Adding(nn.Module):
-    """Adds one input to a tensor in place, after `before` has seen the tensor."""
+    """Adds one input to a tensor of `dtype` in place, after `before` has seen the tensor."""
 
-    def __init__(self, before: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, before: Callable[[Tensor], Tensor], dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.before = before
+        self.before, self.dtype = before, dtype
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        changed = x * 2
+        changed = (x * 2).to(self.dtype) * 3
         seen = self.before(changed)
         changed += y
-        return seen + changed.sum()
+        return seen.float() + changed.float().sum()
 
 
 @pytest.mark.parametrize(
-    ("before", "decomposed"),
+    ("before", "dtype", "decomposed"),
     [
-        (lambda tensor: tensor, False),
-        (lambda tensor: tensor * 3, False),
-        (lambda tensor: tensor[:, :2], True),
-        (lambda tensor: tensor.view(-1, 4), True),
+        (lambda tensor: tensor, torch.float32, False),
+        (lambda tensor: tensor * 3, torch.float32, False),
+        (lambda tensor: tensor[:, :2], torch.float32, True),
+        (lambda tensor: tensor.view(-1, 4), torch.float32, True),
+        (lambda tensor: tensor, torch.float16, True),
     ],
-    ids=["the same tensor", "a value", "a slice", "a view"],
+    ids=["the same tensor", "a value", "a slice", "a view", "a wider type"],
 )
 def test_addition_in_place_changes_what_it_should(
-    before: Callable[[Tensor], Tensor], decomposed: bool, decompositions: list[object], tmp_path: Path
+    before: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+    decomposed: bool,
+    decompositions: list[object],
+    tmp_path: Path,
 ) -> None:
-    module = Adding(before)
+    module = Adding(before, dtype)
     graph = Graph(
         name="adding",
         module=module,
@@ -86,6 +91,7 @@ def test_addition_in_place_changes_what_it_should(
         inputs=(Input(name="x", shape=("batch", 4)), Input(name="y", shape=("batch", 4))),
         outputs={"sum": ("batch", "columns")},
         checks=({"batch": 2}, {"batch": 3}),
+        tolerance=1e-4 if dtype == torch.float32 else 1e-2,
     )
     export_and_compare(graph, tmp_path)
     assert bool(decompositions) == decomposed

@@ -69,10 +69,10 @@ PROFILE: Profile = {"x": ((1, 4), (2, 4), (8, 4))}
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Export a bundle with one network of every kind, built for compute capability 8.9."""
     folder = tmp_path_factory.mktemp("rtx")
-    base.make_sd15(folder / "base", levels=1)
-    control.make_motion_adapter(folder / "motion", levels=1)
-    net = bundles.controlnet("depth", control.make_controlnet(folder / "depth", levels=1))
-    sections = f'\n[motion_adapter]\npath = "motion"\n{net}{bundles._plain(folder, levels=1)}{ENGINE}'
+    base.make_sd15(folder / "base", levels=2)
+    control.make_motion_adapter(folder / "motion", levels=2)
+    net = bundles.controlnet("depth", control.make_controlnet(folder / "depth", levels=2))
+    sections = f'\n[motion_adapter]\npath = "motion"\n{net}{bundles._plain(folder, levels=2)}{ENGINE}'
     (folder / "bundle.toml").write_text(f'name = "tiny"\nbase = "base"\n{sections}')
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))

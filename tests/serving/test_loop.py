@@ -347,13 +347,13 @@ def test_a_full_queue_refuses_at_once() -> None:
 
 
 def test_the_estimated_wait_is_that_of_recent_calls() -> None:
-    """It stays short after many short calls, so that jobs which wait for hundreds of them are accepted."""
+    """It stays short after many short calls: a job that waits for hundreds of them behind another is accepted."""
     rig = Rig(Limits(waiting_seconds=30))
     try:
         rig.gate.open(None)
         assert rig.submit(FakeJob("a", steps=100)).final == "finished"
-        answers = [rig.submit(FakeJob(name, rows=8, steps=500)) for name in ("b", "c")]
-        assert [answer.final for answer in answers] == ["finished"] * 2
+        answers = [rig.submit(FakeJob(name, rows=8, steps=500)) for name in ("b", "c", "d")]
+        assert [answer.final for answer in answers] == ["finished"] * 3
     finally:
         rig.denoiser.stop()
 
