@@ -46,10 +46,7 @@ _SDK = {
     "_transport": "errors",
 }
 """For each module of the client, the tests that are most likely to notice a change. They run first, then all others."""
-_SDK_TESTS = (
-    *("calls", "connection", "errors", "image_prompts", "public", "request", "result", "retries", "show", "tls"),
-    *("tracing", "urls", "values"),
-)
+_SDK_TESTS = "calls connection errors image_prompts public request result retries show tls tracing urls values".split()
 _DENOISER = {
     "admission": "admission",
     "answers": "pace loop",

@@ -6,7 +6,6 @@ import gc
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from gpu.plan import Options, Task
 from imprompt_bench.presets import PRESETS
 from imprompt_export import graphs
 from imprompt_export.backends import BuiltEngine
-from imprompt_export.backends.inductor import Packager
+from imprompt_export.backends.inductor import Packager, started_workers
 from imprompt_export.fp16_vae import fit_fp16_range
 from imprompt_export.graphs import Graph
 from imprompt_serving.backends import EngineError, get_backend
@@ -83,11 +82,10 @@ def inductor(task: Task, options: Options) -> System:
         skipped=skipped,
         decoders=decoders,
     )
-    with ExitStack() as stack:
+    with started_workers() as workers:
 
         def start(name: str, graph: Graph, precision: str) -> None:
-            packager = Packager(precision, exact=device == "cuda")
-            stack.enter_context(closing(packager))
+            packager = Packager(precision, workers, exact=device == "cuda")
             # One after the other: tracing takes one core, and packages are built by other processes meanwhile.
             waits[name] = packager.start(graph, work / name / graph.name, bundle)
 

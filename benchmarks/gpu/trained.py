@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from imprompt_bench.results import BenchError, Measurement
 from imprompt_bench.workload import reference
 from imprompt_demo import bundle_path
 from imprompt_export import graphs
-from imprompt_export.backends.inductor import Packager
+from imprompt_export.backends.inductor import Packager, started_workers
 from imprompt_export.bundle import BundleFile
 from imprompt_export.checkpoints import Checkpoints, load
 from imprompt_export.exporter import describe
@@ -136,10 +135,10 @@ def _engines(task: Task, options: Options, bundle: Bundle, unet: Graph, decoder:
     # Quantized bundles have their VAE in half precision.
     precisions = {"unet": task.precision, "vae": task.precision if task.precision != "fp8" else "fp16"}
     work, device = Path(options.work, task.name), torch_device(options.device)
-    with ExitStack() as stack:
+    with started_workers() as workers:
         waits = {}
         for name, graph in (("unet", unet), ("vae", decoder)):
-            packager = stack.enter_context(closing(Packager(precisions[name], exact=options.device == "cuda")))
+            packager = Packager(precisions[name], workers, exact=options.device == "cuda")
             waits[name] = packager.start(graph, work / name / graph.name, bundle)
         files = {name: wait().file for name, wait in waits.items()}
     load_engine = partial(get_backend("inductor").load, device="" if device == CPU else str(device))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from imprompt_export import BundleError, fp8, graphs
 from imprompt_export.backends import export_backend, inductor
-from imprompt_export.backends.inductor import Packager
+from imprompt_export.backends.inductor import Packager, started_workers
 from imprompt_export.bundle import BundleFile
 from imprompt_export.checkpoints import load
 from imprompt_export.exporter import bundle_graphs, describe
@@ -100,7 +100,8 @@ def test_inputs_beyond_the_range_saturate() -> None:
 
 
 def test_packages_do_not_depend_on_scales(unet: graphs.Graph, tmp_path: Path) -> None:
-    packager = Packager("fp8", cache=tmp_path)
+    with started_workers() as workers:
+        packager = Packager("fp8", workers, cache=tmp_path)
 
     def key(ranges: dict[str, float]) -> str:
         with cast(unet.module, torch.float16), quantized(unet.module, ranges):
@@ -109,7 +110,6 @@ def test_packages_do_not_depend_on_scales(unet: graphs.Graph, tmp_path: Path) ->
     one, other = ranges_of(unet, range(1)), ranges_of(unet, range(1, 2))
     assert one != other
     assert key(one) == key(other) != key(dict([*one.items()][:-1]))
-    packager.close()
 
 
 def block_graph() -> graphs.Graph:
@@ -141,9 +141,8 @@ def test_packages_in_fp8(tmp_path: Path) -> None:
     """Weights are stored in fp8; results are close to those of PyTorch at any size."""
     graph = block_graph()
     graph = replace(graph, fp8_ranges=ranges_of(graph))
-    packager = Packager("fp8", cache=tmp_path / "cache")
-    made = packager.start(graph, tmp_path / "unet", SimpleNamespace())()
-    packager.close()
+    with started_workers() as workers:
+        made = Packager("fp8", workers, cache=tmp_path / "cache").start(graph, tmp_path / "unet", SimpleNamespace())()
     weights = load_file(made.file.with_suffix(".safetensors"))
     layers = "transformer_blocks.0.ff.net.0.proj", "transformer_blocks.0.ff.net.2"
     found = {name: weight.dtype for name, weight in weights.items() if name.endswith(("weight", "scale"))}

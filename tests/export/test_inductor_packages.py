@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from export.test_profiles import bundle
 from imprompt_export import BundleError, graphs
 from imprompt_export.backends import BuiltEngine, export_backend
-from imprompt_export.backends.inductor import Packager, start_workers
+from imprompt_export.backends.inductor import Packager, started_workers
 from imprompt_export.lora import Factors
 from imprompt_export.parity import compare, references
 from imprompt_export.precision import cast
@@ -64,17 +64,17 @@ class Workshop:
     """Builds engines with a cache of its own. All use the same workers, which take seconds to start."""
 
     def __init__(self, folder: Path, workers: ProcessPoolExecutor) -> None:
-        self.folder, self.count, self._workers = folder, 0, workers
+        self.folder, self.count, self.workers = folder, 0, workers
 
     def make(self, graph: graphs.Graph, precision: str = "fp32", *, exact: bool = False) -> BuiltEngine:
         self.count += 1
-        packager = Packager(precision, exact=exact, cache=self.folder / "cache", workers=self._workers)
+        packager = Packager(precision, self.workers, exact=exact, cache=self.folder / "cache")
         return packager.start(graph, self.folder / str(self.count) / graph.name, of_shapes())()
 
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
-    with start_workers() as workers:
+    with started_workers() as workers:
         yield Workshop(tmp_path_factory.mktemp("inductor"), workers)
 
 
@@ -105,7 +105,7 @@ def test_other_weights_reuse_the_package(workshop: Workshop, built: BuiltEngine)
 
 
 def test_cache_key_covers_everything_a_package_depends_on(workshop: Workshop) -> None:
-    packager = Packager("fp32", cache=workshop.folder / "cache")
+    packager = Packager("fp32", workshop.workers, cache=workshop.folder / "cache")
 
     def key(graph: graphs.Graph, dtype: torch.dtype = torch.float32, **exact: int) -> str:
         with cast(graph.module, dtype):
@@ -120,7 +120,6 @@ def test_cache_key_covers_everything_a_package_depends_on(workshop: Workshop) ->
     ]
     packager._target = "cpu ANOTHER"
     keys.append(key(small()))
-    packager.close()
     assert len(set(keys)) == len(keys)
 
 

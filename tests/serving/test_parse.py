@@ -226,7 +226,9 @@ def test_scheduler_configurations_are_bounded(config: Any) -> None:
     assert refused(bundle, scheduler_config=text).parameter == "scheduler_config"
 
 
-EULER = {"scheduler": "EulerDiscreteScheduler"}
+EULER, DDPM = {"scheduler": "EulerDiscreteScheduler"}, {"scheduler": "DDPMScheduler"}
+CLIP = {"num_frames": 8}
+LATENT_ONES = np.ones((1, 4, 8, 8), np.float32)
 WITH_LORAS = msgspec.structs.replace(BUNDLE, loras=("soft", "bold"))
 
 
@@ -345,29 +347,42 @@ def test_requests_can_only_shorten_the_timeout(given: float | None, kept: float)
 
 
 @pytest.mark.parametrize(
-    ("most", "beyond"),
+    ("parameter", "most", "beyond"),
     [
-        ({"num_images_per_prompt": 50}, {"num_images_per_prompt": 51}),  # of 4 steps each
-        ({"num_inference_steps": 25, "num_frames": 8}, {"num_inference_steps": 26, "num_frames": 8}),
-        ({"height": 64, "width": 128}, {"height": 56}),
-        ({"height": 128, "width": 64}, {"width": 136}),
-        ({"image": picture(128, 64)}, {"image": picture(136, 64)}),
-        ({"image": SMALL, "strength": 0.25}, {"image": SMALL, "strength": 0.24}),
-        ({"image": SMALL, "strength": 1.0}, {"image": SMALL, "strength": 0.0}),
-        ({"sigmas": [3.0, 0.0], **EULER}, {"sigmas": [3.0, 3.0], **EULER}),
-        ({"timesteps": [1, 0], "scheduler": "DDPMScheduler"}, {"timesteps": [1, 1], "scheduler": "DDPMScheduler"}),
-        ({"seed": [1, 2], "num_images_per_prompt": 2}, {"seed": [1, 2, 3], "num_images_per_prompt": 2}),
-        ({"latents": np.full((1, 4, 8, 8), 1e4, np.float32)}, {"latents": np.full((1, 4, 8, 8), 1.1e4, np.float32)}),
+        ("num_inference_steps", {"num_images_per_prompt": 50}, {"num_images_per_prompt": 51}),  # of 4 steps each
         (
+            "num_inference_steps",
+            {"num_inference_steps": 25, "num_frames": 8},
+            {"num_inference_steps": 26, "num_frames": 8},
+        ),
+        ("height", {"height": 64, "width": 128}, {"height": 56}),
+        ("width", {"height": 128, "width": 64}, {"width": 136}),
+        ("image", {"image": picture(128, 64)}, {"image": picture(136, 64)}),
+        ("strength", {"image": SMALL, "strength": 0.25}, {"image": SMALL, "strength": 0.24}),
+        ("strength", {"image": SMALL, "strength": 1.0}, {"image": SMALL, "strength": 0.0}),
+        ("sigmas", {"sigmas": [3.0, 0.0], **EULER}, {"sigmas": [3.0, 3.0], **EULER}),
+        (
+            "timesteps",
+            {"timesteps": [1, 0], "scheduler": "DDPMScheduler"},
+            {"timesteps": [1, 1], "scheduler": "DDPMScheduler"},
+        ),
+        ("seed", {"seed": [1, 2], "num_images_per_prompt": 2}, {"seed": [1, 2, 3], "num_images_per_prompt": 2}),
+        (
+            "latents",
+            {"latents": np.full((1, 4, 8, 8), 1e4, np.float32)},
+            {"latents": np.full((1, 4, 8, 8), 1.1e4, np.float32)},
+        ),
+        (
+            "image",
             {"image": picture(160, 20), "height": 64, "width": 64},
             {"image": picture(161, 20), "height": 64, "width": 64},
         ),
     ],
     ids=str,
 )
-def test_limits_are_included(most: dict[str, Any], beyond: dict[str, Any]) -> None:
+def test_limits_are_included(parameter: str, most: dict[str, Any], beyond: dict[str, Any]) -> None:
     assert parsed(**most)
-    refused(**beyond)
+    assert refused(**beyond).parameter == parameter
 
 
 def test_random_seeds_are_below_2_to_the_32() -> None:

@@ -43,12 +43,11 @@ def routing(run: Run) -> str:
         )
     header = ["routing", "p50, s", "p99, s", "pictures/s", "busiest member", "idle, %", "refused, %"]
     machine = run.environment
-    load = machine["load_average"][0]
-    busy = f" The machine was busy with other work (load {load})." if load > machine["cores"] / 2 else ""
     requests = len(run.of("routing")[0].samples)
     text = (
         f"{requests} requests each. {machine['cpu']}, {machine['cores']} cores for all {run.bundle['members']} members "
-        f"and {run.bundle['callers']} callers, Envoy {machine['envoy']}, {machine['date']}.{busy}"
+        f"and {run.bundle['callers']} callers, Envoy {machine['envoy']}, {machine['date']}; load average "
+        f"{machine['load_average'][0]} before the run."
     )
     return f"{table(header, rows)}\n\n{text}\n"
 

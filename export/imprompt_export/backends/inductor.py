@@ -73,11 +73,8 @@ class Inductor(ExportBackend):
 
     @contextmanager
     def builder(self, engine: EngineSection, refit_from: Path | None) -> Iterator[StartBuild]:
-        packager = Packager(engine.precision, threads=engine.threads, exact=_on_gpu())
-        try:
-            yield packager.start
-        finally:
-            packager.close()
+        with started_workers() as workers:
+            yield Packager(engine.precision, workers, threads=engine.threads, exact=_on_gpu()).start
 
     def is_exported(self, engine: EngineSection, graph: Graph) -> bool:
         """Return False for fp8, whose engines are compared once more at the end, with the runs of a calibration."""
@@ -151,9 +148,14 @@ def _on_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def start_workers() -> ProcessPoolExecutor:
-    """Start the processes that build packages."""
-    return ProcessPoolExecutor(_worker_count(on_gpu=_on_gpu()), get_context("spawn"), initializer=_begin)
+@contextmanager
+def started_workers() -> Iterator[ProcessPoolExecutor]:
+    """Start processes that build packages. At the end, builds that have not started are cancelled."""
+    workers = ProcessPoolExecutor(_worker_count(on_gpu=_on_gpu()), get_context("spawn"), initializer=_begin)
+    try:
+        yield workers
+    finally:
+        workers.shutdown(cancel_futures=True)
 
 
 class Packager:
@@ -161,22 +163,22 @@ class Packager:
 
     Args:
         precision: `engine.precision`.
+        workers: the `started_workers` that build packages.
         threads: `engine.threads`. Code for any number of threads would start them for every kernel, even a small one:
             the UNet of the test bundle then took 1.5 times as long in one thread, and far longer on a busy machine.
         exact: whether to build a package for each picture size and number of rows (`profiles.exact_axes`) instead of
             one for all sizes.
         cache: the folder in which packages are cached.
-        workers: `start_workers`, for several packagers to share; by default this one starts its own.
     """
 
     def __init__(
         self,
         precision: str,
+        workers: ProcessPoolExecutor,
         *,
         threads: int = 0,
         exact: bool = False,
         cache: Path | None = None,
-        workers: ProcessPoolExecutor | None = None,
     ) -> None:
         import torch
 
@@ -185,13 +187,8 @@ class Packager:
         self._target = target(self._kind)
         self._options = _OPTIONS | {"cpp.threads": threads or len(os.sched_getaffinity(0))}
         self._cache = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "imprompt", "engines")
-        self._workers, self._shared = workers or start_workers(), workers is not None
+        self._workers = workers
         self._building: dict[Path, Future[float]] = {}
-
-    def close(self) -> None:
-        """Stop the workers unless they are shared; builds that have not started are cancelled."""
-        if not self._shared:
-            self._workers.shutdown(cancel_futures=True)
 
     def start(
         self, graph: Graph, folder: Path, bundle: Bundle, stages: Stages | None = None
