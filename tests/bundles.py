@@ -217,6 +217,11 @@ def _int8(folder: Path) -> list[str]:
     return ['\n[engine]\nbackend = "openvino"\nprecision = "int8"\n', *_with_depth(folder)]
 
 
+def _bf16(folder: Path) -> list[str]:
+    """Make the same bundle as `openvino`, in bf16."""
+    return ['\n[engine]\nbackend = "openvino"\nprecision = "bf16"\n', *_with_depth(folder)]
+
+
 def _with_depth(folder: Path) -> list[str]:
     base.make_sd15(folder / "base", levels=2)
     depth = controlnet("depth", control.make_controlnet(folder / "depth", levels=2))
@@ -270,6 +275,7 @@ MAKERS: dict[str, Callable[[Path], list[str]]] = {
     "sdxl_refiner": _sdxl_refiner,
     "inpaint": _inpaint,
     "int8": _int8,
+    "bf16": _bf16,
     "inductor": _inductor,
 }
 """Writes the checkpoints of each bundle and returns its sections; in the order in which the tests use them."""

@@ -32,11 +32,9 @@ from imprompt_serving.specs import Bundle
 class Diffusers:
     """The diffusers pipeline with the same checkpoints."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         checkpoints = Checkpoints(folder=folder)
-        self._pipeline: Any = DiffusionPipeline.from_pretrained(
-            checkpoints.base, dtype=torch.float32, local_files_only=True
-        )
+        self._pipeline: Any = DiffusionPipeline.from_pretrained(checkpoints.base, dtype=dtype, local_files_only=True)
         self._pipeline.load_ip_adapter(
             str(folder), subfolder="models", weight_name=checkpoints.weight_name, local_files_only=True
         )
@@ -164,11 +162,14 @@ def check_memory(name: str, parameters: Mapping[str, int], size: int) -> None:
     require(f"baseline {name}", (weights + 2 * attention) / 2**30)
 
 
-def load_baseline(name: str, folder: Path, model: str, workload: Workload) -> System:
-    """Load a baseline, `eager`, `compiled` or `bare`, from the checkpoints and engines in `folder`."""
+def load_baseline(name: str, folder: Path, model: str, precision: str, workload: Workload) -> System:
+    """Load a baseline, `eager`, `compiled` or `bare`, from the checkpoints and engines in `folder`.
+
+    diffusers computes in bf16 if that is the `precision` of the bundle, and otherwise in fp32.
+    """
     if name == "bare":
         return BareLoop(folder / "repository", model)
-    system = Diffusers(folder)
+    system = Diffusers(folder, torch.bfloat16 if precision == "bf16" else torch.float32)
     system.choose_threads(workload.request(0, num_inference_steps=1))
     if name == "compiled":
         system.compile()

@@ -66,7 +66,8 @@ def summary(measured: Mapping[str, Run]) -> str:
         return ""
     text = (
         "Latency of a served request, and its speed-up over each baseline (above 1: the server is faster), with 95 % "
-        "intervals. All rows of a table were measured on the same machine on the same day."
+        "intervals. All rows of a table were measured on the same machine on the same day. For a bundle in bf16, "
+        "diffusers computes in bf16 as well, and otherwise in fp32."
     )
     tables = (f"### {hardware}\n\n{_comparison(group)}\n\n" for hardware, group in groups.items())
     return f"## Comparison with the baselines\n\n{text}\n\n{''.join(tables)}"

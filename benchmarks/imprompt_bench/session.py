@@ -77,6 +77,7 @@ class Session:
         return {"unet_flop": unet_flop(unet, self.workload.size), "gemm_flops": gemm_flops()}
 
     def _latency(self, runner: ScenarioRunner, baselines: Sequence[str]) -> None:
+        precision = self.target.capabilities["precision"]
         with ExitStack() as stack:
             systems: dict[str, System] = {"imprompt": served_system(stack.enter_context(Client(self.target.url)))}
             for name in baselines:
@@ -89,9 +90,8 @@ class Session:
                 except BenchError as error:  # the other baselines can still be measured
                     self.console.print(f"skipped: {error}", soft_wrap=True)
                     continue
-                systems[name] = load_baseline(name, self.target.folder, self.target.model, self.workload)
-            exact = self.target.capabilities["precision"] == "fp32"
-            measured, self.parity = runner.latency(systems, exact=exact)
+                systems[name] = load_baseline(name, self.target.folder, self.target.model, precision, self.workload)
+            measured, self.parity = runner.latency(systems, exact=precision == "fp32")
         self._keep(measured)
 
     def _under_load(self, runner: ScenarioRunner, scenarios: Sequence[str], callers: Sequence[int]) -> None:

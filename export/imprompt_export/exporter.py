@@ -22,6 +22,7 @@ from imprompt_export.graphs import Graph
 from imprompt_export.parity import check_parity, compare, references
 from imprompt_export.preview import fit_preview
 from imprompt_export.repository import write_models
+from imprompt_export.sections import EngineSection
 from imprompt_export.stages import Stages
 from imprompt_serving import specs
 
@@ -86,14 +87,10 @@ def export_bundle(bundle: BundleFile, work: Path, console: Console | None, refit
         if built or reused:
             console.print(f"{built} packages built, {reused} reused from earlier exports")
         by_name = {graph.name: graph for graph in graphs_to_build}
-        files, export_report.quality = backend.finish(
-            engine,
-            spec,
-            checkpoints,
-            by_name,
-            engines,
-            lambda line: progress.update(task, description=line, total=None),
-        )
+        last = Stages(show=lambda line: progress.update(task, description=line, total=None))
+        files, export_report.quality = backend.finish(engine, spec, checkpoints, by_name, engines, last)
+        if last.seconds:
+            console.print(f"{engine.precision}: {last}", soft_wrap=True)
         models = work / "models"
         write_models(models, spec, engine.host, by_name, files, checkpoints)
         report.save(export_report, models / bundle.name, spec, run_by=comparison_backend)
@@ -124,8 +121,7 @@ def bundle_graphs(bundle: BundleFile, checkpoints: Checkpoints) -> list[Graph]:
     ]
     graphs_to_build += [graphs.image_encoder(name, model) for name, model in checkpoints.image_encoders.items()]
     graphs_to_build += [graphs.image_projection(a.name, a.projection, a.embeds) for a in checkpoints.adapters]
-    half = bundle.engine.precision in ("fp16", "bf16", "fp8")
-    precisions = graphs.FP16_FOR_BF16 if half and fit_fp16_range(pipeline.vae) else graphs.FULL
+    precisions = _vae_precisions(bundle.engine, pipeline.vae)
     graphs_to_build.append(graphs.vae_encoder(pipeline.vae, pipeline.vae_scale_factor, precisions))
     graphs_to_build.append(graphs.vae_decoder(pipeline.vae, precisions))
     if getattr(pipeline, "safety_checker", None) is not None:
@@ -139,6 +135,13 @@ def bundle_graphs(bundle: BundleFile, checkpoints: Checkpoints) -> list[Graph]:
         graphs_to_build.append(graphs.unet(checkpoints.motion_unet, names, residuals, frames=True))
     graphs_to_build.append(graphs.unet(pipeline.unet, names, residuals, features))
     return [replace(g, loras=checkpoints.loras) if g.name in ("unet", "motion_unet") else g for g in graphs_to_build]
+
+
+def _vae_precisions(engine: EngineSection, vae: Any) -> graphs.Precisions:
+    if not export_backend(engine.backend).fp16_vae:
+        return graphs.AS_ENGINE
+    half = engine.precision in ("fp16", "bf16", "fp8")
+    return graphs.FP16_FOR_BF16 if half and fit_fp16_range(vae) else graphs.FULL
 
 
 def _residuals(checkpoints: Checkpoints) -> tuple[specs.Residual, ...]:

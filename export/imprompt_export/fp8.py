@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from imprompt_export.calibration import HELD_OUT, RUNS, Arrays, CalibrationRunner, Recorder
+from imprompt_export.calibration import HELD_OUT, RUNS, Arrays, CalibrationRunner, Calls, Recorder
 from imprompt_export.checkpoints import Checkpoints
 from imprompt_export.graphs import Graph
 from imprompt_export.precision import cast
-from imprompt_export.quality import Quality, measure, picture_distance, quantized_networks
+from imprompt_export.quality import Quality, picture_distance, signal_to_noise, step_networks
 from imprompt_serving.backends import Engine, get_backend
 from imprompt_serving.specs import Bundle
 
@@ -122,7 +122,7 @@ def _on_device(graphs: Mapping[str, Graph], bundle: Bundle) -> Iterator[str]:
     """Temporarily move the networks of a step to the GPU if there is one, in float32; yield their device."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with contextlib.ExitStack() as stack:
-        for name in quantized_networks(bundle) if device != "cpu" else ():
+        for name in step_networks(bundle) if device != "cpu" else ():
             stack.enter_context(cast(graphs[name].module, torch.float32, device))
         yield device
 
@@ -148,7 +148,7 @@ def _watched(module: nn.Module, ranges: dict[str, float]) -> Iterator[None]:
 def calibrate(bundle: Bundle, checkpoints: Checkpoints, graphs: Sequence[Graph]) -> list[Graph]:
     """Return `graphs` with the ranges of their layers' inputs in denoising runs."""
     by_name = {graph.name: graph for graph in graphs}
-    ranges: dict[str, dict[str, float]] = {name: {} for name in quantized_networks(bundle)}
+    ranges: dict[str, dict[str, float]] = {name: {} for name in step_networks(bundle)}
     with _on_device(by_name, bundle) as device, contextlib.ExitStack() as watching:
         for name, found in ranges.items():
             watching.enter_context(_watched(by_name[name].module, found))
@@ -167,29 +167,35 @@ def measure_quality(
     min_snr_db: float,
 ) -> list[Quality]:
     """Measure the quality of the engines in `files` in a run that calibration did not see."""
-    names = quantized_networks(bundle)
+    names = step_networks(bundle)
+    calls = {name: Calls() for name in names}
     with _on_device(graphs, bundle) as device:
-        recorders = {name: Recorder(TorchEngine(graphs[name], device)) for name in names}
+        recorders = {name: Recorder(TorchEngine(graphs[name], device), calls[name]) for name in names}
+        runner = _runner(bundle, checkpoints, graphs, device)
+        prompt = runner.picture(RUNS[0], runner.encode(RUNS[0]))
         runner = _runner(bundle, checkpoints, graphs, device, recorders)
-        held_out = runner.encode(HELD_OUT, runner.picture(RUNS[0], runner.encode(RUNS[0])))
-        for recorder in recorders.values():
-            recorder.inputs, recorder.outputs = [], []
-        picture = runner.picture(HELD_OUT, held_out)
+        tensors = runner.encode(HELD_OUT, prompt)
+        picture = runner.picture(HELD_OUT, tensors)
     # Recorders have no `run_tensors`, so engines on a GPU get arrays.
-    engines = {name: Recorder(get_backend(bundle.backend).load(files[name])) for name in names}
-    other = _runner(bundle, checkpoints, graphs, "cpu", engines).picture(HELD_OUT, held_out)
+    engines = {name: Recorder(get_backend(bundle.backend).load(files[name]), Calls()) for name in names}
+    other = _runner(bundle, checkpoints, graphs, "cpu", engines).picture(HELD_OUT, tensors)
     distance = picture_distance(other, picture)
-    return [
-        measure(
-            name,
-            "fp8",
-            recorders[name].outputs,
-            [engines[name].run(tensors) for tensors in recorders[name].inputs],
-            min_snr_db,
-            distance,
+    rows = []
+    for name in names:
+        answers = [engines[name].run(inputs) for inputs in calls[name].inputs]
+        ratio = signal_to_noise(name, calls[name].outputs, answers)
+        rows.append(
+            Quality(
+                engine=name,
+                precision="fp8",
+                calls=len(answers),
+                snr_db=ratio.snr_db,
+                worst_snr_db=ratio.worst_snr_db,
+                min_snr_db=min_snr_db,
+                picture_distance=distance,
+            )
         )
-        for name in names
-    ]
+    return rows
 
 
 def _runner(
@@ -200,7 +206,7 @@ def _runner(
     engines: Mapping[str, Engine] = MappingProxyType({}),
 ) -> CalibrationRunner:
     """Return a runner with `engines`; networks that are not among them run in PyTorch in float32."""
-    networks = quantized_networks(bundle)
+    networks = step_networks(bundle)
 
     def engine(name: str) -> Engine:
         return engines.get(name) or TorchEngine(graphs[name], device if name in networks else "cpu")

@@ -210,7 +210,8 @@ def vae_decoder(vae: Model, precisions: Precisions = AS_ENGINE) -> Graph:
             latents = latents + vae.mean_of_latents
         picture = vae.decode(latents.to(vae.dtype)).sample.float()
         levels = ((picture * 0.5 + 0.5).clamp(0, 1) * 255).round()
-        finite = torch.isfinite(picture).flatten(1).all(dim=1, keepdim=True)
+        # A decoder in int8 would clamp latents that are not finite.
+        finite = _finite(picture) & _finite(tensors["latents"])
         return levels.permute(0, 2, 3, 1).to(torch.uint8), finite
 
     return Graph(
@@ -224,6 +225,11 @@ def vae_decoder(vae: Model, precisions: Precisions = AS_ENGINE) -> Graph:
         checks=({"batch": 1, "h": 8, "w": 8}, {"batch": 2, "h": 8, "w": 12}),
         tolerance=1.0,
     )
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    """Return for each row of `tensor` whether all its values are finite, bool [B, 1]."""
+    return torch.isfinite(tensor).flatten(1).all(dim=1, keepdim=True)
 
 
 def image_projection(adapter: str, layer: Model, embeds: dict[str, tuple[int, ...]]) -> Graph:

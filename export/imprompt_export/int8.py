@@ -1,4 +1,4 @@
-"""Quantize the networks of a denoising step to int8 after training.
+"""Quantize the networks of a denoising step, the VAE's decoder, and image encoders to int8 after training.
 
 Weights and activations of convolutions and matrix products become 8-bit integers (NNCF, with SmoothQuant:
 https://arxiv.org/abs/2211.10438). Their ranges come from denoising runs of the bundle itself, over all timesteps.
@@ -11,21 +11,31 @@ import os
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from imprompt_export.calibration import HELD_OUT, RUNS, Arrays, CalibrationRunner, Recorder
+from imprompt_export.calibration import HELD_OUT, RUNS, Arrays, CalibrationRunner, Calls, Recorder
 from imprompt_export.checkpoints import Checkpoints
-from imprompt_export.quality import Quality, measure, picture_distance, quantized_networks
+from imprompt_export.quality import Quality, picture_distance, signal_to_noise, step_networks
+from imprompt_export.stages import Stages
 from imprompt_serving.backends import Engine, get_backend
 from imprompt_serving.specs import Bundle
 
-SAMPLES = 12
-"""Number of calls that determine the ranges, spread over all calibration runs; three times as many gained 1 dB."""
+SAMPLES = 8
+"""Number of calls that determine the ranges, spread over all calibration runs. 12 were not better."""
 SMOOTHING = 0.25
 """Share of the activations' range that SmoothQuant moves into the weights; the paper's 0.5 gave 2 dB less."""
+MIN_SNR_DB = 20.0
+"""Minimum quality of networks that run once per request: there is little to gain, so an error of 10 % is too large."""
+LATENTS_MARGIN = 1.5
+"""Factor by which latents may exceed those of calibration before the VAE clips them.
+
+There is one picture per calibration run, and requests with more guidance have larger latents. It costs 2 dB of 41.
+"""
+_SAMPLES = ("sample", "latents", "pixel_values")
+"""The inputs that hold a picture or its latents."""
 
 
 class _Origin(IntEnum):
@@ -38,66 +48,101 @@ class _Origin(IntEnum):
 
 
 def quantize_bundle(
-    bundle: Bundle, checkpoints: Checkpoints, files: Mapping[str, Path], min_snr_db: float
+    bundle: Bundle,
+    checkpoints: Checkpoints,
+    files: Mapping[str, Path],
+    min_snr_db: float,
+    stages: Stages,
 ) -> tuple[dict[str, Path], list[Quality]]:
-    """Quantize the networks among `files`; return the files with these replaced, and the quality of each network."""
-    names = quantized_networks(bundle)
-    samples, references, inputs, picture, held_out = _record(bundle, checkpoints, files, names)
-    encoders = [getattr(checkpoints.pipeline, encoder) for encoder, _ in checkpoints.family.text_encoders]
-    for model in (*encoders, *checkpoints.image_encoders.values()):
-        model.to("meta")  # all prompts are encoded, and NNCF needs the memory
-    made = dict(files)
-    for name in names:
-        made[name] = quantize(files[name], samples.pop(name))
-    load = get_backend(bundle.backend).load
-    engines = {name: load(made[name]) for name in names}
-    rows = []
-    runner = CalibrationRunner(bundle, checkpoints, lambda name: engines.get(name) or load(files[name]))
-    distance = picture_distance(runner.picture(HELD_OUT, held_out), picture)
-    for name in names:
-        answers = [engines[name].run(tensors) for tensors in inputs[name]]
-        rows.append(measure(name, "int8", references[name], answers, min_snr_db, distance))
-    return made, rows
+    """Quantize the networks among `files` that take the most time.
 
-
-def _record(
-    bundle: Bundle, checkpoints: Checkpoints, files: Mapping[str, Path], names: Sequence[str]
-) -> tuple[dict[str, list[Arrays]], dict[str, list[Arrays]], dict[str, list[Arrays]], np.ndarray, dict[str, Tensor]]:
-    """Run the calibration runs and the held-out run in fp32, and record the calls of the networks `names`.
+    Those that run once per request stay in fp32 if they would lose too much.
 
     Returns:
-        Inputs of the calibration runs; outputs, inputs, picture, and encoded prompts of the held-out run.
+        The files with these replaced, and the quality of each network.
     """
-    recorders: dict[str, Recorder] = {}
+    steps = step_networks(bundle)
+    names = (*steps, "vae_decoder", *(f"image_encoder_{encoder.name}" for encoder in bundle.image_encoders))
+    load = get_backend(bundle.backend).load
+    with stages.time("running in fp32"):
+        recorded = _record(bundle, checkpoints, files, names)
+    made, ratios = dict(files), {}
+    for name in names:
+        with stages.time(f"quantizing {name}"):
+            smoothing = -1 if name == "vae_decoder" else SMOOTHING  # its few matrix products gain nothing
+            made[name] = quantize(files[name], recorded.samples.pop(name), smoothing)
+    with stages.time("comparing int8 with fp32"):
+        for name in names:
+            calls, engine = recorded.held_out[name], load(made[name])
+            ratios[name] = signal_to_noise(name, calls.outputs, [engine.run(tensors) for tensors in calls.inputs])
+        limits = {name: min_snr_db if name in steps else max(min_snr_db, MIN_SNR_DB) for name in names}
+        used = {name: name in steps or ratios[name].snr_db >= limits[name] for name in names}
+        made |= {name: files[name] for name in names if not used[name]}
+        runner = CalibrationRunner(bundle, checkpoints, lambda name: load(made[name]))
+        pictures = runner.encode_pictures(HELD_OUT, recorded.prompt)
+        distance = picture_distance(runner.picture(HELD_OUT, recorded.texts | pictures), recorded.picture)
+    return made, [
+        Quality(
+            engine=name,
+            precision="int8",
+            calls=len(recorded.held_out[name].inputs),
+            snr_db=ratios[name].snr_db,
+            worst_snr_db=ratios[name].worst_snr_db,
+            min_snr_db=limits[name],
+            used=used[name],
+            picture_distance=distance,
+        )
+        for name in names
+    ]
+
+
+class _Recorded(NamedTuple):
+    """Calls of networks in fp32, by network: inputs of the calibration runs, and everything of the held-out run."""
+
+    samples: dict[str, list[Arrays]]
+    held_out: dict[str, Calls]
+    prompt: np.ndarray
+    """The image prompt of the held-out run."""
+    texts: dict[str, Tensor]
+    """Its encoded prompts."""
+    picture: np.ndarray
+    """Its result."""
+
+
+def _record(bundle: Bundle, checkpoints: Checkpoints, files: Mapping[str, Path], names: Sequence[str]) -> _Recorded:
+    """Run the calibration runs and the held-out run in fp32, and record the calls of the networks `names`."""
+    calls = {name: Calls() for name in names}
 
     def engine(name: str) -> Engine:
         loaded = get_backend(bundle.backend).load(files[name])
-        if name not in names:
-            return loaded
-        recorders[name] = Recorder(loaded)
-        return recorders[name]
+        return Recorder(loaded, calls[name]) if name in calls else loaded
 
     runner = CalibrationRunner(bundle, checkpoints, engine)
-    prompt = None
+    prompt: np.ndarray | None = None
     for run in RUNS:
         prompt = runner.picture(run, runner.encode(run, prompt))
-    samples = {name: recorder.inputs for name, recorder in recorders.items()}
-    for recorder in recorders.values():
-        recorder.inputs, recorder.outputs = [], []
-    held_out = runner.encode(HELD_OUT, prompt)
-    picture = runner.picture(HELD_OUT, held_out)
-    outputs = {name: recorder.outputs for name, recorder in recorders.items()}
-    return samples, outputs, {name: recorder.inputs for name, recorder in recorders.items()}, picture, held_out
+    assert prompt is not None
+    samples = {name: recorded.inputs for name, recorded in calls.items()}
+    samples["vae_decoder"] = [{"latents": LATENTS_MARGIN * call["latents"]} for call in samples["vae_decoder"]]
+    for recorded in calls.values():
+        recorded.inputs, recorded.outputs = [], []
+    tensors = runner.encode(HELD_OUT, prompt)
+    picture = runner.picture(HELD_OUT, tensors)
+    for encoder, _ in checkpoints.family.text_encoders:
+        getattr(checkpoints.pipeline, encoder).to("meta")  # all prompts are encoded, and NNCF needs the memory
+    return _Recorded(samples, calls, prompt, tensors, picture)
 
 
-def quantize(file: Path, samples: Sequence[Arrays]) -> Path:
+def quantize(file: Path, samples: Sequence[Arrays], smoothing: float = SMOOTHING) -> Path:
     """Write an int8 version of the OpenVINO model `file` to a folder next to its own.
 
-    The ranges of activations are those that occur with the inputs `samples`.
+    The ranges of activations are those that occur with the inputs `samples`. `smoothing` is as in `SMOOTHING`; -1
+    disables SmoothQuant and saves half of the calls.
     """
     os.environ.setdefault("NNCF_CI", "1")  # otherwise NNCF reports its use over the network
     import nncf
     import openvino
+    from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
     nncf.set_log_level("ERROR")
     model = openvino.Core().read_model(file)
@@ -114,7 +159,9 @@ def quantize(file: Path, samples: Sequence[Arrays]) -> Path:
             # With the full range, pictures would depend on the server's CPU.
             overflow_fix=nncf.OverflowFix.ENABLE,
             disable_bias_correction=True,  # it is slow and brought no gain
-            smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=SMOOTHING, convolution=-1),
+            # By default NNCF averages the extremes of the samples, and so clips those of half of them.
+            activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
+            smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=smoothing, convolution=-1),
         ),
     )
     target = file.parent.with_name(f"{file.parent.name}-int8") / file.name
@@ -125,24 +172,27 @@ def quantize(file: Path, samples: Sequence[Arrays]) -> Path:
 def _keep_in_fp32(model: Any) -> list[str]:
     """List the operations that stay in fp32, at little cost in time.
 
-    These are the first and last convolutions, products that depend only on prompts or time, attention to prompts (whose
-    first tokens are far larger than the others), and the scores of self-attention.
+    These are the first and last convolutions, those that read the residual stream without a norm (shortcuts and
+    downsampling), products that depend only on prompts or time, attention to prompts (whose first tokens are far larger
+    than the others), and the scores of self-attention.
     """
     origins: dict[str, _Origin] = {}
-    convolutions, products = [], []
+    convolutions, kept = [], []
     for op in model.get_ordered_ops():
         name, kind = op.get_friendly_name(), op.get_type_name()
         sources = [port.get_source_output().get_node() for port in op.inputs()]
         inputs = [origins[source.get_friendly_name()] for source in sources]
         if kind == "Parameter":
-            origins[name] = _Origin.SAMPLE if op.output(0).any_name == "sample" else _Origin.PROMPT
+            origins[name] = _Origin.SAMPLE if op.output(0).any_name in _SAMPLES else _Origin.PROMPT
         else:
             origins[name] = _Origin.CONSTANT if kind == "ShapeOf" else max(inputs, default=_Origin.CONSTANT)
         if kind == "Convolution":
             convolutions.append(name)
+            if sources[0].get_type_name() in ("Add", "Concat"):
+                kept.append(name)
         elif kind == "MatMul" and (
             _Origin.PROMPT in inputs
             or (inputs == [_Origin.SAMPLE, _Origin.SAMPLE] and sources[0].get_type_name() != "Softmax")
         ):
-            products.append(name)
-    return [convolutions[0], convolutions[-1], *products]
+            kept.append(name)
+    return list(dict.fromkeys((convolutions[0], convolutions[-1], *kept)))

@@ -84,7 +84,7 @@ def _quality(rows: list[Quality]) -> Table:
             str(row.calls),
             f"{row.snr_db:.1f}",
             f"{row.worst_snr_db:.1f}",
-            f"{row.min_snr_db:g}",
+            f"{row.min_snr_db:g}" if row.used else f"{row.min_snr_db:g}: stays in fp32",
             f"{row.picture_distance:.1f} levels",
         )
     return table

@@ -48,7 +48,8 @@ def test_weights_stay_until_the_last_graph_that_has_them() -> None:
     [
         ("onnxruntime", "fp32", set()),
         ("openvino", "fp32", set()),
-        ("openvino", "int8", {"text_encoder", "image_encoder_plain", "vae_decoder"}),
+        ("openvino", "bf16", set()),
+        ("openvino", "int8", {"text_encoder"}),
         ("inductor", "fp16", set()),
         ("inductor", "fp8", {"text_encoder", "image_encoder_plain", "vae_decoder", "unet", "image_projection_plain"}),
     ],

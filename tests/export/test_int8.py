@@ -1,4 +1,4 @@
-"""int8 engines are smaller and close to fp32, and refused if they are not."""
+"""int8 engines are smaller and close to fp32, and refused or left in fp32 if they are not."""
 
 from __future__ import annotations
 
@@ -7,21 +7,36 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 from bundles import ExportedBundle
-from imprompt_export.quality import Quality, QualityError, check_quality
+from imprompt_export import int8
+from imprompt_export.bundle import BundleFile
+from imprompt_export.checkpoints import load
+from imprompt_export.exporter import describe
+from imprompt_export.quality import Quality, QualityError, Ratio, check_quality
+from imprompt_export.stages import Stages
+from imprompt_serving.backends import get_backend
 
-NETWORKS = {"unet", "controlnet_depth"}
+STEP_NETWORKS = {"unet", "controlnet_depth"}
+NETWORKS = STEP_NETWORKS | {"vae_decoder", "image_encoder_plain"}
+
+
+def engines(made: ExportedBundle) -> dict[str, Path]:
+    """Return the file of each engine."""
+    models = {
+        file.parents[1].name.removeprefix(f"{made.name}_"): file for file in made.repository.glob("*/1/model.xml")
+    }
+    return models | {file.stem: file for file in made.repository.glob("*_denoiser/1/*.xml")}
 
 
 def sizes(made: ExportedBundle) -> dict[str, int]:
-    """Return the bytes of the weights of each engine in the denoiser."""
-    folder = made.repository / f"{made.name}_denoiser/1"
-    return {file.stem: file.with_suffix(".bin").stat().st_size for file in folder.glob("*.xml")}
+    """Return the bytes of the weights of each engine."""
+    return {name: file.with_suffix(".bin").stat().st_size for name, file in engines(made).items()}
 
 
-def test_step_networks_become_smaller(bundle: Callable[[str], ExportedBundle]) -> None:
+def test_the_slowest_networks_become_smaller(bundle: Callable[[str], ExportedBundle]) -> None:
     fp32, int8 = sizes(bundle("openvino")), sizes(bundle("int8"))
     assert int8.keys() == fp32.keys() > NETWORKS
     assert {name for name in fp32 if int8[name] != fp32[name]} == NETWORKS
@@ -30,15 +45,72 @@ def test_step_networks_become_smaller(bundle: Callable[[str], ExportedBundle]) -
 
 def test_quality_is_measured_and_checked(bundle: Callable[[str], ExportedBundle]) -> None:
     report = json.loads(Path(bundle("int8").repository, "int8/export.json").read_text())
-    rows = msgspec.convert(report["quality"], list[Quality])
-    assert {row.engine for row in rows} == NETWORKS
-    for row in rows:
-        assert 8 <= row.calls <= 10
-        assert 10 < row.worst_snr_db <= row.snr_db < 60  # above 60 dB it would not be int8
-    assert rows[0].engine == "unet"
-    assert rows[0].snr_db > 16.5  # it is 15 if attention to prompts is int8 too
-    assert rows[0].picture_distance > 0
-    check_quality(rows)
-    strict = [msgspec.structs.replace(row, min_snr_db=60.0) for row in rows]
-    with pytest.raises(QualityError, match=rf"unet in int8: .* {rows[0].snr_db:.1f} dB .* engine.min_snr_db is 60"):
+    rows = {row.engine: row for row in msgspec.convert(report["quality"], list[Quality])}
+    assert rows.keys() == NETWORKS
+    calls = {name: row.calls for name, row in rows.items()}
+    assert calls == {"unet": 6, "controlnet_depth": 6, "vae_decoder": 1, "image_encoder_plain": 1}
+    for row in rows.values():
+        assert row.used
+        assert row.min_snr_db == (10 if row.engine in STEP_NETWORKS else 20)
+        assert row.min_snr_db < row.worst_snr_db <= row.snr_db < 60  # above 60 dB it would not be int8
+    assert rows["unet"].snr_db > 16.5  # it is 15 if attention to prompts is int8 too
+    assert rows["unet"].picture_distance > 0
+    check_quality([*rows.values()])
+    strict = [msgspec.structs.replace(row, min_snr_db=60.0) for row in rows.values()]
+    message = rf"unet in int8: .* {rows['unet'].snr_db:.1f} dB .* engine.min_snr_db is 60"
+    with pytest.raises(QualityError, match=message):
         check_quality(strict)
+    check_quality([msgspec.structs.replace(row, used=False) for row in strict])
+
+
+def test_pictures_that_are_not_finite_are_flagged(bundle: Callable[[str], ExportedBundle]) -> None:
+    """Activations in int8 have no infinity and no NaN."""
+    latents = np.random.default_rng(0).standard_normal((3, 4, 8, 8)).astype(np.float32)
+    latents[1, 0, 3, 3], latents[2] = np.nan, np.inf
+    decoder = get_backend("openvino").load(engines(bundle("int8"))["vae_decoder"])
+    assert decoder.run({"latents": latents})["finite"].astype(bool).tolist() == [[True], [False], [False]]
+
+
+def test_only_networks_of_a_step_are_quantized_at_any_cost(
+    bundle: Callable[[str], ExportedBundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others stay in fp32 below 20 dB, or below `min_snr_db` if that is more."""
+    made = bundle("openvino")
+    description = BundleFile.load(made.checkpoints / "bundle.toml")
+    files = engines(made)
+    other = files["image_projection_plain"]
+    monkeypatch.setattr(int8, "quantize", lambda file, samples, smoothing: other)
+    monkeypatch.setattr(int8, "picture_distance", lambda one, another: 0.0)
+    monkeypatch.setattr(int8, "CalibrationRunner", FakeRunner)
+    ratio = Ratio(15.0, 12.0)
+    monkeypatch.setattr(int8, "signal_to_noise", lambda name, references, answers: ratio)
+    checkpoints = load(description)
+    spec = describe(description, checkpoints)
+
+    def quantize(min_snr_db: float) -> tuple[dict[str, Path], set[str]]:
+        chosen, rows = int8.quantize_bundle(spec, checkpoints, files, min_snr_db, Stages())
+        return chosen, {row.engine for row in rows if row.used}
+
+    chosen, used = quantize(10.0)
+    assert used == STEP_NETWORKS
+    assert chosen == files | dict.fromkeys(STEP_NETWORKS, other)
+    ratio = Ratio(25.0, 12.0)
+    chosen, used = quantize(10.0)
+    assert used == NETWORKS
+    assert chosen == files | dict.fromkeys(NETWORKS, other)
+    assert quantize(26.0)[1] == STEP_NETWORKS  # which check_quality refuses
+
+
+class FakeRunner:
+    """Makes no pictures and records no calls."""
+
+    def __init__(self, *arguments: object) -> None: ...
+
+    def encode(self, *arguments: object) -> dict[str, object]:
+        return {}
+
+    def encode_pictures(self, *arguments: object) -> dict[str, object]:
+        return {}
+
+    def picture(self, *arguments: object) -> np.ndarray:
+        return np.zeros((1, 1, 3), np.uint8)

@@ -19,12 +19,13 @@ from imprompt_export import control, graphs, parity
 from imprompt_export.backends import export_backend, openvino
 from imprompt_export.bundle import BundleFile
 from imprompt_export.checkpoints import load
-from imprompt_export.exporter import bundle_graphs
+from imprompt_export.exporter import _vae_precisions, bundle_graphs
 from imprompt_export.onnx_graph import export_onnx
 from imprompt_export.parity import compare, references
 from imprompt_export.precision import Positional, cast, dtype_of
 from imprompt_export.sections import EngineSection
 from imprompt_serving.backends import get_backend
+from imprompt_serving.denoiser.precision import DTYPES
 from imprompt_serving.gpu.onnxruntime import OnnxRuntimeDeviceEngine
 from tiny import base
 from tiny.control import make_controlnet
@@ -131,6 +132,11 @@ def test_engines_with_residuals_are_compared(control_chain: dict[Path, graphs.Gr
         assert {name: tensor.dtype for name, tensor in answer.items()} == types
 
 
+def test_vae_computes_in_bf16_on_cpus() -> None:
+    engine = EngineSection(backend="openvino", precision="bf16")
+    assert _vae_precisions(engine, None).get("bf16", "bf16") == "bf16"
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("known", [True, False])
 def test_vae_computes_in_fp16_if_its_values_fit(tmp_path: Path, precision: str, known: bool) -> None:
@@ -144,6 +150,30 @@ def test_vae_computes_in_fp16_if_its_values_fit(tmp_path: Path, precision: str, 
     types = {graph.name: dtype_of(graph, precision) for graph in bundle_graphs(bundle, checkpoints)}
     assert types["vae_decoder"] == types["vae_encoder"] == (torch.float16 if known else torch.float32)
     assert types["unet"] == types["text_encoder_2"] == {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+
+
+def test_openvino_computes_in_bf16_but_takes_the_timestep_in_float32(tmp_path: Path) -> None:
+    """In bf16 a timestep of 999 would be 1000. Residuals enter and leave in float32, because numpy has no bf16."""
+    pytest.importorskip("openvino", reason="OpenVINO is not installed: imprompt[openvino]")
+    make_controlnet(tmp_path / "net", layers_per_block=1, levels=2)
+    net = ControlNetModel.from_pretrained(tmp_path / "net").eval()
+    unet = randomize(UNet2DConditionModel(**base.unet_config("sd15", 1, levels=2)), 2).eval()
+    chain = control.controlnet("depth", net)[-1], graphs.unet(unet, [], control.residuals(unet))
+    given = {name: tensor for graph in chain for name, tensor in graph.example(chain[-1].checks[-1]).items()}
+    given["timestep"].fill_(999)
+    tensors = {name: tensor.numpy() for name, tensor in given.items()}
+    for graph in chain:
+        file = tmp_path / graph.name / f"{graph.name}.onnx"
+        export_onnx(graph, file, torch.bfloat16)
+        tensors |= get_backend("openvino").load(openvino.convert(file)).run(tensors)
+        with torch.no_grad():
+            given |= zip(graph.outputs, graph.run(given), strict=True)
+        assert {tensors[name].dtype for name in graph.outputs} == {np.dtype(np.float32)}
+    exact, given["timestep"] = given["noise_pred"], torch.full_like(given["timestep"], 1000)
+    with torch.no_grad():
+        (next_step,) = chain[-1].run(given)
+    error = float((torch.from_numpy(tensors["noise_pred"]) - exact).square().mean())
+    assert 0 < error < 0.2 * float((next_step - exact).square().mean())
 
 
 def comparison_backend(backend: str, precision: str, targets: tuple[str, ...] = ()) -> str | None:
@@ -187,7 +217,7 @@ def test_vae_engines_flag_pictures_that_are_not_finite(tmp_path: Path, backend: 
         pytest.importorskip("openvino", reason="OpenVINO is not installed: imprompt[openvino]")
     decoder = graphs.vae_decoder(base._vae(1, scaling_factor=0.18215))
     file = tmp_path / "vae_decoder.onnx"
-    export_onnx(decoder, file, {"fp32": torch.float32, "fp16": torch.float16}[precision])
+    export_onnx(decoder, file, DTYPES[precision])
     output = {value.name: value.type.tensor_type.elem_type for value in onnx.load(file).graph.output}
     assert output == {"images": TensorProto.UINT8, "finite": TensorProto.BOOL}
     if backend == "openvino":

@@ -71,6 +71,8 @@ class ExportBackend:
     """The pip packages that build the engines; the report records their versions."""
     refittable: bool = False
     """Whether an engine's weights can be replaced (`engine.refit`, `--refit-from`)."""
+    fp16_vae: bool = True
+    """Whether the VAE computes in fp16 if the engines compute in bf16: it is closer to fp32, but slow on CPUs."""
 
     def check(self, engine: EngineSection) -> None:
         """Refuse values of `[engine]` that this backend does not support.
@@ -168,7 +170,7 @@ class ExportBackend:
         checkpoints: Checkpoints,
         graphs: Mapping[str, Graph],
         files: Mapping[str, Path],
-        show_status: StatusCallback,
+        stages: Stages,
     ) -> tuple[Mapping[str, Path], list[Quality]]:
         """Process all engines together after each has been compared; return the files to serve and their quality.
 

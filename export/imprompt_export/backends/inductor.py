@@ -120,7 +120,7 @@ class Inductor(ExportBackend):
         checkpoints: Checkpoints,
         graphs: Mapping[str, Graph],
         files: Mapping[str, Path],
-        show_status: StatusCallback,
+        stages: Stages,
     ) -> tuple[Mapping[str, Path], list[Quality]]:
         """Check the quality of the engines if the precision is fp8."""
         if engine.precision != "fp8":
@@ -128,8 +128,8 @@ class Inductor(ExportBackend):
         from imprompt_export.fp8 import measure_quality
         from imprompt_export.quality import check_quality
 
-        show_status("comparing fp8 with fp32")
-        quality = measure_quality(bundle, checkpoints, graphs, files, engine.min_snr_db)
+        with stages.time("comparing fp8 with fp32"):
+            quality = measure_quality(bundle, checkpoints, graphs, files, engine.min_snr_db)
         check_quality(quality)
         return files, quality
 

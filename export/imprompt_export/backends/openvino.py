@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from imprompt_export.backends import CompileOnnx, ExportBackend
 from imprompt_export.errors import BundleError
-from imprompt_export.stages import StatusCallback
+from imprompt_export.stages import Stages
 from imprompt_serving.specs import Bundle
 
 if TYPE_CHECKING:
@@ -33,9 +33,8 @@ class OpenVino(ExportBackend):
         return lambda graph, source, bundle, show_status: convert(source)
 
     def is_exported(self, engine: EngineSection, graph: Graph) -> bool:
-        """Return False for what calibration runs with PyTorch: all but the networks of a step and the projections."""
-        in_engines = ("unet", "controlnet_", "t2i_adapter_", "image_projection_", "motion_unet")
-        return engine.precision != "int8" or graph.name.startswith(in_engines)
+        """Return False for the text encoders of int8, because calibration runs these with PyTorch."""
+        return engine.precision != "int8" or not graph.name.startswith("text_encoder")
 
     def finish(
         self,
@@ -44,7 +43,7 @@ class OpenVino(ExportBackend):
         checkpoints: Checkpoints,
         graphs: Mapping[str, Graph],
         files: Mapping[str, Path],
-        show_status: StatusCallback,
+        stages: Stages,
     ) -> tuple[Mapping[str, Path], list[Quality]]:
         """Quantize to int8 if that is the precision; calibration runs the denoising loop and so needs all engines."""
         if engine.precision != "int8":
@@ -52,24 +51,33 @@ class OpenVino(ExportBackend):
         from imprompt_export.int8 import quantize_bundle
         from imprompt_export.quality import check_quality
 
-        show_status("quantizing to int8")
-        quantized, quality = quantize_bundle(bundle, checkpoints, files, engine.min_snr_db)
+        quantized, quality = quantize_bundle(bundle, checkpoints, files, engine.min_snr_db, stages)
         check_quality(quality)
         return quantized, quality
 
 
 def convert(file: Path) -> Path:
-    """Replace an ONNX file and its external data by `.xml` and `.bin` of the same precision; return the `.xml`."""
+    """Replace an ONNX file and its external data by `.xml` and `.bin` of the same precision; return the `.xml`.
+
+    Inputs and outputs in bf16 become float32, because numpy has no bf16.
+    """
     import openvino
+    from openvino.preprocess import PrePostProcessor
 
     target = file.with_suffix(".xml")
     before = list(file.parent.iterdir())
     model = openvino.Core().read_model(file)
+    ends = PrePostProcessor(model)
+    for ports, end in ((model.inputs, ends.input), (model.outputs, ends.output)):
+        for index, port in enumerate(ports):
+            if port.element_type == openvino.Type.bf16:
+                end(index).tensor().set_element_type(openvino.Type.f32)
+    model = ends.build()
     openvino.save_model(model, target, compress_to_fp16=False)
-    del model  # it has mapped the external data, which is deleted next
+    del ends, model  # they have mapped the external data, which is deleted next
     for old in before:
         old.unlink()
     return target
 
 
-BACKENDS = {"openvino": OpenVino(name="openvino", distributions=("openvino", "nncf"))}
+BACKENDS = {"openvino": OpenVino(name="openvino", distributions=("openvino", "nncf"), fp16_vae=False)}

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 SETTINGS: dict[str, Any] = {
     "PERFORMANCE_HINT": "LATENCY",  # one call at a time, on all cores
-    # Compute in the precision of the weights; otherwise OpenVINO rounds to bfloat16 on CPUs that support it.
-    "INFERENCE_PRECISION_HINT": "f32",
+    # Compute in the types of the graph. Otherwise, on CPUs that support it, OpenVINO rounds all to bfloat16, even
+    # the timestep: 999 would become 1000.
+    "INFERENCE_PRECISION_HINT": "dynamic",
     # Several processes share the cores: their pinned threads would compete for the same ones.
     "ENABLE_CPU_PINNING": False,
     # OpenVINO 2026.4 reuses a kernel that it generated for a call with one query (a UNet at its smallest size) for
@@ -60,4 +61,4 @@ class OpenVinoEngine:
         return dict(zip(self._outputs, answer.values(), strict=True))
 
 
-BACKENDS = {"openvino": OpenVino(name="openvino", precisions=("fp32", "int8"), suffix=".xml", extra="openvino")}
+BACKENDS = {"openvino": OpenVino(name="openvino", precisions=("fp32", "bf16", "int8"), suffix=".xml", extra="openvino")}

@@ -94,7 +94,7 @@ def run_on_tensors(engine: Engine, tensors: Mapping[str, Tensor]) -> dict[str, T
     """Run `engine` on torch tensors: on their device if it can, or else by way of numpy arrays."""
     if isinstance(engine, DeviceEngine):
         return engine.run_tensors(tensors)
-    answer = engine.run({name: tensor.contiguous().numpy() for name, tensor in tensors.items()})
+    answer = engine.run({name: to_array(tensor.contiguous()) for name, tensor in tensors.items()})
     return {name: torch.from_numpy(value) for name, value in answer.items()}
 
 
