@@ -56,7 +56,7 @@ _DENOISER = {
     "control": "prepared_controls step_networks",
     "control_plan": "step_networks",
     "features": "conditioning step_networks",
-    "image_prompts": "conditioning",
+    "image_prompts": "conditioning batch",
     "initial_latents": "initial_latents",
     "job": "job guidance_end step_networks device_waits",
     "loop": "loop pace",
@@ -67,9 +67,13 @@ _DENOISER = {
     "warm_up": "warm_up row_buckets",
     "windows": "windows",
 }
+"""The same for each module of the denoiser."""
+_DENOISER_TESTS = sorted({name for names in _DENOISER.values() for name in names.split()})
 TESTS: dict[str, tuple[str, ...]] = {
     **{
-        f"{SERVING}/denoiser/{module}.py": tuple(f"serving/test_{name}.py" for name in names.split())
+        f"{SERVING}/denoiser/{module}.py": tuple(
+            f"serving/test_{name}.py" for name in dict.fromkeys((*names.split(), *_DENOISER_TESTS))
+        )
         for module, names in _DENOISER.items()
     },
     f"{SERVING}/pipeline/request.py": ("serving/test_parse.py",),
@@ -231,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import conftest  # noqa: F401  # here, with all that it imports: forks then share what takes seconds
 
     sources = [mutant.source() for mutant in sample]  # now: the working tree may change while the tests run
-    noticed, seconds = 0, dict[tuple[str, ...], float]()
+    noticed, seconds = 0, dict[frozenset[str], float]()
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
         for name in (*FOLDERS, "tests"):
@@ -239,16 +243,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shutil.copy(ROOT / "pyproject.toml", tree)
         for mutant, source in zip(sample, sources, strict=True):
             tests = TESTS[mutant.path]
-            if tests not in seconds:
+            if (same := frozenset(tests)) not in seconds:
                 began = time.monotonic()
                 if status := run_tests(tree, tests):
                     print(f"the tests of {mutant.path} fail without a change (status {status})", file=sys.stderr)
                     return 2
-                seconds[tests] = time.monotonic() - began
+                seconds[same] = time.monotonic() - began
             file = tree / mutant.path
             original = file.read_text()
             file.write_text(source)
-            status = run_tests(tree, tests, 30 + 5 * seconds[tests])
+            status = run_tests(tree, tests, 30 + 5 * seconds[same])
             file.write_text(original)
             noticed += status != 0
             verdict = "unnoticed" if status == 0 else "too slow " if status is None else "noticed  "

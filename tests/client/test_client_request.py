@@ -97,6 +97,7 @@ def test_output_type_is_sent_only_for_latents(sent: Any, output_type: str, wire:
         ("height", True, "height: must be an integer, got True"),
         ("height", [64, 64], "height: must be a single value, got 2"),
         ("height", 2**40, "height: must be -2147483648 to 2147483647"),
+        ("height", 2**70, "height: must be -2147483648 to 2147483647"),
         ("original_size", [64], "original_size: must have shape [2], got [1]"),
         ("guidance_scale", "strong", "guidance_scale: must be a number, got 'strong'"),
         ("guidance_scale", {"a": 1}, "guidance_scale: must be a number"),

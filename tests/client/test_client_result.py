@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import io
 import pickle
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from fake_triton import Call, FakeTriton, clips, encoded, opened, picture, texts
 from PIL import Image
 
 from imprompt import Client, InvalidRequest, Overloaded, Progress, Result
+from imprompt._images import decode
 
 
 @pytest.fixture
@@ -207,3 +209,11 @@ def test_exceptions_can_be_pickled() -> None:
     for error in (InvalidRequest("a: b", parameter="a", request_id="7"), Overloaded("full", retry_after=2.0)):
         copy = pickle.loads(pickle.dumps(error))
         assert (type(copy), str(copy), vars(copy)) == (type(error), str(error), vars(error))
+
+
+def test_pictures_that_the_server_cut_off_are_noticed_at_once() -> None:
+    """PIL decodes lazily, so the error would otherwise come from whatever touches the picture first."""
+    file = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(file, "PNG")
+    with pytest.raises(OSError, match="truncated"):
+        decode(file.getvalue()[:1000])

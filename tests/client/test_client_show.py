@@ -111,6 +111,8 @@ def test_each_picture_has_its_own_prompt_and_seed(answered: Any, tmp_path: Path)
     found = [(values["prompt"], values["negative_prompt"], values["seed"]) for _, values in saved]
     assert found == [("a cat", "x", 7), ("a cat", "x", 8), ("a dog", "y", 9), ("a dog", "y", 10)]
     assert not any("Batch" in parameters or "picture" in values for parameters, values in saved)
+    shared = answered({**picture(2), "seeds": np.array([7, 8])}, ["a cat", "a dog"], negative_prompt=["x"])
+    assert [values["negative_prompt"] for _, values in saved_texts(shared, tmp_path)] == ["x", "x"]
 
 
 def test_pictures_that_share_a_seed_say_which_one_they_are(answered: Any, tmp_path: Path) -> None:
@@ -121,7 +123,9 @@ def test_pictures_that_share_a_seed_say_which_one_they_are(answered: Any, tmp_pa
 
 
 def test_prompts_in_any_script_survive(answered: Any, tmp_path: Path) -> None:
-    ((parameters, values),) = saved_texts(answered(picture(), "eine Katze, 猫 🐈", seed=np.array([3])), tmp_path)
+    asked: dict[str, Any] = {"seed": np.array([3]), "num_inference_steps": np.array(4)}
+    ((parameters, values),) = saved_texts(answered(picture(), "eine Katze, 猫 🐈", **asked), tmp_path)
+    assert values["num_inference_steps"] == 4
     assert parameters.startswith("eine Katze, 猫 🐈\n")
     assert values["prompt"] == "eine Katze, 猫 🐈"
 

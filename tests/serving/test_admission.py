@@ -48,6 +48,12 @@ def test_a_full_queue_refuses_by_rows() -> None:
     assert refused.value.reason == "rows"
 
 
+def test_a_job_larger_than_the_queue_waits_for_all_others() -> None:
+    limits = Limits(waiting_rows=8, waiting_seconds=60.0)
+    with pytest.raises(Overloaded, match=r"14 rows would wait, the limit is 8\); retry in 10\.0 s"):
+        check_room(Load(12, STEPS), [JOB] * 4, [JOB], call_rows=CallRows(8), tick_seconds=1.0, limits=limits)
+
+
 def test_a_slow_queue_refuses_by_seconds() -> None:
     with pytest.raises(Overloaded, match=r"would be about 80 s, the limit is 60 s; retry in 20\.0 s"):
         check(waiting=4, rows=1000, tick_seconds=4.0)

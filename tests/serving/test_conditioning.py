@@ -82,6 +82,19 @@ def test_control_images_of_many_prompts_take_several_calls(precision: str, dtype
     assert sum_features(bundle, [], 10, (8, 8), torch.device("cpu"))["intrablock_residual_0"].dtype == dtype
 
 
+def test_pictures_of_several_prompts_share_one_control_image() -> None:
+    bundle = msgspec.structs.replace(
+        rig.sd15(rows=2),
+        t2i_adapters=(T2IAdapter(name="sketch", channels=1, downscale_factor=8),),
+        features=(Residual(1, 0),),
+    )
+    asked, image = request(prompts=3, controls=(ControlOptions(name="sketch"),)), torch.full((1, 1, 64, 64), 4.0)
+    (found,) = prepare_features(
+        bundle, {"sketch": Sketch()}, asked, {"control_image_sketch": image}, pictures=3, branches=2
+    )
+    assert found.tensors["intrablock_residual_0"][:, 0, 0, 0].tolist() == [4.0] * 6
+
+
 def test_control_images_of_t2i_adapters_reach_the_unet_during_their_steps() -> None:
     bundle = msgspec.structs.replace(
         rig.sd15(rows=2),

@@ -88,6 +88,13 @@ def test_a_refiner_continues_with_the_latents_of_its_base() -> None:
     torch.testing.assert_close(found.latents, expected.expand(2, -1, -1, -1))
 
 
+def test_a_refiner_does_not_start_in_the_middle_of_a_step() -> None:
+    """Heun calls the UNet twice per step, except for the last one."""
+    found = make("image-to-image", 1, cls=HeunDiscreteScheduler, denoising_start=0.6)
+    assert found.steps == 3
+    assert found.timesteps.tolist() == scheduler(HeunDiscreteScheduler).timesteps[-5:].tolist()
+
+
 @pytest.mark.parametrize("seeds", [(3,), (3, 4)])
 def test_video_to_video_gives_each_clip_its_own_noise(seeds: tuple[int, ...]) -> None:
     found = make("image-to-image", 2, seeds=seeds, frames=3)

@@ -129,6 +129,13 @@ def test_load_counts_the_rows_of_all_pictures_or_frames(frames: int | None, rows
     assert (job.load.rows, job.load.steps) == (rows, 4)
 
 
+def test_a_clip_without_a_context_window_has_no_windows() -> None:
+    asked = job_request(frames=8)
+    embeds = {f"{prefix}prompt_embeds": torch.zeros(1, 77, WIDTH) for prefix in ("", "negative_")}
+    bundle = msgspec.structs.replace(sd15(rows=8), motion=Motion(window=16))
+    assert Job(asked, bundle, Conditioner(bundle, {})(asked, embeds), embeds).windows == []
+
+
 def test_steps_are_counted_as_by_the_progress_bar_of_diffusers() -> None:
     """Heun calls the UNet twice per step, except for the last one; two of three steps remain at strength 0.7."""
     job, _, _ = start("image-to-image", guidance_scale=1.0, strength=0.7, scheduler="HeunDiscreteScheduler")

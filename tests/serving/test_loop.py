@@ -409,11 +409,13 @@ def test_stopping_waits_no_longer_than_requested_for_a_hanging_call() -> None:
     assert isinstance(answers.final, Overloaded)
 
 
-def test_stopping_fails_waiting_jobs() -> None:
+def test_stopping_fails_waiting_jobs_and_ends_all_threads() -> None:
+    before = set(threading.enumerate())
     rig = Rig()
     answers = rig.submit(FakeJob("a", steps=10**6))
     rig.gate.open(None)
     rig.denoiser.stop()
     assert isinstance(answers.final, Overloaded)
+    assert set(threading.enumerate()) <= before
     with pytest.raises(Overloaded):
         rig.submit(FakeJob("b"))

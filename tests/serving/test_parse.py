@@ -582,3 +582,12 @@ def test_an_adapter_without_its_encoder_refuses_pictures() -> None:
     with pytest.raises(InvalidRequest, match="ip_adapter_image: plain only takes embeddings") as caught:
         parse(tensors(bundle, values), bundle)
     assert caught.value.parameter == "ip_adapter_image"
+
+
+@pytest.mark.parametrize("task", ["inpainting", "image-to-image"])
+def test_models_that_only_change_pictures_encode_prompts_without_one(task: str) -> None:
+    changes = {"inpainting": {"unet_channels": 9}, "image-to-image": {"family": "sdxl_refiner", "pooled_size": 8}}
+    bundle = msgspec.structs.replace(BUNDLE, adapters=(), t2i_adapters=(), **changes[task])
+    assert bundle.plain_task == task
+    assert refused(bundle).parameter == {"inpainting": "mask_image", "image-to-image": "image"}[task]
+    assert parsed(bundle, encode_prompt=True).encode_prompt

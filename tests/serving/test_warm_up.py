@@ -32,6 +32,22 @@ def test_a_warm_up_that_takes_too_long_leaves_no_thread(monkeypatch: pytest.Monk
     assert not {t.name for t in set(threading.enumerate()) - before if not isinstance(t, threading.Timer)}
 
 
+def test_every_job_takes_one_step_with_a_preview(monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, call_rows = sd15(rows=2), CallRows(2, True)
+    rows: list[int] = []
+    shown: list[tuple[int, ...]] = []
+
+    def networks(parts: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        rows.append(len(inputs["sample"]))
+        return torch.zeros_like(inputs["sample"])
+
+    monkeypatch.setattr(warm_up, "previews", lambda predicted, bundle: shown.append(tuple(predicted.shape)))
+    warm_up.warm_up(bundle, Conditioner(bundle, {}), networks, torch.device("cpu"), call_rows)
+    jobs = list(warm_up_jobs(bundle, call_rows))
+    assert rows == [job.prompts * (2 if job.guided else 1) for job in jobs]
+    assert shown == [(job.prompts, 4, job.size[0] // 8, job.size[1] // 8) for job in jobs]
+
+
 FIRST = WarmUpJob(size=(64, 64), guided=True, masks=True, loras=True)
 USUAL = (512, 512)
 
