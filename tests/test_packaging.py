@@ -185,6 +185,27 @@ print(*(type(getattr(diffusers, name).from_config({{}})).__name__ for name in SC
     assert len(done.stdout.split()) == 16
 
 
+def test_denoiser_starts_without_the_compiler_of_torch() -> None:
+    """It can still be imported later."""
+    code = """
+import sys, types
+sys.modules["triton_python_backend_utils"] = types.ModuleType("triton_python_backend_utils")
+import imprompt_serving.triton.denoiser
+import diffusers, torch
+from imprompt_serving.scheduler_names import SCHEDULERS
+for name in SCHEDULERS:
+    scheduler = getattr(diffusers, name)()
+    scheduler.set_timesteps(10)
+    scheduler.step(torch.zeros(1, 4, 8, 8), scheduler.timesteps[0], torch.zeros(1, 4, 8, 8))
+print(*(name for name in sys.modules if name.startswith(("torch._dynamo", "torch._inductor", "sympy"))))
+import torch._dynamo
+torch._dynamo.allow_in_graph
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout.split()
+
+
 @pytest.mark.parametrize("command", ["", "export", "serve", "doctor", "gateway", "generate", "models", "bench"])
 def test_commands_have_help(command: str) -> None:
     done = subprocess.run(

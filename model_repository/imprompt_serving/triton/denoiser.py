@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import imprompt_serving.triton.lean_diffusers  # noqa: F401  # first: it decides what diffusers imports
+
+# isort: split
 import json
 import logging
 import time
