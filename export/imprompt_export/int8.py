@@ -24,7 +24,7 @@ from imprompt_serving.backends import Engine, get_backend
 from imprompt_serving.specs import Bundle
 
 SAMPLES = 8
-"""Number of calls that determine the ranges, spread over all calibration runs. 12 were not better."""
+"""Largest number of calls that determine the ranges, spread over all calibration runs. 12 were not better."""
 SMOOTHING = 0.25
 """Share of the activations' range that SmoothQuant moves into the weights; the paper's 0.5 gave 2 dB less."""
 MIN_SNR_DB = 20.0
@@ -34,7 +34,7 @@ LATENTS_MARGIN = 1.5
 
 There is one picture per calibration run, and requests with more guidance have larger latents. It costs 2 dB of 41.
 """
-_SAMPLES = ("sample", "latents", "pixel_values")
+_PICTURE_INPUTS = ("sample", "latents", "pixel_values")
 """The inputs that hold a picture or its latents."""
 
 
@@ -183,7 +183,7 @@ def _keep_in_fp32(model: Any) -> list[str]:
         sources = [port.get_source_output().get_node() for port in op.inputs()]
         inputs = [origins[source.get_friendly_name()] for source in sources]
         if kind == "Parameter":
-            origins[name] = _Origin.SAMPLE if op.output(0).any_name in _SAMPLES else _Origin.PROMPT
+            origins[name] = _Origin.SAMPLE if op.output(0).any_name in _PICTURE_INPUTS else _Origin.PROMPT
         else:
             origins[name] = _Origin.CONSTANT if kind == "ShapeOf" else max(inputs, default=_Origin.CONSTANT)
         if kind == "Convolution":
