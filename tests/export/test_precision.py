@@ -25,7 +25,7 @@ from imprompt_export.parity import compare, references
 from imprompt_export.precision import Positional, cast, dtype_of
 from imprompt_export.sections import EngineSection
 from imprompt_serving.backends import get_backend
-from imprompt_serving.backends.openvino import SETTINGS, convert_to_fp32
+from imprompt_serving.backends import openvino as served_openvino
 from imprompt_serving.denoiser.precision import DTYPES
 from imprompt_serving.gpu.onnxruntime import OnnxRuntimeDeviceEngine
 from tiny import base
@@ -177,26 +177,29 @@ def test_openvino_computes_in_bf16_but_takes_the_timestep_in_float32(tmp_path: P
     assert 0 < error < 0.2 * float((next_step - exact).square().mean())
 
 
-def test_openvino_computes_in_float32_on_cpus_without_bf16(tmp_path: Path) -> None:
+def test_openvino_computes_in_float32_on_cpus_without_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There it would emulate bf16, which takes several times as long."""
-    core = pytest.importorskip("openvino", reason="OpenVINO is not installed: imprompt[openvino]").Core
+    pytest.importorskip("openvino", reason="OpenVINO is not installed: imprompt[openvino]")
     unet = randomize(UNet2DConditionModel(**base.unet_config("sd15", 1, levels=1)), 2).eval()
     made, file = graphs.unet(unet, []), tmp_path / "unet.onnx"
     export_onnx(made, file, torch.bfloat16)
-    file = openvino.convert(file)
-    tensors = {name: tensor.numpy() for name, tensor in made.example(made.checks[-1]).items()}
-    model = core().read_model(file)
-    assert "bf16" in {port.get_element_type().to_string() for node in model.get_ops() for port in node.outputs()}
-    convert_to_fp32(model)
-    types = {port.get_element_type().to_string() for node in model.get_ops() for port in node.outputs()}
-    assert {name for name in types if name.startswith(("f", "bf"))} == {"f32"}
-    compiled = core().compile_model(model, "CPU", SETTINGS)
-    (answer,) = compiled.create_infer_request().infer(tensors).values()
+    file, example = openvino.convert(file), made.example(made.checks[-1])
+    monkeypatch.setattr(served_openvino, "has_bf16", lambda: False)
+    answer = get_backend("openvino").load(file).run({name: tensor.numpy() for name, tensor in example.items()})
     for weight in unet.parameters():
         weight.data = weight.data.bfloat16().float()
     with torch.no_grad():
-        (expected,) = made.run(made.example(made.checks[-1]))
-    assert np.abs(answer - expected.numpy()).max() < 1e-3 * float(expected.abs().max())
+        (expected,) = made.run(example)
+    assert np.abs(answer["noise_pred"] - expected.numpy()).max() < 1e-3 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("avx512f avx512_vnni", False), ("avx512_vnni avx512_bf16", True), ("amx_tile amx_bf16 amx_int8", True)],
+)
+def test_bf16_arithmetic_is_read_from_the_flags_of_the_cpu(tmp_path: Path, flags: str, expected: bool) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: fpu {flags} rdpid\nbugs\t\t: none\n")
+    assert served_openvino.has_bf16(tmp_path / "cpuinfo") is expected
 
 
 def comparison_backend(backend: str, precision: str, targets: tuple[str, ...] = ()) -> str | None:

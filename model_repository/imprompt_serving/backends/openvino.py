@@ -50,11 +50,11 @@ class OpenVinoEngine:
 
         core, settings = openvino.Core(), SETTINGS | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
         model = core.read_model(path)
-        if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        if not has_bf16():
             convert_to_fp32(model)
+        # Before it is compiled, because that may rename outputs.
+        self._inputs, self._outputs = ([port.any_name for port in ports] for ports in (model.inputs, model.outputs))
         self._request = core.compile_model(model, "CPU", settings).create_infer_request()
-        self._inputs = {port.any_name for port in self._request.model_inputs}
-        self._outputs = [port.any_name for port in self._request.model_outputs]
         self._lock = threading.Lock()
 
     def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -62,6 +62,14 @@ class OpenVinoEngine:
         with self._lock:
             answer = self._request.infer(feeds, share_inputs=True)  # outputs are copies
         return dict(zip(self._outputs, answer.values(), strict=True))
+
+
+def has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Return whether this CPU has arithmetic for bf16.
+
+    OpenVINO's own property, `OPTIMIZATION_CAPABILITIES`, has BF16 for every CPU with AVX-512.
+    """
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpuinfo.read_text().split())
 
 
 def convert_to_fp32(model: Any) -> None:
