@@ -591,3 +591,12 @@ def test_models_that_only_change_pictures_encode_prompts_without_one(task: str) 
     assert bundle.plain_task == task
     assert refused(bundle).parameter == {"inpainting": "mask_image", "image-to-image": "image"}[task]
     assert parsed(bundle, encode_prompt=True).encode_prompt
+
+
+@pytest.mark.parametrize("masks", [0, 1, 2])
+def test_regions_are_several_masked_pictures_of_an_adapter(masks: int) -> None:
+    count = max(masks, 1)
+    values: dict[str, Any] = {"ip_adapter_image": [SMALL] * count, "ip_adapter_image_adapter": ["plain"] * count}
+    if masks:
+        values |= {"ip_adapter_masks": [SMALL] * masks, "ip_adapter_masks_adapter": ["plain"] * masks}
+    assert parsed(**values).regions is (masks > 1)
