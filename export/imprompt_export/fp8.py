@@ -24,7 +24,7 @@ from imprompt_export.calibration import HELD_OUT, RUNS, Arrays, CalibrationRunne
 from imprompt_export.checkpoints import Checkpoints
 from imprompt_export.graphs import Graph
 from imprompt_export.precision import cast
-from imprompt_export.quality import Quality, picture_distance, signal_to_noise, step_networks
+from imprompt_export.quality import Quality, measure, picture_distance, step_networks
 from imprompt_serving.backends import Engine, get_backend
 from imprompt_serving.specs import Bundle
 
@@ -180,22 +180,8 @@ def measure_quality(
     engines = {name: Recorder(get_backend(bundle.backend).load(files[name]), Calls()) for name in names}
     other = _runner(bundle, checkpoints, graphs, "cpu", engines).picture(HELD_OUT, tensors)
     distance = picture_distance(other, picture)
-    rows = []
-    for name in names:
-        answers = [engines[name].run(inputs) for inputs in calls[name].inputs]
-        ratio = signal_to_noise(name, calls[name].outputs, answers)
-        rows.append(
-            Quality(
-                engine=name,
-                precision="fp8",
-                calls=len(answers),
-                snr_db=ratio.snr_db,
-                worst_snr_db=ratio.worst_snr_db,
-                min_snr_db=min_snr_db,
-                picture_distance=distance,
-            )
-        )
-    return rows
+    rows = [measure(name, "fp8", calls[name], engines[name], min_snr_db) for name in names]
+    return [msgspec.structs.replace(row, picture_distance=distance) for row in rows]
 
 
 def _runner(

@@ -13,12 +13,13 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from torch import Tensor
 
 from imprompt_export.calibration import HELD_OUT, RUNS, Arrays, CalibrationRunner, Calls, Recorder
 from imprompt_export.checkpoints import Checkpoints
-from imprompt_export.quality import Quality, picture_distance, signal_to_noise, step_networks
+from imprompt_export.quality import Quality, measure, picture_distance, step_networks
 from imprompt_export.stages import Stages
 from imprompt_serving.backends import Engine, get_backend
 from imprompt_serving.specs import Bundle
@@ -66,34 +67,22 @@ def quantize_bundle(
     load = get_backend(bundle.backend).load
     with stages.time("running in fp32"):
         recorded = _record(bundle, checkpoints, files, names)
-    made, ratios = dict(files), {}
+    made, rows = dict(files), []
     for name in names:
         with stages.time(f"quantizing {name}"):
             smoothing = -1 if name == "vae_decoder" else SMOOTHING  # its few matrix products gain nothing
             made[name] = quantize(files[name], recorded.samples.pop(name), smoothing)
     with stages.time("comparing int8 with fp32"):
         for name in names:
-            calls, engine = recorded.held_out[name], load(made[name])
-            ratios[name] = signal_to_noise(name, calls.outputs, [engine.run(tensors) for tensors in calls.inputs])
-        limits = {name: min_snr_db if name in steps else max(min_snr_db, MIN_SNR_DB) for name in names}
-        used = {name: name in steps or ratios[name].snr_db >= limits[name] for name in names}
-        made |= {name: files[name] for name in names if not used[name]}
+            limit = min_snr_db if name in steps else max(min_snr_db, MIN_SNR_DB)
+            row = measure(name, "int8", recorded.held_out[name], load(made[name]), limit)
+            if name not in steps and not row.snr_db >= limit:
+                made[name], row = files[name], msgspec.structs.replace(row, used=False)
+            rows.append(row)
         runner = CalibrationRunner(bundle, checkpoints, lambda name: load(made[name]))
         pictures = runner.encode_pictures(HELD_OUT, recorded.prompt)
         distance = picture_distance(runner.picture(HELD_OUT, recorded.texts | pictures), recorded.picture)
-    return made, [
-        Quality(
-            engine=name,
-            precision="int8",
-            calls=len(recorded.held_out[name].inputs),
-            snr_db=ratios[name].snr_db,
-            worst_snr_db=ratios[name].worst_snr_db,
-            min_snr_db=limits[name],
-            used=used[name],
-            picture_distance=distance,
-        )
-        for name in names
-    ]
+    return made, [msgspec.structs.replace(row, picture_distance=distance) for row in rows]
 
 
 class _Recorded(NamedTuple):

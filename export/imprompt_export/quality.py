@@ -9,8 +9,9 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from imprompt_export.calibration import GUIDANCE_SCALE, Arrays
+from imprompt_export.calibration import GUIDANCE_SCALE, Arrays, Calls
 from imprompt_export.parity import ParityError
+from imprompt_serving.backends import Engine
 from imprompt_serving.specs import Bundle
 
 _MIDDLE = 127.5
@@ -34,7 +35,7 @@ class Quality(msgspec.Struct, frozen=True, kw_only=True):
     worst_snr_db: float
     min_snr_db: float
     used: bool = True
-    picture_distance: float
+    picture_distance: float = math.nan
 
 
 class Ratio(NamedTuple):
@@ -65,6 +66,12 @@ def check_quality(rows: Sequence[Quality]) -> None:
                 f"{row.engine} in {row.precision}: its predictions have a signal-to-noise ratio of {row.snr_db:.1f} dB "
                 f"against fp32, but engine.min_snr_db is {row.min_snr_db:g}"
             )
+
+
+def measure(name: str, precision: str, calls: Calls, engine: Engine, min_snr_db: float) -> Quality:
+    """Compare `engine` with fp32 on the recorded `calls` of network `name`; no pictures are compared yet."""
+    ratio = signal_to_noise(name, calls.outputs, [engine.run(tensors) for tensors in calls.inputs])
+    return Quality(engine=name, precision=precision, calls=len(calls.inputs), min_snr_db=min_snr_db, **ratio._asdict())
 
 
 def signal_to_noise(name: str, references: Sequence[Arrays], answers: Sequence[Arrays]) -> Ratio:

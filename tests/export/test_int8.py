@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bundles import ExportedBundle
-from imprompt_export import int8
+from imprompt_export import int8, quality
 from imprompt_export.bundle import BundleFile
 from imprompt_export.checkpoints import load
 from imprompt_export.exporter import describe
@@ -83,7 +83,7 @@ def test_only_networks_of_a_step_are_quantized_at_any_cost(
     monkeypatch.setattr(int8, "picture_distance", lambda one, another: 0.0)
     monkeypatch.setattr(int8, "CalibrationRunner", FakeRunner)
     ratio = Ratio(15.0, 12.0)
-    monkeypatch.setattr(int8, "signal_to_noise", lambda name, references, answers: ratio)
+    monkeypatch.setattr(quality, "signal_to_noise", lambda name, references, answers: ratio)
     checkpoints = load(description)
     spec = describe(description, checkpoints)
 

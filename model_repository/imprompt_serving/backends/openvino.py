@@ -80,17 +80,20 @@ def convert_to_fp32(model: Any) -> None:
     import openvino
     from openvino import op
 
-    bf16 = openvino.Type.bf16
-    for node in model.get_ordered_ops():
-        if node.get_output_size() != 1 or node.get_output_element_type(0) != bf16:
-            continue
+    in_bf16 = [
+        node
+        for node in model.get_ordered_ops()
+        if node.get_output_size() == 1 and node.get_output_element_type(0) == openvino.Type.bf16
+    ]
+    for node in in_bf16:
         if node.get_type_name() == "Constant":
             exact = op.Constant(node.get_data(dtype=np.float32))
             for port in node.output(0).get_target_inputs():
                 port.replace_source_output(exact.output(0))
         elif node.get_type_name() == "Convert":
             node.set_attribute("destination_type", "f32")
-    model.validate_nodes_and_infer_types()
+    if in_bf16:
+        model.validate_nodes_and_infer_types()
 
 
 BACKENDS = {"openvino": OpenVino(name="openvino", precisions=("fp32", "bf16", "int8"), suffix=".xml", extra="openvino")}

@@ -1,4 +1,4 @@
-"""Import diffusers without `torch._dynamo`: the denoiser starts in two thirds of the time, and takes 65 MB less.
+"""Import diffusers without `torch._dynamo`: imports take two thirds of the CPU time, and 65 MB less memory.
 
 diffusers imports it for a decorator that only matters to `torch.compile`, and does without if it is missing
 (`diffusers/utils/torch_utils.py`). Later imports of `torch._dynamo` succeed.
