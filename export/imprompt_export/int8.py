@@ -2,6 +2,7 @@
 
 Weights and activations of convolutions and matrix products become 8-bit integers (NNCF, with SmoothQuant:
 https://arxiv.org/abs/2211.10438). Their ranges come from denoising runs of the bundle itself, over all timesteps.
+Servers whose CPU has arithmetic for bf16 round everything else to bf16.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from imprompt_export.calibration import HELD_OUT, RUNS, Arrays, CalibrationRunner, Calls, Recorder
 from imprompt_export.checkpoints import Checkpoints
+from imprompt_export.mixed_precision import save_for_bf16
 from imprompt_export.quality import Quality, measure, picture_distance, step_networks
 from imprompt_export.stages import Stages
 from imprompt_serving.backends import Engine, get_backend
@@ -142,10 +144,9 @@ def quantize(file: Path, samples: Sequence[Arrays], smoothing: float = SMOOTHING
         nncf.Dataset([{name: value for name, value in sample.items() if name in known} for sample in chosen]),
         subset_size=len(chosen),
         model_type=nncf.ModelType.TRANSFORMER,
-        ignored_scope=nncf.IgnoredScope(names=_keep_in_fp32(model)),
+        ignored_scope=nncf.IgnoredScope(names=_not_quantized(model)),
         advanced_parameters=nncf.AdvancedQuantizationParameters(
             # Use 7-bit weights: CPUs without VNNI add pairs of products in 16 bits, which 8-bit weights overflow.
-            # With the full range, pictures would depend on the server's CPU.
             overflow_fix=nncf.OverflowFix.ENABLE,
             disable_bias_correction=True,  # it is slow and brought no gain
             # By default NNCF averages the extremes of the samples, and so clips those of half of them.
@@ -154,12 +155,12 @@ def quantize(file: Path, samples: Sequence[Arrays], smoothing: float = SMOOTHING
         ),
     )
     target = file.parent.with_name(f"{file.parent.name}-int8") / file.name
-    openvino.save_model(quantized, target, compress_to_fp16=False)
+    save_for_bf16(quantized, target)
     return target
 
 
-def _keep_in_fp32(model: Any) -> list[str]:
-    """List the operations that stay in fp32, at little cost in time.
+def _not_quantized(model: Any) -> list[str]:
+    """List the operations that do not become int8, at little cost in time.
 
     These are the first and last convolutions, those that read the residual stream without a norm (shortcuts and
     downsampling), products that depend only on prompts or time, attention to prompts (whose first tokens are far larger

@@ -26,6 +26,8 @@ SETTINGS: dict[str, Any] = {
     # later calls with more queries, and returns wrong results. Other kernels are not slower.
     "SNIPPETS_MODE": "DISABLE",
 }
+ROUND_TO_BF16 = ("imprompt", "round_to_bf16")
+"""The entry of a model whose floats may be rounded to bf16, because its timesteps are marked as exact."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +54,8 @@ class OpenVinoEngine:
         model = core.read_model(path)
         if not has_bf16():
             convert_to_fp32(model)
+        elif model.has_rt_info([*ROUND_TO_BF16]):
+            settings["INFERENCE_PRECISION_HINT"] = "bf16"
         # Before it is compiled, because that may rename outputs.
         self._inputs, self._outputs = ([port.any_name for port in ports] for ports in (model.inputs, model.outputs))
         self._request = core.compile_model(model, "CPU", settings).create_infer_request()
