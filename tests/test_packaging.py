@@ -185,8 +185,8 @@ print(*(type(getattr(diffusers, name).from_config({{}})).__name__ for name in SC
     assert len(done.stdout.split()) == 16
 
 
-def test_denoiser_starts_without_the_compiler_of_torch() -> None:
-    """It can still be imported later."""
+def test_denoiser_starts_without_what_no_request_needs_at_first() -> None:
+    """That is the compiler of torch, and statistics for beta sigmas. Both can still be imported later."""
     code = """
 import sys, types
 sys.modules["triton_python_backend_utils"] = types.ModuleType("triton_python_backend_utils")
@@ -197,9 +197,15 @@ for name in SCHEDULERS:
     scheduler = getattr(diffusers, name)()
     scheduler.set_timesteps(10)
     scheduler.step(torch.zeros(1, 4, 8, 8), scheduler.timesteps[0], torch.zeros(1, 4, 8, 8))
-print(*(name for name in sys.modules if name.startswith(("torch._dynamo", "torch._inductor", "sympy"))))
+unneeded = ("torch._dynamo", "torch._inductor", "sympy", "scipy.stats.")
+print(*(name for name in sys.modules if name.startswith(unneeded)))
 import torch._dynamo
 torch._dynamo.allow_in_graph
+scheduler = diffusers.EulerDiscreteScheduler(use_beta_sigmas=True)
+scheduler.set_timesteps(4)
+assert scheduler.sigmas[0] > scheduler.sigmas[1] > scheduler.sigmas[3] > 0, scheduler.sigmas
+import scipy.stats
+assert scipy.stats.norm.cdf(0) == 0.5
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
