@@ -38,6 +38,7 @@ PRIVATE: dict[str, set[str]] = {
     "torch==2.13.0": {
         "torch._dynamo.config",
         "torch._inductor.config",
+        "torch._subclasses.fake_impls",
         "torch.onnx._internal.exporter._fx_passes",
         "torch.onnx._internal.exporter._registration",
     },

@@ -211,7 +211,7 @@ def vae_decoder(vae: Model, precisions: Precisions = AS_ENGINE) -> Graph:
         picture = vae.decode(latents.to(vae.dtype)).sample.float()
         levels = ((picture * 0.5 + 0.5).clamp(0, 1) * 255).round()
         # A decoder in int8 would clamp latents that are not finite.
-        finite = _finite(picture) & _finite(tensors["latents"])
+        finite = torch.logical_and(_finite(picture), _finite(tensors["latents"]))
         return levels.permute(0, 2, 3, 1).to(torch.uint8), finite
 
     return Graph(

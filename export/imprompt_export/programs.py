@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
-import torch._dynamo.config
 
+from imprompt_export.fake_results import fast_tracing
 from imprompt_export.graphs import Axes, Graph
 from imprompt_export.precision import Positional
 
@@ -40,9 +40,7 @@ def trace(
         }
         for tensor in graph.inputs
     )
-    # The cache of fake tensors only costs time here: its keys hold the symbolic sizes, of which no two calls have the
-    # same. Without it, tracing a UNet takes two thirds of the time.
-    with torch.no_grad(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+    with torch.no_grad(), fast_tracing():
         return torch.export.export(
             Positional(graph, dtype).eval(),
             tuple(tensor.to(device) for tensor in example.values()),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from imprompt_export import graphs, onnx_graph, t2i
@@ -41,6 +41,13 @@ def test_text_encoder_is_not_decomposed(decompositions: list[object], tmp_path: 
     pipeline = StableDiffusionPipeline.from_pretrained(base.make_sd15(tmp_path / "base", levels=2))
     graph = graphs.text_encoder("text_encoder", pipeline.text_encoder, 77, penultimate=False)
     export_and_compare(graph, tmp_path)
+    assert not decompositions
+
+
+def test_vae_is_not_decomposed(decompositions: list[object], tmp_path: Path) -> None:
+    vae = AutoencoderKL.from_pretrained(base.make_sd15(tmp_path / "base", levels=2) / "vae")
+    for graph in (graphs.vae_encoder(vae, 8), graphs.vae_decoder(vae)):
+        export_and_compare(graph, tmp_path)
     assert not decompositions
 
 
