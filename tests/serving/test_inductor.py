@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,15 @@ def test_the_repository_stores_code_and_weights_separately(inductor: Served) -> 
     assert [package["suffix"] for package in described["packages"]] == [".1.pt2"]
     assert (denoiser / "unet.safetensors").exists()
     assert (inductor.bundle.repository / "inductor_vae_decoder" / "1" / "model.1.pt2").exists()
+
+
+def test_packages_are_unpacked_where_the_server_removes_them(inductor: Served) -> None:
+    """Torch removes the folders itself, but not if the process is killed."""
+    for pid in inductor.server.stub_pids.values():
+        mapped = [line.split()[-1] for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+        assert all(file.startswith(f"{tempfile.gettempdir()}/imprompt-") for file in mapped if "/aotinductor_" in file)
+    denoiser = Path(f"/proc/{inductor.server.stub_pids['inductor_denoiser_0_0']}/maps").read_text()
+    assert "/aotinductor_" in denoiser
 
 
 @pytest.mark.parametrize("size", [{}, {"height": 72, "width": 104}])

@@ -266,6 +266,7 @@ class Server:
             env={"MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD_BYTES)}
             | triton.environment()
             | {
+                "TMPDIR": str(scratch),  # AOTInductor unpacks engines there, and leaves them if it is killed
                 DRAIN_FILE_VARIABLE: str(self._drain_file),
                 FOLDER_VARIABLE: str(self._heartbeats),
                 SECRET_VARIABLE: self.secret,
