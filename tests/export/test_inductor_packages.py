@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -29,6 +32,7 @@ from imprompt_serving.backends import EngineError, get_backend
 from imprompt_serving.backends.inductor import WEIGHTS, EngineInfo, InductorEngine
 from imprompt_serving.gpu import LoraEngine
 from imprompt_serving.gpu.loras import LoraWeights
+from imprompt_serving.launcher.server import MMAP_THRESHOLD_BYTES
 from imprompt_serving.specs import Bundle, Range, Shapes
 
 SHAPES = Shapes(height=Range(64, 64, 96), width=Range(64, 64, 128), rows=Range(1, 2, 2))
@@ -91,6 +95,33 @@ def test_one_package_serves_all_sizes(built: BuiltEngine) -> None:
     )
     assert [row.sizes["batch"] for row in rows] == [2, 3, 1, 5]
     assert all(row.passed for row in rows)
+
+
+FAULTS = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from imprompt_serving.backends import get_backend
+
+engine = get_backend("inductor").load(Path(sys.argv[1]))
+tensors = {
+    "sample": np.ones((1, 4, 512, 512), np.float32),
+    "encoder_hidden_states": np.ones((1, 7, 4), np.float32),
+}
+for count in (2, 10):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(count):
+        engine.run(tensors)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_calls_reuse_the_memory_of_earlier_calls(built: BuiltEngine) -> None:
+    """Each call has at least two results of 1,024 pages, which a server's processes would return to the system."""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD_BYTES)}
+    command = [sys.executable, "-c", FAULTS, str(built.file)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    assert int(done.stdout) < 1024
 
 
 def test_other_weights_reuse_the_package(workshop: Workshop, built: BuiltEngine) -> None:
