@@ -117,11 +117,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def test_calls_reuse_the_memory_of_earlier_calls(built: BuiltEngine) -> None:
-    """Each call has at least two results of 1,024 pages, which a server's processes would return to the system."""
+    """Each of ten calls makes at least two results of 1,024 pages, which a server's processes otherwise clear anew."""
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD_BYTES)}
     command = [sys.executable, "-c", FAULTS, str(built.file)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
-    assert int(done.stdout) < 1024
+    assert int(done.stdout) < 5 * 1024
 
 
 def test_other_weights_reuse_the_package(workshop: Workshop, built: BuiltEngine) -> None:
