@@ -9,15 +9,16 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import from_torch_dtype, to_torch_dtype
 from onnxscript import opset18 as op
-from onnxscript.function_libs.torch_lib.ops.core import aten_flatten, aten_unflatten
+from onnxscript.function_libs.torch_lib.ops.core import aten_cat, aten_flatten, aten_unflatten
 from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
 from onnxscript.rewriter.pattern import RewriteRule
 from onnxscript.rewriter.rules.common import slice_split_rule
@@ -68,6 +69,9 @@ def _translate(graph: Graph, program: torch.export.ExportedProgram) -> torch.onn
             input_names=[tensor.name for tensor in graph.inputs],
             output_names=list(graph.outputs),
             custom_translation_table={
+                torch.ops.aten.cat.default: _cat,
+                torch.ops.aten.concat.default: _cat,
+                torch.ops.aten.concatenate.default: _cat,
                 torch.ops.aten.flatten.using_ints: _flatten,
                 torch.ops.aten.repeat_interleave.self_int: _repeat_interleave,
                 torch.ops.aten.scaled_dot_product_attention.default: _attention,
@@ -122,6 +126,18 @@ def _attention(
     if attn_mask is not None:
         scores = op.Add(scores, attn_mask)
     return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+
+def _cat(tensors: Sequence[Any], dim: int = 0) -> Any:
+    """Translate `cat`; tensors of several types become the type that PyTorch promotes them to.
+
+    In half precision, SDXL's UNet concatenates pooled text embeddings with the embedding of sizes, which is float32.
+    """
+    types = {tensor.dtype for tensor in tensors}
+    if len(types) > 1:
+        common = functools.reduce(torch.promote_types, map(to_torch_dtype, types))
+        tensors = [op.Cast(tensor, to=from_torch_dtype(common)) for tensor in tensors]
+    return aten_cat(tensors, dim)
 
 
 def _flatten(tensor: Any, start_dim: int = 0, end_dim: int = -1) -> Any:

@@ -102,3 +102,20 @@ def test_addition_in_place_changes_what_it_should(
     )
     export_and_compare(graph, tmp_path)
     assert bool(decompositions) == decomposed
+
+
+@pytest.mark.parametrize("concatenate", [torch.cat, torch.concat, torch.concatenate])
+def test_tensors_of_two_types_are_concatenated_as_in_pytorch(
+    concatenate: Callable[[list[Tensor], int], Tensor], decompositions: list[object], tmp_path: Path
+) -> None:
+    graph = Graph(
+        name="concatenation",
+        module=nn.Identity(),
+        run=lambda tensors: (concatenate([tensors["x"].half(), tensors["y"]], 1),),
+        inputs=(Input(name="x", shape=("batch", 4)), Input(name="y", shape=("batch", 2))),
+        outputs={"both": ("batch", 6)},
+        checks=({"batch": 2}, {"batch": 3}),
+        tolerance=1e-2,
+    )
+    export_and_compare(graph, tmp_path)
+    assert not decompositions

@@ -133,6 +133,13 @@ def test_engines_with_residuals_are_compared(control_chain: dict[Path, graphs.Gr
         assert {name: tensor.dtype for name, tensor in answer.items()} == types
 
 
+def test_unet_of_sdxl_in_half_precision(tmp_path: Path) -> None:
+    """It joins pooled text embeddings in fp16 with the embedding of sizes in float32."""
+    unet = graphs.unet(randomize(UNet2DConditionModel(**base.unet_config("sdxl", 1)), 2).eval(), [])
+    export_onnx(unet, tmp_path / "unet.onnx", torch.float16)
+    assert all(row.passed for row in compare(unet, references(unet), tmp_path / "unet.onnx", "onnxruntime", "fp16"))
+
+
 def test_vae_computes_in_bf16_on_cpus() -> None:
     engine = EngineSection(backend="openvino", precision="bf16")
     assert _vae_precisions(engine, None).get("bf16", "bf16") == "bf16"
