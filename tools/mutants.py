@@ -56,7 +56,7 @@ _DENOISER = {
     "control": "prepared_controls step_networks",
     "control_plan": "step_networks",
     "features": "conditioning step_networks",
-    "image_prompts": "conditioning batch",
+    "image_prompts": "conditioning batch windows",
     "initial_latents": "initial_latents",
     "job": "job guidance_end step_networks device_waits",
     "loop": "loop pace",

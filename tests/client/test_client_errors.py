@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -28,8 +29,28 @@ from imprompt import (
     Result,
     ServerError,
 )
+from imprompt._transport import StreamError, may_be_unreachable
 
 Status = grpc.StatusCode
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "in_stream", "unreachable"),
+    [
+        (Status.UNAVAILABLE, "connection refused", False, True),
+        (Status.UNAVAILABLE, "connection refused", True, False),  # the stream has reached the server
+        (Status.UNAVAILABLE, "full; retry in 3 s", False, False),
+        (Status.INTERNAL, "broken", False, False),
+        (Status.DEADLINE_EXCEEDED, "late", False, False),
+    ],
+)
+def test_only_lost_connections_are_probed(
+    status: grpc.StatusCode, message: str, in_stream: bool, unreachable: bool
+) -> None:
+    failed = (
+        StreamError(status, message) if in_stream else SimpleNamespace(code=lambda: status, details=lambda: message)
+    )
+    assert may_be_unreachable(failed) == unreachable
 
 
 @pytest.mark.parametrize("method", ["generate", "stream"])

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from imprompt_serving.denoiser.image_prompts import differs_by_frame, in_window
 from imprompt_serving.denoiser.windows import merge, pyramid, select_frames, windows
 from imprompt_serving.job_request import ContextWindow
 
@@ -73,3 +74,23 @@ def test_selected_frames_are_those_of_the_window() -> None:
 def test_the_middle_of_a_window_has_the_most_weight() -> None:
     assert pyramid(5).tolist() == [1, 2, 3, 2, 1]
     assert pyramid(4).tolist() == [1, 2, 2, 1]
+
+
+def test_image_prompts_of_a_window() -> None:
+    """Tokens and masks may differ by frame, be the same for all, or have no axis of frames at all."""
+    window = range(1, 6, 2)
+    by_frame = {
+        "ip_tokens_plain": torch.arange(8.0).view(1, 8, 1, 1, 1).expand(2, 8, 3, 4, 6),
+        "ip_mask_plain_0": torch.arange(8.0).view(1, 8, 1, 1).expand(2, 8, 3, 16),
+    }
+    for name, tensor in by_frame.items():
+        assert in_window(tensor, name, window).transpose(0, 1).flatten(1)[:, 0].tolist() == [1, 3, 5]
+        shared = in_window(tensor[:, 2:3], name, window)
+        assert shared.shape == (2, 3, *tensor.shape[2:])
+        assert (shared == 2).all()
+        without = tensor[:, 0]
+        assert in_window(without, name, window) is without
+        assert [differs_by_frame(given, name) for given in (tensor, tensor[:, 2:3], without)] == [True, False, False]
+    for name in ("ip_bias_plain", "ip_scale_plain"):
+        tensor = torch.zeros(2, 3, 4)
+        assert in_window(tensor, name, window) is tensor
