@@ -88,6 +88,13 @@ def test_a_refiner_continues_with_the_latents_of_its_base() -> None:
     torch.testing.assert_close(found.latents, expected.expand(2, -1, -1, -1))
 
 
+@pytest.mark.parametrize(("start", "steps"), [(0.2, 4), (0.4, 3), (0.6, 2), (0.8, 1)])
+def test_a_refiner_takes_the_steps_after_its_start(start: float, steps: int) -> None:
+    found = make("image-to-image", 1, denoising_start=start)
+    assert found.steps == steps
+    assert found.timesteps.tolist() == scheduler().timesteps[-steps:].tolist()
+
+
 def test_a_refiner_does_not_start_in_the_middle_of_a_step() -> None:
     """Heun calls the UNet twice per step, except for the last one."""
     found = make("image-to-image", 1, cls=HeunDiscreteScheduler, denoising_start=0.6)
