@@ -148,7 +148,7 @@ def _job(arguments: Arguments) -> JobRequest:
     )
 
 
-def check_memory(name: str, parameters: Mapping[str, int], size: int) -> None:
+def check_memory(name: str, parameters: Mapping[str, int], size: int, precision: str = "fp32") -> None:
     """Check that a baseline fits into memory next to the server and the baselines loaded before it.
 
     Its needs are its weights (twice for `compiled`, because freezing copies them), and its largest activations: the
@@ -157,9 +157,14 @@ def check_memory(name: str, parameters: Mapping[str, int], size: int) -> None:
     Raises:
         BenchError: less memory than that is free.
     """
-    weights = 4 * sum(parameters.values()) * (2 if name == "compiled" else 1)
-    attention = 4 * 2 * 8 * (size // 8) ** 4
-    require(f"baseline {name}", (weights + 2 * attention) / 2**30)
+    weights = sum(parameters.values()) * (2 if name == "compiled" else 1)
+    attention = 2 * 8 * (size // 8) ** 4
+    require(f"baseline {name}", _dtype(precision).itemsize * (weights + 2 * attention) / 2**30)
+
+
+def _dtype(precision: str) -> torch.dtype:
+    """Return the type in which diffusers computes next to a bundle of this precision."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def load_baseline(name: str, folder: Path, model: str, precision: str, workload: Workload) -> System:
@@ -169,7 +174,7 @@ def load_baseline(name: str, folder: Path, model: str, precision: str, workload:
     """
     if name == "bare":
         return BareLoop(folder / "repository", model)
-    system = Diffusers(folder, torch.bfloat16 if precision == "bf16" else torch.float32)
+    system = Diffusers(folder, _dtype(precision))
     system.choose_threads(workload.request(0, num_inference_steps=1))
     if name == "compiled":
         system.compile()

@@ -86,7 +86,7 @@ class Session:
                 from imprompt_bench.baselines import check_memory, load_baseline
 
                 try:
-                    check_memory(name, self.target.setup["parameters"], self.workload.size)
+                    check_memory(name, self.target.setup["parameters"], self.workload.size, precision)
                 except BenchError as error:  # the other baselines can still be measured
                     self.console.print(f"skipped: {error}", soft_wrap=True)
                     continue

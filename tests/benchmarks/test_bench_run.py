@@ -156,6 +156,8 @@ def test_error_if_a_preset_does_not_fit_into_memory(monkeypatch: pytest.MonkeyPa
     for name, gib in (("eager", 8), ("compiled", 15)):  # 1.7 billion weights, and 2 GiB of attention
         with pytest.raises(BenchError, match=rf"baseline {name} needs about {gib} GiB of memory; 1 GiB"):
             baselines.check_memory(name, parameters(PRESETS["sd15"]), 512)
+    with pytest.raises(BenchError, match="baseline eager needs about 4 GiB of memory; 1 GiB"):
+        baselines.check_memory("eager", parameters(PRESETS["sd15"]), 512, "bf16")
 
 
 def test_url_and_preset_are_mutually_exclusive(capsys: pytest.CaptureFixture[str]) -> None:
