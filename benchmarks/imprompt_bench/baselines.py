@@ -149,7 +149,7 @@ def _job(arguments: Arguments) -> JobRequest:
 
 
 def check_memory(name: str, parameters: Mapping[str, int], size: int, precision: str = "fp32") -> None:
-    """Check that a baseline fits into memory next to the server and the baselines loaded before it.
+    """Check that a baseline, next to a bundle of this precision, fits into the memory that is free.
 
     Its needs are its weights (twice for `compiled`, because freezing copies them), and its largest activations: the
     attention of both guidance branches and eight heads over all latent positions.

@@ -1,8 +1,7 @@
-"""Let a CPU round what an int8 network does not compute in int8 to bf16, except for timesteps and sizes.
+"""Prepare int8 networks for servers that compute their other parts, such as attention to prompts, in bf16.
 
-Attention, norms, and the residual stream are half of an int8 step in fp32. OpenVINO rounds all floats to bf16 if the
-server asks for it (`imprompt_serving.backends.openvino`), and with them the arguments of the sinusoidal embeddings: a
-timestep of 999 would become 1000.
+If the server asks for bf16 (`imprompt_serving.backends.openvino`), OpenVINO rounds all floats, timesteps included: 999
+would become 1000. The operations up to the sinusoidal embeddings of timesteps and sizes are therefore marked as exact.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ _RESHAPES = ("Reshape", "Unsqueeze", "Squeeze")
 
 
 def save_for_bf16(model: Any, target: Path) -> None:
-    """Save an OpenVINO model that a server may compute in bf16 where it is not in int8."""
+    """Save an OpenVINO model whose floats servers may compute in bf16, with its timesteps and sizes marked as exact."""
     import openvino
 
     exact = _exact_operations(model)

@@ -1,4 +1,4 @@
-"""Import diffusers without what no request needs at first: imports take half of the CPU time, and 100 MB less memory.
+"""Import diffusers without what no request needs at first: imports take half of the CPU time, and 120 MB less memory.
 
 `torch._dynamo` is for a decorator that only matters to `torch.compile`; diffusers does without if it is missing
 (`diffusers/utils/torch_utils.py`). Later imports of it succeed. `scipy.stats` is for sigmas that follow a beta
