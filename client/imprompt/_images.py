@@ -33,12 +33,15 @@ _ALPHA_MODES = {"La": "LA", "PA": "RGBA", "RGBa": "RGBA"}
 # Speed over size: on a fast network, compressing takes longer than transferring. zlib's run-length strategy (Z_RLE) is
 # both faster and smaller than its default at this level: after PNG's filters, pictures hold few longer matches.
 _PNG_OPTIONS = {"compress_level": 1, "compress_type": zlib.Z_RLE}
+_MAX_BMP_PIXELS = 512 * 512
+"""Largest RGB picture to send without compression, in pixels. Writing and reading a PNG of that size takes 20 ms, which
+is longer than a fast network needs for the difference."""
 
 Encoder: TypeAlias = Callable[[object, str], bytes]
 
 
 def encode(image: object, parameter: str) -> bytes:
-    """Encode one picture: files and bytes pass through unchanged, anything else becomes a PNG and keeps its alpha.
+    """Encode one picture: files and bytes pass through unchanged, anything else becomes a BMP or PNG without loss.
 
     Raises:
         InvalidRequest: `image` is not a picture, or its file cannot be read.
@@ -46,9 +49,9 @@ def encode(image: object, parameter: str) -> bytes:
     if isinstance(image, bytes | bytearray | memoryview | str | os.PathLike):
         return read_file(image, parameter)
     if isinstance(image, Image.Image):
-        return _png(image, parameter)
+        return _to_file(image, parameter)
     if hasattr(image, "__array__"):
-        return _png(_from_array(_pixels(image, parameter), parameter), parameter)
+        return _to_file(_from_array(_pixels(image, parameter), parameter), parameter)
     raise invalid(
         parameter,
         f"must be a PIL image, a path, a URL, encoded bytes, an array or a tensor, not {type(image).__name__}",
@@ -56,7 +59,7 @@ def encode(image: object, parameter: str) -> bytes:
 
 
 def encode_mask(mask: object, parameter: str) -> bytes:
-    """Encode one mask; arrays (uint8, bool, or floats from 0 to 1) become 8-bit grayscale PNGs.
+    """Encode one mask; arrays (uint8, bool, or floats from 0 to 1) become 8-bit grayscale pictures.
 
     Other pictures keep their mode: like diffusers, the server resizes masks before converting them to grayscale.
     """
@@ -66,7 +69,7 @@ def encode_mask(mask: object, parameter: str) -> bytes:
         values = _pixels(mask, parameter)
         if values.dtype == np.bool_:
             values = values.astype(np.uint8) * 255
-        return _png(_from_array(values, parameter).convert("L"), parameter)
+        return _to_file(_from_array(values, parameter).convert("L"), parameter)
     return encode(mask, parameter)
 
 
@@ -190,12 +193,18 @@ def _from_array(array: np.ndarray[Any, Any], parameter: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _png(image: Image.Image, parameter: str) -> bytes:
+def _to_file(image: Image.Image, parameter: str) -> bytes:
+    """Write a small RGB picture as BMP, and any other as PNG."""
     if not image.width or not image.height:
         raise invalid(parameter, f"the picture has no pixels ({image.width}x{image.height})")
     buffer = io.BytesIO()
     try:
-        _to_png_mode(image, parameter).save(buffer, "PNG", **_PNG_OPTIONS)
+        image = _to_png_mode(image, parameter)
+        small = image.width * image.height <= _MAX_BMP_PIXELS
+        if small and image.mode == "RGB" and "transparency" not in image.info:
+            image.save(buffer, "BMP")
+        else:
+            image.save(buffer, "PNG", **_PNG_OPTIONS)
     except InvalidRequest:
         raise
     except Exception as error:  # pillow loads lazily, so a damaged or closed file fails only here

@@ -210,7 +210,22 @@ def test_files_and_bytes_are_sent_unchanged(sent: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1"])
 def test_pil_images_keep_their_mode(sent: Any, mode: str) -> None:
     (image,) = sent(image=RED.convert(mode)).pictures("image")
-    assert (image.format, image.mode, image.size) == ("PNG", mode, RED.size)
+    assert (image.format, image.mode, image.size) == ("BMP" if mode == "RGB" else "PNG", mode, RED.size)
+
+
+@pytest.mark.parametrize(("width", "format"), [(512, "BMP"), (513, "PNG")])
+def test_only_small_pictures_are_sent_without_compression(sent: Any, width: int, format: str) -> None:
+    picture = Image.effect_noise((width, 512), 50).convert("RGB")
+    (image,) = sent(image=picture).pictures("image")
+    assert image.format == format
+    assert np.array_equal(np.asarray(image), np.asarray(picture))
+
+
+def test_transparent_color_of_an_rgb_image_is_kept(sent: Any) -> None:
+    picture = RED.copy()
+    picture.info["transparency"] = (255, 0, 0)
+    (image,) = sent(image=picture).pictures("image")
+    assert image.info["transparency"] == (255, 0, 0)
 
 
 def test_other_pil_modes_become_rgb(sent: Any) -> None:
