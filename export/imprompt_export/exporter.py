@@ -26,6 +26,10 @@ from imprompt_export.sections import EngineSection
 from imprompt_export.stages import Stages
 from imprompt_serving import specs
 
+_LARGE_GARBAGE = 256 * 2**20
+"""Bytes of weights after which to collect garbage: traced programs and engines are in reference cycles, and hold weights.
+A collection takes most of a second, which is longer than it takes to build a small graph."""
+
 
 def export_bundle(bundle: BundleFile, work: Path, console: Console | None, refit_from: Path | None) -> report.Report:
     """Export `bundle` into the folder `models` in `work`, and compare each engine with PyTorch.
@@ -58,7 +62,7 @@ def export_bundle(bundle: BundleFile, work: Path, console: Console | None, refit
         progress.update(task, total=len(graphs_to_build))
         export_report = report.Report()
         engines: dict[str, Path] = {}
-        built = reused = 0
+        built = reused = garbage = 0
         stages = [Stages(show=partial(_show_status, progress, task, graph.name)) for graph in graphs_to_build]
         pending = [
             start_build(graph, Path(work, graph.name), spec, stages_of_graph)
@@ -73,15 +77,20 @@ def export_bundle(bundle: BundleFile, work: Path, console: Console | None, refit
                 with watch.time("running PyTorch"):
                     sizes = export_backend(comparison_backend).check_axes(graph, spec)
                     expected = references(graph, sizes)
+            garbage += sum(weight.nbytes for weight in graph.module.parameters())
             if backend.is_exported(engine, graph):
                 _drop_weights(graph, graphs_to_build[number:])
+            if garbage >= _LARGE_GARBAGE:
+                gc.collect()  # the traced program
             if comparison_backend is not None:
                 with watch.time("running the engine"):
                     file = result.file if comparison_backend == backend.name else result.source
                     rows = compare(graph, expected, file, comparison_backend, engine.precision)
                 export_report.engines += [report.EngineRow.of(row, export_seconds=result.seconds) for row in rows]
                 check_parity(rows)
-            gc.collect()  # engines and traced programs are in reference cycles
+            if garbage >= _LARGE_GARBAGE:
+                gc.collect()  # the engine
+                garbage = 0
             console.print(f"{graph.name}: {watch}", soft_wrap=True)
             progress.advance(task)
         if built or reused:
@@ -107,7 +116,6 @@ def _drop_weights(graph: Graph, later: Sequence[Graph]) -> None:
     if shared.isdisjoint(map(id, graph.module.parameters())):
         for tensor in (*graph.module.parameters(), *graph.module.buffers()):
             tensor.data = tensor.new_empty(0)  # also for those who keep the tensor, such as onnxscript's matchers
-        gc.collect()  # traced programs are in reference cycles
 
 
 def bundle_graphs(bundle: BundleFile, checkpoints: Checkpoints) -> list[Graph]:
