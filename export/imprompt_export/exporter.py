@@ -27,8 +27,8 @@ from imprompt_export.stages import Stages
 from imprompt_serving import specs
 
 _LARGE_GARBAGE = 256 * 2**20
-"""Bytes of weights after which to collect garbage: traced programs and engines are in reference cycles, and hold weights.
-A collection takes most of a second, which is longer than it takes to build a small graph."""
+"""Bytes of weights after which to collect garbage: traced programs and engines hold them in reference cycles. It takes
+most of a second, which is longer than it takes to build a small graph."""
 
 
 def export_bundle(bundle: BundleFile, work: Path, console: Console | None, refit_from: Path | None) -> report.Report:
