@@ -1,7 +1,7 @@
 """Shapes and strides of results while tracing, for operators for which torch derives them slowly.
 
 `torch.export` runs a graph with fake tensors, whose sizes are symbols. A norm is then a dozen operations that each
-multiply and compare sizes. With these rules, tracing a UNet takes less than half of the time, and the program is the same
+multiply and compare sizes. With these rules, tracing a UNet takes less than half of the time; the program is the same
 (`pytest tests/export/test_fake_results.py`).
 """
 
