@@ -24,7 +24,7 @@ _aten = torch.ops.aten
 
 @contextmanager
 def fast_tracing() -> Iterator[None]:
-    """Let `torch.export` use the rules of this module, and not record a stack trace for each operator."""
+    """Let torch use the rules of this module while it traces, and not record a stack trace for each operator."""
     with (
         mock.patch.dict(fake_impls.FAST_OP_IMPLEMENTATIONS, _RULES),
         mock.patch.object(torch.fx.config, "do_not_emit_stack_traces", True),
