@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from collections import Counter
@@ -35,6 +36,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--in-process"):
         items[:] = [item for item in items if not {"bundle", "world"} & {*getattr(item, "fixturenames", ())}]
+
+
+def pytest_collection_finish() -> None:
+    """Exempt all tests and modules from garbage collections, each of which would take most of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @cache

@@ -38,6 +38,9 @@ PRIVATE: dict[str, set[str]] = {
     "torch==2.13.0": {
         "torch._dynamo.config",
         "torch._inductor.config",
+        "torch._prims_common.infer_size",
+        "torch._prims_common.is_contiguous_or_false",
+        "torch._prims_common.make_contiguous_strides_for",
         "torch._subclasses.fake_impls",
         "torch.onnx._internal.exporter._fx_passes",
         "torch.onnx._internal.exporter._registration",

@@ -135,7 +135,10 @@ def test_engines_with_residuals_are_compared(control_chain: dict[Path, graphs.Gr
 
 def test_unet_of_sdxl_in_half_precision(tmp_path: Path) -> None:
     """It joins pooled text embeddings in fp16 with the embedding of sizes in float32."""
-    unet = graphs.unet(randomize(UNet2DConditionModel(**base.unet_config("sdxl", 1)), 2).eval(), [])
+    two_levels = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "attention_head_dim": (2, 4)}
+    two_levels |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "block_out_channels": (32, 64)}
+    config = base.unet_config("sdxl", 1) | {"transformer_layers_per_block": 1} | two_levels
+    unet = graphs.unet(randomize(UNet2DConditionModel(**config), 2).eval(), [])
     export_onnx(unet, tmp_path / "unet.onnx", torch.float16)
     assert all(row.passed for row in compare(unet, references(unet), tmp_path / "unet.onnx", "onnxruntime", "fp16"))
 
