@@ -162,6 +162,21 @@ def test_closed_client(url: str) -> None:
     assert not client.is_ready()
 
 
+def test_client_closes_at_the_end_of_a_with_statement(url: str) -> None:
+    with Client(url) as client:
+        client.generate(model="one", prompt="a")
+    with pytest.raises(ConnectionFailed, match="this client is closed"):
+        client.models()
+
+    async def run() -> None:
+        async with AsyncClient(url) as client:
+            await client.generate(model="one", prompt="a")
+        with pytest.raises(ConnectionFailed, match="this client is closed"):
+            await client.models()
+
+    asyncio.run(run())
+
+
 def test_closed_async_client(url: str) -> None:
     async def run() -> None:
         client = AsyncClient(url)

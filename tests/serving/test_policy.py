@@ -120,6 +120,12 @@ def test_a_large_job_leaves_half_of_a_call_to_small_ones() -> None:
     ) == {0: 4, 1: 2, 2: 2}
 
 
+def test_a_job_of_half_a_call_is_small() -> None:
+    line = [started(pending=64, last_served_tick=0), started(pending=4, last_served_tick=5)]
+    assert served(line) == {0: 4, 1: 4}
+    assert served([line[0], started(pending=5, last_served_tick=5)]) == {0: 8}
+
+
 def test_a_large_job_gets_the_rows_that_small_ones_leave() -> None:
     assert served([started(pending=64, last_served_tick=0), new(last_served_tick=5)]) == {0: 6, 1: 2}
 
