@@ -18,6 +18,7 @@ from imprompt_export.backends import export_backend
 from imprompt_export.bundle import BundleFile
 from imprompt_export.checkpoints import Checkpoints, LoadedAdapter, load
 from imprompt_export.fp16_vae import fit_fp16_range
+from imprompt_export.garbage import LARGE, rare_collections
 from imprompt_export.graphs import Graph
 from imprompt_export.parity import check_parity, compare, references
 from imprompt_export.preview import fit_preview
@@ -25,10 +26,6 @@ from imprompt_export.repository import write_models
 from imprompt_export.sections import EngineSection
 from imprompt_export.stages import Stages
 from imprompt_serving import specs
-
-_LARGE_GARBAGE = 256 * 2**20
-"""Bytes of weights after which to collect garbage: traced programs and engines hold them in reference cycles. It takes
-most of a second, which is longer than it takes to build a small graph."""
 
 
 def export_bundle(bundle: BundleFile, work: Path, console: Console | None, refit_from: Path | None) -> report.Report:
@@ -46,7 +43,11 @@ def export_bundle(bundle: BundleFile, work: Path, console: Console | None, refit
     if comparison_backend is None:
         console.print(f"{engine.precision} cannot run on this machine: the engines will not be compared with PyTorch")
     columns = (SpinnerColumn(), *Progress.get_default_columns()[:2], TimeElapsedColumn())
-    with backend.builder(engine, refit_from) as start_build, Progress(*columns, console=console) as progress:
+    with (
+        backend.builder(engine, refit_from) as start_build,
+        Progress(*columns, console=console) as progress,
+        rare_collections(),
+    ):
         task = progress.add_task("loading checkpoints", total=None)
         checkpoints = load(bundle)
         for note in checkpoints.notes:
@@ -80,7 +81,7 @@ def export_bundle(bundle: BundleFile, work: Path, console: Console | None, refit
             garbage += sum(weight.nbytes for weight in graph.module.parameters())
             if backend.is_exported(engine, graph):
                 _drop_weights(graph, graphs_to_build[number:])
-            if garbage >= _LARGE_GARBAGE:
+            if garbage >= LARGE:
                 gc.collect()  # the traced program
             if comparison_backend is not None:
                 with watch.time("running the engine"):
@@ -88,7 +89,7 @@ def export_bundle(bundle: BundleFile, work: Path, console: Console | None, refit
                     rows = compare(graph, expected, file, comparison_backend, engine.precision)
                 export_report.engines += [report.EngineRow.of(row, export_seconds=result.seconds) for row in rows]
                 check_parity(rows)
-            if garbage >= _LARGE_GARBAGE:
+            if garbage >= LARGE:
                 gc.collect()  # the engine
                 garbage = 0
             console.print(f"{graph.name}: {watch}", soft_wrap=True)

@@ -328,15 +328,13 @@ def _worker_count(*, on_gpu: bool) -> int:
 
 
 def _begin() -> None:
-    """Set up a worker: one thread, no warnings, and rarer garbage collections, which took a tenth of a build."""
-    import gc
+    """Set up a worker: one thread, no warnings."""
     import logging
     import warnings
 
     import torch
 
     torch.set_num_threads(1)
-    gc.set_threshold(100_000, 20, 20)
     warnings.simplefilter("ignore")
     logging.getLogger("torch").setLevel(logging.ERROR)
 
@@ -350,6 +348,7 @@ def _build(source: Path, kept: Path, device: str, options: dict[str, Any]) -> fl
     import torch
 
     from imprompt_export.fake_results import fast_tracing
+    from imprompt_export.garbage import rare_collections
 
     start = time.perf_counter()
     program = torch.export.load(source)
@@ -357,7 +356,7 @@ def _build(source: Path, kept: Path, device: str, options: dict[str, Any]) -> fl
         program.state_dict[name] = _empty_like(weight, device)
     draft = kept.with_name(f".{kept.stem}.{uuid.uuid4().hex}.pt2")
     try:
-        with torch.no_grad(), fast_tracing():
+        with torch.no_grad(), fast_tracing(), rare_collections():
             torch._inductor.aoti_compile_and_package(program, package_path=str(draft), inductor_configs=options)
         draft.replace(kept)
     except Exception as error:  # the compiler raises many types, some of which cannot be pickled to the parent process
