@@ -18,7 +18,7 @@ from imprompt_export.backends import export_backend
 from imprompt_export.bundle import BundleFile
 from imprompt_export.checkpoints import Checkpoints, LoadedAdapter, load
 from imprompt_export.fp16_vae import fit_fp16_range
-from imprompt_export.garbage import LARGE, rare_collections
+from imprompt_export.garbage import LARGE_GARBAGE, rare_collections
 from imprompt_export.graphs import Graph
 from imprompt_export.parity import check_parity, compare, references
 from imprompt_export.preview import fit_preview
@@ -81,7 +81,7 @@ def export_bundle(bundle: BundleFile, work: Path, console: Console | None, refit
             garbage += sum(weight.nbytes for weight in graph.module.parameters())
             if backend.is_exported(engine, graph):
                 _drop_weights(graph, graphs_to_build[number:])
-            if garbage >= LARGE:
+            if garbage >= LARGE_GARBAGE:
                 gc.collect()  # the traced program
             if comparison_backend is not None:
                 with watch.time("running the engine"):
@@ -89,7 +89,7 @@ def export_bundle(bundle: BundleFile, work: Path, console: Console | None, refit
                     rows = compare(graph, expected, file, comparison_backend, engine.precision)
                 export_report.engines += [report.EngineRow.of(row, export_seconds=result.seconds) for row in rows]
                 check_parity(rows)
-            if garbage >= LARGE:
+            if garbage >= LARGE_GARBAGE:
                 gc.collect()  # the engine
                 garbage = 0
             console.print(f"{graph.name}: {watch}", soft_wrap=True)

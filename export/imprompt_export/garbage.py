@@ -10,13 +10,13 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-LARGE = 256 * 2**20
-"""Bytes of weights after which to collect. It takes most of a second, which is longer than to build a small graph."""
+LARGE_GARBAGE = 256 * 2**20
+"""Bytes of weights after which to collect: a collection takes most of a second, longer than building a small graph."""
 
 
 @contextmanager
 def rare_collections() -> Iterator[None]:
-    """Make Python's own collections rare."""
+    """Let Python start hardly any collections of its own within the context."""
     before = gc.get_threshold()
     gc.set_threshold(100_000, 20, 20)
     try:
