@@ -34,8 +34,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Run the tests of the exporter last: they keep all cores busy, as the exports in the background do until then."""
-    items.sort(key=lambda item: "export" in item.path.parts[-2:])
     if config.getoption("--in-process"):
         items[:] = [item for item in items if not {"bundle", "world"} & {*getattr(item, "fixturenames", ())}]
 
@@ -63,7 +61,6 @@ class _ByServer(LoadFileScheduling):
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> _ByServer | None:
-    config.option.loadscopereorder = False
     return _ByServer(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
