@@ -125,11 +125,12 @@ def test_inputs_of_compiled_code_are_contiguous(networks: Networks) -> None:
 
 
 def test_the_denoiser_is_measured(own: System, options: Options) -> None:
+    options = msgspec.structs.replace(options, steps=8)  # the first ticks may be another caller's alone
     found = {(each.label, each.value): each for each in denoiser.denoiser(own, options)}
-    for callers, most_calls in ((1, 1), (4, 3)):  # some ticks may be one caller's alone, but not all
+    for callers in (1, 4):
         notes = found["callers", callers].notes
         assert notes["pictures_per_s"] > 0
-        assert 1 <= notes["calls_per_step"] <= most_calls
+        assert notes["calls_per_step"] == pytest.approx(1, abs=0.51)
         assert 1 <= notes["most_ticks_in_flight"] <= 2
     assert found["cancel until answered", None].notes["most_ticks_after"] <= 2
     assert found["join until the first step is told", None].notes["most_ticks"] >= 1
