@@ -6,7 +6,7 @@ import gc
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import cache
@@ -21,6 +21,7 @@ from xdist.scheduler import LoadFileScheduling
 import bundles
 from collector import Collector, collecting
 from imprompt import Client
+from imprompt_export.garbage import rare_collections
 from imprompt_serving.launcher import LaunchError, Server
 from served import Served
 
@@ -38,11 +39,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not {"bundle", "world"} & {*getattr(item, "fixturenames", ())}]
 
 
-def pytest_collection_finish() -> None:
-    """Exempt all tests and modules from garbage collections, each of which would take most of a second; make few."""
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop() -> Generator[None, object, object]:
+    """Exempt all tests and modules from garbage collections, each of which would take most of a second."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(100_000, 20, 20)
+    with rare_collections():
+        return (yield)
 
 
 @cache
