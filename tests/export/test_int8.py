@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -13,6 +14,7 @@ import pytest
 from bundles import ExportedBundle
 from imprompt_export import int8, quality
 from imprompt_export.bundle import BundleFile
+from imprompt_export.calibration import Arrays
 from imprompt_export.checkpoints import load
 from imprompt_export.exporter import describe
 from imprompt_export.quality import Quality, QualityError, Ratio, check_quality
@@ -99,6 +101,31 @@ def test_only_networks_of_a_step_are_quantized_at_any_cost(
     assert used == NETWORKS
     assert chosen == files | dict.fromkeys(NETWORKS, other)
     assert quantize(26.0)[1] == STEP_NETWORKS  # which check_quality refuses
+
+
+def test_int8_is_compared_with_fp32_although_calibration_may_round(
+    bundle: Callable[[str], ExportedBundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Networks that are not quantized are exact, so they have been compared with themselves in the same precision."""
+    made = bundle("openvino")
+    description = BundleFile.load(made.checkpoints / "bundle.toml")
+    files, checkpoints = engines(made), load(description)
+    calls: dict[str, int] = {}
+
+    def quantize(file: Path, samples: Sequence[Arrays], smoothing: float) -> Path:
+        calls[file.parents[1].name if file.stem == "model" else file.stem] = len(samples)
+        return file
+
+    monkeypatch.setattr(int8, "quantize", quantize)
+    chosen, rows = int8.quantize_bundle(describe(description, checkpoints), checkpoints, files, 10.0, Stages())
+    assert chosen == files
+    assert {(row.snr_db, row.picture_distance) for row in rows} == {(math.inf, 0.0)}
+    assert calls == {
+        "unet": 18,
+        "controlnet_depth": 5,
+        "openvino_vae_decoder": 4,
+        "openvino_image_encoder_plain": 3,
+    }
 
 
 class FakeRunner:

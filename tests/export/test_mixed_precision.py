@@ -56,8 +56,10 @@ def test_exactness_does_not_depend_on_this_cpu(tmp_path: Path) -> None:
     assert sorted(filter(None, exact)) == ["Cos", "Multiply", "Reshape", "Sin"]
 
 
-def test_other_models_are_not_rounded(tmp_path: Path) -> None:
+def test_other_models_are_only_rounded_on_request(tmp_path: Path) -> None:
     file = save(tmp_path, (-1,))
     file.write_text(file.read_text().replace("round_to_bf16", "anything_else"))
-    embedding = get_backend("openvino").load(file).run({"values": VALUES.ravel()})["embedding"]
-    assert np.abs(embedding - exact_embedding(VALUES)).max() < 1e-3
+    for rounded in (False, True):
+        engine = served_openvino.OpenVinoEngine(file, round_to_bf16=rounded)
+        error = np.abs(engine.run({"values": VALUES.ravel()})["embedding"] - exact_embedding(VALUES)).max()
+        assert (error > 1e-3) == (rounded and served_openvino.has_bf16())

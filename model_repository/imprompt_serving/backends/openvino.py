@@ -45,16 +45,21 @@ class OpenVinoEngine:
     """An OpenVINO model behind the engine interface. A lock serializes calls from several threads.
 
     Weights are memory-mapped, except for those that the CPU needs in a different layout.
+
+    Args:
+        path: the model's `.xml`.
+        threads: as in `Backend.load`.
+        round_to_bf16: whether to round all floats to bf16, also timesteps, if the CPU has arithmetic for it.
     """
 
-    def __init__(self, path: Path, *, threads: int = 0) -> None:
+    def __init__(self, path: Path, *, threads: int = 0, round_to_bf16: bool = False) -> None:
         import openvino
 
         core, settings = openvino.Core(), SETTINGS | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
         model = core.read_model(path)
         if not has_bf16():
             convert_to_fp32(model)
-        elif model.has_rt_info([*ROUND_TO_BF16]):
+        elif round_to_bf16 or model.has_rt_info([*ROUND_TO_BF16]):
             settings["INFERENCE_PRECISION_HINT"] = "bf16"
         # Before it is compiled, because that may rename outputs.
         self._inputs, self._outputs = ([port.any_name for port in ports] for ports in (model.inputs, model.outputs))
