@@ -27,10 +27,15 @@ Metrics = dict[str, Any]
 
 
 class Evaluator:
-    """Generates many pictures concurrently and classifies what they show."""
+    """Generates many pictures concurrently and classifies what they show.
 
-    def __init__(self, client: Client) -> None:
-        self._client = client
+    Args:
+        client: a client of the server.
+        settings: changes `SETTINGS`, for all requests.
+    """
+
+    def __init__(self, client: Client, **settings: Any) -> None:
+        self._client, self._settings = client, SETTINGS | settings
 
     @cached_property
     def classifier(self) -> metrics.ThingClassifier:
@@ -53,7 +58,8 @@ class Evaluator:
     def _all(self, requests: Iterable[dict[str, Any]], model: str, part: Callable[[Any], Pixels]) -> list[Pixels]:
         def one(numbered: tuple[int, dict[str, Any]]) -> Pixels:
             seed, request = numbered
-            return part(self._client.generate(model=model, output_type="np", **SETTINGS | {"seed": seed} | request))
+            arguments = self._settings | {"seed": seed} | request
+            return part(self._client.generate(model=model, output_type="np", **arguments))
 
         with ThreadPoolExecutor(_CALLERS) as callers:
             return list(callers.map(one, enumerate(requests)))

@@ -58,6 +58,9 @@ def export_onnx(graph: Graph, path: Path, dtype: torch.dtype = torch.float32, st
             onnx_program = _translate(graph, program)
         with stages.time("writing"):
             onnx_program.save(path, external_data=weights > _EXTERNAL_DATA_FROM)
+    # onnxscript's rules keep the last graph that they were tried on: do not let them keep the weights of checkpoints.
+    for value in onnx_program.model.graph.initializers.values():
+        value.const_value = None
 
 
 def _translate(graph: Graph, program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from imprompt_export import graphs, onnx_graph, t2i
@@ -119,3 +121,24 @@ def test_tensors_of_two_types_are_concatenated_as_in_pytorch(
     )
     export_and_compare(graph, tmp_path)
     assert not decompositions
+
+
+def test_the_weights_of_an_exported_graph_are_not_kept(tmp_path: Path) -> None:
+    """onnxscript keeps the last graph, and a part of a safetensors file keeps all of it in memory."""
+    module, file = nn.Linear(4, 4, bias=False), tmp_path / "weights.safetensors"
+    save_file({"weight": torch.ones(4, 4)}, file)
+    module.weight = nn.Parameter(load_file(file)["weight"], requires_grad=False)
+    size: tuple[int | str, ...] = ("batch", 3, 4)
+    graph = Graph(
+        name="linear",
+        module=module,
+        run=lambda tensors: (module(tensors["x"]) - 1,),
+        inputs=(Input(name="x", shape=size),),
+        outputs={"y": size},
+        checks=({"batch": 2}, {"batch": 3}),
+    )
+    export_and_compare(graph, tmp_path)
+    assert str(file) in Path("/proc/self/maps").read_text()
+    module.weight.data = torch.empty(0)
+    gc.collect()
+    assert str(file) not in Path("/proc/self/maps").read_text()
