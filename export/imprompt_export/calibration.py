@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import msgspec
 import numpy as np
@@ -21,9 +20,7 @@ from imprompt_serving import tensor_names
 from imprompt_serving.backends import Engine
 from imprompt_serving.denoiser.assembly import assemble
 from imprompt_serving.denoiser.batch import Batcher, RowSlice
-from imprompt_serving.denoiser.conditioning import Conditioner
 from imprompt_serving.denoiser.job import Job
-from imprompt_serving.denoiser.networks import StepNetworks
 from imprompt_serving.job_request import AdapterOptions, ControlOptions, JobRequest
 from imprompt_serving.parameters import Settings
 from imprompt_serving.specs import Adapter, Bundle
@@ -87,28 +84,28 @@ class CalibrationRunner:
     Args:
         bundle: the bundle; its motion adapter is ignored.
         checkpoints: its checkpoints, for the text encoders and the preprocessing of image prompts.
-        engine: loads an engine by its name. Those of a step are loaded for the first picture and stay loaded; the VAE
-            and image encoders are loaded for each call, because with the others they would need too much memory.
+        engine: loads an engine by its name. Those of the denoising loop are loaded for each picture, and the VAE and
+            image encoders for each call: all of them together would need too much memory.
     """
 
     def __init__(self, bundle: Bundle, checkpoints: Checkpoints, engine: Callable[[str], Engine]) -> None:
         self.bundle = msgspec.structs.replace(bundle, motion=None)
         self._checkpoints, self._engine = checkpoints, engine
 
-    @cached_property
-    def _assembled(self) -> tuple[Conditioner, StepNetworks]:
-        return assemble(self.bundle, self._engine)
-
     @torch.inference_mode()
     def picture(self, run: Run, tensors: dict[str, Tensor]) -> np.ndarray:
         """Generate the picture of `run`, uint8 [H, W, 3], from the tensors that `encode` returned."""
-        request, (conditioner, networks) = self._request(run), self._assembled
+        latents = self._denoise(run, tensors)
+        return self._engine("vae_decoder").run({"latents": latents})["images"][0]
+
+    def _denoise(self, run: Run, tensors: dict[str, Tensor]) -> np.ndarray:
+        request, (conditioner, networks) = self._request(run), assemble(self.bundle, self._engine)
         job = Job(request, self.bundle, conditioner(request, tensors), tensors)
         batcher = Batcher(self.bundle)
         while not job.done:
             parts = [RowSlice(job, 0, job.rows)]
             job.add_output_rows(networks(parts, batcher.inputs(parts)))
-        return self._engine("vae_decoder").run({"latents": job.result().numpy()})["images"][0]
+        return job.result().numpy()
 
     def _request(self, run: Run) -> JobRequest:
         bundle, shapes = self.bundle, self.bundle.shapes

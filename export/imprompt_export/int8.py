@@ -11,8 +11,10 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import msgspec
 import numpy as np
@@ -24,7 +26,7 @@ from imprompt_export.mixed_precision import save_for_bf16
 from imprompt_export.quality import Quality, measure, picture_distance, step_networks
 from imprompt_export.stages import Stages
 from imprompt_serving.backends import Engine
-from imprompt_serving.backends.openvino import OpenVinoEngine
+from imprompt_serving.backends.openvino import OpenVinoEngine, has_bf16
 from imprompt_serving.specs import Bundle
 
 SAMPLES = 8
@@ -150,27 +152,31 @@ def quantize(file: Path, samples: Sequence[Arrays], smoothing: float = SMOOTHING
     os.environ.setdefault("NNCF_CI", "1")  # otherwise NNCF reports its use over the network
     import nncf
     import openvino
+    from nncf.openvino import engine
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
     nncf.set_log_level("ERROR")
     model = openvino.Core().read_model(file)
     known = {port.any_name for port in model.inputs}
     chosen = samples[:: math.ceil(len(samples) / SAMPLES)]
-    quantized = nncf.quantize(
-        model,
-        nncf.Dataset([{name: value for name, value in sample.items() if name in known} for sample in chosen]),
-        subset_size=len(chosen),
-        model_type=nncf.ModelType.TRANSFORMER,
-        ignored_scope=nncf.IgnoredScope(names=_not_quantized(model)),
-        advanced_parameters=nncf.AdvancedQuantizationParameters(
-            # Use 7-bit weights: CPUs without VNNI add pairs of products in 16 bits, which 8-bit weights overflow.
-            overflow_fix=nncf.OverflowFix.ENABLE,
-            disable_bias_correction=True,  # it is slow and brought no gain
-            # By default NNCF averages the extremes of the samples, and so clips those of half of them.
-            activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
-            smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=smoothing, convolution=-1),
-        ),
-    )
+    # Collect ranges in bf16 on CPUs that are faster with it.
+    statistics_engine = partial(engine.OVNativeEngine, use_fp32_precision=not has_bf16())
+    with mock.patch.object(engine, "OVNativeEngine", statistics_engine):
+        quantized = nncf.quantize(
+            model,
+            nncf.Dataset([{name: value for name, value in sample.items() if name in known} for sample in chosen]),
+            subset_size=len(chosen),
+            model_type=nncf.ModelType.TRANSFORMER,
+            ignored_scope=nncf.IgnoredScope(names=_not_quantized(model)),
+            advanced_parameters=nncf.AdvancedQuantizationParameters(
+                # Use 7-bit weights: CPUs without VNNI add pairs of products in 16 bits, which 8-bit weights overflow.
+                overflow_fix=nncf.OverflowFix.ENABLE,
+                disable_bias_correction=True,  # it is slow and brought no gain
+                # By default NNCF averages the extremes of the samples, and so clips those of half of them.
+                activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
+                smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=smoothing, convolution=-1),
+            ),
+        )
     target = file.parent.with_name(f"{file.parent.name}-int8") / file.name
     save_for_bf16(quantized, target)
     return target

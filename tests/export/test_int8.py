@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from imprompt_export.exporter import describe
 from imprompt_export.quality import Quality, QualityError, Ratio, check_quality
 from imprompt_export.stages import Stages
 from imprompt_serving.backends import get_backend
+from imprompt_serving.backends.openvino import has_bf16
 
 STEP_NETWORKS = {"unet", "controlnet_depth"}
 NETWORKS = STEP_NETWORKS | {"vae_decoder", "image_encoder_plain"}
@@ -126,6 +128,32 @@ def test_int8_is_compared_with_fp32_although_calibration_may_round(
         "openvino_vae_decoder": 4,
         "openvino_image_encoder_plain": 3,
     }
+
+
+def test_ranges_are_collected_in_bf16_where_that_is_faster(
+    bundle: Callable[[str], ExportedBundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NNCF runs the network once before smoothing, and once after it."""
+    file = tmp_path / "vae_decoder/vae_decoder.xml"
+    file.parent.mkdir()
+    for suffix in (".xml", ".bin"):
+        shutil.copyfile(engines(bundle("openvino"))["vae_decoder"].with_suffix(suffix), file.with_suffix(suffix))
+    monkeypatch.setenv("NNCF_CI", "1")  # otherwise NNCF reports its use over the network
+    from nncf.openvino import engine
+
+    in_fp32: list[bool] = []
+
+    class Engine(engine.OVNativeEngine):
+        def __init__(self, model: object, use_fp32_precision: bool = True) -> None:
+            in_fp32.append(use_fp32_precision)
+            super().__init__(model, use_fp32_precision)
+
+    monkeypatch.setattr(engine, "OVNativeEngine", Engine)
+    latents = np.random.default_rng(0).standard_normal((1, 4, 8, 8)).astype(np.float32)
+    for smoothing, count in ((-1.0, 1), (int8.SMOOTHING, 2)):
+        in_fp32.clear()
+        int8.quantize(file, [{"latents": latents}], smoothing)
+        assert in_fp32 == count * [not has_bf16()]
 
 
 class FakeRunner:
