@@ -67,8 +67,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> _ByServer
     return _ByServer(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_torch_thread() -> None:
+def pytest_runtest_setup() -> None:
+    """Compute in one thread, also after a test that loads an AOTInductor engine, which sets the number for all."""
     torch.set_num_threads(1)
 
 
