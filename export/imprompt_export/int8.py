@@ -89,7 +89,7 @@ def quantize_bundle(
             rows.append(row)
         runner = CalibrationRunner(bundle, checkpoints, lambda name: OpenVinoEngine(made[name]))
         pictures = runner.encode_pictures(HELD_OUT, prompt)
-        distance = picture_distance(runner.picture(HELD_OUT, held_out.texts | pictures), held_out.picture)
+        distance = picture_distance(runner.picture(HELD_OUT, held_out.tensors | pictures), held_out.picture)
     return made, [msgspec.structs.replace(row, picture_distance=distance) for row in rows]
 
 
@@ -102,12 +102,7 @@ def _calibration_calls(
         The inputs of all calls of the networks `names`, and a picture for the image prompt of the held-out run.
     """
     calls = {name: Calls() for name in names}
-
-    def engine(name: str) -> Engine:
-        loaded = OpenVinoEngine(files[name], round_to_bf16=True)
-        return Recorder(loaded, calls[name]) if name in calls else loaded
-
-    runner = CalibrationRunner(bundle, checkpoints, engine)
+    runner = _recording_runner(bundle, checkpoints, files, calls, round_to_bf16=True)
     picture: np.ndarray | None = None
     for run in RUNS:
         picture = runner.picture(run, runner.encode(run, picture))
@@ -122,8 +117,8 @@ class _HeldOut(NamedTuple):
 
     calls: dict[str, Calls]
     """Calls of the networks that become int8."""
-    texts: dict[str, Tensor]
-    """Encoded prompts and image prompts."""
+    tensors: dict[str, Tensor]
+    """Encoded prompts and image prompts, and control images."""
     picture: np.ndarray
     """The result, uint8 [H, W, 3]."""
 
@@ -133,14 +128,26 @@ def _run_held_out(
 ) -> _HeldOut:
     """Do the held-out run in fp32, with the image prompt `prompt`; record the calls of the networks `names`."""
     calls = {name: Calls() for name in names}
-
-    def engine(name: str) -> Engine:
-        loaded = OpenVinoEngine(files[name])
-        return Recorder(loaded, calls[name]) if name in calls else loaded
-
-    runner = CalibrationRunner(bundle, checkpoints, engine)
+    runner = _recording_runner(bundle, checkpoints, files, calls, round_to_bf16=False)
     tensors = runner.encode(HELD_OUT, prompt)
     return _HeldOut(calls, tensors, runner.picture(HELD_OUT, tensors))
+
+
+def _recording_runner(
+    bundle: Bundle,
+    checkpoints: Checkpoints,
+    files: Mapping[str, Path],
+    calls: Mapping[str, Calls],
+    *,
+    round_to_bf16: bool,
+) -> CalibrationRunner:
+    """Return a runner that adds the calls of each network in `calls` to its entry."""
+
+    def engine(name: str) -> Engine:
+        loaded = OpenVinoEngine(files[name], round_to_bf16=round_to_bf16)
+        return Recorder(loaded, calls[name]) if name in calls else loaded
+
+    return CalibrationRunner(bundle, checkpoints, engine)
 
 
 def quantize(file: Path, samples: Sequence[Arrays], smoothing: float = SMOOTHING) -> Path:
