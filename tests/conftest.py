@@ -68,7 +68,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> _ByServer
 
 
 def pytest_runtest_setup() -> None:
-    """Compute in one thread, also after a test that loads an AOTInductor engine, which sets the number for all."""
+    """Compute in one thread, also after a test that loads an AOTInductor engine, which sets the number for all.
+
+    On busy cores, layers as small as those of the tests run up to a hundred times slower with two.
+    """
     torch.set_num_threads(1)
 
 

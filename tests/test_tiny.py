@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,6 @@ FAMILIES: tuple[Family, ...] = ("sd15", "sdxl")
 
 def differ(first: Any, second: Any, at_least: float = CLEAR) -> bool:
     return picture_distance(first, second)[1] >= at_least
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Use one thread: on busy cores, layers this small run up to a hundred times slower with two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ class Evaluator:
 
     Args:
         client: a client of the server.
-        settings: changes `SETTINGS`, for all requests.
+        settings: overrides `SETTINGS` in all requests.
     """
 
     def __init__(self, client: Client, **settings: Any) -> None:

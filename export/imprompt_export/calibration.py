@@ -6,7 +6,7 @@ the bundle itself has generated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -91,6 +91,14 @@ class CalibrationRunner:
     def __init__(self, bundle: Bundle, checkpoints: Checkpoints, engine: Callable[[str], Engine]) -> None:
         self.bundle = msgspec.structs.replace(bundle, motion=None)
         self._checkpoints, self._engine = checkpoints, engine
+
+    def pictures(self, runs: Sequence[Run]) -> np.ndarray:
+        """Generate a picture for each run, the image prompt of the next one; return the last, uint8 [H, W, 3]."""
+        picture: np.ndarray | None = None
+        for run in runs:
+            picture = self.picture(run, self.encode(run, picture))
+        assert picture is not None
+        return picture
 
     @torch.inference_mode()
     def picture(self, run: Run, tensors: dict[str, Tensor]) -> np.ndarray:

@@ -116,7 +116,7 @@ def _drop_weights(graph: Graph, later: Sequence[Graph]) -> None:
     shared = {id(weight) for other in later for weight in other.module.parameters()}
     if shared.isdisjoint(map(id, graph.module.parameters())):
         for tensor in (*graph.module.parameters(), *graph.module.buffers()):
-            tensor.data = tensor.new_empty(0)  # also for those who keep the tensor, such as onnxscript's matchers
+            tensor.data = tensor.new_empty(0)  # also for those who keep the tensor, such as the traced program
 
 
 def bundle_graphs(bundle: BundleFile, checkpoints: Checkpoints) -> list[Graph]:

@@ -152,10 +152,7 @@ def calibrate(bundle: Bundle, checkpoints: Checkpoints, graphs: Sequence[Graph])
     with _on_device(by_name, bundle) as device, contextlib.ExitStack() as watching:
         for name, found in ranges.items():
             watching.enter_context(_watched(by_name[name].module, found))
-        runner = _runner(bundle, checkpoints, by_name, device)
-        prompt = None
-        for run in RUNS:
-            prompt = runner.picture(run, runner.encode(run, prompt))
+        _runner(bundle, checkpoints, by_name, device).pictures(RUNS)
     return [replace(graph, fp8_ranges=ranges.get(graph.name, {})) for graph in graphs]
 
 
@@ -171,8 +168,7 @@ def measure_quality(
     calls = {name: Calls() for name in names}
     with _on_device(graphs, bundle) as device:
         recorders = {name: Recorder(TorchEngine(graphs[name], device), calls[name]) for name in names}
-        runner = _runner(bundle, checkpoints, graphs, device)
-        prompt = runner.picture(RUNS[0], runner.encode(RUNS[0]))
+        prompt = _runner(bundle, checkpoints, graphs, device).pictures(RUNS[:1])
         runner = _runner(bundle, checkpoints, graphs, device, recorders)
         tensors = runner.encode(HELD_OUT, prompt)
         picture = runner.picture(HELD_OUT, tensors)

@@ -103,10 +103,7 @@ def _calibration_calls(
     """
     calls = {name: Calls() for name in names}
     runner = _recording_runner(bundle, checkpoints, files, calls, round_to_bf16=True)
-    picture: np.ndarray | None = None
-    for run in RUNS:
-        picture = runner.picture(run, runner.encode(run, picture))
-    assert picture is not None
+    picture = runner.pictures(RUNS)
     samples = {name: recorded.inputs for name, recorded in calls.items()}
     samples["vae_decoder"] = [{"latents": LATENTS_MARGIN * call["latents"]} for call in samples["vae_decoder"]]
     return samples, picture
@@ -166,7 +163,7 @@ def quantize(file: Path, samples: Sequence[Arrays], smoothing: float = SMOOTHING
     model = openvino.Core().read_model(file)
     known = {port.any_name for port in model.inputs}
     chosen = samples[:: math.ceil(len(samples) / SAMPLES)]
-    # Collect ranges in bf16 on CPUs that are faster with it.
+    # Collect ranges in bf16 on CPUs that are faster with it. NNCF has no option for that.
     statistics_engine = partial(engine.OVNativeEngine, use_fp32_precision=not has_bf16())
     with mock.patch.object(engine, "OVNativeEngine", statistics_engine):
         quantized = nncf.quantize(

@@ -169,3 +169,5 @@ class FakeRunner:
 
     def picture(self, *arguments: object) -> np.ndarray:
         return np.zeros((1, 1, 3), np.uint8)
+
+    pictures = picture
